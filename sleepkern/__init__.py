@@ -1,0 +1,33 @@
+"""Fast, correct, pleasant kernels for fast weights and sleep. Start with ops.py."""
+
+from . import rules
+from .dispatch import Explanation
+from .ops import (
+    SleepResult,
+    delta_rule,
+    explain,
+    gated_delta_rule,
+    gla,
+    kda,
+    recurrent_step,
+    simple_gla,
+    sleep_ingest,
+    ssd,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "SleepResult",
+    "delta_rule",
+    "explain",
+    "gated_delta_rule",
+    "gla",
+    "kda",
+    "recurrent_step",
+    "rules",
+    "simple_gla",
+    "sleep_ingest",
+    "ssd",
+]

@@ -1,0 +1,182 @@
+"""Step 4 of a call, RECORD: the operators as torch knows them, one path for all rules and backends.
+
+    sleepkern::ingest           forward of every rule, any number of passes
+    sleepkern::ingest_backward  its gradients
+    sleepkern::step             a few tokens, state updated in place
+
+Each has a fake kernel, so that torch.compile sees shapes without running anything; values are checked here, where
+real tensors are at hand even in a compiled graph. The backend was chosen before and travels by name, so forward and
+backward always come from the same one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend_named
+from .problem import Problem, Tensors, check_values, describe
+from .rules import RULES
+
+_INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor? g, Tensor? beta, "
+_OPTIONS = "Tensor? cu_seqlens, str rule, str backend, float scale, bool normalize"
+_REPLAY = ", int passes, float? tol, str method"
+
+_library = torch.library.Library("sleepkern", "DEF")
+_library.define(
+    f"ingest({_INPUTS}Tensor? state, {_OPTIONS}{_REPLAY}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"ingest_backward({_INPUTS}Tensor? state, {_OPTIONS}{_REPLAY}, Tensor? do, Tensor? dstate)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}) -> Tensor")
+
+
+def ingest(problem: Problem, backend: str, x: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, state, residual, passes) through the operator; absent ones are empty tensors."""
+    return torch.ops.sleepkern.ingest.default(  # type: ignore[no-any-return]
+        *x,
+        problem.rule.name,
+        backend,
+        problem.scale,
+        problem.normalize,
+        problem.passes,
+        problem.tol,
+        problem.method,
+    )
+
+
+def step(problem: Problem, backend: str, x: Tensors) -> Tensor:
+    """Readouts [B,T,HV,V]; x.state is updated in place."""
+    return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
+        *x, problem.rule.name, backend, problem.scale, problem.normalize
+    )
+
+
+def _ingest(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rule: str,
+    backend: str,
+    scale: float,
+    normalize: bool,
+    passes: int,
+    tol: float | None,
+    method: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = Tensors(q, k, v, g, beta, state, cu_seqlens)
+    problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
+    check_values(problem, x)
+    out = backend_named(backend).forward(problem, x)
+    empty = k.new_empty(0)
+    residual = k.new_empty(0, dtype=torch.float32) if out.residual is None else out.residual.float()
+    made = k.new_empty(0, dtype=torch.int32) if out.passes is None else out.passes
+    return empty if out.o is None else out.o, out.state, residual, made
+
+
+def _ingest_fake(
+    q: Tensor | None, k: Tensor, v: Tensor, g: Any, beta: Any, state: Any, cu_seqlens: Tensor | None,
+    rule: str, backend: str, scale: float, normalize: bool, passes: int, tol: float | None, method: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x = Tensors(q, k, v, g, beta, state, cu_seqlens)
+    problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
+    heads = (problem.sequences, problem.HV)
+    o = k.new_empty(0) if q is None else torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = k.new_empty((*heads, problem.K, problem.V), dtype=problem.state_dtype)
+    stopped: Any = 0 if tol is None else heads
+    return o, final, k.new_empty(stopped, dtype=torch.float32), k.new_empty(stopped, dtype=torch.int32)
+
+
+def _ingest_backward(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rule: str,
+    backend: str,
+    scale: float,
+    normalize: bool,
+    passes: int,
+    tol: float | None,
+    method: str,
+    do: Tensor | None,
+    dstate: Tensor | None,
+) -> tuple[Tensor, ...]:
+    x = Tensors(q, k, v, g, beta, state, cu_seqlens)
+    problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
+    grads = backend_named(backend).backward(problem, x, do, dstate)
+    return tuple(k.new_empty(0) if d is None else d.contiguous() for d in grads)
+
+
+def _ingest_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    k = args[1]
+    return tuple(
+        k.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in args[:6]
+    )
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    rule: str,
+    backend: str,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
+    x = Tensors(q, k, v, g, beta, state, cu_seqlens)
+    problem = describe(RULES[rule], x, scale, normalize)
+    check_values(problem, x)
+    out: Tensor = backend_named(backend).step(problem, x)
+    return out
+
+
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+    ctx.set_materialize_grads(False)
+    ctx.has_output = inputs[0] is not None
+
+
+def _differentiate(ctx: Any, do: Tensor | None, dstate: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    nothing = (None,) * (7 + len(ctx.options))
+    if (do is None or not ctx.has_output) and dstate is None:
+        return nothing
+    grads = torch.ops.sleepkern.ingest_backward.default(
+        *tensors, *ctx.options, do if ctx.has_output else None, dstate
+    )
+    wanted = [d if t is not None else None for t, d in zip(tensors, grads, strict=False)]
+    return (*wanted, None, *(None for _ in ctx.options))
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("ingest", _ingest, _key)
+    _library.impl("ingest_backward", _ingest_backward, _key)
+    _library.impl("step", _step, _key)
+torch.library.register_fake("sleepkern::ingest", _ingest_fake, lib=_library)
+torch.library.register_fake("sleepkern::ingest_backward", _ingest_backward_fake, lib=_library)
+torch.library.register_fake("sleepkern::step", _step_fake, lib=_library)
+torch.library.register_autograd(
+    "sleepkern::ingest", _differentiate, setup_context=_save, lib=_library
+)

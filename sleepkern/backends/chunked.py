@@ -1,0 +1,227 @@
+"""The readable chunk form, in torch: any device, any float type, differentiable; the fall-back where no kernel fits.
+
+Per chunk (notation: rules.py), after `prepare` every rule is the same loop:
+
+    Vn = U - W S;   O = Qe S + P Vn;   S <- Gam S + Kt^T Vn
+
+so one pass over a window is affine in the state, S <- A S + B, which is what the replay methods use. A is a
+contraction for beta |k|^2 <= 2. Exponents are differences of G inside a chunk and never positive; they are masked
+before exp, so that nothing overflows however strong the decay.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..problem import Problem, Tensors
+from ..rules import Rule
+from .replay import repeat
+from .tensors import Heads, Ingested, by_sequence, gradients
+
+NAME = "chunked"
+CHUNK = 64
+
+
+class Factors(NamedTuple):
+    """Chunk factors of a window of c chunks; everything that does not depend on the state.
+
+    Qe [n,HV,c,C,K]  P [n,HV,c,C,C] (None without q)  Kt [n,HV,c,C,K]  U [n,HV,c,C,V]  W [n,HV,c,C,K] (None without
+    delta)  G_end [n,HV,c,1,1] or [n,HV,c,K,1], log of Gam (None without decay)
+    """
+
+    Qe: Tensor | None
+    P: Tensor | None
+    Kt: Tensor
+    U: Tensor
+    W: Tensor | None
+    G_end: Tensor | None
+
+
+def why_not(problem: Problem) -> str | None:
+    """None unless a replay method is asked for that its form does not allow."""
+    if problem.method == "rank" and (problem.rule.gate == "channel" or problem.T > CHUNK):
+        return f"method 'rank' needs one chunk (T <= {CHUNK}) and no channel decay"
+    if problem.method == "rank" and problem.tol is not None:
+        return "method 'rank' never forms the state of a pass, which tol looks at"
+    return None
+
+
+def kernel(problem: Problem) -> str:
+    """One line on the code that runs."""
+    replay = f", replay by {method_of(problem)}" if problem.passes > 1 else ""
+    return f"chunks of {CHUNK} in torch{replay}"
+
+
+def method_of(problem: Problem) -> str:
+    """The replay method for this problem; 'auto' takes the cheapest.
+
+    A pass costs 4 L K V flop by wy, 2 K^2 V by affine (plus 4 L K^2 once), nothing in closed form.
+    """
+    if problem.method not in ("auto", "repeat"):
+        return problem.method
+    if not problem.rule.delta and problem.method == "auto" and problem.tol is None:
+        return "closed"
+    setup = 4 * problem.T * problem.K**2
+    saved = (4 * problem.T * problem.K - 2 * problem.K**2) * problem.V * (problem.passes - 2)
+    return "affine" if problem.method == "auto" and saved > setup else "wy"
+
+
+def forward(problem: Problem, x: Tensors) -> Ingested:
+    """Readouts and final state of `problem.passes` passes; differentiable by torch."""
+    with torch.autocast(problem.device, enabled=False):
+        return by_sequence(problem, x, lambda h: _ingest(problem, h))
+
+
+def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, beta, state: autograd through the chunk form."""
+    return gradients(problem, x, do, dstate, forward)
+
+
+def step(problem: Problem, x: Tensors) -> Tensor:
+    """Readouts [B,T,HV,V]; the state is updated in place."""
+    out = forward(problem, x)
+    assert out.o is not None and x.state is not None
+    x.state.copy_(out.state)
+    return out.o
+
+
+def prepare(rule: Rule, h: Heads, scale: float) -> Factors:
+    """Cut [n,HV,T,*] into chunks (a short last one is padded with k = v = beta = g = 0) and make their factors."""
+    q, k, v, g, beta = (None if t is None else _cut(t) for t in (h.q, h.k, h.v, h.g, h.beta))
+    assert k is not None and v is not None
+    if g is not None and rule.gate == "head":
+        g = g[..., None]
+    G = None if g is None else g.cumsum(-2)
+    end = None if G is None else G[..., -1:, :]
+    E = None if G is None else G.exp()
+    bv = v if beta is None else beta[..., None] * v
+    Kt = k if G is None or end is None else k * (end - G).exp()
+    W, U = None, bv
+    if rule.delta:
+        assert beta is not None
+        M = beta[..., None] * decayed_gram(k, k, G).tril(-1)
+        rhs = torch.cat([beta[..., None] * (k if E is None else k * E), bv], -1)
+        solved = torch.linalg.solve_triangular(M, rhs, upper=False, unitriangular=True)
+        W, U = solved.split([k.shape[-1], v.shape[-1]], -1)
+    Qe = None if q is None else scale * (q if E is None else q * E)
+    P = None if q is None else scale * decayed_gram(q, k, G).tril()
+    return Factors(Qe, P, Kt, U, W, None if end is None else end.transpose(-1, -2))
+
+
+def decayed_gram(x: Tensor, y: Tensor, G: Tensor | None) -> Tensor:
+    """[..., C, C] of sum_d x_id y_jd exp(G_id - G_jd) for i >= j; above the diagonal anything finite.
+
+    Head decay factors out. Channel decay is split in halves: the lower left block, rows i in the second half,
+    columns j in the first, is a product with the reference row R between them, exp(G_i - R) and exp(R - G_j),
+    both exponents non-positive; the two diagonal blocks are halves of the same problem.
+    """
+    if G is None:
+        return x @ y.transpose(-1, -2)
+    if G.shape[-1] == 1:
+        lower = torch.ones(G.shape[-2], G.shape[-2], dtype=torch.bool, device=G.device).tril()
+        return (x @ y.transpose(-1, -2)) * (G - G.transpose(-1, -2)).masked_fill(~lower, -torch.inf).exp()
+    rows = G.shape[-2]
+    if rows == 1:
+        return (x * y).sum(-1, keepdim=True)
+    m = rows // 2
+    R = G[..., m - 1 : m, :]
+    below = (x[..., m:, :] * (G[..., m:, :] - R).exp()) @ (
+        y[..., :m, :] * (R - G[..., :m, :]).exp()
+    ).transpose(-1, -2)
+    first = decayed_gram(x[..., :m, :], y[..., :m, :], G[..., :m, :])
+    second = decayed_gram(x[..., m:, :], y[..., m:, :], G[..., m:, :])
+    top = torch.cat([first, torch.zeros_like(below).transpose(-1, -2)], -1)
+    return torch.cat([top, torch.cat([below, second], -1)], -2)
+
+
+def walk(f: Factors, state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
+    """One pass over the chunks: readouts [n,HV,c*C,V] (None unless wanted) and the state behind the window."""
+    starts, writes = [], []
+    for c in range(f.Kt.shape[2]):
+        Vn = f.U[:, :, c] if f.W is None else f.U[:, :, c] - f.W[:, :, c] @ state
+        starts.append(state)
+        writes.append(Vn)
+        kept = state if f.G_end is None else f.G_end[:, :, c].exp() * state
+        state = kept + f.Kt[:, :, c].transpose(-1, -2) @ Vn
+    if not output or f.Qe is None or f.P is None:
+        return None, state
+    o = f.Qe @ torch.stack(starts, 2) + f.P @ torch.stack(writes, 2)
+    return o.flatten(2, 3), state
+
+
+def _ingest(problem: Problem, h: Heads) -> Ingested:
+    if h.k.shape[2] == 0:
+        state = h.state.clone()
+        return Ingested(torch.zeros_like(h.v) if problem.output else None, state, *_untouched(problem, state))
+    f = prepare(problem.rule, h, problem.scale)
+    state, passes, method = h.state, problem.passes, method_of(problem)
+    if passes > 1 and method == "closed":
+        state, passes = _closed(f, state, passes - 1), 1
+    elif passes > 1 and method == "rank":
+        state, passes = _rank(f, state, passes - 1), 1
+
+    transition = _transition(f) if passes > 1 and method == "affine" else None
+
+    def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
+        if transition is not None and not output:
+            A, B = transition
+            return None, A @ state + B
+        o, state = walk(f, state, output)
+        return (None if o is None else o[:, :, : h.v.shape[2]]), state
+
+    return repeat(one_pass, state, passes, problem.tol, problem.output)
+
+
+def _cut(t: Tensor) -> Tensor:
+    pad = -t.shape[2] % CHUNK
+    t = F.pad(t, (0, 0, 0, pad) if t.dim() == 4 else (0, pad))
+    return t.unflatten(2, (-1, CHUNK))
+
+
+def _transition(f: Factors) -> tuple[Tensor, Tensor]:
+    """(A, B) of the window, by one walk with the state [I | 0] and the values [0 | U]."""
+    n, HV, _, _, K = f.Kt.shape
+    V = f.U.shape[-1]
+    wide = torch.cat([torch.eye(K, dtype=f.U.dtype, device=f.U.device), f.U.new_zeros(K, V)], -1)
+    values = torch.cat([f.U.new_zeros((*f.U.shape[:-1], K)), f.U], -1)
+    _, both = walk(f._replace(U=values), wide.expand(n, HV, K, K + V), False)
+    A, B = both.split([K, V], -1)
+    return A, B
+
+
+def _closed(f: Factors, state: Tensor, passes: int) -> Tensor:
+    """State after `passes` passes without delta: Gam^n S + (1 + Gam + ... + Gam^(n-1)) B, Gam of the whole window."""
+    _, B = walk(f, torch.zeros_like(state), False)
+    if f.G_end is None:
+        return state + passes * B
+    G = f.G_end.sum(2)
+    powers = torch.arange(passes, device=G.device, dtype=G.dtype)
+    return (passes * G).exp() * state + (powers * G[..., None]).exp().sum(-1) * B
+
+
+def _rank(f: Factors, state: Tensor, passes: int) -> Tensor:
+    """State after `passes` passes over one chunk, iterated in its L rows: S_n = Gam^n S_0 + Kt^T Y_n,
+
+    Y_(n+1) = Gam Y_n + U - Gam^n W S_0 - W Kt^T Y_n: 2 L^2 V flop a pass.
+    """
+    Kt, U = f.Kt[:, :, 0], f.U[:, :, 0]
+    G = U.new_zeros(()) if f.G_end is None else f.G_end[:, :, 0]
+    Y = torch.zeros_like(U)
+    for n in range(passes):
+        step = U
+        if f.W is not None:
+            W = f.W[:, :, 0]
+            step = U - (n * G).exp() * (W @ state) - (W @ Kt.transpose(-1, -2)) @ Y
+        Y = G.exp() * Y + step
+    return (passes * G).exp() * state + Kt.transpose(-1, -2) @ Y
+
+
+def _untouched(problem: Problem, state: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if problem.tol is None:
+        return None, None
+    zero = state.new_zeros(state.shape[:2])
+    return zero, zero.to(torch.int32)

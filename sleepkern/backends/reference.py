@@ -1,0 +1,76 @@
+"""The definition: the recurrence of rules.py, token by token, in plain torch. Any device, float64 for truth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, Tensors
+from ..rules import Rule
+from .replay import repeat
+from .tensors import Heads, Ingested, by_sequence, gradients
+
+NAME = "reference"
+
+
+def why_not(problem: Problem) -> str | None:
+    """None for every problem that asks for plain repetition."""
+    if problem.method not in ("auto", "repeat"):
+        return f"replays by plain repetition only, not by method {problem.method!r}"
+    return None
+
+
+def kernel(problem: Problem) -> str:
+    """One line on the code that runs."""
+    return "token by token in torch"
+
+
+def method_of(problem: Problem) -> str:
+    """Always plain repetition."""
+    return "repeat"
+
+
+def forward(problem: Problem, x: Tensors) -> Ingested:
+    """Readouts and final state of `problem.passes` passes; differentiable by torch."""
+
+    def ingest(h: Heads) -> Ingested:
+        def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
+            return token_loop(problem.rule, h, state, problem.scale, output)
+
+        return repeat(one_pass, h.state, problem.passes, problem.tol, problem.output)
+
+    return by_sequence(problem, x, ingest)
+
+
+def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, beta, state: autograd through the loop."""
+    return gradients(problem, x, do, dstate, forward)
+
+
+def step(problem: Problem, x: Tensors) -> Tensor:
+    """Readouts [B,T,HV,V]; the state is updated in place."""
+    out = forward(problem, x)
+    assert out.o is not None and x.state is not None
+    x.state.copy_(out.state)
+    return out.o
+
+
+def token_loop(
+    rule: Rule, h: Heads, state: Tensor, scale: float, output: bool
+) -> tuple[Tensor | None, Tensor]:
+    """S <- a S;  S <- S + b k (v - [delta] S^T k)^T;  o = scale S^T q, for each token."""
+    outputs = []
+    for t in range(h.k.shape[2]):
+        if h.g is not None:
+            a = h.g[:, :, t].exp()
+            state = state * (a[..., None, None] if rule.gate == "head" else a[..., None])
+        k, v = h.k[:, :, t], h.v[:, :, t]
+        write = v - torch.einsum("nhk,nhkv->nhv", k, state) if rule.delta else v
+        if h.beta is not None:
+            write = h.beta[:, :, t, None] * write
+        state = state + k[..., None] * write[..., None, :]
+        if output and h.q is not None:
+            outputs.append(scale * torch.einsum("nhk,nhkv->nhv", h.q[:, :, t], state))
+    if not output:
+        return None, state
+    return (torch.stack(outputs, 2) if outputs else torch.zeros_like(h.v)), state

@@ -1,0 +1,124 @@
+"""What all backends share: the tensors of a call, the result, and the head-major float form of the torch backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, Tensors
+
+NORM_EPS = 1e-6
+"""Added to |x|^2 in the q/k normalisation x / sqrt(|x|^2 + eps), as transformers and flash-linear-attention do."""
+
+
+class Ingested(NamedTuple):
+    """Result of a forward.
+
+    o         [B,T,HV,V] readouts of the last pass, in the type of v; None when q is None
+    state     [sequences,HV,K,V] state after the last pass
+    residual  [sequences,HV] estimated distance to the fixed point over |S|; None without tol
+    passes    [sequences,HV] int32, passes that each head made; None without tol
+    """
+
+    o: Tensor | None
+    state: Tensor
+    residual: Tensor | None = None
+    passes: Tensor | None = None
+
+
+class Heads(NamedTuple):
+    """One or more sequences of equal length, head-major, in the type of the state, q and k per value head.
+
+    q, k [n,HV,T,K]   v [n,HV,T,V]   g None, [n,HV,T] or [n,HV,T,K]   beta [n,HV,T] or None   state [n,HV,K,V]
+    """
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    state: Tensor
+
+
+def by_sequence(
+    problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested]
+) -> Ingested:
+    """Run `ingest` on head-major tensors: once for a batch, once per sequence when packed."""
+    if not problem.packed:
+        return _token_major(problem, [ingest(_heads(problem, x, slice(None), slice(None)))], [x.k.shape[1]])
+    assert x.cu_seqlens is not None
+    offsets = x.cu_seqlens.tolist()
+    spans = list(zip(offsets, offsets[1:], strict=False))
+    parts = [ingest(_heads(problem, x, slice(a, b), slice(i, i + 1))) for i, (a, b) in enumerate(spans)]
+    return _token_major(problem, parts, [b - a for a, b in spans])
+
+
+def gradients(
+    problem: Problem,
+    x: Tensors,
+    do: Tensor | None,
+    dstate: Tensor | None,
+    forward: Callable[[Problem, Tensors], Ingested],
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, beta, state by autograd through a torch `forward`, run again here."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in x[:6]]
+    with torch.enable_grad():
+        out = forward(problem, Tensors(*leaves, x.cu_seqlens))  # type: ignore[arg-type]
+        pairs = [(y, dy) for y, dy in ((out.o, do), (out.state, dstate)) if y is not None and dy is not None]
+        wanted = [t for t in leaves if t is not None]
+        grads = iter(
+            torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True)
+        )
+    filled = [None if t is None else next(grads) for t in leaves]
+    return [
+        torch.zeros_like(t) if t is not None and d is None else d
+        for t, d in zip(leaves, filled, strict=True)
+    ]
+
+
+def _heads(problem: Problem, x: Tensors, rows: slice, sequence: slice) -> Heads:
+    dtype, groups = problem.state_dtype, problem.HV // problem.H
+
+    def head_major(t: Tensor) -> Tensor:
+        return t[:, rows].transpose(1, 2).to(dtype)
+
+    def keys(t: Tensor) -> Tensor:
+        t = head_major(t)
+        if problem.normalize:
+            t = t * torch.rsqrt(t.square().sum(-1, keepdim=True) + NORM_EPS)
+        return t.repeat_interleave(groups, dim=1)
+
+    if x.state is None:
+        n = 1 if problem.packed else problem.B
+        state = x.k.new_zeros((n, problem.HV, problem.K, problem.V), dtype=dtype)
+    else:
+        state = x.state[sequence]
+    return Heads(
+        q=None if x.q is None else keys(x.q),
+        k=keys(x.k),
+        v=head_major(x.v),
+        g=None if x.g is None else head_major(x.g),
+        beta=None if x.beta is None else head_major(x.beta),
+        state=state,
+    )
+
+
+def _token_major(problem: Problem, parts: list[Ingested], lengths: list[int]) -> Ingested:
+    def join(tensors: list[Tensor | None], dim: int) -> Tensor | None:
+        present = [t for t in tensors if t is not None]
+        if not present:
+            return None
+        return present[0] if len(present) == 1 else torch.cat(present, dim)
+
+    o = join([p.o for p, n in zip(parts, lengths, strict=True) if n or len(parts) == 1], 2)
+    state = join([p.state for p in parts], 0)
+    assert state is not None
+    return Ingested(
+        o=None if o is None else o.transpose(1, 2).to(problem.dtype).contiguous(),
+        state=state,
+        residual=join([p.residual for p in parts], 0),
+        passes=join([p.passes for p in parts], 0),
+    )

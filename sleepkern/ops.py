@@ -1,0 +1,301 @@
+"""Step 1 of a call, PUBLIC: one function per rule, the decode step, and looped ingestion.
+
+Every function ends in `run`: check, choose, apply. Layouts and names are the field's (flash-linear-attention):
+
+    q, k   [B,T,H,K]   float32, bfloat16, float16 or float64, one type for q, k, v; last dimension contiguous or not
+    v      [B,T,HV,V]  HV a multiple of H: value head j reads key head j // (HV // H)
+    g      log decay, <= 0, any float type: [B,T,HV], or [B,T,HV,K] where the gate is per channel
+    beta   [B,T,HV]    write strength, any float type; 0..2 keeps the delta rule stable for |k| = 1
+    state  [n,HV,K,V]  float32 (float64 for float64 inputs), n = B, or the number of packed sequences
+
+    o, S = rule(q, k, v, ...)   o [B,T,HV,V] in the type of v;  S None unless output_final_state
+
+Options of every rule:
+
+    scale                    factor of the readout, default K ** -0.5
+    initial_state            state before the first token, default zero
+    output_final_state       return the state after the last token
+    use_qk_l2norm_in_kernel  use q / |q| and k / |k| (eps 1e-6 under the root)
+    cu_seqlens               [n+1] int32 or int64: B = 1 and n sequences laid end to end, one state each
+    backend                  name of a backend (see `explain`), default the best that can
+
+All are differentiable in every tensor, run under torch.compile(fullgraph=True) and autocast, and raise ValueError or
+TypeError naming the argument, what it got and what it expects, before any kernel runs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .dispatch import Explanation, choose, explain_problem
+from .problem import Tensors, check
+from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
+
+
+class SleepResult(NamedTuple):
+    """What `sleep_ingest` returns.
+
+    final_state  [n,HV,K,V] state after the last pass
+    output       [B,T,HV,V] readouts of the last pass, None when q was not given
+    passes       passes made: an int, or int32 [n,HV] when `tol` let heads stop early
+    residual     [n,HV] estimated distance to the fixed point relative to |S|; None without `tol`
+    method       how the passes were made
+    """
+
+    final_state: Tensor
+    output: Tensor | None
+    passes: int | Tensor
+    residual: Tensor | None
+    method: str
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = (I - b k k^T) a S + b k v^T, a = exp(g) one number a head; g [B,T,HV], beta [B,T,HV].
+
+    Gated DeltaNet, arXiv 2412.06464, equation 10. Shapes and options: module docstring.
+    """
+    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    out = run(GATED_DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, backend)
+    return _pair(out, output_final_state)
+
+
+def kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = (I - b k k^T) diag(a) S + b k v^T, a = exp(g) one number a key channel; g [B,T,HV,K], beta [B,T,HV].
+
+    Kimi Delta Attention, arXiv 2510.26692, equation 1. Shapes and options: module docstring.
+    """
+    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    out = run(KDA, x, scale, use_qk_l2norm_in_kernel, backend)
+    return _pair(out, output_final_state)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = (I - b k k^T) S + b k v^T; beta [B,T,HV].
+
+    DeltaNet, arXiv 2406.06484, section 2.2. Shapes and options: module docstring.
+    """
+    x = Tensors(q, k, v, None, beta, initial_state, cu_seqlens)
+    out = run(DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, backend)
+    return _pair(out, output_final_state)
+
+
+def simple_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = a S + b k v^T, a = exp(g) one number a head; g [B,T,HV], beta [B,T,HV] or None for 1.
+
+    Mamba-2's state space duality (arXiv 2405.21060) with b its step size; also called `ssd`. Shapes and options:
+    module docstring.
+    """
+    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    out = run(SIMPLE_GLA, x, scale, use_qk_l2norm_in_kernel, backend)
+    return _pair(out, output_final_state)
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = diag(a) S + b k v^T, a = exp(g) one number a key channel; g [B,T,HV,K], beta [B,T,HV] or None for 1.
+
+    Gated linear attention, arXiv 2312.06635, equation 3. Shapes and options: module docstring.
+    """
+    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    out = run(GLA, x, scale, use_qk_l2norm_in_kernel, backend)
+    return _pair(out, output_final_state)
+
+
+ssd = simple_gla
+
+
+def recurrent_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    rule: Rule = GATED_DELTA_RULE,
+    inplace: bool = True,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decode: a few tokens of any rule on a state that is at hand.
+
+    Args:
+        state: [B,HV,K,V]; with inplace=True it is updated and returned, with inplace=False left alone.
+        rule: one of `sleepkern.rules`; g or beta None where the rule has none. The rest: module docstring.
+
+    Returns:
+        (o [B,T,HV,V], state after the tokens). Differentiable; where a gradient is wanted, an in-place update is
+        recorded as a copy into `state`.
+    """
+    x = _cast(Tensors(q, k, v, g, beta, state, None))
+    problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
+    engine = choose(problem, backend)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)
+    if inplace and not recorded:
+        return autograd.step(problem, engine.NAME, x), state
+    o, final, _, _ = autograd.ingest(problem, engine.NAME, x)
+    return o, state.copy_(final) if inplace else final
+
+
+def sleep_ingest(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    passes: int = 1,
+    q: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    tol: float | None = None,
+    method: str = "auto",
+    rule: Rule = GATED_DELTA_RULE,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+) -> SleepResult:
+    """Looped ingestion (replay): the same window `passes` times, the state carried from pass to pass.
+
+    One pass is affine in the state, S <- A S + B, which the methods use:
+
+        repeat  plain repetition
+        wy      chunk factors made once, then `passes` walks of the state over them (4 T K V flop each)
+        affine  A and B made once, then S <- A S + B (2 K^2 V flop each, whatever T)
+        rank    one chunk, iterated in its T rows (2 T^2 V flop each)
+        auto    the cheapest; rules without delta have a closed form and no loop
+
+    Args:
+        q: [B,T,H,K]; readouts of the last pass are returned when it is given.
+        tol: stop each head early, once its estimated distance to the fixed point over |S| is at most tol.
+        rule: one of `sleepkern.rules`; g or beta None where the rule has none. The rest: module docstring.
+
+    Raises:
+        ValueError: beta * |k|^2 above 2, where more than one pass would diverge.
+
+    Source: arXiv 2605.26099 runs whole blocks N times; with k and v held fixed that is this function.
+    """
+    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    return run(rule, x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, readouts=False)
+
+
+def explain(
+    rule: Rule,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    passes: int = 1,
+    tol: float | None = None,
+    method: str = "auto",
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend and kernel a call with these tensors would take, and why not the others.
+
+    Nothing is computed. Raises as the call itself would.
+    """
+    x = _cast(Tensors(q, k, v, g, beta, initial_state, cu_seqlens))
+    problem = check(rule, x, None, False, passes, tol, method, readouts=False)
+    return explain_problem(problem, backend)
+
+
+def run(
+    rule: Rule,
+    x: Tensors,
+    scale: float | None,
+    normalize: bool,
+    backend: str | None,
+    passes: int = 1,
+    tol: float | None = None,
+    method: str = "auto",
+    readouts: bool = True,
+) -> SleepResult:
+    """Check, choose, apply: the one way from every public function to a kernel."""
+    x = _cast(x)
+    problem = check(rule, x, scale, normalize, passes, tol, method, readouts)
+    engine = choose(problem, backend)
+    o, state, residual, made = autograd.ingest(problem, engine.NAME, x)
+    return SleepResult(
+        final_state=state,
+        output=o if problem.output else None,
+        passes=passes if tol is None else made,
+        residual=None if tol is None else residual,
+        method=engine.method_of(problem),
+    )
+
+
+def _cast(x: Tensors) -> Tensors:
+    """Under autocast q, k and v take its type, as a matrix product's operands would; gates and state stay."""
+    if not isinstance(x.k, Tensor) or not torch.is_autocast_enabled(x.k.device.type):
+        return x
+    dtype = torch.get_autocast_dtype(x.k.device.type)
+    q = x.q if x.q is None else x.q.to(dtype)
+    return x._replace(q=q, k=x.k.to(dtype), v=x.v.to(dtype))
+
+
+def _pair(out: SleepResult, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    assert out.output is not None
+    return out.output, out.final_state if output_final_state else None

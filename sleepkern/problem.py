@@ -1,0 +1,257 @@
+"""Step 2 of a call, CHECK: the one place that rejects input, and the description every later step reads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rules import Rule
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+METHODS = ("auto", "repeat", "wy", "affine", "rank")
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call as the caller gave them (shapes: rules.py); None where absent."""
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    state: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and types of one call; together with the tensors it is all that a backend is given.
+
+    sequences is the number of states: B, or the number of packed sequences. T counts the tokens of a row
+    of the batch (all packed tokens when packed). output says whether readouts are wanted.
+    """
+
+    rule: Rule
+    device: str
+    dtype: torch.dtype
+    B: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    sequences: int
+    packed: bool
+    output: bool
+    normalize: bool
+    scale: float
+    passes: int = 1
+    tol: float | None = None
+    method: str = "auto"
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Type of the state and of accumulation: float32, or float64 for float64 inputs."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def describe(
+    rule: Rule,
+    x: Tensors,
+    scale: float,
+    normalize: bool,
+    passes: int = 1,
+    tol: float | None = None,
+    method: str = "auto",
+) -> Problem:
+    """The Problem of tensors that are known to fit."""
+    k = x.k
+    B, T, H, K = k.shape
+    return Problem(
+        rule=rule,
+        device=k.device.type,
+        dtype=k.dtype,
+        B=B,
+        T=T,
+        H=H,
+        HV=x.v.shape[2],
+        K=K,
+        V=x.v.shape[3],
+        sequences=B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1,
+        packed=x.cu_seqlens is not None,
+        output=x.q is not None,
+        normalize=normalize,
+        scale=scale,
+        passes=passes,
+        tol=tol,
+        method=method,
+    )
+
+
+def check(
+    rule: Rule,
+    x: Tensors,
+    scale: float | None,
+    normalize: bool,
+    passes: int = 1,
+    tol: float | None = None,
+    method: str = "auto",
+    readouts: bool = True,
+    state_name: str = "initial_state",
+) -> Problem:
+    """Check everything that shapes, types and devices can tell; values are checked by check_values.
+
+    readouts says that q is required; state_name is what the caller's signature calls the state.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has the wrong type.
+        ValueError: a wrong shape, device or option. Messages name the argument, what it got, what it expects.
+    """
+    q, k, v, g, beta, state, cu_seqlens = x
+    _check_tensors({"k": k, "v": v, **({"q": q} if readouts else {})}, required=True)
+    _check_tensors({"q": q, "g": g, "beta": beta, state_name: state, "cu_seqlens": cu_seqlens})
+    _check_key_value(q, k, v)
+    B, T, _, K = k.shape
+    HV, V = v.shape[2], v.shape[3]
+    _check_gate(rule, g, (B, T, HV), K)
+    if rule.delta and beta is None:
+        raise ValueError(f"beta: {rule.name} needs it, got None; expected a tensor {[B, T, HV]}")
+    _check_shape("beta", beta, (B, T, HV))
+    sequences = B if cu_seqlens is None else _check_packing(cu_seqlens, B)
+    _check_shape(state_name, state, (sequences, HV, K, V))
+    _check_types(k, state, state_name, {"g": g, "beta": beta})
+    _check_devices(k, {"q": q, "v": v, "g": g, "beta": beta, state_name: state})
+    _check_replay(passes, tol, method)
+    scale = K**-0.5 if scale is None else float(scale)
+    return describe(rule, x, scale, normalize, passes, tol, method)
+
+
+def check_values(problem: Problem, x: Tensors) -> None:
+    """Check what only the values can tell, before a kernel runs and outside of any graph capture.
+
+    On the CPU always; on a GPU, where reading a value would stall the stream, with SLEEPKERN_DEBUG=1 only.
+    SLEEPKERN_DEBUG=1 also looks for NaN.
+
+    Raises:
+        ValueError: cu_seqlens that fall, g > 0, NaN, or a replay that would diverge.
+    """
+    debug = os.environ.get("SLEEPKERN_DEBUG") == "1"
+    cu_seqlens, g = x.cu_seqlens, x.g
+    if cu_seqlens is not None and (debug or cu_seqlens.device.type == "cpu"):
+        _check_offsets(cu_seqlens.tolist(), problem.T)
+    if problem.device != "cpu" and not debug:
+        return
+    if debug:
+        for name, t in zip(Tensors._fields, x, strict=True):
+            if t is not None and bool(torch.isnan(t).any()):
+                raise ValueError(f"{name}: got NaN; expected numbers")
+    if g is not None and g.numel() and float(g.detach().amax()) > 0:
+        raise ValueError(
+            f"g: got a log decay of {float(g.detach().amax()):.4g}; expected g <= 0 (a = exp(g) <= 1)"
+        )
+    if problem.passes > 1 and problem.rule.delta and x.beta is not None and x.k.numel():
+        _check_contraction(problem, x.k, x.beta)
+
+
+def _check_tensors(named: dict[str, Tensor | None], required: bool = False) -> None:
+    for name, x in named.items():
+        if (required or x is not None) and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}; expected a torch.Tensor")
+
+
+def _check_key_value(q: Tensor | None, k: Tensor, v: Tensor) -> None:
+    for name, x, form in (("k", k, "[B, T, H, K]"), ("v", v, "[B, T, HV, V]"), ("q", q, "[B, T, H, K]")):
+        if x is not None and x.dim() != 4:
+            raise ValueError(f"{name}: got shape {list(x.shape)}; expected {form}")
+    B, T, H, K = k.shape
+    if B == 0 or H == 0 or K == 0:
+        raise ValueError(f"k: got shape {list(k.shape)}; expected B, H and K of at least 1")
+    if q is not None:
+        _check_shape("q", q, (B, T, H, K))
+    if v.shape[:2] != k.shape[:2] or v.shape[3] == 0:
+        raise ValueError(f"v: got shape {list(v.shape)}; expected {[B, T, 'HV', 'V']} with V of at least 1")
+    if v.shape[2] == 0 or v.shape[2] % H != 0:
+        raise ValueError(f"v: got HV = {v.shape[2]} value heads; expected a multiple of H = {H}")
+
+
+def _check_gate(rule: Rule, g: Tensor | None, rows: tuple[int, int, int], K: int) -> None:
+    if rule.gate == "none":
+        if g is not None:
+            raise ValueError(f"g: {rule.name} has no decay, got a tensor {list(g.shape)}; expected None")
+        return
+    shape = rows if rule.gate == "head" else (*rows, K)
+    if g is None:
+        raise ValueError(f"g: {rule.name} needs it, got None; expected a tensor {list(shape)}")
+    _check_shape("g", g, shape)
+
+
+def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+    if x is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name}: got shape {list(x.shape)}; expected {list(shape)}")
+
+
+def _check_packing(cu_seqlens: Tensor, B: int) -> int:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens: got shape {list(cu_seqlens.shape)}; expected [n + 1] with n >= 1")
+    if B != 1:
+        raise ValueError(f"cu_seqlens: got a batch of B = {B}; expected B = 1 for packed sequences")
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_types(
+    k: Tensor, state: Tensor | None, state_name: str, gates: dict[str, Tensor | None]
+) -> None:
+    if k.dtype not in FLOATS:
+        raise TypeError(f"k: got {k.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    for name, x in gates.items():
+        if x is not None and x.dtype not in FLOATS:
+            raise TypeError(f"{name}: got {x.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    expected = torch.float64 if k.dtype == torch.float64 else torch.float32
+    if state is not None and state.dtype != expected:
+        raise TypeError(f"{state_name}: got {state.dtype}; expected {expected} for {k.dtype} inputs")
+
+
+def _check_devices(k: Tensor, others: dict[str, Tensor | None]) -> None:
+    for name, x in others.items():
+        if x is not None and x.device != k.device:
+            raise ValueError(f"{name}: got device {x.device}; expected {k.device}, where k is")
+        if x is not None and name in ("q", "v") and x.dtype != k.dtype:
+            raise TypeError(f"{name}: got {x.dtype}; expected {k.dtype}, the type of k")
+
+
+def _check_replay(passes: int, tol: float | None, method: str) -> None:
+    if not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes: got {passes!r}; expected an integer of at least 1")
+    if tol is not None and not tol > 0:
+        raise ValueError(f"tol: got {tol!r}; expected None or a number above 0")
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}; expected one of {', '.join(METHODS)}")
+
+
+def _check_offsets(offsets: list[int], T: int) -> None:
+    rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+    if offsets[0] != 0 or offsets[-1] != T or not rising:
+        raise ValueError(
+            f"cu_seqlens: got {offsets if len(offsets) <= 8 else [*offsets[:4], '...', *offsets[-3:]]}; "
+            f"expected offsets that start at 0, never fall and end at T = {T}"
+        )
+
+
+def _check_contraction(problem: Problem, k: Tensor, beta: Tensor) -> None:
+    """One pass is a contraction only while beta |k|^2 <= 2 (notes of the delta form in backends/chunked.py)."""
+    norm = torch.ones((), device=k.device)
+    if not problem.normalize:
+        norm = k.detach().to(problem.state_dtype).square().sum(-1)
+        norm = norm.repeat_interleave(problem.HV // problem.H, dim=2)
+    gain = float((norm * beta.detach().to(problem.state_dtype)).amax())
+    if gain > 2 * (1 + 4 * torch.finfo(problem.dtype).eps):
+        raise ValueError(
+            f"beta: got beta * |k|^2 up to {gain:.4g}; expected at most 2, beyond which {problem.passes} "
+            "passes diverge (normalise k, e.g. use_qk_l2norm_in_kernel=True, or lower beta)"
+        )
