@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  before _C, whose threads are torch's
+import importlib
+
+import torch
 from torch import Tensor
 
 from ..problem import Problem, Tensors
@@ -11,7 +13,7 @@ from .replay import repeat
 from .tensors import Ingested
 
 try:
-    from sleepkern import _C
+    _C = importlib.import_module("sleepkern._C")
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _missing = f"the compiled module sleepkern._C is not there ({error})"

@@ -1,0 +1,84 @@
+// sleepkern._C: one m.def per entry point. Tensors arrive as (address, row stride, type code); sleepkern/backends/cpu.py
+// holds the other side of each signature.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/implementation.h"
+#include "problem.h"
+
+namespace py = pybind11;
+using namespace sleepkern;
+
+namespace {
+
+using View = std::tuple<uintptr_t, int64_t, int>;
+
+Rows rows(const View& view) {
+  const auto& [address, stride, type] = view;
+  return {reinterpret_cast<const void*>(address), stride, static_cast<Type>(type)};
+}
+
+void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H,
+                 int64_t HV, int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta,
+                 uintptr_t state, uintptr_t o, uintptr_t final_state) {
+  Problem problem{};
+  problem.gate = static_cast<Gate>(gate);
+  problem.delta = delta;
+  problem.normalize = normalize;
+  problem.scale = scale;
+  problem.sequences = sequences;
+  problem.T = T;
+  problem.H = H;
+  problem.HV = HV;
+  problem.K = K;
+  problem.V = V;
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.q = rows(q);
+  problem.k = rows(k);
+  problem.v = rows(v);
+  problem.g = rows(g);
+  problem.beta = rows(beta);
+  problem.state = reinterpret_cast<const float*>(state);
+  problem.o = reinterpret_cast<void*>(o);
+  problem.final_state = reinterpret_cast<float*>(final_state);
+  py::gil_scoped_release unlocked;
+  forward(problem);
+}
+
+std::vector<std::string> isa_names() {
+  std::array<const Implementation*, 8> list;
+  const int n = implementations(list.data(), list.size());
+  std::vector<std::string> names;
+  for (int i = 0; i < n; ++i) names.emplace_back(list[i]->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (set_implementation(name.c_str())) return;
+  std::string known;
+  for (const std::string& isa : isa_names()) known += (known.empty() ? "" : ", ") + isa;
+  throw py::value_error("isa: got '" + name + "'; expected one this machine runs: " + known);
+}
+
+double peak_gflops(double seconds) {
+  py::gil_scoped_release unlocked;
+  return implementation().peak(seconds) * 1e-9;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of sleepkern. Import torch first: the threads are torch's.";
+  m.def("forward", &run_forward);
+  m.def("step_limit", [] { return STEP_LIMIT; }, "Sequences of at most this many tokens are stepped one by one.");
+  m.def("isa", [] { return std::string(implementation().name); }, "The instruction set in use.");
+  m.def("isas", &isa_names, "Those this machine runs, best first.");
+  m.def("set_isa", &set_isa, "Use another one, for tests and benchmarks.");
+  m.def("threads_source", &thread_source, "Whose threads: torch, openmp or none.");
+  m.def("peak_gflops", &peak_gflops, "GFLOP/s that one core reaches from registers, measured for some seconds.");
+}

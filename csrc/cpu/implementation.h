@@ -1,0 +1,32 @@
+// What an ISA file offers, and how one is chosen.
+#pragma once
+
+#include "problem.h"
+
+namespace sleepkern {
+
+// Sequences of at most this many tokens are stepped through one by one; longer ones go in chunks.
+constexpr int64_t STEP_LIMIT = 4;
+
+struct Implementation {
+  const char* name;
+  bool (*supported)();
+  // Heads [begin, end) of the sequences * HV of a problem.
+  void (*forward)(const Problem&, int64_t begin, int64_t end);
+  // Floating-point operations a second that one core reaches from registers, measured for some seconds.
+  double (*peak)(double seconds);
+};
+
+// Best first; those this machine can run.
+int implementations(const Implementation** list, int capacity);
+// The one in use: the best, unless another was set by name (returns false for an unknown or unsupported name).
+const Implementation& implementation();
+bool set_implementation(const char* name);
+
+// Run body(begin, end, context) over [0, n) on torch's threads, following torch.set_num_threads.
+void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+const char* thread_source();
+
+void forward(const Problem& problem);
+
+}  // namespace sleepkern

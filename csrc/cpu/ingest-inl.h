@@ -1,0 +1,93 @@
+// ingest and readout of one value panel over one chunk; the same for every rule.
+//
+//   Vn = (I + M)^-1 (b v - key_scale * (k^T S))     by blocked forward substitution; b v where the rule has no delta
+//   O  = read_scale * (q^T S) + P Vn
+//   S  <- keep * S + Kt^T Vn
+
+static void load_values(const Chunk& c, const Workspace& w, int64_t panel) {
+  const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+  for (int64_t t = 0; t < c.padded; ++t) {
+    float* out = w.values + t * PANEL;
+    SLEEPKERN_EACH_VEC store(out + n * LANES, Vec{});
+    if (t >= c.count) continue;
+    load_row(c.row(c.p.v, t, c.head * w.V + first), c.p.v.type, width, out);
+    const Vec b = broadcast(w.beta[t]);
+    SLEEPKERN_EACH_VEC store(out + n * LANES, load(out + n * LANES) * b);
+  }
+}
+
+static void subtract_held(const Chunk& c, const Workspace& w, const float* state) {
+  for (int64_t i = 0; i < c.padded; i += ROWS) {
+    Tile t;
+    clear(t);
+    multiply_add<-1>(t, w.keys + column_at(i, w.K), state, w.K);
+    scale_rows(t, w.key_scale + i);
+    SLEEPKERN_EACH_ROW SLEEPKERN_EACH_VEC t.at[r][n] += load(w.values + (i + r) * PANEL + n * LANES);
+    const float* M = w.couplings + column_at(i, CHUNK);
+    multiply_add<-1>(t, M, w.values, i);
+    substitute(t, M + i * PANEL);
+    store(t, w.values + i * PANEL);
+  }
+}
+
+static void read_out(const Chunk& c, const Workspace& w, const float* state, int64_t panel) {
+  const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+  const int64_t size = c.p.v.type == Type::float32 ? 4 : 2;
+  for (int64_t i = 0; i < c.padded; i += ROWS) {
+    Tile t;
+    clear(t);
+    multiply_add<1>(t, w.readers + column_at(i, w.K), state, w.K);
+    scale_rows(t, w.read_scale + i);
+    multiply_add<1>(t, w.scores + column_at(i, CHUNK), w.values, i + ROWS);
+    alignas(64) float out[ROWS * PANEL];
+    store(t, out);
+    for (int64_t r = 0; r < min_of(ROWS, c.count - i); ++r) {
+      const int64_t at = ((c.first + i + r) * c.p.HV + c.head) * w.V + first;
+      store_row(out + r * PANEL, c.p.v.type, width, static_cast<char*>(c.p.o) + at * size);
+    }
+  }
+}
+
+static void update_state(const Chunk& c, const Workspace& w, float* state) {
+  for (int64_t d = 0; d < w.K; d += ROWS) {
+    Tile t;
+    load(t, state + d * PANEL);
+    scale_rows(t, w.keep + d);
+    multiply_add<1>(t, w.writers + column_at(d, CHUNK), w.values, c.padded);
+    store(t, state + d * PANEL);
+  }
+}
+
+static void ingest(const Chunk& c, Workspace& w) {
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    float* state = w.state + panel * w.K_rows * PANEL;
+    load_values(c, w, panel);
+    if (c.p.delta) subtract_held(c, w, state);
+    if (c.p.o) read_out(c, w, state, panel);
+    update_state(c, w, state);
+  }
+}
+
+// Rows beyond K exist up to a whole panel, are zero, and stay zero.
+static void load_state(const Problem& p, Workspace& w, int64_t unit) {
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+    for (int64_t d = 0; d < w.K_rows; ++d) {
+      float* to = w.state + (panel * w.K_rows + d) * PANEL;
+      SLEEPKERN_EACH_VEC store(to + n * LANES, Vec{});
+      if (d < w.K && p.state) {
+        std::memcpy(to, p.state + (unit * w.K + d) * w.V + first, width * sizeof(float));
+      }
+    }
+  }
+}
+
+static void store_state(const Problem& p, const Workspace& w, int64_t unit) {
+  for (int64_t d = 0; d < w.K; ++d) {
+    float* to = p.final_state + (unit * w.K + d) * w.V;
+    for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+      const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+      std::memcpy(to + first, w.state + (panel * w.K_rows + d) * PANEL, width * sizeof(float));
+    }
+  }
+}

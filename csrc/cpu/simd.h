@@ -1,0 +1,160 @@
+// One vector type and what it can do. Included inside the namespace of an ISA file, which fixes LANES; written in the
+// compilers' vector extensions, so that the same source is SSE, AVX2, AVX-512 or NEON and every width runs anywhere.
+//
+// Everything is `static` or a template on types of that namespace: an inline function shared between ISA files would
+// let the linker hand AVX code to a machine without it.
+
+constexpr int LANES = SLEEPKERN_LANES;
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t BitVec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
+typedef uint16_t HalfVecUnaligned __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+#define SLEEPKERN_INLINE static inline __attribute__((always_inline))
+
+// std::min and std::max are templates shared by all files, see above.
+SLEEPKERN_INLINE constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+SLEEPKERN_INLINE constexpr int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
+SLEEPKERN_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+SLEEPKERN_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+SLEEPKERN_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecUnaligned*>(p) = x; }
+SLEEPKERN_INLINE Vec broadcast(float x) { return x - Vec{}; }
+SLEEPKERN_INLINE BitVec broadcast_bits(uint32_t x) { return x - BitVec{}; }
+SLEEPKERN_INLINE BitVec select(BitVec mask, BitVec a, BitVec b) { return (mask & a) | (~mask & b); }
+
+SLEEPKERN_INLINE float sum(Vec x) {
+  float total = 0;
+  for (int l = 0; l < LANES; ++l) total += x[l];
+  return total;
+}
+
+// exp for x <= 0, relative error 2e-7; 0 below -87, where float32 would be subnormal.
+// x = n ln2 + f: 2^n by the exponent bits, exp(f) by a polynomial of degree 6 (Cephes).
+SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
+  const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const BitVec keep = reinterpret_cast<BitVec>(x >= broadcast(-87.0f));
+  x = reinterpret_cast<Vec>(select(keep, reinterpret_cast<BitVec>(x), BitVec{}));
+  Vec shifted = x * 1.44269504f + round_to_int;
+  Vec n = shifted - round_to_int;
+  Vec f = x - n * 0.693359375f;
+  f = f + n * 2.12194440e-4f;
+  Vec y = broadcast(1.9875691500e-4f);
+  y = y * f + 1.3981999507e-3f;
+  y = y * f + 8.3334519073e-3f;
+  y = y * f + 4.1665795894e-2f;
+  y = y * f + 1.6666665459e-1f;
+  y = y * f + 5.0000001201e-1f;
+  y = y * (f * f) + f + 1.0f;
+  BitVec power = (reinterpret_cast<BitVec>(shifted) << 23) + broadcast_bits(127u << 23);
+  return reinterpret_cast<Vec>(keep & reinterpret_cast<BitVec>(y * reinterpret_cast<Vec>(power)));
+}
+
+SLEEPKERN_INLINE Vec from_bfloat16(HalfVec h) {
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, BitVec) << 16);
+}
+
+// Round to nearest even; NaN stays NaN.
+SLEEPKERN_INLINE HalfVec to_bfloat16(Vec x) {
+  BitVec u = reinterpret_cast<BitVec>(x);
+  BitVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  BitVec nan = reinterpret_cast<BitVec>(x != x);
+  return __builtin_convertvector(select(nan, broadcast_bits(0x7fc0u), rounded), HalfVec);
+}
+
+// The exponent is moved by a product with 2^112, which also normalises subnormals; inf and NaN get theirs back.
+SLEEPKERN_INLINE Vec from_float16(HalfVec h) {
+  BitVec u = __builtin_convertvector(h, BitVec);
+  BitVec sign = (u & 0x8000u) << 16, rest = (u & 0x7fffu) << 13;
+  BitVec scaled = reinterpret_cast<BitVec>(reinterpret_cast<Vec>(rest) * 0x1p112f);
+  BitVec special = reinterpret_cast<BitVec>((u & 0x7c00u) == 0x7c00u);
+  return reinterpret_cast<Vec>(sign | scaled | (special & 0x7f800000u));
+}
+
+// Round to nearest even; too large becomes inf, NaN stays NaN. Subnormals round by adding 0.5, whose last bit is theirs.
+SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
+  BitVec u = reinterpret_cast<BitVec>(x), sign = u & 0x80000000u;
+  u = u ^ sign;
+  BitVec half = broadcast_bits(126u << 23);
+  BitVec tiny = reinterpret_cast<BitVec>(reinterpret_cast<Vec>(u) + reinterpret_cast<Vec>(half)) - half;
+  BitVec normal = (u + ((uint32_t)(15 - 127) << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  BitVec nan = reinterpret_cast<BitVec>(u > 0x7f800000u);
+  BitVec huge = select(nan, broadcast_bits(0x7e00u), broadcast_bits(0x7c00u));
+  BitVec is_tiny = reinterpret_cast<BitVec>(u < (113u << 23));
+  BitVec is_huge = reinterpret_cast<BitVec>(u >= (143u << 23));
+  BitVec bits = select(is_huge, huge, select(is_tiny, tiny, normal)) | (sign >> 16);
+  return __builtin_convertvector(bits, HalfVec);
+}
+
+// n numbers of a type to float; dst has room up to a multiple of LANES.
+static void load_row(const void* src, Type type, int64_t n, float* dst) {
+  if (type == Type::float32) {
+    std::memcpy(dst, src, n * sizeof(float));
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(src);
+  for (int64_t i = 0; i < n; i += LANES) {
+    HalfVec h{};
+    if (i + LANES <= n) {
+      h = *reinterpret_cast<const HalfVecUnaligned*>(p + i);
+    } else {
+      std::memcpy(&h, p + i, (n - i) * sizeof(uint16_t));
+    }
+    store(dst + i, type == Type::bfloat16 ? from_bfloat16(h) : from_float16(h));
+  }
+}
+
+// n floats to numbers of a type; src is readable up to a multiple of LANES.
+static void store_row(const float* src, Type type, int64_t n, void* dst) {
+  if (type == Type::float32) {
+    std::memcpy(dst, src, n * sizeof(float));
+    return;
+  }
+  uint16_t* p = static_cast<uint16_t*>(dst);
+  for (int64_t i = 0; i < n; i += LANES) {
+    Vec x = load(src + i);
+    HalfVec h = type == Type::bfloat16 ? to_bfloat16(x) : to_float16(x);
+    std::memcpy(p + i, &h, min_of(LANES, n - i) * sizeof(uint16_t));
+  }
+}
+
+static float load_scalar(const void* src, Type type, int64_t i) {
+  alignas(64) float x[LANES];
+  if (type == Type::float32) return static_cast<const float*>(src)[i];
+  load_row(static_cast<const uint16_t*>(src) + i, type, 1, x);
+  return x[0];
+}
+
+template <int STEP, int... LANE>
+SLEEPKERN_INLINE void swap_halves(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
+  Vec low = __builtin_shufflevector(a, b, ((LANE & STEP) ? LANE - STEP + LANES : LANE)...);
+  Vec high = __builtin_shufflevector(a, b, ((LANE & STEP) ? LANE + LANES : LANE + STEP)...);
+  a = low;
+  b = high;
+}
+
+template <int STEP>
+SLEEPKERN_INLINE void transpose_step(Vec (&rows)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) {
+    if ((i & STEP) == 0) {
+      swap_halves<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, LANES>());
+    }
+  }
+}
+
+// A LANES x LANES transpose: each step swaps the off-diagonal halves of blocks of twice the step.
+SLEEPKERN_INLINE void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  Vec rows[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) rows[i] = load(src + i * src_stride);
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  if constexpr (LANES >= 8) transpose_step<4>(rows);
+  if constexpr (LANES >= 16) transpose_step<8>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) store(dst + i * dst_stride, rows[i]);
+}
