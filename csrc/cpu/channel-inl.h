@@ -117,7 +117,7 @@ static void prepare_channel_grams(const Chunk& c, Workspace& w) {
   if (c.p.o) scale_columns(w.scores, end, nullptr, c.p.scale);
 }
 
-static void prepare_channel_decay(const Chunk& c, Workspace& w) {
+SLEEPKERN_STAGE void prepare_channel_decay(const Chunk& c, Workspace& w) {
   const int64_t end = round_up(c.count, PANEL);
   load_channel_rows(c, w);
   prepare_channel_grams(c, w);

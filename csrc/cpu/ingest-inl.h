@@ -4,7 +4,7 @@
 //   O  = read_scale * (q^T S) + P Vn
 //   S  <- keep * S + Kt^T Vn
 
-static void load_values(const Chunk& c, const Workspace& w, int64_t panel) {
+SLEEPKERN_STAGE void load_values(const Chunk& c, const Workspace& w, int64_t panel) {
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
   for (int64_t t = 0; t < c.padded; ++t) {
     float* out = w.values + t * PANEL;
@@ -16,7 +16,7 @@ static void load_values(const Chunk& c, const Workspace& w, int64_t panel) {
   }
 }
 
-static void subtract_held(const Chunk& c, const Workspace& w, const float* state) {
+SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const float* state) {
   for (int64_t i = 0; i < c.padded; i += ROWS) {
     Tile t;
     clear(t);
@@ -30,7 +30,7 @@ static void subtract_held(const Chunk& c, const Workspace& w, const float* state
   }
 }
 
-static void read_out(const Chunk& c, const Workspace& w, const float* state, int64_t panel) {
+SLEEPKERN_STAGE void read_out(const Chunk& c, const Workspace& w, const float* state, int64_t panel) {
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
   const int64_t size = c.p.v.type == Type::float32 ? 4 : 2;
   for (int64_t i = 0; i < c.padded; i += ROWS) {
@@ -48,7 +48,7 @@ static void read_out(const Chunk& c, const Workspace& w, const float* state, int
   }
 }
 
-static void update_state(const Chunk& c, const Workspace& w, float* state) {
+SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, float* state) {
   for (int64_t d = 0; d < w.K; d += ROWS) {
     Tile t;
     load(t, state + d * PANEL);
@@ -58,8 +58,9 @@ static void update_state(const Chunk& c, const Workspace& w, float* state) {
   }
 }
 
-static void ingest(const Chunk& c, Workspace& w) {
+SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, const Chunk& next, const float* next_state) {
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    prefetch_share(next, next_state, w.state_size, panel, w.V_panels);
     float* state = w.state + panel * w.K_rows * PANEL;
     load_values(c, w, panel);
     if (c.p.delta) subtract_held(c, w, state);
@@ -69,25 +70,23 @@ static void ingest(const Chunk& c, Workspace& w) {
 }
 
 // Rows beyond K exist up to a whole panel, are zero, and stay zero.
-static void load_state(const Problem& p, Workspace& w, int64_t unit) {
+SLEEPKERN_STAGE void load_state(const Problem& p, Workspace& w, int64_t unit) {
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
     for (int64_t d = 0; d < w.K_rows; ++d) {
       float* to = w.state + (panel * w.K_rows + d) * PANEL;
       SLEEPKERN_EACH_VEC store(to + n * LANES, Vec{});
-      if (d < w.K && p.state) {
-        std::memcpy(to, p.state + (unit * w.K + d) * w.V + first, width * sizeof(float));
-      }
+      if (d < w.K && p.state) load_row(p.state + (unit * w.K + d) * w.V + first, Type::float32, width, to);
     }
   }
 }
 
-static void store_state(const Problem& p, const Workspace& w, int64_t unit) {
-  for (int64_t d = 0; d < w.K; ++d) {
-    float* to = p.final_state + (unit * w.K + d) * w.V;
-    for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-      const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
-      std::memcpy(to + first, w.state + (panel * w.K_rows + d) * PANEL, width * sizeof(float));
+SLEEPKERN_STAGE void store_state(const Problem& p, const Workspace& w, int64_t unit) {
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+    for (int64_t d = 0; d < w.K; ++d) {
+      const float* from = w.state + (panel * w.K_rows + d) * PANEL;
+      store_row(from, Type::float32, width, p.final_state + (unit * w.K + d) * w.V + first);
     }
   }
 }

@@ -1,6 +1,8 @@
 // The whole forward, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name) and
 // SLEEPKERN_LANES (floats per vector); everything below it has internal linkage in that namespace.
 
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -27,35 +29,59 @@ namespace {
 #include "ingest-inl.h"
 #include "step-inl.h"
 
-// One head of one sequence: unit = sequence * HV + head.
-void forward_head(const Problem& p, Workspace& w, int64_t unit) {
-  const int64_t sequence = unit / p.HV, head = unit % p.HV;
-  const int64_t begin = p.offsets ? p.offsets[sequence] : sequence * p.T;
-  const int64_t end = p.offsets ? p.offsets[sequence + 1] : begin + p.T;
-  if (end - begin <= STEP_LIMIT) {
-    float* state = p.final_state + unit * p.K * p.V;
-    const size_t bytes = p.K * p.V * sizeof(float);
-    if (!p.state) {
-      std::memset(state, 0, bytes);
-    } else if (p.state != p.final_state) {
-      std::memcpy(state, p.state + unit * p.K * p.V, bytes);
-    }
-    const Chunk tokens(p, begin, end - begin, head);
-    for (int64_t t = 0; t < end - begin; ++t) step_token(tokens, w, t, state);
-    return;
+// Token by token, on the state as the caller keeps it; unit = sequence * HV + head.
+SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int64_t begin, int64_t end) {
+  float* state = p.final_state + unit * p.K * p.V;
+  const size_t bytes = p.K * p.V * sizeof(float);
+  if (!p.state) {
+    std::memset(state, 0, bytes);
+  } else if (p.state != p.final_state) {
+    std::memcpy(state, p.state + unit * p.K * p.V, bytes);
   }
-  load_state(p, w, unit);
+  const Chunk tokens(p, begin, end - begin, unit % p.HV);
+  for (int64_t t = 0; t < end - begin; ++t) step_token(tokens, w, t, state);
+}
+
+// `heads` heads of one sequence from `unit` on, taking turns chunk by chunk.
+SLEEPKERN_STAGE void ingest_group(const Problem& p, Workspace& w, int64_t unit, int64_t heads, int64_t begin,
+                                  int64_t end) {
+  auto state_of = [&](int64_t h) { return w.states + h * w.state_size; };
+  for (int64_t h = 0; h < heads; ++h) {
+    w.state = state_of(h);
+    load_state(p, w, unit + h);
+  }
   for (int64_t first = begin; first < end; first += CHUNK) {
-    const Chunk chunk(p, first, min_of(CHUNK, end - first), head);
-    prepare(chunk, w);
-    ingest(chunk, w);
+    const int64_t after = min_of(first + CHUNK, end);
+    for (int64_t h = 0; h < heads; ++h) {
+      const bool last = h + 1 == heads;
+      const int64_t next = last ? 0 : h + 1, next_first = last ? after : first;
+      const int64_t next_count = min_of(CHUNK, end - next_first);
+      const Chunk chunk(p, first, after - first, (unit + h) % p.HV);
+      w.state = state_of(h);
+      prepare(chunk, w);
+      ingest(chunk, w, Chunk(p, next_first, next_count, (unit + next) % p.HV), state_of(next));
+    }
   }
-  store_state(p, w, unit);
+  for (int64_t h = 0; h < heads; ++h) {
+    w.state = state_of(h);
+    store_state(p, w, unit + h);
+  }
 }
 
 void forward_heads(const Problem& p, int64_t begin, int64_t end) {
   Workspace& w = workspace_for(p);
-  for (int64_t unit = begin; unit < end; ++unit) forward_head(p, w, unit);
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t sequence = unit / p.HV;
+    const int64_t first = p.offsets ? p.offsets[sequence] : sequence * p.T;
+    const int64_t last = p.offsets ? p.offsets[sequence + 1] : first + p.T;
+    const int64_t heads = min_of(GROUP, min_of(end, (sequence + 1) * p.HV) - unit);
+    if (last - first <= STEP_LIMIT) {
+      for (int64_t h = 0; h < heads; ++h) step_head(p, w, unit + h, first, last);
+    } else {
+      ingest_group(p, w, unit, heads, first, last);
+    }
+    unit += heads;
+  }
 }
 
 double seconds_now() {
@@ -75,7 +101,10 @@ double peak(double seconds) {
     Tile t;
     clear(t);
     const double began = seconds_now();
-    for (int round = 0; round < 200; ++round) multiply_add<1>(t, left, right, depth);
+    for (int round = 0; round < 200; ++round) {
+      asm volatile("" ::: "memory");  // or the rounds would be folded into one
+      multiply_add<1>(t, left, right, depth);
+    }
     const double took = seconds_now() - began;
     sink = sink + t.at[0][0][0];
     const double rate = 200.0 * 2 * depth * ROWS * PANEL / took;

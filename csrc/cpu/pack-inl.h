@@ -53,3 +53,25 @@ SLEEPKERN_INLINE void pack_writer(const Workspace& w, const float* row, int64_t 
     SLEEPKERN_EACH_VEC store(to + n * LANES, load(row + d + n * LANES));
   }
 }
+
+SLEEPKERN_INLINE void prefetch(const void* data, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(data) + b, 0, 2);
+}
+
+// Ask for share `part` of `parts` of a chunk's rows and of its head's state. Rows lie a whole token apart, each on a
+// page of its own, which the hardware does not foresee; asked for during the turn before, they cost little.
+SLEEPKERN_STAGE void prefetch_share(const Chunk& c, const float* state, int64_t state_size, int64_t part,
+                                    int64_t parts) {
+  const Problem& p = c.p;
+  auto fetch = [&](const Rows& x, int64_t t, int64_t offset, int64_t n) {
+    if (x.data) prefetch(c.row(x, t, offset), n * (x.type == Type::float32 ? 4 : 2));
+  };
+  for (int64_t t = c.count * part / parts; t < c.count * (part + 1) / parts; ++t) {
+    fetch(p.k, t, c.key_head() * p.K, p.K);
+    fetch(p.v, t, c.head * p.V, p.V);
+    if (p.o) fetch(p.q, t, c.key_head() * p.K, p.K);
+    if (p.gate == Gate::channel) fetch(p.g, t, c.head * p.K, p.K);
+  }
+  const int64_t size = state_size / parts;
+  prefetch(state + part * size, size * sizeof(float));
+}

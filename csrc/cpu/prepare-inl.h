@@ -6,7 +6,7 @@
 //
 // Exponents are sums of log decays between two tokens, never positive.
 
-static void prepare_gates(const Chunk& c, Workspace& w) {
+SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
   const Problem& p = c.p;
   const bool head_decay = p.gate == Gate::head;
   double G = 0;
@@ -33,38 +33,54 @@ static void prepare_gates(const Chunk& c, Workspace& w) {
   }
 }
 
-// Scores and couplings by one sweep over the upper triangle of (j, i): rows j of k^T against columns i of q^T and k^T.
-static void prepare_grams(const Chunk& c, Workspace& w) {
-  const bool readouts = c.p.o != nullptr;
-  for (int64_t j = 0; j < c.padded; j += ROWS) {
-    const float* left = w.keys + column_at(j, w.K);
-    for (int64_t i = j / PANEL * PANEL; i < c.count; i += PANEL) {
+// decay[r][l] = exp(G_i - G_j) of rows j + r and columns i + l; 0 for i < j. The differences are taken in double.
+// Away from the diagonal it is a product over the tile's last row R, exp(G_i - R) exp(R - G_j): few exponentials.
+SLEEPKERN_INLINE void decay_block(const Workspace& w, int64_t j, int64_t i, float (&decay)[ROWS][PANEL]) {
+  const double* G = w.log_decay;
+  alignas(64) float columns[PANEL], rows[LANES] = {};
+  if (i >= j + ROWS) {
+    for (int l = 0; l < PANEL; ++l) columns[l] = static_cast<float>(G[i + l] - G[j + ROWS - 1]);
+    for (int r = 0; r < ROWS; ++r) rows[r] = static_cast<float>(G[j + ROWS - 1] - G[j + r]);
+    store(rows, exp_nonpositive(load(rows)));
+    SLEEPKERN_EACH_VEC {
+      const Vec by_column = exp_nonpositive(load(columns + n * LANES));
+      SLEEPKERN_EACH_ROW store(decay[r] + n * LANES, by_column * rows[r]);
+    }
+    return;
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int l = 0; l < PANEL; ++l) decay[r][l] = static_cast<float>(G[i + l] - G[j + r]);
+    for (int64_t l = 0; l < j + r - i; ++l) decay[r][l] = -INFINITY;
+    SLEEPKERN_EACH_VEC store(decay[r] + n * LANES, exp_nonpositive(load(decay[r] + n * LANES)));
+  }
+}
+
+// Rows j .. j + ROWS of left^T right, columns i .. i + PANEL, times the decay and a factor a column.
+SLEEPKERN_INLINE void gram_block(const Workspace& w, const float* right, int64_t j, int64_t i,
+                                 const float (&decay)[ROWS][PANEL], const Vec (&by)[VECS], float* out) {
+  Tile t;
+  clear(t);
+  multiply_add<1>(t, w.keys + column_at(j, w.K), right + i * w.K, w.K);
+  SLEEPKERN_EACH_ROW SLEEPKERN_EACH_VEC t.at[r][n] *= by[n] * load(decay[r] + n * LANES);
+  store(t, out + i * CHUNK + j * PANEL);
+}
+
+// Scores and couplings by one sweep over the upper triangle of (j, i).
+SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
+  Vec scale[VECS], beta[VECS];
+  SLEEPKERN_EACH_VEC scale[n] = broadcast(c.p.scale);
+  for (int64_t i = 0; i < c.count; i += PANEL) {
+    SLEEPKERN_EACH_VEC beta[n] = load(w.beta + i + n * LANES);
+    for (int64_t j = 0; j < min_of(i + PANEL, c.padded); j += ROWS) {
       alignas(64) float decay[ROWS][PANEL];
-      for (int r = 0; r < ROWS; ++r) {
-        alignas(64) float between[PANEL];
-        for (int l = 0; l < PANEL; ++l) {
-          const double d = w.log_decay[i + l] - w.log_decay[j + r];
-          between[l] = i + l >= j + r ? static_cast<float>(d) : -INFINITY;
-        }
-        SLEEPKERN_EACH_VEC store(decay[r] + n * LANES, exp_nonpositive(load(between + n * LANES)));
-      }
-      auto gram = [&](const float* right, const float* column_scale, float scale, float* out) {
-        Tile t;
-        clear(t);
-        multiply_add<1>(t, left, right + i * w.K, w.K);
-        SLEEPKERN_EACH_ROW SLEEPKERN_EACH_VEC {
-          Vec by = column_scale ? load(column_scale + i + n * LANES) : broadcast(scale);
-          t.at[r][n] *= by * load(decay[r] + n * LANES);
-        }
-        store(t, out + i * CHUNK + j * PANEL);
-      };
-      if (c.p.delta) gram(w.keys, w.beta, 0, w.couplings);
-      if (readouts) gram(w.readers, nullptr, c.p.scale, w.scores);
+      decay_block(w, j, i, decay);
+      if (c.p.delta) gram_block(w, w.keys, j, i, decay, beta, w.couplings);
+      if (c.p.o) gram_block(w, w.readers, j, i, decay, scale, w.scores);
     }
   }
 }
 
-static void prepare(const Chunk& c, Workspace& w) {
+SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
   const Problem& p = c.p;
   prepare_gates(c, w);
   if (p.gate == Gate::channel) {

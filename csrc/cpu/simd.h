@@ -13,6 +13,9 @@ typedef uint32_t BitVec __attribute__((vector_size(LANES * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
+// Stages stay functions of their own: inlined into one, they run out of registers and the thread-local workspace's
+// address is fetched again in every tile.
+#define SLEEPKERN_STAGE static __attribute__((noinline))
 #define SLEEPKERN_INLINE static inline __attribute__((always_inline))
 
 // std::min and std::max are templates shared by all files, see above.
@@ -89,35 +92,53 @@ SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
   return __builtin_convertvector(bits, HalfVec);
 }
 
+// n < LANES numbers, one by one: a memcpy of unknown size would be a call into libc.
+template <class T>
+SLEEPKERN_INLINE void copy_tail(T* to, const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+
+SLEEPKERN_INLINE Vec widen(HalfVec h, Type type) {
+  return type == Type::bfloat16 ? from_bfloat16(h) : from_float16(h);
+}
+
 // n numbers of a type to float; dst has room up to a multiple of LANES.
-static void load_row(const void* src, Type type, int64_t n, float* dst) {
+SLEEPKERN_INLINE void load_row(const void* src, Type type, int64_t n, float* dst) {
+  int64_t i = 0;
   if (type == Type::float32) {
-    std::memcpy(dst, src, n * sizeof(float));
-    return;
+    const float* p = static_cast<const float*>(src);
+    for (; i + LANES <= n; i += LANES) store(dst + i, load(p + i));
+    return copy_tail(dst + i, p + i, n - i);
   }
   const uint16_t* p = static_cast<const uint16_t*>(src);
-  for (int64_t i = 0; i < n; i += LANES) {
-    HalfVec h{};
-    if (i + LANES <= n) {
-      h = *reinterpret_cast<const HalfVecUnaligned*>(p + i);
-    } else {
-      std::memcpy(&h, p + i, (n - i) * sizeof(uint16_t));
-    }
-    store(dst + i, type == Type::bfloat16 ? from_bfloat16(h) : from_float16(h));
+  for (; i + LANES <= n; i += LANES) {
+    store(dst + i, widen(*reinterpret_cast<const HalfVecUnaligned*>(p + i), type));
   }
+  if (i == n) return;
+  uint16_t tail[LANES] = {};
+  copy_tail(tail, p + i, n - i);
+  store(dst + i, widen(*reinterpret_cast<const HalfVecUnaligned*>(tail), type));
 }
 
 // n floats to numbers of a type; src is readable up to a multiple of LANES.
-static void store_row(const float* src, Type type, int64_t n, void* dst) {
+SLEEPKERN_INLINE void store_row(const float* src, Type type, int64_t n, void* dst) {
+  int64_t i = 0;
   if (type == Type::float32) {
-    std::memcpy(dst, src, n * sizeof(float));
-    return;
+    float* p = static_cast<float*>(dst);
+    for (; i + LANES <= n; i += LANES) store(p + i, load(src + i));
+    return copy_tail(p + i, src + i, n - i);
   }
   uint16_t* p = static_cast<uint16_t*>(dst);
-  for (int64_t i = 0; i < n; i += LANES) {
-    Vec x = load(src + i);
-    HalfVec h = type == Type::bfloat16 ? to_bfloat16(x) : to_float16(x);
-    std::memcpy(p + i, &h, min_of(LANES, n - i) * sizeof(uint16_t));
+  for (; i < n; i += LANES) {
+    const Vec x = load(src + i);
+    const HalfVec h = type == Type::bfloat16 ? to_bfloat16(x) : to_float16(x);
+    if (i + LANES <= n) {
+      *reinterpret_cast<HalfVecUnaligned*>(p + i) = h;
+    } else {
+      uint16_t tail[LANES];
+      *reinterpret_cast<HalfVecUnaligned*>(tail) = h;
+      copy_tail(p + i, tail, n - i);
+    }
   }
 }
 

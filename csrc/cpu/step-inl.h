@@ -63,7 +63,7 @@ static void step_columns(const StepToken& x, const Problem& p, float* state, flo
   }
 }
 
-static void step_token(const Chunk& c, Workspace& w, int64_t t, float* state) {
+SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* state) {
   const Problem& p = c.p;
   const int64_t size = p.v.type == Type::float32 ? 4 : 2;
   float *k = w.rows, *q = k + w.row_size, *decay = q + w.row_size, *v = decay + w.row_size;

@@ -1,11 +1,19 @@
-// What one thread holds of one head: the operands of a chunk and the state, in panels (tile.h). About 310 KB at
-// K = V = 128, of which a panel's turn touches 8 KB of state, 4 KB of values and streams the rest from L2.
+// What one thread holds: the states of a group of heads and the operands of one chunk of one head, in panels (tile.h).
+// At K = V = 128 a state is 64 KB and the operands 190 KB, of which a panel's turn touches 8 KB of state and 4 KB of
+// values and streams the rest from L2.
+
+// Heads of one sequence that take turns chunk by chunk, so that a page of the caller's tensors, on which the rows of
+// several heads lie side by side, is visited once and not once a head. Measured against one head after the other at
+// H = 16, K = V = 128, T = 2048: a quarter less time.
+constexpr int64_t GROUP = 8;
 
 struct Workspace {
   int64_t K, V;              // head sizes
   int64_t K_rows, V_panels;  // K rounded up to whole panels; number of value panels
+  int64_t state_size;        // floats of a state in panels
 
-  float* state;  // [V_panels][K_rows][PANEL]
+  float* states;  // [GROUP][V_panels][K_rows][PANEL]
+  float* state;   // the one of the head whose turn it is
   float* keys;     // [CHUNK / PANEL][K][PANEL]  k^T; times E per channel for channel decay
   float* readers;  // same, of q^T
   float* writers;        // [K_rows / PANEL][CHUNK][PANEL]  Kt = k exp(G_C - G)
@@ -30,8 +38,6 @@ struct Workspace {
   float to_end[CHUNK];      // exp(G_C - G) for head decay
   double log_decay[CHUNK];  // G for head decay; double because a difference of two large sums is wanted exactly
   float* keep;              // [K_rows] Gam of each row of the state
-
-  float* memory;
 };
 
 // Place the arrays in `memory`, each on its own cache line; returns the floats needed. A null memory only counts.
@@ -49,7 +55,9 @@ static int64_t lay_out(Workspace& w, const Problem& p, float* memory) {
   w.K_rows = round_up(p.K, PANEL);
   w.V_panels = round_up(p.V, PANEL) / PANEL;
   w.row_size = round_up(max_of(p.K, p.V), PANEL);
-  w.state = take(w.V_panels * w.K_rows * PANEL);
+  w.state_size = w.V_panels * w.K_rows * PANEL;
+  w.states = take(GROUP * w.state_size);
+  w.state = w.states;
   w.keys = take(token_panels);
   w.readers = take(token_panels);
   w.writers = take(w.K_rows * CHUNK);
@@ -67,21 +75,34 @@ static int64_t lay_out(Workspace& w, const Problem& p, float* memory) {
   return used;
 }
 
+// Memory in huge pages where the system grants them: scattered small pages collide in L2 and cost half the speed.
+static float* allocate(int64_t floats) {
+  const size_t huge = size_t{1} << 21, bytes = round_up(floats * sizeof(float), huge);
+  void* memory = std::aligned_alloc(huge, bytes);
+  if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+  madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+  return static_cast<float*>(memory);
+}
+
 // The thread's workspace for a problem; the memory grows to the largest problem seen and stays for the next call.
 static Workspace& workspace_for(const Problem& p) {
   struct Owner {
     Workspace w{};
+    float* memory = nullptr;
     int64_t capacity = 0;
-    ~Owner() { std::free(w.memory); }
+    ~Owner() { std::free(memory); }
   };
   static thread_local Owner owner;
   const int64_t size = lay_out(owner.w, p, nullptr);
   if (size > owner.capacity) {
-    std::free(owner.w.memory);
-    owner.w.memory = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
-    owner.capacity = owner.w.memory ? size : 0;
-    if (!owner.w.memory) throw std::bad_alloc();
+    std::free(owner.memory);
+    owner.memory = nullptr;
+    owner.capacity = 0;
+    owner.memory = allocate(size);
+    owner.capacity = size;
   }
-  lay_out(owner.w, p, owner.w.memory);
+  lay_out(owner.w, p, owner.memory);
   return owner.w;
 }
