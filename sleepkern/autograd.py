@@ -11,11 +11,13 @@ backward always come from the same one.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .backends.tensors import Ingested
 from .dispatch import backend_named
 from .problem import Problem, Tensors, check_values, describe
 from .rules import RULES
@@ -35,24 +37,54 @@ _library.define(
 _library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}) -> Tensor")
 
 
-def ingest(problem: Problem, backend: str, x: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, state, residual, passes) through the operator; absent ones are empty tensors."""
-    return torch.ops.sleepkern.ingest.default(  # type: ignore[no-any-return]
+def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
+    """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator."""
+    if _unrecorded(x):
+        check_values(problem, x)
+        out: Ingested = engine.forward(problem, x)
+        return out
+    o, state, residual, passes = torch.ops.sleepkern.ingest.default(
         *x,
         problem.rule.name,
-        backend,
+        engine.NAME,
         problem.scale,
         problem.normalize,
         problem.passes,
         problem.tol,
         problem.method,
     )
+    if problem.tol is None:
+        return Ingested(o if problem.output else None, state)
+    return Ingested(o if problem.output else None, state, residual, passes)
 
 
-def step(problem: Problem, backend: str, x: Tensors) -> Tensor:
-    """Readouts [B,T,HV,V]; x.state is updated in place."""
+def step(problem: Problem, engine: ModuleType, x: Tensors) -> Tensor:
+    """Readouts [B,T,HV,V]; x.state is updated in place. Not differentiable: callers take `ingest` then."""
+    if _unrecorded(x):
+        check_values(problem, x)
+        o: Tensor = engine.step(problem, x)
+        return o
     return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
-        *x, problem.rule.name, backend, problem.scale, problem.normalize
+        *x, problem.rule.name, engine.NAME, problem.scale, problem.normalize
+    )
+
+
+def wants_grad(x: Tensors) -> bool:
+    """Whether autograd would record a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)
+
+
+def _unrecorded(x: Tensors) -> bool:
+    """Nobody looks at the operator: no graph capture, mode, subclass, transform or gradient.
+
+    Passing torch's dispatcher by way of Python costs more than the rest of a call.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x.k) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x.k)
+        and not wants_grad(x)
     )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from types import ModuleType
 
+from . import settings
 from .backends import BACKENDS
 from .problem import Problem
 
@@ -38,7 +38,7 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     Raises:
         ValueError: no such backend, or the one asked for cannot do the problem (with its reason).
     """
-    wanted = backend or os.environ.get("SLEEPKERN_BACKEND") or None
+    wanted = backend or settings.BACKEND
     if wanted is not None:
         return _by_name(wanted, problem)
     for candidate in BACKENDS:
@@ -50,7 +50,7 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
     """Every backend's answer for the problem, and which one a call would take."""
     reasons = {candidate.NAME: candidate.why_not(problem) for candidate in BACKENDS}
-    wanted = backend or os.environ.get("SLEEPKERN_BACKEND") or None
+    wanted = backend or settings.BACKEND
     can = [name for name, reason in reasons.items() if reason is None and wanted in (None, name)]
     if not can:
         return Explanation(problem, None, "-", reasons)

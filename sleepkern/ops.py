@@ -192,11 +192,13 @@ def recurrent_step(
     x = _cast(Tensors(q, k, v, g, beta, state, None))
     problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
     engine = choose(problem, backend)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)
-    if inplace and not recorded:
-        return autograd.step(problem, engine.NAME, x), state
-    o, final, _, _ = autograd.ingest(problem, engine.NAME, x)
-    return o, state.copy_(final) if inplace else final
+    if inplace and not autograd.wants_grad(x):
+        return autograd.step(problem, engine, x), state
+    if inplace:  # what is saved for the gradient must not be the buffer that is about to be overwritten
+        x = x._replace(state=state.clone())
+    out = autograd.ingest(problem, engine, x)
+    assert out.o is not None
+    return out.o, state.copy_(out.state) if inplace else out.state
 
 
 def sleep_ingest(
@@ -277,21 +279,17 @@ def run(
     x = _cast(x)
     problem = check(rule, x, scale, normalize, passes, tol, method, readouts)
     engine = choose(problem, backend)
-    o, state, residual, made = autograd.ingest(problem, engine.NAME, x)
-    return SleepResult(
-        final_state=state,
-        output=o if problem.output else None,
-        passes=passes if tol is None else made,
-        residual=None if tol is None else residual,
-        method=engine.method_of(problem),
-    )
+    out = autograd.ingest(problem, engine, x)
+    made = passes if out.passes is None else out.passes
+    return SleepResult(out.state, out.o, made, out.residual, engine.method_of(problem))
 
 
 def _cast(x: Tensors) -> Tensors:
     """Under autocast q, k and v take its type, as a matrix product's operands would; gates and state stay."""
-    if not isinstance(x.k, Tensor) or not torch.is_autocast_enabled(x.k.device.type):
+    device = x.k.device.type if isinstance(x.k, Tensor) else "cpu"
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return x
-    dtype = torch.get_autocast_dtype(x.k.device.type)
+    dtype = torch.get_autocast_dtype(device)
     q = x.q if x.q is None else x.q.to(dtype)
     return x._replace(q=q, k=x.k.to(dtype), v=x.v.to(dtype))
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import settings
 from .rules import Rule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,8 +26,7 @@ class Tensors(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Sizes and types of one call; together with the tensors it is all that a backend is given.
 
     sequences is the number of states: B, or the number of packed sequences. T counts the tokens of a row
@@ -69,27 +67,14 @@ def describe(
     method: str = "auto",
 ) -> Problem:
     """The Problem of tensors that are known to fit."""
-    k = x.k
+    _, k, v, _, _, _, cu_seqlens = x
     B, T, H, K = k.shape
+    _, _, HV, V = v.shape
     return Problem(
-        rule=rule,
-        device=k.device.type,
-        dtype=k.dtype,
-        B=B,
-        T=T,
-        H=H,
-        HV=x.v.shape[2],
-        K=K,
-        V=x.v.shape[3],
-        sequences=B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1,
-        packed=x.cu_seqlens is not None,
-        output=x.q is not None,
-        normalize=normalize,
-        scale=scale,
-        passes=passes,
-        tol=tol,
-        method=method,
-    )
+        rule, k.device.type, k.dtype, B, T, H, HV, K, V,
+        B if cu_seqlens is None else cu_seqlens.numel() - 1, cu_seqlens is not None, x.q is not None,
+        normalize, scale, passes, tol, method,
+    )  # fmt: skip
 
 
 def check(
@@ -112,34 +97,35 @@ def check(
         ValueError: a wrong shape, device or option. Messages name the argument, what it got, what it expects.
     """
     q, k, v, g, beta, state, cu_seqlens = x
-    _check_tensors({"k": k, "v": v, **({"q": q} if readouts else {})}, required=True)
-    _check_tensors({"q": q, "g": g, "beta": beta, state_name: state, "cu_seqlens": cu_seqlens})
+    _check_tensors(x, readouts, state_name)
     _check_key_value(q, k, v)
-    B, T, _, K = k.shape
-    HV, V = v.shape[2], v.shape[3]
-    _check_gate(rule, g, (B, T, HV), K)
+    scale = k.shape[3] ** -0.5 if scale is None else float(scale)
+    problem = describe(rule, x, scale, normalize, passes, tol, method)
+    B, T, HV, K, V = problem.B, problem.T, problem.HV, problem.K, problem.V
+    rows = (B, T, HV)
+    _check_gate(rule, g, rows, K)
     if rule.delta and beta is None:
         raise ValueError(f"beta: {rule.name} needs it, got None; expected a tensor {[B, T, HV]}")
-    _check_shape("beta", beta, (B, T, HV))
-    sequences = B if cu_seqlens is None else _check_packing(cu_seqlens, B)
-    _check_shape(state_name, state, (sequences, HV, K, V))
-    _check_types(k, state, state_name, {"g": g, "beta": beta})
-    _check_devices(k, {"q": q, "v": v, "g": g, "beta": beta, state_name: state})
-    _check_replay(passes, tol, method)
-    scale = K**-0.5 if scale is None else float(scale)
-    return describe(rule, x, scale, normalize, passes, tol, method)
+    _check_shape("beta", beta, rows)
+    if cu_seqlens is not None:
+        _check_packing(cu_seqlens, B)
+    _check_shape(state_name, state, (problem.sequences, HV, K, V))
+    _check_types(x, problem, state_name)
+    if passes != 1 or tol is not None or method != "auto":
+        _check_replay(passes, tol, method)
+    return problem
 
 
 def check_values(problem: Problem, x: Tensors) -> None:
     """Check what only the values can tell, before a kernel runs and outside of any graph capture.
 
-    On the CPU always; on a GPU, where reading a value would stall the stream, with SLEEPKERN_DEBUG=1 only.
-    SLEEPKERN_DEBUG=1 also looks for NaN.
+    On the CPU always; on a GPU, where reading a value would stall the stream, only with SLEEPKERN_DEBUG=1, which also
+    looks for NaN.
 
     Raises:
         ValueError: cu_seqlens that fall, g > 0, NaN, or a replay that would diverge.
     """
-    debug = os.environ.get("SLEEPKERN_DEBUG") == "1"
+    debug = settings.DEBUG
     cu_seqlens, g = x.cu_seqlens, x.g
     if cu_seqlens is not None and (debug or cu_seqlens.device.type == "cpu"):
         _check_offsets(cu_seqlens.tolist(), problem.T)
@@ -149,33 +135,39 @@ def check_values(problem: Problem, x: Tensors) -> None:
         for name, t in zip(Tensors._fields, x, strict=True):
             if t is not None and bool(torch.isnan(t).any()):
                 raise ValueError(f"{name}: got NaN; expected numbers")
-    if g is not None and g.numel() and float(g.detach().amax()) > 0:
-        raise ValueError(
-            f"g: got a log decay of {float(g.detach().amax()):.4g}; expected g <= 0 (a = exp(g) <= 1)"
-        )
+    if g is not None and g.numel() and (largest := g.amax().item()) > 0:
+        raise ValueError(f"g: got a log decay of {largest:.4g}; expected g <= 0 (a = exp(g) <= 1)")
     if problem.passes > 1 and problem.rule.delta and x.beta is not None and x.k.numel():
         _check_contraction(problem, x.k, x.beta)
 
 
-def _check_tensors(named: dict[str, Tensor | None], required: bool = False) -> None:
-    for name, x in named.items():
-        if (required or x is not None) and not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {type(x).__name__}; expected a torch.Tensor")
+def _check_tensors(x: Tensors, readouts: bool, state_name: str) -> None:
+    names = ("q", "k", "v", "g", "beta", state_name, "cu_seqlens")
+    optional = names[3:] if readouts else ("q", *names[3:])
+    for name, t in zip(names, x, strict=True):
+        if not isinstance(t, Tensor) and not (t is None and name in optional):
+            raise TypeError(f"{name}: got {type(t).__name__}; expected a torch.Tensor")
+    device = x.k.device
+    for name, t in zip(names[:6], x, strict=False):
+        if t is not None and t.device != device:
+            raise ValueError(f"{name}: got device {t.device}; expected {device}, where k is")
 
 
 def _check_key_value(q: Tensor | None, k: Tensor, v: Tensor) -> None:
-    for name, x, form in (("k", k, "[B, T, H, K]"), ("v", v, "[B, T, HV, V]"), ("q", q, "[B, T, H, K]")):
-        if x is not None and x.dim() != 4:
-            raise ValueError(f"{name}: got shape {list(x.shape)}; expected {form}")
+    if k.dim() != 4:
+        raise ValueError(f"k: got shape {list(k.shape)}; expected [B, T, H, K]")
+    if v.dim() != 4:
+        raise ValueError(f"v: got shape {list(v.shape)}; expected [B, T, HV, V]")
     B, T, H, K = k.shape
+    v_B, v_T, HV, V = v.shape
     if B == 0 or H == 0 or K == 0:
         raise ValueError(f"k: got shape {list(k.shape)}; expected B, H and K of at least 1")
-    if q is not None:
-        _check_shape("q", q, (B, T, H, K))
-    if v.shape[:2] != k.shape[:2] or v.shape[3] == 0:
+    if q is not None and q.shape != k.shape:
+        raise ValueError(f"q: got shape {list(q.shape)}; expected {list(k.shape)}")
+    if v_B != B or v_T != T or V == 0:
         raise ValueError(f"v: got shape {list(v.shape)}; expected {[B, T, 'HV', 'V']} with V of at least 1")
-    if v.shape[2] == 0 or v.shape[2] % H != 0:
-        raise ValueError(f"v: got HV = {v.shape[2]} value heads; expected a multiple of H = {H}")
+    if HV == 0 or HV % H != 0:
+        raise ValueError(f"v: got HV = {HV} value heads; expected a multiple of H = {H}")
 
 
 def _check_gate(rule: Rule, g: Tensor | None, rows: tuple[int, int, int], K: int) -> None:
@@ -190,39 +182,30 @@ def _check_gate(rule: Rule, g: Tensor | None, rows: tuple[int, int, int], K: int
 
 
 def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
-    if x is not None and tuple(x.shape) != shape:
+    if x is not None and x.shape != shape:
         raise ValueError(f"{name}: got shape {list(x.shape)}; expected {list(shape)}")
 
 
-def _check_packing(cu_seqlens: Tensor, B: int) -> int:
+def _check_packing(cu_seqlens: Tensor, B: int) -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens: got shape {list(cu_seqlens.shape)}; expected [n + 1] with n >= 1")
     if B != 1:
         raise ValueError(f"cu_seqlens: got a batch of B = {B}; expected B = 1 for packed sequences")
-    return cu_seqlens.shape[0] - 1
 
 
-def _check_types(
-    k: Tensor, state: Tensor | None, state_name: str, gates: dict[str, Tensor | None]
-) -> None:
-    if k.dtype not in FLOATS:
-        raise TypeError(f"k: got {k.dtype}; expected one of {', '.join(map(str, FLOATS))}")
-    for name, x in gates.items():
-        if x is not None and x.dtype not in FLOATS:
-            raise TypeError(f"{name}: got {x.dtype}; expected one of {', '.join(map(str, FLOATS))}")
-    expected = torch.float64 if k.dtype == torch.float64 else torch.float32
-    if state is not None and state.dtype != expected:
-        raise TypeError(f"{state_name}: got {state.dtype}; expected {expected} for {k.dtype} inputs")
-
-
-def _check_devices(k: Tensor, others: dict[str, Tensor | None]) -> None:
-    for name, x in others.items():
-        if x is not None and x.device != k.device:
-            raise ValueError(f"{name}: got device {x.device}; expected {k.device}, where k is")
-        if x is not None and name in ("q", "v") and x.dtype != k.dtype:
-            raise TypeError(f"{name}: got {x.dtype}; expected {k.dtype}, the type of k")
+def _check_types(x: Tensors, problem: Problem, state_name: str) -> None:
+    for name, t in (("k", x.k), ("g", x.g), ("beta", x.beta)):
+        if t is not None and t.dtype not in FLOATS:
+            raise TypeError(f"{name}: got {t.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    for name, t in (("q", x.q), ("v", x.v)):
+        if t is not None and t.dtype != problem.dtype:
+            raise TypeError(f"{name}: got {t.dtype}; expected {problem.dtype}, the type of k")
+    if x.state is not None and x.state.dtype != problem.state_dtype:
+        raise TypeError(
+            f"{state_name}: got {x.state.dtype}; expected {problem.state_dtype} for {problem.dtype} inputs"
+        )
 
 
 def _check_replay(passes: int, tol: float | None, method: str) -> None:

@@ -21,6 +21,7 @@ except ImportError as error:
 NAME = "cpu"
 _GATES = {"none": 0, "head": 1, "channel": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ABSENT = (0, 0, 0)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -83,40 +84,48 @@ def step(problem: Problem, x: Tensors) -> Tensor:
 def _one_pass(
     problem: Problem, x: Tensors, state: Tensor | None, output: bool, final: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
-    k, v = x.k, x.v
-    o = k.new_empty((problem.B, problem.T, problem.HV, problem.V)) if output else None
+    H, HV, K, V = problem.H, problem.HV, problem.K, problem.V
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
     if final is None:
-        shape = (problem.sequences, problem.HV, problem.K, problem.V)
-        final = k.new_empty(shape, dtype=torch.float32)
+        final = torch.empty((problem.sequences, HV, K, V), dtype=torch.float32)
         state = None if state is None else state.contiguous()
     offsets = None if x.cu_seqlens is None else x.cu_seqlens.to("cpu", torch.int64).contiguous()
-    q, k, v, g, beta = (_rows(t) if t is not None else None for t in (x.q if output else None, k, v, x.g, x.beta))
+    q, q_view = _rows(x.q, H * K) if output else (None, _ABSENT)
+    k, k_view = _rows(x.k, H * K)
+    v, v_view = _rows(x.v, HV * V)
+    g, g_view = _rows(x.g, HV * K if problem.rule.gate == "channel" else HV)
+    beta, beta_view = _rows(x.beta, HV)
     _C.forward(
         _GATES[problem.rule.gate], problem.rule.delta, problem.normalize, problem.scale,
-        problem.sequences, problem.T, problem.H, problem.HV, problem.K, problem.V,
+        problem.sequences, problem.T, H, HV, K, V,
         0 if offsets is None else offsets.data_ptr(),
-        _view(q), _view(k), _view(v), _view(g), _view(beta),
+        q_view, k_view, v_view, g_view, beta_view,
         0 if state is None else state.data_ptr(),
         0 if o is None else o.data_ptr(), final.data_ptr(),
     )  # fmt: skip
     return o, final
 
 
-def _rows(t: Tensor) -> Tensor:
-    """t itself where all its tokens lie one row stride apart, also inside a wider projection; else a copy."""
+def _rows(t: Tensor | None, width: int) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """A tensor of tokens of `width` numbers as _C takes it, (address, row stride, type code), and what keeps it alive.
+
+    Read in place where all tokens lie one row stride apart, also inside a wider projection; else copied.
+    """
+    if t is None:
+        return None, _ABSENT
+    if t.dtype not in _TYPES:  # float64 gates beside float32 inputs
+        t = t.float()
     if t.is_contiguous():
-        return t
+        return t, (t.data_ptr(), width, _TYPES[t.dtype])
+    if not _evenly_spaced(t):
+        t = t.contiguous()
+    return t, (t.data_ptr(), t.stride(1) if t.shape[1] > 1 else t.stride(0), _TYPES[t.dtype])
+
+
+def _evenly_spaced(t: Tensor) -> bool:
     stride, inner = t.stride(), 1
     for size, step in zip(reversed(t.shape[2:]), reversed(stride[2:]), strict=True):
         if size != 1 and step != inner:
-            return t.contiguous()
+            return False
         inner *= size
-    return t if t.shape[0] == 1 or stride[0] == t.shape[1] * stride[1] else t.contiguous()
-
-
-def _view(t: Tensor | None) -> tuple[int, int, int]:
-    """(address, row stride in elements, type code) as _C takes a tensor of rows; zeros for None."""
-    if t is None:
-        return 0, 0, 0
-    row = t.stride(1) if t.shape[1] > 1 else t.stride(0)
-    return t.data_ptr(), row, _TYPES[t.dtype]
+    return t.shape[0] == 1 or t.shape[1] == 1 or stride[0] == t.shape[1] * stride[1]

@@ -60,6 +60,8 @@ def token_loop(
 ) -> tuple[Tensor | None, Tensor]:
     """S <- a S;  S <- S + b k (v - [delta] S^T k)^T;  o = scale S^T q, for each token."""
     outputs = []
+    if h.k.shape[2] == 0:
+        state = state.clone()  # the result never is the caller's tensor
     for t in range(h.k.shape[2]):
         if h.g is not None:
             a = h.g[:, :, t].exp()
