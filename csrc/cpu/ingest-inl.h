@@ -6,13 +6,16 @@
 
 SLEEPKERN_STAGE void load_values(const Chunk& c, const Workspace& w, int64_t panel) {
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+  const bool whole = c.p.v.type == Type::float32 && width == PANEL;
   for (int64_t t = 0; t < c.padded; ++t) {
     float* out = w.values + t * PANEL;
-    SLEEPKERN_EACH_VEC store(out + n * LANES, Vec{});
+    if (!whole || t >= c.count) SLEEPKERN_EACH_VEC store(out + n * LANES, Vec{});
     if (t >= c.count) continue;
-    load_row(c.row(c.p.v, t, c.head * w.V + first), c.p.v.type, width, out);
+    const void* row = c.row(c.p.v, t, c.head * w.V + first);
+    if (!whole) load_row(row, c.p.v.type, width, out);
+    const float* from = whole ? static_cast<const float*>(row) : out;
     const Vec b = broadcast(w.beta[t]);
-    SLEEPKERN_EACH_VEC store(out + n * LANES, load(out + n * LANES) * b);
+    SLEEPKERN_EACH_VEC store(out + n * LANES, load(from + n * LANES) * b);
   }
 }
 
@@ -30,21 +33,35 @@ SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const flo
   }
 }
 
+// The first `count` rows of a tile to o, tokens from `token` on.
+SLEEPKERN_INLINE void store_readouts(const Chunk& c, const Tile& t, int64_t token, int64_t count, int64_t first,
+                                     int64_t width) {
+  const Problem& p = c.p;
+  const int64_t stride = p.HV * p.V, at = (c.first + token) * stride + c.head * p.V + first;
+  if (p.v.type == Type::float32 && width == PANEL) {
+    float* o = static_cast<float*>(p.o) + at;
+    SLEEPKERN_EACH_ROW {
+      if (r < count) SLEEPKERN_EACH_VEC store(o + r * stride + n * LANES, t.at[r][n]);
+    }
+    return;
+  }
+  alignas(64) float rows[ROWS * PANEL];
+  store(t, rows);
+  const int64_t size = p.v.type == Type::float32 ? 4 : 2;
+  for (int64_t r = 0; r < count; ++r) {
+    store_row(rows + r * PANEL, p.v.type, width, static_cast<char*>(p.o) + (at + r * stride) * size);
+  }
+}
+
 SLEEPKERN_STAGE void read_out(const Chunk& c, const Workspace& w, const float* state, int64_t panel) {
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
-  const int64_t size = c.p.v.type == Type::float32 ? 4 : 2;
   for (int64_t i = 0; i < c.padded; i += ROWS) {
     Tile t;
     clear(t);
     multiply_add<1>(t, w.readers + column_at(i, w.K), state, w.K);
     scale_rows(t, w.read_scale + i);
     multiply_add<1>(t, w.scores + column_at(i, CHUNK), w.values, i + ROWS);
-    alignas(64) float out[ROWS * PANEL];
-    store(t, out);
-    for (int64_t r = 0; r < min_of(ROWS, c.count - i); ++r) {
-      const int64_t at = ((c.first + i + r) * c.p.HV + c.head) * w.V + first;
-      store_row(out + r * PANEL, c.p.v.type, width, static_cast<char*>(c.p.o) + at * size);
-    }
+    store_readouts(c, t, i, min_of(ROWS, c.count - i), first, width);
   }
 }
 
