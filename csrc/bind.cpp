@@ -10,6 +10,9 @@
 
 #include "cpu/implementation.h"
 #include "problem.h"
+#ifdef SLEEPKERN_HAS_CUDA
+#include "cuda/device.h"
+#endif
 
 namespace py = pybind11;
 using namespace sleepkern;
@@ -70,6 +73,29 @@ double peak_gflops(double seconds) {
   return implementation().peak(seconds) * 1e-9;
 }
 
+// One dict a GPU; none where the module was built without CUDA or the machine has no GPU.
+py::list cuda_devices() {
+  py::list found;
+#ifdef SLEEPKERN_HAS_CUDA
+  for (const cuda::Device& d : cuda::devices()) {
+    py::dict device;
+    device["name"] = d.name;
+    device["capability"] = py::make_tuple(d.major, d.minor);
+    device["memory"] = d.memory;
+    device["multiprocessors"] = d.multiprocessors;
+    device["shared_memory"] = d.shared_memory;
+    found.append(device);
+  }
+#endif
+  return found;
+}
+
+#ifdef SLEEPKERN_HAS_CUDA
+constexpr bool HAS_CUDA = true;
+#else
+constexpr bool HAS_CUDA = false;
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -81,4 +107,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &set_isa, "Use another one, for tests and benchmarks.");
   m.def("threads_source", &thread_source, "Whose threads: torch, openmp or none.");
   m.def("peak_gflops", &peak_gflops, "GFLOP/s that one core reaches from registers, measured for some seconds.");
+  m.attr("has_cuda") = HAS_CUDA;
+  m.def("cuda_devices", &cuda_devices, "The GPUs that the CUDA run-time library sees.");
 }

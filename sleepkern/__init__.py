@@ -2,6 +2,7 @@
 
 from . import rules
 from .dispatch import Explanation
+from .measure import bench, verify
 from .ops import (
     SleepResult,
     delta_rule,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "SleepResult",
+    "bench",
     "delta_rule",
     "explain",
     "gated_delta_rule",
@@ -30,4 +32,5 @@ __all__ = [
     "simple_gla",
     "sleep_ingest",
     "ssd",
+    "verify",
 ]

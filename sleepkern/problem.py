@@ -101,15 +101,16 @@ def check(
     _check_key_value(q, k, v)
     scale = k.shape[3] ** -0.5 if scale is None else float(scale)
     problem = describe(rule, x, scale, normalize, passes, tol, method)
-    B, T, HV, K, V = problem.B, problem.T, problem.HV, problem.K, problem.V
-    rows = (B, T, HV)
-    _check_gate(rule, g, rows, K)
+    rows = (problem.B, problem.T, problem.HV)
+    _check_gate(rule, g, rows, problem.K)
     if rule.delta and beta is None:
-        raise ValueError(f"beta: {rule.name} needs it, got None; expected a tensor {[B, T, HV]}")
-    _check_shape("beta", beta, rows)
+        raise ValueError(f"beta: {rule.name} needs it, got None; expected a tensor {list(rows)}")
+    if beta is not None and beta.shape != rows:
+        raise _wrong_shape("beta", beta, rows)
     if cu_seqlens is not None:
-        _check_packing(cu_seqlens, B)
-    _check_shape(state_name, state, (problem.sequences, HV, K, V))
+        _check_packing(cu_seqlens, problem.B)
+    if state is not None and state.shape != (expected := (problem.sequences, problem.HV, problem.K, problem.V)):
+        raise _wrong_shape(state_name, state, expected)
     _check_types(x, problem, state_name)
     if passes != 1 or tol is not None or method != "auto":
         _check_replay(passes, tol, method)
@@ -143,13 +144,13 @@ def check_values(problem: Problem, x: Tensors) -> None:
 
 def _check_tensors(x: Tensors, readouts: bool, state_name: str) -> None:
     names = ("q", "k", "v", "g", "beta", state_name, "cu_seqlens")
-    optional = names[3:] if readouts else ("q", *names[3:])
+    device = x.k.device if isinstance(x.k, Tensor) else None
     for name, t in zip(names, x, strict=True):
-        if not isinstance(t, Tensor) and not (t is None and name in optional):
+        if t is None and not (name in ("k", "v") or (name == "q" and readouts)):
+            continue
+        if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}; expected a torch.Tensor")
-    device = x.k.device
-    for name, t in zip(names[:6], x, strict=False):
-        if t is not None and t.device != device:
+        if t.device != device and device is not None and name != "cu_seqlens":
             raise ValueError(f"{name}: got device {t.device}; expected {device}, where k is")
 
 
@@ -163,7 +164,7 @@ def _check_key_value(q: Tensor | None, k: Tensor, v: Tensor) -> None:
     if B == 0 or H == 0 or K == 0:
         raise ValueError(f"k: got shape {list(k.shape)}; expected B, H and K of at least 1")
     if q is not None and q.shape != k.shape:
-        raise ValueError(f"q: got shape {list(q.shape)}; expected {list(k.shape)}")
+        raise _wrong_shape("q", q, k.shape)
     if v_B != B or v_T != T or V == 0:
         raise ValueError(f"v: got shape {list(v.shape)}; expected {[B, T, 'HV', 'V']} with V of at least 1")
     if HV == 0 or HV % H != 0:
@@ -178,12 +179,12 @@ def _check_gate(rule: Rule, g: Tensor | None, rows: tuple[int, int, int], K: int
     shape = rows if rule.gate == "head" else (*rows, K)
     if g is None:
         raise ValueError(f"g: {rule.name} needs it, got None; expected a tensor {list(shape)}")
-    _check_shape("g", g, shape)
+    if g.shape != shape:
+        raise _wrong_shape("g", g, shape)
 
 
-def _check_shape(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
-    if x is not None and x.shape != shape:
-        raise ValueError(f"{name}: got shape {list(x.shape)}; expected {list(shape)}")
+def _wrong_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(f"{name}: got shape {list(x.shape)}; expected {list(shape)}")
 
 
 def _check_packing(cu_seqlens: Tensor, B: int) -> None:
@@ -196,16 +197,24 @@ def _check_packing(cu_seqlens: Tensor, B: int) -> None:
 
 
 def _check_types(x: Tensors, problem: Problem, state_name: str) -> None:
-    for name, t in (("k", x.k), ("g", x.g), ("beta", x.beta)):
-        if t is not None and t.dtype not in FLOATS:
-            raise TypeError(f"{name}: got {t.dtype}; expected one of {', '.join(map(str, FLOATS))}")
-    for name, t in (("q", x.q), ("v", x.v)):
-        if t is not None and t.dtype != problem.dtype:
-            raise TypeError(f"{name}: got {t.dtype}; expected {problem.dtype}, the type of k")
-    if x.state is not None and x.state.dtype != problem.state_dtype:
-        raise TypeError(
-            f"{state_name}: got {x.state.dtype}; expected {problem.state_dtype} for {problem.dtype} inputs"
-        )
+    q, k, v, g, beta, state, _ = x
+    dtype = problem.dtype
+    if dtype not in FLOATS:
+        raise _wrong_type("k", k, f"one of {FLOATS}")
+    if q is not None and q.dtype != dtype:
+        raise _wrong_type("q", q, f"{dtype}, the type of k")
+    if v.dtype != dtype:
+        raise _wrong_type("v", v, f"{dtype}, the type of k")
+    if g is not None and g.dtype not in FLOATS:
+        raise _wrong_type("g", g, f"one of {FLOATS}")
+    if beta is not None and beta.dtype not in FLOATS:
+        raise _wrong_type("beta", beta, f"one of {FLOATS}")
+    if state is not None and state.dtype != problem.state_dtype:
+        raise _wrong_type(state_name, state, f"{problem.state_dtype} for {dtype} inputs")
+
+
+def _wrong_type(name: str, x: Tensor, expected: str) -> TypeError:
+    return TypeError(f"{name}: got {x.dtype}; expected {expected}")
 
 
 def _check_replay(passes: int, tol: float | None, method: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import timeit
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sleepkern
 from sleepkern import rules
+from sleepkern.backends import cpu
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
@@ -133,15 +135,35 @@ def test_calls_from_several_threads_agree(rule: Rule) -> None:
     assert len(results) == 4 and all(torch.equal(r, expected) for r in results)
 
 
-def test_call_overhead() -> None:
+def test_call_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call beyond its kernel costs no more than 15 microseconds on a machine where an addition costs 0.7.
 
     Stated as a ratio to torch's own smallest call, taken in turns, so that a slow or busy machine does not matter.
     """
     x = make_inputs(rules.GATED_DELTA_RULE, Shape(T=1, H=1, HV=1, K=4, V=4))
     arguments = (x["q"], x["k"], x["v"], x["g"], x["beta"])
-    add, ours = [], []
-    for _ in range(40):
-        add.append(timeit.timeit(lambda: x["q"] + x["k"], number=100))
-        ours.append(timeit.timeit(lambda: sleepkern.gated_delta_rule(*arguments), number=100))
-    assert min(ours) / min(add) < 15 / 0.7
+    kernel = record_kernel(monkeypatch, lambda: sleepkern.gated_delta_rule(*arguments))
+    times: dict[str, list[float]] = {"add": [], "call": [], "kernel": []}
+    for _ in range(60):
+        times["add"].append(timeit.timeit(lambda: x["q"] + x["k"], number=100))
+        times["call"].append(timeit.timeit(lambda: sleepkern.gated_delta_rule(*arguments), number=100))
+        times["kernel"].append(timeit.timeit(kernel, number=100))
+    best = {name: min(t) for name, t in times.items()}
+    assert (best["call"] - best["kernel"]) / best["add"] < 15 / 0.7, best
+
+
+def record_kernel(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> Callable[[], object]:
+    """The one call into the native module that `call` makes, ready to be made again."""
+    seen: list[tuple[Any, ...]] = []
+    native = cpu._C
+
+    class Recorder:
+        def forward(self, *arguments: Any) -> None:
+            seen.append(arguments)
+            native.forward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "_C", Recorder())
+        kept = call()
+    assert len(seen) == 1
+    return lambda kept=kept: native.forward(*seen[0])

@@ -1,0 +1,124 @@
+"""`sleepkern bench`: how fast, against whom, and how near to what the machine can do?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from ..measure import Report, bench
+from ..measure.bench import Row
+from ..measure.cases import SUITES
+from .output import check_device, console, finish, progress_bar, usage, write_json
+
+TITLE = "bench: medians, results checked against the reference before"
+OURS = "ours, "
+"""Begins the names of sleepkern itself under other settings (measure/peers.py)."""
+
+
+def command(
+    suite: Annotated[str, typer.Option(help=f"all, or one of {', '.join(SUITES)}")] = "all",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    threads: Annotated[int, typer.Option(help="threads of ours and of every peer")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="shorter sequences, about a minute")] = False,
+    json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw them into this PNG file")] = None,
+) -> None:
+    """Time every suite next to its peers, results checked first. Exit status 1 when one is
+    wrong."""
+    check_device(device)
+    try:
+        report = run(suite, quick, threads, device)
+    except ValueError as error:
+        raise usage(error) from error
+    show(report)
+    write_json(json, to_dict(report))
+    if plot is not None:
+        draw(report, plot)
+    finish(report.passed)
+
+
+def run(suite: str = "all", quick: bool = False, threads: int = 1, device: str = "cpu") -> Report:
+    """`bench` under a progress bar."""
+    with progress_bar() as progress:
+        return bench(suite=suite, quick=quick, threads=threads, device=device, progress=progress)
+
+
+def to_dict(report: Report) -> dict[str, Any]:
+    """For JSON."""
+    return {"command": "bench", **report.to_dict()}
+
+
+def draw(report: Report, path: Path) -> None:
+    """The plot; matplotlib is only imported here."""
+    from .plot import draw_report
+
+    draw_report(report, path)
+    console.print(f"wrote {path}", soft_wrap=True)
+
+
+def show(report: Report) -> None:
+    """The table, where it was measured, and what is red."""
+    console.print(table(report))
+    where = report.environment
+    peak = "" if report.peak_gflops is None else f", peak of a core {report.peak_gflops:.0f} GFLOP/s (float32)"
+    console.print(f"[dim]{where['device']}, {where['threads']} thread(s){peak}, {where['date'][:16]}[/]")
+    console.print("[dim]x: how many times faster sleepkern is, median over turns of one run[/]")
+    for row in report.rows:
+        if not row.passed:
+            wrong = f"relative error {row.error:.1e} > {row.tolerance:.0e}"
+            console.print(f"[red]{row.case}: not timed, {wrong}[/]")
+        for peer in row.peers:
+            if peer.error is not None and peer.note is not None:
+                console.print(f"[yellow]{row.case}: {peer.name} is {peer.note}[/]")
+
+
+def table(report: Report) -> Table:
+    """One line per case, one column per peer that was timed, one for ours otherwise; 80 columns."""
+    names = peer_names(report)
+    theirs = [name for name in names if not name.startswith(OURS)]
+    others = [name for name in names if name.startswith(OURS)]
+    result = Table(title=TITLE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result.add_column("case", no_wrap=True)
+    headings = ["ms", "GFLOP\n/s", "of\npeak"]
+    headings += ["x " + name.replace("transformers", "trans-\nformers").replace(" ", "\n") for name in theirs]
+    if others:
+        headings.append("x ours,\n" + "\n".join(name.removeprefix(OURS) for name in others))
+    for heading in headings:
+        result.add_column(heading, justify="right", no_wrap=True)
+    for row in report.rows:
+        ratios = [_ratio(row, [name]) for name in theirs] + ([_ratio(row, others)] if others else [])
+        result.add_row(row.rule + "\n  " + details(row), *_figures(row), *ratios)
+    return result
+
+
+def peer_names(report: Report) -> list[str]:
+    """Peers that were timed on some case, in order of appearance."""
+    timed = (p.name for row in report.rows for p in row.peers if p.milliseconds is not None)
+    return list(dict.fromkeys(timed))
+
+
+def details(row: Row) -> str:
+    """The case's name without its rule and without what most cases share."""
+    name = row.case.removeprefix("forward ").replace(f"{row.rule} ", "")
+    for common in (" H=16", " K=128 V=128", " float32"):
+        name = name.replace(common, "")
+    return name
+
+
+def _figures(row: Row) -> tuple[str, str, str]:
+    if row.milliseconds is None or row.gflops is None:
+        return "[red]wrong[/]", "", ""
+    share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
+    digits = ".0f" if row.milliseconds >= 100 else ".3g"
+    return f"{row.milliseconds:{digits}}", f"{row.gflops:.1f}", share
+
+
+def _ratio(row: Row, names: list[str]) -> str:
+    for peer in row.peers:
+        if peer.name in names and peer.milliseconds is not None:
+            return "[yellow]wrong[/]" if peer.ratio is None else f"{peer.ratio:.2f}"
+    return "[dim]-[/]"

@@ -1,0 +1,66 @@
+"""`sleepkern demo`: right, fast, and in a model, in about two minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from ..measure import environment
+from ..measure.timing import threads
+from . import bench as bench_command
+from . import verify as verify_command
+from .output import console, finish, write_json
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="folder for JSON and PNG files")] = Path("out/demo"),
+    text: Annotated[Path, typer.Option(help="what the model reads")] = Path("README.md"),
+) -> None:
+    """Verify and bench (quick), then a model with and without sleepkern. Exit status 1 when red."""
+    if not text.is_file():
+        raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
+    console.rule("1. Is it right?")
+    with threads(1):
+        rows = verify_command.run(quick=True)
+    console.print(verify_command.table(rows))
+    verify_command.print_details(rows)
+    write_json(out / "verify.json", verify_command.to_dict(rows, "cpu"))
+    console.rule("2. Is it fast?")
+    report = bench_command.run(quick=True)
+    bench_command.show(report)
+    write_json(out / "bench.json", bench_command.to_dict(report))
+    if any(row.passed for row in report.rows):
+        bench_command.draw(report, out / "bench.png")
+    console.rule("3. In a model")
+    result = _run_dropin(text)
+    write_json(out / "dropin.json", {"command": "dropin", "environment": environment(), **result})
+    finish(verify_command.passed(rows) and report.passed)
+
+
+def _run_dropin(text: Path) -> dict[str, Any]:
+    from .dropin import run_dropin
+
+    with console.status("loading transformers") as status:
+        result = run_dropin(text.read_bytes(), progress=status.update)
+    console.print(result["model"])
+    console.print(dropin_table(result, text.name))
+    return result
+
+
+def dropin_table(result: dict[str, Any], source: str) -> Table:
+    """Tokens per second both ways, and how far the logits lie apart."""
+    table = Table(title=f"{result['tokens']} bytes of {source}, {torch.get_num_threads()} thread(s)")
+    for heading in ("", "stock", "with sleepkern", "faster"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label, key in (("reading", "read"), ("generating", "generate")):
+        rates = result[f"{key}_tokens_per_second"]
+        stock, patched = rates["stock"], rates["patched"]
+        table.add_row(f"{label}, tokens/s", f"{stock:.0f}", f"{patched:.0f}", f"{patched / stock:.2f}x")
+    difference, relative = result["max_logit_difference"], result["relative_logit_difference"]
+    table.add_row("largest difference of logits", "", f"{difference:.1e}", f"{relative:.1e} of the largest")
+    table.add_row("same bytes generated", "", "yes" if result["same_tokens"] else "no", "")
+    return table

@@ -1,0 +1,57 @@
+"""`sleepkern info`: what is installed, what was built, which devices are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from ..dispatch import explain_problem
+from ..measure.cases import Case
+from ..measure.environment import environment, native_module
+from ..rules import GATED_DELTA_RULE
+from ..testing import Shape
+from .output import console, write_json
+
+
+def command(
+    json: Annotated[Path | None, typer.Option(help="write it to this file")] = None,
+) -> None:
+    """Versions, processor, instruction sets, GPUs, and what each backend says to a plain call."""
+    facts = gather()
+    table = Table(title="sleepkern", show_header=False)
+    for name, value in flatten(facts):
+        table.add_row(name, str(value))
+    console.print(table)
+    write_json(json, {"command": "info", **facts})
+
+
+def gather() -> dict[str, Any]:
+    """Everything `info` knows."""
+    native = native_module()
+    problem = Case("forward", GATED_DELTA_RULE, Shape(T=2048, H=16, HV=16, K=128, V=128)).problem()
+    return {
+        "environment": environment(),
+        "native": None if native is None else {
+            "isas": native.isas(),
+            "cuda": getattr(native, "has_cuda", False),
+        },
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": {name: reason or "ready" for name, reason in
+        explain_problem(problem).reasons.items()},
+    }  # fmt: skip
+
+
+def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested facts as lines: ("environment / versions / torch", "2.13.0")."""
+    lines: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += flatten(value, f"{prefix}{name} / ")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append((prefix + name, "none" if shown in (None, "") else shown))
+    return lines

@@ -1,0 +1,78 @@
+"""What the commands share: the console, progress, JSON files, the check of --device, and the exit
+status."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..measure.verify import Progress as Report
+
+console = Console()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Report]:
+    """A bar, gone when done, and the function that moves it: (text, done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield report
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write where asked for, making folders; infinities become strings, which JSON has no number
+    for."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    console.print(f"wrote {path}", soft_wrap=True)
+
+
+def check_device(device: str) -> str:
+    """`device` when it is cpu or a CUDA device that is there; a usage error otherwise."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (index == "" or index.isdigit()):
+        raise typer.BadParameter(f"got {device!r}; expected cpu or cuda", param_hint="--device")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA device here", param_hint="--device")
+    return device
+
+
+def usage(error: ValueError) -> typer.BadParameter:
+    """A ValueError of the library as a usage error of the command line."""
+    return typer.BadParameter(str(error))
+
+
+def finish(passed: bool) -> None:
+    """Exit with status 1 unless passed."""
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _finite(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
+    if isinstance(x, float) and not abs(x) < float("inf"):
+        return str(x)
+    return x

@@ -1,0 +1,109 @@
+"""`sleepkern verify`: is every backend right?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from ..measure import environment, verify
+from ..measure.verify import Row
+from .output import check_device, console, finish, progress_bar, usage, write_json
+
+SHOWN = 12
+"""Red comparisons listed one by one under the table; the JSON has them all."""
+
+
+def command(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    backend: Annotated[list[str] | None, typer.Option(help="only this backend; may be repeated")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="only this rule; may be repeated")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer shapes and variants")] = False,
+    json: Annotated[Path | None, typer.Option(help="write every comparison to this file")] = None,
+) -> None:
+    """Compare every backend with the float64 reference: outputs and gradients. Exit status 1 when
+    one is wrong."""
+    check_device(device)
+    try:
+        rows = run(device, backend, rule, quick)
+    except ValueError as error:
+        raise usage(error) from error
+    console.print(table(rows))
+    print_details(rows)
+    write_json(json, to_dict(rows, device))
+    finish(passed(rows, backend))
+
+
+def run(
+    device: str = "cpu",
+    backends: list[str] | None = None,
+    rules: list[str] | None = None,
+    quick: bool = False,
+) -> list[Row]:
+    """`verify` under a progress bar."""
+    with progress_bar() as progress:
+        return verify(backends=backends, rules=rules, quick=quick, device=device, progress=progress)
+
+
+def passed(rows: list[Row], backends: list[str] | None = None) -> bool:
+    """Nothing is red, something was compared, and so was every backend that was asked for by
+    name."""
+    ran = {row.backend for row in rows if row.refused is None}
+    return all(row.passed for row in rows) and bool(ran) and ran.issuperset(backends or ())
+
+
+def to_dict(rows: list[Row], device: str) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "command": "verify",
+        "environment": environment(device),
+        "passed": passed(rows),
+        "rows": [{**asdict(row), "worst": row.worst, "passed": row.passed} for row in rows],
+    }
+
+
+def table(rows: list[Row]) -> Table:
+    """One line per backend and rule: the largest error of each type, and the count."""
+    types = {row.dtype: row.tolerance for row in rows}
+    title = "verify: largest relative error against the float64 reference"
+    result = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("backend", "rule"):
+        result.add_column(heading, no_wrap=True)
+    for dtype, tolerance in types.items():
+        result.add_column(f"{dtype}\n<= {tolerance:.0e}", justify="right")
+    result.add_column("done", justify="right")
+    result.add_column("")
+    order = list(dict.fromkeys(row.backend for row in rows))
+    pairs = dict.fromkeys((row.backend, row.rule) for row in rows)
+    for backend, rule in sorted(pairs, key=lambda pair: order.index(pair[0])):
+        group = [row for row in rows if (row.backend, row.rule) == (backend, rule)]
+        ran = [row for row in group if row.refused is None]
+        worst = [_worst([row for row in ran if row.dtype == dtype]) for dtype in types]
+        good = all(row.passed for row in ran)
+        mark = "[dim]refused[/]" if not ran else "[green]pass[/]" if good else "[red]FAIL[/]"
+        result.add_row(backend, rule, *worst, f"{len(ran)}/{len(group)}", mark)
+    return result
+
+
+def print_details(rows: list[Row]) -> None:
+    """Why backends refused, and what is red."""
+    for backend, reason in dict.fromkeys((row.backend, row.refused) for row in rows if row.refused):
+        console.print(f"[dim]{backend} refused: {reason}[/]")
+    red = [row for row in rows if not row.passed]
+    for row in red[:SHOWN]:
+        errors = ", ".join(f"{name} {e:.1e}" for name, e in row.errors.items() if not e <= row.tolerance)
+        where = f"{row.backend} {row.rule} {row.dtype} {row.op} {row.shape}, {row.variant}"
+        console.print(f"[red]{where}: {errors}[/]")
+    if len(red) > SHOWN:
+        console.print(f"[red]... and {len(red) - SHOWN} more[/]")
+
+
+def _worst(rows: list[Row]) -> str:
+    if not rows:
+        return "-"
+    text = f"{max(row.worst for row in rows):.1e}"
+    return text if all(row.passed for row in rows) else f"[red]{text}[/]"

@@ -1,0 +1,279 @@
+"""Medians, GFLOP/s, share of the core's measured peak, and the ratio to each peer in the same run.
+
+Before anything is timed its result is checked against the float64 reference, on the first tokens of
+the timed shape. A
+case whose check fails is red: it gets no time and no ratio. A peer that is wrong gets a time, but
+    no ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import explain_problem
+from ..testing import TOLERANCE, relative_error, to_float64
+from . import cases, timing
+from .cases import Case, Result
+from .environment import environment, peak_gflops
+from .peers import Peer, peers_of
+from .verify import Progress
+
+CHECKED_TOKENS = 300
+"""Tokens of the check: several chunks, and a last one that is not full. 100 when quick."""
+
+PEER_WRONG = 2e-2
+"""Relative error above which a peer counts as wrong. Peers round to tf32 or bfloat16 inside, so
+this is wide: another convention gives errors near 1."""
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """A peer on a case. ratio: how many times faster ours is; None with its reason in `note`."""
+
+    name: str
+    milliseconds: float | None
+    ratio: float | None
+    error: float | None
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case. Times are per call; the rest is None when the check is red, share_of_peak also where
+    no peak is known."""
+
+    case: str
+    op: str
+    rule: str
+    dtype: str
+    tokens: int
+    threads: int
+    backend: str
+    kernel: str
+    error: float
+    tolerance: float
+    milliseconds: float | None
+    best_milliseconds: float | None
+    tokens_per_second: float | None
+    gflops: float | None
+    share_of_peak: float | None
+    gigabytes_per_second: float | None
+    peers: tuple[PeerRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the check of the result is green."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `bench` measured, and where. peak_gflops: of one core in float32, None on a
+    GPU."""
+
+    environment: dict[str, Any]
+    peak_gflops: float | None
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case is green."""
+        return all(row.passed for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
+        return {
+            "environment": self.environment, "peak_gflops": self.peak_gflops, "passed": self.passed,
+            "rows": rows,
+        }  # fmt: skip
+
+
+def bench(
+    suite: str = "all",
+    quick: bool = False,
+    threads: int = 1,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Time a suite of cases and every peer that is installed.
+
+    Args:
+        suite: all, or one of measure.cases.SUITES: forward, heads, types, rules, decode, ingest,
+            train, threads.
+        quick: shorter sequences and fewer turns (about a minute).
+        threads: torch threads of ours and of every peer.
+        device: cpu or cuda; on a GPU the inputs are bfloat16.
+        progress: called with (text, done, total).
+
+    Raises:
+        ValueError: an unknown suite, or threads below 1.
+    """
+    if threads < 1:
+        raise ValueError(f"threads: got {threads}; expected at least 1")
+    chosen = [_on_device(case, device) for case in cases.select(suite, quick)]
+    if torch.device(device).type == "cuda":
+        chosen = [case for case in chosen if case.threads is None]
+    return bench_cases(chosen, quick=quick, threads=threads, device=device, progress=progress)
+
+
+def bench_cases(
+    chosen: Sequence[Case],
+    quick: bool = False,
+    threads: int = 1,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """`bench` on cases of your own."""
+    with timing.threads(threads):
+        on_cpu = torch.device(device).type == "cpu"
+        peak = peak_gflops() if on_cpu else None
+        where = environment(device)
+        rows = []
+        for done, case in enumerate(chosen):
+            if progress is not None:
+                progress(case.name, done, len(chosen))
+            rows.append(_measure(case, quick, threads, device, peak))
+    if progress is not None:
+        progress("measured", len(chosen), len(chosen))
+    return Report(where, peak, tuple(rows))
+
+
+def _on_device(case: Case, device: str) -> Case:
+    """On a GPU: bfloat16, and a batch that fills more of it."""
+    if torch.device(device).type == "cpu":
+        return case
+    return replace(case, dtype=torch.bfloat16, shape=replace(case.shape, B=2))
+
+
+def _measure(case: Case, quick: bool, threads: int, device: str, peak: float | None) -> Row:
+    ours_threads = case.threads or threads
+    small = case.shortened(100 if quick else CHECKED_TOKENS)
+    expected = _expected(small, device)
+    with timing.threads(ours_threads):
+        error = _error(lambda x: lambda: cases.run(small, x), small, expected, device)
+    tolerance = TOLERANCE[case.dtype]
+    times: dict[str, timing.Timing] = {}
+    peers: dict[str, tuple[Peer, float | None, str | None]] = {}
+    if error <= tolerance:
+        for peer in peers_of(case):
+            peers[peer.name] = (peer, *_check_peer(peer, small, expected, ours_threads, device))
+        times = _time(
+            case,
+            [peer for peer, wrong, _ in peers.values() if wrong is not None],
+            threads,
+            quick,
+            device,
+        )
+    return _row(case, ours_threads, error, tolerance, times, peers, peak, device)
+
+
+def _check_peer(
+    peer: Peer, small: Case, expected: Result, threads: int, device: str
+) -> tuple[float | None, str | None]:
+    """(error, note): no error when the peer cannot do the case, a note when it gets no ratio."""
+    reason = peer.why_not(small, device)
+    if reason is not None:
+        return None, reason
+    error = _error(lambda x: peer.prepare(small, x, threads), small, expected, device)
+    return error, f"wrong: relative error {error:.1e}" if not error <= PEER_WRONG else None
+
+
+def _expected(small: Case, device: str) -> Result:
+    """The case by the reference in float64, on the CPU, from the same rounded inputs."""
+    exact = to_float64(small.inputs(device=device))
+    return cases.run(replace(small, dtype=torch.float64), exact, backend="reference")
+
+
+def _error(
+    prepare: Callable[[dict[str, Any]], Callable[[], Result]],
+    small: Case,
+    expected: Result,
+    device: str,
+) -> float:
+    """Larger of the relative errors of the two results."""
+    actual = prepare(small.inputs(device=device))()
+    errors = [
+        relative_error(a, e)
+        for a, e in zip(actual, expected, strict=True)
+        if isinstance(a, Tensor) and isinstance(e, Tensor)
+    ]
+    return max(errors)
+
+
+def _time(case: Case, peers: list[Peer], threads: int, quick: bool, device: str) -> dict[str, timing.Timing]:
+    """Ours and the peers in turns."""
+    sets = case.rotation(device)
+    ours_threads = case.threads or threads
+    candidates = {
+        "ours": timing.Candidate([_bound(case, x) for x in sets], ours_threads),
+        **{
+            peer.name: timing.Candidate(
+                [peer.prepare(case, x, peer.threads or ours_threads) for x in sets],
+                peer.threads or ours_threads,
+            )
+            for peer in peers
+        },
+    }
+    return timing.time_in_turns(candidates, device, seconds=2.0 if quick else 8.0)
+
+
+def _bound(case: Case, inputs: dict[str, Any]) -> Callable[[], Result]:
+    return lambda: cases.run(case, inputs)
+
+
+def _row(
+    case: Case,
+    threads: int,
+    error: float,
+    tolerance: float,
+    times: dict[str, timing.Timing],
+    peers: dict[str, tuple[Peer, float | None, str | None]],
+    peak: float | None,
+    device: str,
+) -> Row:
+    explained = explain_problem(case.problem(device))
+    ours = times.get("ours")
+    seconds = None if ours is None else ours.median
+    gflops = None if seconds is None else case.flops / seconds * 1e-9
+    return Row(
+        case=case.name,
+        op=case.op,
+        rule=case.rule.name,
+        dtype=cases.type_name(case.dtype),
+        tokens=case.shape.B * case.shape.T * case.passes,
+        threads=threads,
+        backend=explained.chosen or "none",
+        kernel=explained.kernel,
+        error=error,
+        tolerance=tolerance,
+        milliseconds=None if seconds is None else 1e3 * seconds,
+        best_milliseconds=None if ours is None else 1e3 * ours.minimum,
+        tokens_per_second=None if seconds is None else case.shape.B * case.shape.T * case.passes / seconds,
+        gflops=gflops,
+        share_of_peak=None if gflops is None or peak is None else gflops / (peak * threads),
+        gigabytes_per_second=None if seconds is None else case.bytes / seconds * 1e-9,
+        peers=tuple(_peer_row(name, ours, times.get(name), *rest[1:]) for name, rest in peers.items()),
+    )
+
+
+def _peer_row(
+    name: str,
+    ours: timing.Timing | None,
+    theirs: timing.Timing | None,
+    error: float | None,
+    note: str | None,
+) -> PeerRow:
+    compared = ours is not None and theirs is not None and note is None
+    return PeerRow(
+        name=name,
+        milliseconds=None if theirs is None else 1e3 * theirs.median,
+        ratio=timing.ratio(ours, theirs) if compared else None,  # type: ignore[arg-type]
+        error=error,
+        note=note,
+    )

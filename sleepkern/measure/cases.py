@@ -1,0 +1,175 @@
+"""What is measured: one Case per line of the bench table, grouped in suites, and the inputs of a
+case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..problem import Problem
+from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
+from ..testing import Shape, call, make_inputs
+from . import flops
+
+Op = Literal["forward", "train", "decode", "ingest"]
+Result = tuple[Tensor | None, Tensor | None]
+"""(readouts or None, final state or None)"""
+
+CACHE_BYTES = 64 << 20
+"""Sets of inputs are made until they exceed this, so that no cache holds them all."""
+COPIES = 4
+"""But at most so many sets."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    op       forward: rule with initial and final state; train: forward and all gradients; decode:
+             recurrent_step in place; ingest: sleep_ingest, state only
+    passes   of ingest
+    threads  None takes the bench's own; a number overrides it, and the case is compared with ours
+             on one thread
+    """
+
+    op: Op
+    rule: Rule
+    shape: Shape
+    dtype: torch.dtype = torch.float32
+    passes: int = 1
+    threads: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique, e.g. "forward gated_delta_rule T=2048 H=16 K=128 V=128 float32"."""
+        s = self.shape
+        heads = f"H={s.H}" + (f" HV={s.HV}" if s.HV != s.H else "")
+        batch = f"B={s.B} " if s.B > 1 else ""
+        size = f"{batch}T={s.T} {heads} K={s.K} V={s.V}"
+        name = f"{self.op} {self.rule.name} {size} {type_name(self.dtype)}"
+        if self.passes > 1:
+            name += f" N={self.passes}"
+        return name + (f" threads={self.threads}" if self.threads is not None else "")
+
+    @property
+    def flops(self) -> int:
+        """Useful operations (flops.py)."""
+        if self.op == "train":
+            return flops.train_flops(self.rule, self.shape)
+        return flops.forward_flops(self.rule, self.shape, self.passes, readouts=self.op != "ingest")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must cross memory (flops.py)."""
+        if self.op == "train":
+            return flops.train_bytes(self.rule, self.shape, self.dtype)
+        return flops.forward_bytes(self.rule, self.shape, self.dtype, readouts=self.op != "ingest")
+
+    def problem(self, device: str = "cpu") -> Problem:
+        """What the checks would make of the call; `dispatch.explain_problem` says who would compute
+        it."""
+        s = self.shape
+        return Problem(
+            rule=self.rule, device=torch.device(device).type, dtype=self.dtype, B=s.B, T=s.T, H=s.H,
+            HV=s.HV, K=s.K, V=s.V, sequences=s.sequences, packed=s.lengths is not None,
+            output=self.op != "ingest", normalize=False, scale=s.K**-0.5, passes=self.passes,
+        )  # fmt: skip
+
+    def shortened(self, tokens: int) -> Case:
+        """The same case with at most `tokens` tokens, for the check of its result."""
+        return replace(self, shape=replace(self.shape, T=min(tokens, self.shape.T)))
+
+    def inputs(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
+        """One set of inputs; `do`, the gradient of the readouts, among them for train."""
+        inputs = make_inputs(self.rule, self.shape, self.dtype, seed=seed, device=device)
+        if self.op == "train":
+            v, generator = inputs["v"], torch.Generator().manual_seed(seed)
+            inputs["do"] = torch.randn(v.shape, generator=generator).to(v)
+        return inputs
+
+    def rotation(self, device: str = "cpu") -> list[dict[str, Any]]:
+        """Sets of inputs to rotate through."""
+        first = self.inputs(0, device)
+        size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor))
+        return [
+            first,
+            *(self.inputs(i, device) for i in range(1, min(COPIES, -(-CACHE_BYTES // size)))),
+        ]
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def run(case: Case, inputs: dict[str, Any], backend: str | None = None) -> Result:
+    """The case by sleepkern's public functions. Train returns (dv, gradient of the initial
+    state)."""
+    if case.op == "forward":
+        return call(case.rule, inputs, backend=backend)
+    if case.op == "train":
+        return gradients(inputs, lambda x: call(case.rule, x, backend=backend, output_final_state=False)[0])
+    q, k, v, g, beta, state, _ = inputs.values()
+    if case.op == "decode":
+        return ops.recurrent_step(q, k, v, g, beta, state, rule=case.rule, backend=backend)
+    result = ops.sleep_ingest(k, v, g, beta, passes=case.passes, initial_state=state, rule=case.rule, backend=backend)
+    return None, result.final_state
+
+
+def gradients(inputs: dict[str, Any], forward: Any) -> Result:
+    """Gradients of all tensors through `forward(inputs) -> o` for inputs["do"]; (dv, gradient of
+    the state)."""
+    names = [n for n in ("q", "k", "v", "g", "beta", "initial_state") if inputs[n] is not None]
+    leaves = {n: inputs[n].detach().requires_grad_() for n in names}
+    rest = {n: x for n, x in inputs.items() if n != "do"}
+    o = forward({**rest, **leaves})
+    grads = dict(zip(names, torch.autograd.grad(o, list(leaves.values()), inputs["do"]), strict=True))
+    return grads["v"], grads["initial_state"]
+
+
+def _cases(op: Op, *tokens: int, rule: Rule = GATED_DELTA_RULE, H: int = 16, K: int = 128, V: int =
+128,
+           **options: Any) -> tuple[Case, ...]:  # fmt: skip
+    return tuple(Case(op, rule, Shape(T=T, H=H, HV=H, K=K, V=V), **options) for T in tokens)
+
+
+_RULES = (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)
+
+SUITES: dict[str, tuple[Case, ...]] = {
+    "forward": _cases("forward", 512, 2048, 8192),
+    "heads": _cases("forward", 2048, K=64, V=64) + _cases("forward", 2048, K=96, V=256),
+    "types": _cases("forward", 2048, dtype=torch.bfloat16),
+    "rules": sum((_cases("forward", 2048, rule=rule) for rule in _RULES[1:]), ()),
+    "decode": sum((_cases("decode", 1, rule=rule) for rule in (GATED_DELTA_RULE, KDA)), ()),
+    "ingest": _cases("ingest", 64, 512, passes=4),
+    "train": _cases("train", 2048),
+    "threads": _cases("forward", 2048, threads=2),
+}
+"""Suites of `bench`. H = 16 and K = V = 128 are the heads of Qwen3-Next, Kimi-Linear and OLMo-
+Hybrid."""
+
+QUICK: dict[str, tuple[Case, ...]] = {
+    "forward": _cases("forward", 512, 2048),
+    "heads": _cases("forward", 1024, K=64, V=64) + _cases("forward", 512, K=96, V=256),
+    "types": _cases("forward", 1024, dtype=torch.bfloat16),
+    "rules": sum((_cases("forward", 256, rule=rule) for rule in _RULES[1:]), ()),
+    "decode": _cases("decode", 1),
+    "ingest": _cases("ingest", 64, passes=4),
+    "train": _cases("train", 512),
+    "threads": _cases("forward", 2048, threads=2),
+}
+"""The same suites, shortened for `demo`."""
+
+
+def select(suite: str, quick: bool) -> tuple[Case, ...]:
+    """Cases of a suite, or of all; ValueError with the known names otherwise."""
+    suites = QUICK if quick else SUITES
+    if suite == "all":
+        return sum(suites.values(), ())
+    if suite not in suites:
+        raise ValueError(f"suite: got {suite!r}; expected all or one of {', '.join(suites)}")
+    return suites[suite]

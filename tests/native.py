@@ -1,0 +1,51 @@
+"""Build variants of the native module apart from the installed one, and run Python with them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build(folder: Path, *options: str, fault: tuple[str, str, str] | None = None) -> Path:
+    """Compile csrc into `folder`, with a fault (file, text, replacement) planted on request; the module's path."""
+    source = folder / "source"
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    if fault is not None:
+        path = source / "csrc" / fault[0]
+        text = path.read_text()
+        assert text.count(fault[1]) == 1, f"{fault[1]!r} is not once in {fault[0]}"
+        path.write_text(text.replace(fault[1], fault[2]))
+    tools = Path(sys.executable).parent
+    cmake, ninja = (shutil.which(tool, path=f"{tools}:/usr/local/bin:/usr/bin") for tool in ("cmake", "ninja"))
+    assert cmake is not None
+    assert ninja is not None
+    configure = [cmake, "-S", source, "-B", folder / "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", "-DSLEEPKERN_CUDA=OFF"]
+    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DSLEEPKERN_OUTPUT_DIR={folder}", *options]
+    for command in (configure, [cmake, "--build", folder / "build"]):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (module,) = folder.glob("_C*.so")
+    return module
+
+
+def run_with(module: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own in which sleepkern._C is `module`."""
+    load = f"""
+import importlib.util, sys
+import torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("sleepkern._C", {str(module)!r})
+sys.modules["sleepkern._C"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["sleepkern._C"])
+"""
+    return subprocess.run(
+        [sys.executable, "-c", load + code], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300
+    )

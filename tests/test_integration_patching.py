@@ -1,0 +1,122 @@
+"""Patching transformers on and off: nested, repeated, by exception, by model, by older layers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import (
+    CHUNK,
+    CLOSE,
+    CONV,
+    STEP,
+    arguments,
+    build,
+    globals_of,
+    spy_on_sleepkern,
+)
+from torch import nn
+
+from sleepkern.integrations.transformers import patch, unpatch
+from sleepkern.testing import relative_error
+
+
+@pytest.fixture(autouse=True)
+def _start_and_end_unpatched() -> Iterator[None]:
+    unpatch()
+    yield
+    unpatch()
+
+
+def originals(family: str = "qwen3_next") -> list[Any]:
+    return [getattr(globals_of(family), name) for name in (CHUNK, STEP, CONV)]
+
+
+def test_patches_nest_repeat_and_are_undone_exactly() -> None:
+    stock, stock_olmo = originals(), originals("olmo_hybrid")
+    with patch() as outer:
+        patched = originals()
+        assert all(a is not b for a, b in zip(patched, stock, strict=True))
+        with patch("qwen3_next", "olmo_hybrid"):
+            assert originals() == patched and originals("olmo_hybrid") != stock_olmo
+        assert originals() == patched and originals("olmo_hybrid") == stock_olmo
+        outer.undo()
+        assert originals() == stock
+    assert originals() == stock
+    patch()
+    patch()
+    unpatch()
+    assert originals() == stock
+    with patch():
+        unpatch()
+        later = patch()
+    assert originals() != stock  # the block gave back its own claim only
+    later.undo()
+    assert originals() == stock
+
+
+def test_an_exception_leaves_nothing_behind() -> None:
+    stock = originals()
+    with pytest.raises(RuntimeError, match="from the block"), patch():
+        raise RuntimeError("from the block")
+    assert originals() == stock
+    with pytest.raises(ValueError, match="got 'llama'; expected a model or one of qwen3_next"):
+        patch("qwen3_next", "llama")
+    with pytest.raises(ValueError, match="got a Linear; expected a model with a gated delta rule"):
+        patch("qwen3_next", nn.Linear(2, 2))
+    assert originals() == stock
+
+
+def test_a_model_stands_for_its_families() -> None:
+    model, stock = build("qwen3_next"), originals()
+    saved = {name: x.clone() for name, x in model.state_dict().items()}
+    with patch(model):
+        assert all(a is not b for a, b in zip(originals(), stock, strict=True))
+        state = model.state_dict()
+        assert state.keys() == saved.keys() and all(
+            torch.equal(state[name], saved[name]) for name in saved
+        )
+    assert originals() == stock
+
+
+def test_layers_that_keep_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4.57 to 5.10: a layer looks the functions up once, when it is built."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            module = globals_of("qwen3_next")
+            self.chunk_gated_delta_rule = getattr(module, CHUNK)
+            self.recurrent_gated_delta_rule = getattr(module, STEP)
+
+    model = nn.Sequential(Layer(), nn.Linear(2, 2))
+    stock, calls = dict(vars(model[0])), spy_on_sleepkern(monkeypatch)
+    expected, _ = model[0].chunk_gated_delta_rule(**arguments(9))
+    with patch(model):
+        assert relative_error(model[0].chunk_gated_delta_rule(**arguments(9))[0], expected) < CLOSE
+        model[0].recurrent_gated_delta_rule(**arguments(1))
+        assert len(calls) == 2 and not model.state_dict().keys() - {"1.weight", "1.bias"}
+    assert vars(model[0]) == stock
+
+
+def test_somebody_elses_later_patch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, stock = globals_of("qwen3_next"), originals()
+
+    def theirs(*args: Any, **kwargs: Any) -> None:
+        """Another library's function."""
+
+    with patch():
+        monkeypatch.setattr(module, CONV, theirs)
+    assert originals() == [*stock[:2], theirs]
+    setattr(module, CONV, stock[2])
+
+
+def test_importing_does_not_import_transformers() -> None:
+    code = (
+        "import sys, sleepkern.integrations.transformers; assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

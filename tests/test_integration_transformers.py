@@ -1,0 +1,267 @@
+"""Models of transformers, patched against stock: same numbers, same tokens, same gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import CHUNK, CLOSE, STEP, arguments, build, globals_of, spy_on_sleepkern, tokens
+from torch import Tensor, nn
+from torch._dynamo import lookup_backend
+from transformers import DynamicCache
+
+from sleepkern.cli.dropin import run_dropin
+from sleepkern.integrations.transformers import FAMILIES, patch, unpatch
+from sleepkern.testing import relative_error
+
+
+@torch.no_grad()
+def read(
+    model: nn.Module,
+    ids: Tensor,
+    pieces: tuple[int, ...],
+    between: Callable[[Any], None] | None = None,
+) -> Tensor:
+    """Logits of the text read piece by piece with a cache; `between` may tamper with the cache."""
+    cache = DynamicCache(config=model.config)
+    logits = []
+    for piece in ids.split(list(pieces), dim=1):
+        logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+        if between is not None:
+            between(cache)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _start_and_end_unpatched() -> Iterator[None]:
+    unpatch()
+    yield
+    unpatch()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return build("qwen3_next")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the sleepkern functions that ran."""
+    return spy_on_sleepkern(monkeypatch)
+
+
+# ---------------------------------------------------------------- same numbers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reads_and_continues_as_stock(family: str, calls: list[str]) -> None:
+    model, ids = build(family), tokens(2, 48)
+    stock = read(model, ids, (48,))
+    with patch(family):
+        assert relative_error(read(model, ids, (48,)), stock) < CLOSE
+        assert calls == ["gated_delta_rule"] * 3  # the three linear layers
+        assert relative_error(read(model, ids, (20, 28)), stock) < CLOSE
+        assert relative_error(read(model, ids, (20, 1, 1, 26)), stock) < CLOSE
+        assert calls.count("recurrent_step") == 6
+
+
+def test_the_state_matters(model: nn.Module) -> None:
+    """Control of the test above: without the state, continuing goes far wrong."""
+
+    def forget(cache: Any) -> None:
+        for layer in cache.layers[:3]:
+            layer.recurrent_states[0].zero_()
+
+    ids = tokens(2, 48)
+    with patch():
+        assert relative_error(read(model, ids, (20, 28), forget), read(model, ids, (48,))) > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, calls: list[str]) -> None:
+    model, ids = build("qwen3_next").to(dtype), tokens(2, 40)
+    stock = read(model, ids, (39, 1))
+    with patch():
+        patched = read(model, ids, (39, 1))
+    assert patched.dtype == dtype and set(calls) == {"gated_delta_rule", "recurrent_step"}
+    assert relative_error(patched, stock) < 4 * torch.finfo(dtype).eps
+
+
+def test_left_padded_batch(model: nn.Module, calls: list[str]) -> None:
+    ids, mask = tokens(3, 40), torch.ones(3, 40, dtype=torch.long)
+    mask[1, :7] = mask[2, :33] = 0
+    with torch.no_grad():
+        stock = model(ids, attention_mask=mask).logits
+        with patch():
+            patched = model(ids, attention_mask=mask).logits
+    assert calls
+    real = mask.bool()
+    assert relative_error(patched[real], stock[real]) < CLOSE
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generates_the_same_tokens(model: nn.Module, beams: int, calls: list[str]) -> None:
+    """Beam search reorders the cache: a step may not write a state that another beam needs."""
+    ids, options = tokens(2, 20), {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
+    stock = model.generate(ids, **options)
+    assert not calls
+    with patch():
+        assert torch.equal(model.generate(ids, **options), stock)
+    assert set(calls) >= {"gated_delta_rule"}
+
+
+def test_gradients(model: nn.Module, calls: list[str]) -> None:
+    ids = tokens(2, 30)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    stock = gradients()
+    with patch():
+        patched = gradients()
+    model.zero_grad()
+    assert calls and patched.keys() == stock.keys()
+    worst = {name: relative_error(patched[name], stock[name]) for name in stock}
+    assert max(worst.values()) < 1e-4, worst
+    assert any("A_log" in name and g.abs().max() > 0 for name, g in patched.items())
+
+
+def test_compiled_mixer(model: nn.Module) -> None:
+    """No graph break in the layer, forward and backward, and the graph holds our operator."""
+    layer, x = model.model.layers[0].linear_attn, torch.randn(2, 20, 32)
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    with torch.no_grad():
+        stock = layer(x)
+    with patch():
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        with torch.no_grad():
+            assert relative_error(compiled(x), stock) < CLOSE
+        source = x.clone().requires_grad_()
+        compiled(source).sum().backward()
+        eager = x.clone().requires_grad_()
+        layer(eager).sum().backward()
+    assert len(graphs) == 2 and all("sleepkern" in graph for graph in graphs)
+    assert source.grad is not None and eager.grad is not None
+    assert relative_error(source.grad, eager.grad) < CLOSE
+    model.zero_grad()
+
+
+def test_exported_program_holds_torch_operators_only(model: nn.Module) -> None:
+    layer, x = model.model.layers[0].linear_attn, torch.randn(1, 12, 32)
+    with patch(), torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        assert "sleepkern" not in str(program.graph)
+        assert relative_error(program.module()(x), layer(x)) < CLOSE
+
+
+# ---------------------------------------------------------------- packed sequences
+
+
+def test_packed_equals_separate(model: nn.Module) -> None:
+    """Whole model: recurrence, convolution and attention stop at the borders. Stock refuses."""
+    lengths = (17, 1, 30, 2)
+    ids = tokens(1, sum(lengths))
+    packing: dict[str, Any] = {
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "use_cache": False,
+    }
+    with torch.no_grad():
+        separate = torch.cat([model(piece).logits for piece in ids.split(lengths, dim=1)], dim=1)
+        with pytest.raises(ValueError, match="packed sequences"):
+            model(ids, **packing)
+        with patch():
+            assert relative_error(model(ids, **packing).logits, separate) < CLOSE
+            index = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].int()
+            assert relative_error(model(ids, seq_idx=index, **packing).logits, separate) < CLOSE
+
+
+def test_packed_by_seq_idx_alone_is_refused_as_in_stock(model: nn.Module) -> None:
+    with patch(), torch.no_grad(), pytest.raises(ValueError, match="packed sequences"):
+        model(tokens(1, 8), seq_idx=torch.tensor([[0] * 4 + [1] * 4]), use_cache=False)
+
+
+# ---------------------------------------------------------------- the functions
+
+
+@pytest.mark.parametrize("name,T", [(CHUNK, 70), (CHUNK, 1), (STEP, 1), (STEP, 5)])
+def test_functions_take_what_stock_takes(name: str, T: int, calls: list[str]) -> None:
+    """Keywords, positions, junk; no state in, none out; and never a write to the caller's state."""
+    module, given = globals_of("qwen3_next"), arguments(T)
+    kept = given["initial_state"].clone()
+    expected_o, expected_S = getattr(module, name)(**given)
+    size = {"chunk_size": 32} if name == CHUNK else {}
+    with patch():
+        function = getattr(module, name)
+        o, S = function(
+            **given, **size, cu_seqlens=None, use_cache=True, output_router_logits=False
+        )
+        assert relative_error(o, expected_o) < CLOSE and relative_error(S, expected_S) < CLOSE
+        assert torch.equal(given["initial_state"], kept)
+        by_position = (*list(given.values())[:5], *size.values(), *list(given.values())[5:])
+        assert relative_error(function(*by_position)[0], expected_o) < CLOSE
+        first = {**given, "initial_state": None, "output_final_state": False}
+        o, S = function(**first)
+        assert S is None
+    assert relative_error(o, getattr(module, name)(**first)[0]) < CLOSE
+    assert calls.count("gated_delta_rule") == 3
+
+
+def test_decode_updates_the_cache_in_place(model: nn.Module, calls: list[str]) -> None:
+    """The cache's own buffer is written by the step itself; under autograd it is not."""
+    cache = DynamicCache(config=model.config)
+    with patch():
+        with torch.no_grad():
+            model(tokens(1, 10), past_key_values=cache, use_cache=True)
+            states = [layer.recurrent_states[0] for layer in cache.layers[:3]]
+            before = [state.clone() for state in states]
+            calls.clear()
+            model(tokens(1, 1), past_key_values=cache, use_cache=True)
+        assert calls == ["recurrent_step"] * 3
+        for layer, state, old in zip(cache.layers, states, before, strict=False):
+            assert layer.recurrent_states[0] is state and not torch.equal(state, old)
+        calls.clear()
+        module, given = globals_of("qwen3_next"), {**arguments(1), "initial_state": states[0]}
+        given |= {"value": torch.zeros(1, 1, 4, 24).requires_grad_()}
+        given |= {name: given[name][:1] for name in ("query", "key", "g", "beta")}
+        old = states[0].clone()
+        o, _ = getattr(module, STEP)(**given)
+        assert o.requires_grad and torch.equal(states[0], old) and calls == ["gated_delta_rule"]
+
+
+@pytest.mark.parametrize(
+    "dtype,device,reason",
+    [(torch.float64, "cpu", "float64"), (torch.float32, "meta", "no kernel for the device meta")],
+)
+def test_what_cannot_be_done_goes_to_the_original(
+    dtype: torch.dtype, device: str, reason: str, calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    module, given = globals_of("qwen3_next"), arguments(9, dtype, device)
+    given["initial_state"] = given["initial_state"].to(device)
+    expected, _ = getattr(module, CHUNK)(**given)
+    with patch(), caplog.at_level(logging.DEBUG, logger="sleepkern.integrations"):
+        o, _ = getattr(module, CHUNK)(**given)
+    assert not calls and reason in caplog.text
+    assert o.dtype == expected.dtype and o.device == expected.device and o.shape == expected.shape
+    assert device == "meta" or torch.equal(o, expected)
+
+
+def test_dropin_of_the_demo() -> None:
+    lines: list[str] = []
+    result = run_dropin(bytes(range(256)), lines.append, tokens=100)
+    assert result["tokens"] == 100 and result["same_tokens"] and lines
+    assert 0 < result["relative_logit_difference"] < 1e-4
+    for what in ("read_tokens_per_second", "generate_tokens_per_second"):
+        assert result[what].keys() == {"stock", "patched"} and min(result[what].values()) > 0
+    with pytest.raises(ValueError, match="text: got 0 bytes"):
+        run_dropin(b"")

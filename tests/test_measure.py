@@ -1,0 +1,260 @@
+"""Measurement: work counted right, times taken in turns, and nothing wrong passes as right."""
+
+import importlib
+
+import pytest
+import torch
+
+from sleepkern import rules, settings
+from sleepkern.backends import chunked, cpu
+from sleepkern.measure import bench, bench_cases, flops, peers, timing, verify
+from sleepkern.measure import cases as cases_module
+from sleepkern.measure.cases import QUICK, SUITES, Case, run, select
+from sleepkern.measure.environment import native_module
+from sleepkern.rules import RULES
+from sleepkern.testing import Shape, relative_error
+
+bench_module = importlib.import_module("sleepkern.measure.bench")
+verify_module = importlib.import_module("sleepkern.measure.verify")
+
+TINY = Case("forward", rules.GATED_DELTA_RULE, Shape(T=33, H=1, HV=1, K=16, V=16))
+
+
+def brute_force(rule, shape, passes, readouts):
+    """Multiply-adds of the chunk form, one by one over the pairs of tokens, times two."""
+    macs = 0
+    dots = shape.HV if rule.gate == "channel" else shape.H
+    for length in shape.lengths or [shape.T] * shape.B:
+        for first in range(0, length, flops.CHUNK):
+            c = min(flops.CHUNK, length - first)
+            for i in range(c):
+                below = sum(1 for j in range(c) if j < i)
+                upto = sum(1 for j in range(c) if j <= i)
+                if rule.delta:
+                    macs += dots * shape.K * below  # M
+                    macs += shape.HV * (shape.K + shape.V) * below  # solve
+                    macs += shape.HV * passes * shape.K * shape.V  # W S
+                macs += shape.HV * (passes if rule.delta else 1) * shape.K * shape.V  # Kt^T Vn
+                if readouts:
+                    macs += dots * shape.K * upto  # P
+                    macs += shape.HV * (shape.V * upto + shape.K * shape.V)  # P Vn, Qe S
+    return 2 * macs
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("passes", "readouts"), [(1, True), (1, False), (4, False)])
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(B=2, T=70, H=2, HV=4, K=3, V=5), Shape(H=1, HV=1, K=4, V=2, lengths=(1, 64, 0, 9))],
+    ids=["batch", "packed"],
+)
+def test_flops_equal_a_brute_force_count(rule, shape, passes, readouts):
+    expected = brute_force(rule, shape, passes, readouts)
+    assert flops.forward_flops(rule, shape, passes, readouts) == expected
+
+
+def test_flops_of_the_usual_head_and_of_training():
+    shape = Shape(T=64, H=1, HV=1, K=128, V=128)
+    count = flops.forward_flops(rules.GATED_DELTA_RULE, shape)
+    assert count / 64 == pytest.approx(119e3, rel=0.01)
+    assert flops.train_flops(rules.GATED_DELTA_RULE, shape) == 3 * count
+
+
+def test_bytes_count_each_tensor_once():
+    shape = Shape(B=2, T=10, H=2, HV=4, K=8, V=6)
+    tokens = 2 * 10 * (2 * 2 * 8 + 2 * 4 * 6 + 4)  # q, k; v, o; beta
+    fixed = 4 * 2 * 10 * 4 + 2 * 4 * 2 * 4 * 8 * 6  # g; state in and out
+    assert flops.forward_bytes(rules.GATED_DELTA_RULE, shape, torch.bfloat16) == 2 * tokens + fixed
+
+
+def test_candidates_take_turns_and_inputs_rotate():
+    log = []
+    candidates = {name: timing.Candidate([lambda n=name, i=i: log.append((n, i)) for i in range(2)]) for name in "ab"}
+    times = timing.time_in_turns(candidates, seconds=0.1, turns=(3, 3))
+    assert [len(times[name].samples) for name in "ab"] == [3, 3]
+    names = [name for name, _ in log]
+    turns = "".join(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])
+    assert turns == "ab" * 4  # the warm-up, then three turns
+    assert {i for _, i in log} == {0, 1}
+
+
+def test_ratio_is_the_median_of_the_turns():
+    ours, theirs = timing.Timing((1.0, 2.0, 4.0)), timing.Timing((3.0, 6.0, 4.0))
+    assert timing.ratio(ours, theirs) == 3.0
+    assert (ours.median, ours.minimum) == (2.0, 1.0)
+
+
+def test_threads_are_restored_after_a_failure():
+    before = torch.get_num_threads()
+    inside = []
+
+    def fail():
+        with timing.threads(before + 1):
+            inside.append(torch.get_num_threads())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert inside == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def faulty(forward, spoil):
+    """`forward` with one value of its readouts spoiled."""
+
+    def wrapped(problem, x):
+        out = forward(problem, x)
+        if out.o is not None and out.o.numel():
+            flat = out.o.view(-1)
+            spoil(flat, flat.abs().argmax())
+        return out
+
+    return wrapped
+
+
+def one_percent(flat, i):
+    flat[i] *= 1.01
+
+
+def not_a_number(flat, i):
+    flat[i] = float("nan")
+
+
+def test_verify_is_green_and_covers_what_it_says():
+    rows = verify(
+        backends=["chunked"],
+        rules=["gated_delta_rule"],
+        dtypes=[torch.float32],
+        shapes=["T=15", "T=65"],
+        quick=True,
+    )
+    assert all(row.passed and row.errors for row in rows)
+    assert {row.op for row in rows} == {"rule", "step", "sleep"}
+    assert set(rows[0].errors) == {"o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state"}
+    assert "strong decay" in {row.variant for row in rows}
+
+
+@pytest.mark.parametrize("spoil", [one_percent, not_a_number])
+@pytest.mark.parametrize("backend", [cpu, chunked], ids=lambda module: module.NAME)
+@pytest.mark.parametrize("rule", RULES)
+def test_verify_goes_red_for_one_wrong_value(monkeypatch, rule, backend, spoil):
+    if backend is cpu and native_module() is None:
+        pytest.skip("sleepkern._C is not built")
+    monkeypatch.setattr(backend, "forward", faulty(backend.forward, spoil))
+    rows = verify(backends=[backend.NAME], rules=[rule], dtypes=[torch.float32], shapes=["T=17"])
+    red = [row for row in rows if not row.passed]
+    assert red
+    assert all(not row.errors["o"] <= row.tolerance for row in red)
+
+
+def test_verify_says_why_a_backend_refused(monkeypatch):
+    monkeypatch.setattr(chunked, "why_not", lambda problem: "on strike")
+    rows = verify(backends=["chunked"], rules=["gla"], dtypes=[torch.float32], shapes=["T=15"])
+    assert {row.refused for row in rows} == {"on strike"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [({"backends": ["x"]}, "backend"), ({"rules": ["x"]}, "rules"), ({"shapes": ["x"]}, "shapes")],
+)
+def test_verify_names_what_is_unknown(argument, expected):
+    with pytest.raises(ValueError, match=f"{expected}: got 'x'; expected one of"):
+        verify(**argument)
+
+
+def test_bench_of_a_tiny_case_times_ours_and_the_peers():
+    report = bench_cases([TINY, Case("train", rules.GLA, TINY.shape)], quick=True)
+    assert report.passed
+    assert report.environment["threads"] == 1
+    forward, train = report.rows
+    assert forward.milliseconds > 0
+    assert forward.gflops > 0
+    assert forward.error < forward.tolerance
+    loop = next(peer for peer in forward.peers if peer.name == "token loop")
+    assert loop.ratio > 0
+    assert loop.error < 1e-5
+    assert loop.note is None
+    fla = next(peer for peer in train.peers if peer.name == "fla")
+    assert fla.ratio is None
+    assert fla.note == "runs on a GPU only"
+    assert report.to_dict()["rows"][0]["passed"] is True
+
+
+def test_bench_reports_no_time_and_no_ratio_on_a_red_check(monkeypatch):
+    monkeypatch.setattr(settings, "BACKEND", "chunked")
+    monkeypatch.setattr(chunked, "forward", faulty(chunked.forward, one_percent))
+    report = bench_cases([TINY], quick=True)
+    (row,) = report.rows
+    assert not report.passed
+    assert not row.passed
+    assert (row.milliseconds, row.gflops, row.share_of_peak, row.peers) == (None, None, None, ())
+
+
+def test_a_wrong_peer_is_named_wrong_and_not_compared_with(monkeypatch):
+    def doubled(case, inputs, threads):
+        return lambda: tuple(2 * x for x in run(case, inputs))
+
+    peer = peers.Peer("doubled", lambda case, device: None, doubled)
+    monkeypatch.setattr(bench_module, "peers_of", lambda case: (peer,))
+    (row,) = bench_cases([TINY], quick=True).rows
+    (result,) = row.peers
+    assert result.ratio is None
+    assert result.milliseconds > 0
+    assert result.error == pytest.approx(1)
+    assert result.note.startswith("wrong")
+
+
+def test_suites_are_known_and_named_once():
+    assert set(QUICK) == set(SUITES)
+    for quick in (False, True):
+        names = [case.name for case in select("all", quick)]
+        assert len(set(names)) == len(names)
+    with pytest.raises(ValueError, match="suite: got 'x'; expected all or one of forward"):
+        bench("x")
+    with pytest.raises(ValueError, match="threads: got 0"):
+        bench(threads=0)
+
+
+PEER_CASES = [
+    Case("forward", rules.GATED_DELTA_RULE, Shape(B=2, T=70, H=2, HV=4, K=32, V=32)),
+    Case("forward", rules.KDA, Shape(T=70, H=2, HV=2, K=32, V=32)),
+    Case("forward", rules.DELTA_RULE, Shape(T=70, H=2, HV=2, K=32, V=32)),
+    Case("forward", rules.SIMPLE_GLA, Shape(T=70, H=2, HV=2, K=32, V=48)),
+    Case("decode", rules.GATED_DELTA_RULE, Shape(B=2, T=1, H=2, HV=4, K=32, V=32)),
+    Case("decode", rules.KDA, Shape(T=1, H=2, HV=2, K=32, V=32)),
+    Case("ingest", rules.GATED_DELTA_RULE, Shape(B=2, T=20, H=2, HV=4, K=32, V=32), passes=3),
+    Case("train", rules.GATED_DELTA_RULE, Shape(T=70, H=2, HV=2, K=32, V=32)),
+]
+
+
+@pytest.mark.parametrize(("name", "package"), [("ggml", "ggml"), ("transformers", "transformers")])
+@pytest.mark.parametrize("case", PEER_CASES, ids=lambda case: case.name)
+def test_peers_agree_with_the_reference(name, package, case):
+    pytest.importorskip(package)
+    peer = next(p for p in peers.PEERS if p.name == name)
+    reason = peer.why_not(case, "cpu")
+    if reason is not None:
+        assert name == "ggml"
+        assert case.op == "train" or not case.rule.delta
+        return
+    actual = peer.prepare(case, case.inputs(), 1)()
+    expected = run(case, case.inputs(), backend="reference")
+    for a, e in zip(actual, expected, strict=True):
+        assert e is None or relative_error(a, e) < 1e-5
+
+
+def test_a_patched_function_is_not_taken_for_transformers(monkeypatch):
+    pytest.importorskip("transformers")
+    family = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    monkeypatch.setattr(family, "torch_chunk_gated_delta_rule", lambda *args, **options: None)
+    peer = next(p for p in peers.PEERS if p.name == "transformers")
+    with pytest.raises(RuntimeError, match="is patched"):
+        peer.prepare(TINY, TINY.inputs(), 1)
+
+
+def test_inputs_are_rotated_and_repeatable():
+    sets = TINY.rotation()
+    assert len(sets) == cases_module.COPIES
+    assert not torch.equal(sets[0]["k"], sets[1]["k"])
+    train = Case("train", TINY.rule, TINY.shape)
+    assert torch.equal(train.inputs()["do"], train.inputs()["do"])
