@@ -1,5 +1,5 @@
-// sleepkern._C: one m.def per entry point. Tensors arrive as (address, row stride, type code); sleepkern/backends/cpu.py
-// holds the other side of each signature.
+// sleepkern._C: one m.def per entry point. Tensors arrive as (address, row stride, type code);
+// sleepkern/backends/cpu.py holds the other side of each signature.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,9 +26,9 @@ Rows rows(const View& view) {
   return {reinterpret_cast<const void*>(address), stride, static_cast<Type>(type)};
 }
 
-void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H,
-                 int64_t HV, int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta,
-                 uintptr_t state, uintptr_t o, uintptr_t final_state) {
+void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
+                 int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta, uintptr_t state,
+                 uintptr_t o, uintptr_t final_state) {
   Problem problem{};
   problem.gate = static_cast<Gate>(gate);
   problem.delta = delta;

@@ -27,9 +27,7 @@ _OPTIONS = "Tensor? cu_seqlens, str rule, str backend, float scale, bool normali
 _REPLAY = ", int passes, float? tol, str method"
 
 _library = torch.library.Library("sleepkern", "DEF")
-_library.define(
-    f"ingest({_INPUTS}Tensor? state, {_OPTIONS}{_REPLAY}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_library.define(f"ingest({_INPUTS}Tensor? state, {_OPTIONS}{_REPLAY}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     f"ingest_backward({_INPUTS}Tensor? state, {_OPTIONS}{_REPLAY}, Tensor? do, Tensor? dstate)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -154,8 +152,7 @@ def _ingest_backward(
 def _ingest_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     k = args[1]
     return tuple(
-        k.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in args[:6]
+        k.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in args[:6]
     )
 
 
@@ -195,9 +192,7 @@ def _differentiate(ctx: Any, do: Tensor | None, dstate: Tensor | None, *unused: 
     nothing = (None,) * (7 + len(ctx.options))
     if (do is None or not ctx.has_output) and dstate is None:
         return nothing
-    grads = torch.ops.sleepkern.ingest_backward.default(
-        *tensors, *ctx.options, do if ctx.has_output else None, dstate
-    )
+    grads = torch.ops.sleepkern.ingest_backward.default(*tensors, *ctx.options, do if ctx.has_output else None, dstate)
     wanted = [d if t is not None else None for t, d in zip(tensors, grads, strict=False)]
     return (*wanted, None, *(None for _ in ctx.options))
 
@@ -209,6 +204,4 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("sleepkern::ingest", _ingest_fake, lib=_library)
 torch.library.register_fake("sleepkern::ingest_backward", _ingest_backward_fake, lib=_library)
 torch.library.register_fake("sleepkern::step", _step_fake, lib=_library)
-torch.library.register_autograd(
-    "sleepkern::ingest", _differentiate, setup_context=_save, lib=_library
-)
+torch.library.register_autograd("sleepkern::ingest", _differentiate, setup_context=_save, lib=_library)

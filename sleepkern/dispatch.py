@@ -54,14 +54,14 @@ def explain_problem(problem: Problem, backend: str | None = None) -> Explanation
     can = [name for name, reason in reasons.items() if reason is None and wanted in (None, name)]
     if not can:
         return Explanation(problem, None, "-", reasons)
-    chosen = next(candidate for candidate in BACKENDS if candidate.NAME == can[0])
+    chosen = next(candidate for candidate in BACKENDS if can[0] == candidate.NAME)
     return Explanation(problem, chosen.NAME, chosen.kernel(problem), reasons)
 
 
 def backend_named(name: str) -> ModuleType:
     """The backend of that name; ValueError with the known names otherwise."""
     for candidate in BACKENDS:
-        if candidate.NAME == name:
+        if name == candidate.NAME:
             return candidate
     known = ", ".join(candidate.NAME for candidate in BACKENDS)
     raise ValueError(f"backend: got {name!r}; expected one of {known}")

@@ -42,6 +42,4 @@ DELTA_RULE = Rule("delta_rule", gate="none", delta=True)
 SIMPLE_GLA = Rule("simple_gla", gate="head", delta=False)
 GLA = Rule("gla", gate="channel", delta=False)
 
-RULES: dict[str, Rule] = {
-    rule.name: rule for rule in (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)
-}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)}

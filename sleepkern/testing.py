@@ -95,7 +95,7 @@ def make_inputs(
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     def unit(x: Tensor) -> Tensor:
-        return x / x.norm(dim=-1, keepdim=True)
+        return torch.nn.functional.normalize(x, dim=-1)
 
     low, high = _LOG_DECAY[decay]
     k = normal(*rows, shape.H, shape.K)

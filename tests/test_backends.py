@@ -81,7 +81,9 @@ def test_gradients(rule: Rule, backend: str, dtype: torch.dtype, packed: bool) -
 
 
 def gradients(rule: Rule, x: dict[str, Any], backend: str, do: Tensor, dS: Tensor) -> dict[str, Tensor]:
-    leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if isinstance(t, Tensor) and n != "cu_seqlens"}
+    leaves = {
+        n: t.detach().clone().requires_grad_() for n, t in x.items() if isinstance(t, Tensor) and n != "cu_seqlens"
+    }
     o, S = call(rule, {**x, **leaves}, backend)
     assert S is not None
     torch.autograd.backward([o, S], [do.to(o), dS.to(S)])

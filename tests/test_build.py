@@ -52,5 +52,6 @@ def test_import_takes_less_than_a_third_of_a_second_beyond_torchs() -> None:
 
 def test_import_leaves_heavy_packages_alone() -> None:
     heavy = ["transformers", "matplotlib", "rich", "typer", "ggml", "torch._dynamo"]
-    code = f"import torch, sys; before = set(sys.modules); import sleepkern; print([m for m in {heavy} if m in set(sys.modules) - before])"
+    code = "import torch, sys; before = set(sys.modules); import sleepkern; new = set(sys.modules) - before; "
+    code += f"print([name for name in {heavy} if name in new])"
     assert python(code) == "[]"

@@ -77,9 +77,7 @@ def test_a_model_stands_for_its_families() -> None:
     with patch(model):
         assert all(a is not b for a, b in zip(originals(), stock, strict=True))
         state = model.state_dict()
-        assert state.keys() == saved.keys() and all(
-            torch.equal(state[name], saved[name]) for name in saved
-        )
+        assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
     assert originals() == stock
 
 
@@ -116,7 +114,5 @@ def test_somebody_elses_later_patch_is_left_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_importing_does_not_import_transformers() -> None:
-    code = (
-        "import sys, sleepkern.integrations.transformers; assert 'transformers' not in sys.modules"
-    )
+    code = "import sys, sleepkern.integrations.transformers; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -194,7 +194,7 @@ def test_packed_by_seq_idx_alone_is_refused_as_in_stock(model: nn.Module) -> Non
 # ---------------------------------------------------------------- the functions
 
 
-@pytest.mark.parametrize("name,T", [(CHUNK, 70), (CHUNK, 1), (STEP, 1), (STEP, 5)])
+@pytest.mark.parametrize(("name", "T"), [(CHUNK, 70), (CHUNK, 1), (STEP, 1), (STEP, 5)])
 def test_functions_take_what_stock_takes(name: str, T: int, calls: list[str]) -> None:
     """Keywords, positions, junk; no state in, none out; and never a write to the caller's state."""
     module, given = globals_of("qwen3_next"), arguments(T)
@@ -203,9 +203,7 @@ def test_functions_take_what_stock_takes(name: str, T: int, calls: list[str]) ->
     size = {"chunk_size": 32} if name == CHUNK else {}
     with patch():
         function = getattr(module, name)
-        o, S = function(
-            **given, **size, cu_seqlens=None, use_cache=True, output_router_logits=False
-        )
+        o, S = function(**given, **size, cu_seqlens=None, use_cache=True, output_router_logits=False)
         assert relative_error(o, expected_o) < CLOSE and relative_error(S, expected_S) < CLOSE
         assert torch.equal(given["initial_state"], kept)
         by_position = (*list(given.values())[:5], *size.values(), *list(given.values())[5:])
@@ -240,7 +238,7 @@ def test_decode_updates_the_cache_in_place(model: nn.Module, calls: list[str]) -
 
 
 @pytest.mark.parametrize(
-    "dtype,device,reason",
+    ("dtype", "device", "reason"),
     [(torch.float64, "cpu", "float64"), (torch.float32, "meta", "no kernel for the device meta")],
 )
 def test_what_cannot_be_done_goes_to_the_original(

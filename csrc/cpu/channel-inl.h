@@ -84,7 +84,7 @@ static void base_gram(const Workspace& w, int64_t start, const float* left_of, f
 // Column i of a gram times by[i], or times a number.
 static void scale_columns(float* gram, int64_t end, const float* by, float factor) {
   for (int64_t i = 0; i < end; i += PANEL) {
-    SLEEPKERN_EACH_VEC {
+    SLEEPKERN_EACH_VEC(n) {
       const Vec f = by ? load(by + i + n * LANES) : broadcast(factor);
       for (int64_t j = 0; j < min_of(i + PANEL, end); ++j) {
         float* at = gram + i * CHUNK + j * PANEL + n * LANES;

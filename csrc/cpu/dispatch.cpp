@@ -6,10 +6,16 @@
 
 namespace sleepkern {
 
-namespace baseline { extern const Implementation table; }
+namespace baseline {
+extern const Implementation table;
+}
 #ifdef SLEEPKERN_X86
-namespace avx2 { extern const Implementation table; }
-namespace avx512 { extern const Implementation table; }
+namespace avx2 {
+extern const Implementation table;
+}
+namespace avx512 {
+extern const Implementation table;
+}
 static const Implementation* const ALL[] = {&avx512::table, &avx2::table, &baseline::table};
 #else
 static const Implementation* const ALL[] = {&baseline::table};

@@ -9,13 +9,14 @@ SLEEPKERN_STAGE void load_values(const Chunk& c, const Workspace& w, int64_t pan
   const bool whole = c.p.v.type == Type::float32 && width == PANEL;
   for (int64_t t = 0; t < c.padded; ++t) {
     float* out = w.values + t * PANEL;
-    if (!whole || t >= c.count) SLEEPKERN_EACH_VEC store(out + n * LANES, Vec{});
+    if (!whole || t >= c.count)
+      SLEEPKERN_EACH_VEC(n) store(out + n * LANES, Vec{});
     if (t >= c.count) continue;
     const void* row = c.row(c.p.v, t, c.head * w.V + first);
     if (!whole) load_row(row, c.p.v.type, width, out);
     const float* from = whole ? static_cast<const float*>(row) : out;
     const Vec b = broadcast(w.beta[t]);
-    SLEEPKERN_EACH_VEC store(out + n * LANES, load(from + n * LANES) * b);
+    SLEEPKERN_EACH_VEC(n) store(out + n * LANES, load(from + n * LANES) * b);
   }
 }
 
@@ -25,7 +26,8 @@ SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const flo
     clear(t);
     multiply_add<-1>(t, w.keys + column_at(i, w.K), state, w.K);
     scale_rows(t, w.key_scale + i);
-    SLEEPKERN_EACH_ROW SLEEPKERN_EACH_VEC t.at[r][n] += load(w.values + (i + r) * PANEL + n * LANES);
+    SLEEPKERN_EACH_ROW(r)
+      SLEEPKERN_EACH_VEC(n) t.at[r][n] += load(w.values + (i + r) * PANEL + n * LANES);
     const float* M = w.couplings + column_at(i, CHUNK);
     multiply_add<-1>(t, M, w.values, i);
     substitute(t, M + i * PANEL);
@@ -40,8 +42,9 @@ SLEEPKERN_INLINE void store_readouts(const Chunk& c, const Tile& t, int64_t toke
   const int64_t stride = p.HV * p.V, at = (c.first + token) * stride + c.head * p.V + first;
   if (p.v.type == Type::float32 && width == PANEL) {
     float* o = static_cast<float*>(p.o) + at;
-    SLEEPKERN_EACH_ROW {
-      if (r < count) SLEEPKERN_EACH_VEC store(o + r * stride + n * LANES, t.at[r][n]);
+    SLEEPKERN_EACH_ROW(r) {
+      if (r < count)
+        SLEEPKERN_EACH_VEC(n) store(o + r * stride + n * LANES, t.at[r][n]);
     }
     return;
   }
@@ -92,7 +95,7 @@ SLEEPKERN_STAGE void load_state(const Problem& p, Workspace& w, int64_t unit) {
     const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
     for (int64_t d = 0; d < w.K_rows; ++d) {
       float* to = w.state + (panel * w.K_rows + d) * PANEL;
-      SLEEPKERN_EACH_VEC store(to + n * LANES, Vec{});
+      SLEEPKERN_EACH_VEC(n) store(to + n * LANES, Vec{});
       if (d < w.K && p.state) load_row(p.state + (unit * w.K + d) * w.V + first, Type::float32, width, to);
     }
   }

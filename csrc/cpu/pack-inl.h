@@ -50,7 +50,7 @@ SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t
 SLEEPKERN_INLINE void pack_writer(const Workspace& w, const float* row, int64_t t) {
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
     float* to = w.writers + d * CHUNK + t * PANEL;
-    SLEEPKERN_EACH_VEC store(to + n * LANES, load(row + d + n * LANES));
+    SLEEPKERN_EACH_VEC(n) store(to + n * LANES, load(row + d + n * LANES));
   }
 }
 

@@ -42,16 +42,16 @@ SLEEPKERN_INLINE void decay_block(const Workspace& w, int64_t j, int64_t i, floa
     for (int l = 0; l < PANEL; ++l) columns[l] = static_cast<float>(G[i + l] - G[j + ROWS - 1]);
     for (int r = 0; r < ROWS; ++r) rows[r] = static_cast<float>(G[j + ROWS - 1] - G[j + r]);
     store(rows, exp_nonpositive(load(rows)));
-    SLEEPKERN_EACH_VEC {
+    SLEEPKERN_EACH_VEC(n) {
       const Vec by_column = exp_nonpositive(load(columns + n * LANES));
-      SLEEPKERN_EACH_ROW store(decay[r] + n * LANES, by_column * rows[r]);
+      SLEEPKERN_EACH_ROW(r) store(decay[r] + n * LANES, by_column * rows[r]);
     }
     return;
   }
   for (int r = 0; r < ROWS; ++r) {
     for (int l = 0; l < PANEL; ++l) decay[r][l] = static_cast<float>(G[i + l] - G[j + r]);
     for (int64_t l = 0; l < j + r - i; ++l) decay[r][l] = -INFINITY;
-    SLEEPKERN_EACH_VEC store(decay[r] + n * LANES, exp_nonpositive(load(decay[r] + n * LANES)));
+    SLEEPKERN_EACH_VEC(n) store(decay[r] + n * LANES, exp_nonpositive(load(decay[r] + n * LANES)));
   }
 }
 
@@ -61,16 +61,17 @@ SLEEPKERN_INLINE void gram_block(const Workspace& w, const float* right, int64_t
   Tile t;
   clear(t);
   multiply_add<1>(t, w.keys + column_at(j, w.K), right + i * w.K, w.K);
-  SLEEPKERN_EACH_ROW SLEEPKERN_EACH_VEC t.at[r][n] *= by[n] * load(decay[r] + n * LANES);
+  SLEEPKERN_EACH_ROW(r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] *= by[n] * load(decay[r] + n * LANES);
   store(t, out + i * CHUNK + j * PANEL);
 }
 
 // Scores and couplings by one sweep over the upper triangle of (j, i).
 SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
   Vec scale[VECS], beta[VECS];
-  SLEEPKERN_EACH_VEC scale[n] = broadcast(c.p.scale);
+  SLEEPKERN_EACH_VEC(n) scale[n] = broadcast(c.p.scale);
   for (int64_t i = 0; i < c.count; i += PANEL) {
-    SLEEPKERN_EACH_VEC beta[n] = load(w.beta + i + n * LANES);
+    SLEEPKERN_EACH_VEC(n) beta[n] = load(w.beta + i + n * LANES);
     for (int64_t j = 0; j < min_of(i + PANEL, c.padded); j += ROWS) {
       alignas(64) float decay[ROWS][PANEL];
       decay_block(w, j, i, decay);

@@ -77,7 +77,8 @@ SLEEPKERN_INLINE Vec from_float16(HalfVec h) {
   return reinterpret_cast<Vec>(sign | scaled | (special & 0x7f800000u));
 }
 
-// Round to nearest even; too large becomes inf, NaN stays NaN. Subnormals round by adding 0.5, whose last bit is theirs.
+// Round to nearest even; too large becomes inf, NaN stays NaN. Subnormals round by adding 0.5, whose last bit is
+// theirs.
 SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
   BitVec u = reinterpret_cast<BitVec>(x), sign = u & 0x80000000u;
   u = u ^ sign;
@@ -98,9 +99,7 @@ SLEEPKERN_INLINE void copy_tail(T* to, const T* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
 
-SLEEPKERN_INLINE Vec widen(HalfVec h, Type type) {
-  return type == Type::bfloat16 ? from_bfloat16(h) : from_float16(h);
-}
+SLEEPKERN_INLINE Vec widen(HalfVec h, Type type) { return type == Type::bfloat16 ? from_bfloat16(h) : from_float16(h); }
 
 // n numbers of a type to float; dst has room up to a multiple of LANES.
 SLEEPKERN_INLINE void load_row(const void* src, Type type, int64_t n, float* dst) {

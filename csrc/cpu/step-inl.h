@@ -7,36 +7,38 @@ constexpr int STEP_VECS = 4;
 constexpr int64_t BLOCK = STEP_VECS * LANES;
 
 struct StepToken {
-  const float* k;         // [K]
-  const float* decay;     // [K] a
+  const float* k;          // [K]
+  const float* decay;      // [K] a
   const float* decayed_k;  // [K] a k
   const float* decayed_q;  // [K] a q
   float b, qk;
 };
 
-// One block of value columns of one token; v becomes o. Width W vectors, or one partial vector through a copy.
+#define SLEEPKERN_EACH_COLUMN(n) _Pragma("GCC unroll 4") for (int n = 0; n < W; ++n)
+
+// One block of W vectors of value columns of one token; v becomes o.
 template <int W>
-SLEEPKERN_INLINE void step_block(const StepToken& x, bool delta, float scale, int64_t K, float* state,
-                                 int64_t stride, float* v) {
+SLEEPKERN_INLINE void step_block(const StepToken& x, bool delta, float scale, int64_t K, float* state, int64_t stride,
+                                 float* v) {
   Vec u[W], y[W];
-  _Pragma("GCC unroll 4") for (int n = 0; n < W; ++n) u[n] = y[n] = Vec{};
+  SLEEPKERN_EACH_COLUMN(n) u[n] = y[n] = Vec{};
   for (int64_t d = 0; d < K; ++d) {
     const Vec k = broadcast(x.decayed_k[d]), q = broadcast(x.decayed_q[d]);
-    _Pragma("GCC unroll 4") for (int n = 0; n < W; ++n) {
+    SLEEPKERN_EACH_COLUMN(n) {
       const Vec s = load(state + d * stride + n * LANES);
       u[n] += k * s;
       y[n] += q * s;
     }
   }
   Vec e[W];
-  _Pragma("GCC unroll 4") for (int n = 0; n < W; ++n) {
+  SLEEPKERN_EACH_COLUMN(n) {
     const Vec value = load(v + n * LANES);
     e[n] = (delta ? value - u[n] : value) * x.b;
     store(v + n * LANES, (y[n] + e[n] * x.qk) * scale);
   }
   for (int64_t d = 0; d < K; ++d) {
     const Vec k = broadcast(x.k[d]), a = broadcast(x.decay[d]);
-    _Pragma("GCC unroll 4") for (int n = 0; n < W; ++n) {
+    SLEEPKERN_EACH_COLUMN(n) {
       float* at = state + d * stride + n * LANES;
       store(at, a * load(at) + k * e[n]);
     }

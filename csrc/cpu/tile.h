@@ -21,26 +21,29 @@ struct Tile {
 };
 
 // Loops over a tile are unrolled whole, or the accumulators would live in memory.
-#define SLEEPKERN_EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
-#define SLEEPKERN_EACH_VEC _Pragma("GCC unroll 2") for (int n = 0; n < VECS; ++n)
+#define SLEEPKERN_EACH_ROW(r) _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
+#define SLEEPKERN_EACH_VEC(n) _Pragma("GCC unroll 2") for (int n = 0; n < VECS; ++n)
 
 SLEEPKERN_INLINE void clear(Tile& t) {
-  SLEEPKERN_EACH_ROW SLEEPKERN_EACH_VEC t.at[r][n] = Vec{};
+  SLEEPKERN_EACH_ROW(r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] = Vec{};
 }
 
 SLEEPKERN_INLINE void load(Tile& t, const float* panel) {
-  SLEEPKERN_EACH_ROW SLEEPKERN_EACH_VEC t.at[r][n] = load(panel + r * PANEL + n * LANES);
+  SLEEPKERN_EACH_ROW(r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(panel + r * PANEL + n * LANES);
 }
 
 SLEEPKERN_INLINE void store(const Tile& t, float* panel) {
-  SLEEPKERN_EACH_ROW SLEEPKERN_EACH_VEC store(panel + r * PANEL + n * LANES, t.at[r][n]);
+  SLEEPKERN_EACH_ROW(r)
+    SLEEPKERN_EACH_VEC(n) store(panel + r * PANEL + n * LANES, t.at[r][n]);
 }
 
 // Row r times by[r].
 SLEEPKERN_INLINE void scale_rows(Tile& t, const float* by) {
-  SLEEPKERN_EACH_ROW {
+  SLEEPKERN_EACH_ROW(r) {
     Vec f = broadcast(by[r]);
-    SLEEPKERN_EACH_VEC t.at[r][n] *= f;
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] *= f;
   }
 }
 
@@ -49,10 +52,10 @@ template <int SIGN>
 SLEEPKERN_INLINE void multiply_add(Tile& t, const float* left, const float* right, int64_t depth) {
   for (int64_t d = 0; d < depth; ++d) {
     Vec b[VECS];
-    SLEEPKERN_EACH_VEC b[n] = load(right + d * PANEL + n * LANES);
-    SLEEPKERN_EACH_ROW {
+    SLEEPKERN_EACH_VEC(n) b[n] = load(right + d * PANEL + n * LANES);
+    SLEEPKERN_EACH_ROW(r) {
       Vec a = broadcast(left[d * PANEL + r]);
-      SLEEPKERN_EACH_VEC {
+      SLEEPKERN_EACH_VEC(n) {
         if constexpr (SIGN > 0) {
           t.at[r][n] += a * b[n];
         } else {
@@ -66,11 +69,11 @@ SLEEPKERN_INLINE void multiply_add(Tile& t, const float* left, const float* righ
 // Forward substitution inside the tile: row r loses m[j][r] times row j for every j < r; m is a panel advanced to the
 // tile's rows and columns. Exact however correlated the keys are, unlike products of the inverse's series.
 SLEEPKERN_INLINE void substitute(Tile& t, const float* m) {
-  _Pragma("GCC unroll 8") for (int j = 0; j + 1 < ROWS; ++j) {
-    SLEEPKERN_EACH_ROW {
+  SLEEPKERN_EACH_ROW(j) {
+    SLEEPKERN_EACH_ROW(r) {
       if (r > j) {
         Vec f = broadcast(m[j * PANEL + r]);
-        SLEEPKERN_EACH_VEC t.at[r][n] -= f * t.at[j][n];
+        SLEEPKERN_EACH_VEC(n) t.at[r][n] -= f * t.at[j][n];
       }
     }
   }

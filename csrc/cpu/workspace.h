@@ -1,10 +1,10 @@
 // What one thread holds: the states of a group of heads and the operands of one chunk of one head, in panels (tile.h).
-// At K = V = 128 a state is 64 KB and the operands 190 KB, of which a panel's turn touches 8 KB of state and 4 KB of
+// At K = V = 128 a state is 64 KB and the operands 60 KB, of which a panel's turn touches 8 KB of state and 2 KB of
 // values and streams the rest from L2.
 
 // Heads of one sequence that take turns chunk by chunk, so that a page of the caller's tensors, on which the rows of
-// several heads lie side by side, is visited once and not once a head. One head after the other takes a quarter longer at
-// H = 16, K = V = 128, T = 1024.
+// several heads lie side by side, is visited once and not once a head. One head after the other takes a quarter longer
+// at H = 16, K = V = 128, T = 1024.
 constexpr int64_t GROUP = 8;
 
 struct Workspace {
@@ -12,14 +12,14 @@ struct Workspace {
   int64_t K_rows, V_panels;  // K rounded up to whole panels; number of value panels
   int64_t state_size;        // floats of a state in panels
 
-  float* states;  // [GROUP][V_panels][K_rows][PANEL]
-  float* state;   // the one of the head whose turn it is
-  float* keys;     // [CHUNK / PANEL][K][PANEL]  k^T; times E per channel for channel decay
-  float* readers;  // same, of q^T
-  float* writers;        // [K_rows / PANEL][CHUNK][PANEL]  Kt = k exp(G_C - G)
-  float* couplings;      // [CHUNK / PANEL][CHUNK][PANEL]  M^T, strictly upper: row j, column i > j
-  float* scores;         // same, P^T, i >= j
-  float* values;         // [CHUNK][PANEL]  b v, then Vn, of one value panel
+  float* states;     // [GROUP][V_panels][K_rows][PANEL]
+  float* state;      // the one of the head whose turn it is
+  float* keys;       // [CHUNK / PANEL][K][PANEL]  k^T; times E per channel for channel decay
+  float* readers;    // same, of q^T
+  float* writers;    // [K_rows / PANEL][CHUNK][PANEL]  Kt = k exp(G_C - G)
+  float* couplings;  // [CHUNK / PANEL][CHUNK][PANEL]  M^T, strictly upper: row j, column i > j
+  float* scores;     // same, P^T, i >= j
+  float* values;     // [CHUNK][PANEL]  b v, then Vn, of one value panel
 
   float* rows;  // [LANES][row_size] tokens being packed
   int64_t row_size;

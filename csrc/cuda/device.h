@@ -8,10 +8,10 @@ namespace sleepkern::cuda {
 
 struct Device {
   std::string name;
-  int major, minor;     // compute capability
-  size_t memory;        // bytes
+  int major, minor;  // compute capability
+  size_t memory;     // bytes
   int multiprocessors;
-  size_t shared_memory; // bytes a block may opt into
+  size_t shared_memory;  // bytes a block may opt into
 };
 
 std::vector<Device> devices();

@@ -1,12 +1,12 @@
 """Step 5 of a call, COMPUTE. Every backend is a module that speaks the same words:
 
-    NAME                                   what `backend=` and SLEEPKERN_BACKEND call it
-    why_not(problem) -> str | None         None, or the sentence why it cannot do the problem
-    kernel(problem) -> str                 one line on the code it would run
-    method_of(problem) -> str              the replay method it would take
-    forward(problem, tensors) -> Ingested  readouts, final state, and how a replay ended
-    backward(problem, tensors, do, dstate) gradients of q, k, v, g, beta and the initial state
-    step(problem, tensors) -> o            a few tokens, the state updated in place
+NAME                                   what `backend=` and SLEEPKERN_BACKEND call it
+why_not(problem) -> str | None         None, or the sentence why it cannot do the problem
+kernel(problem) -> str                 one line on the code it would run
+method_of(problem) -> str              the replay method it would take
+forward(problem, tensors) -> Ingested  readouts, final state, and how a replay ended
+backward(problem, tensors, do, dstate) gradients of q, k, v, g, beta and the initial state
+step(problem, tensors) -> o            a few tokens, the state updated in place
 """
 
 from . import chunked, cpu, reference

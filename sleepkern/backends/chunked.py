@@ -129,9 +129,7 @@ def decayed_gram(x: Tensor, y: Tensor, G: Tensor | None) -> Tensor:
         return (x * y).sum(-1, keepdim=True)
     m = rows // 2
     R = G[..., m - 1 : m, :]
-    below = (x[..., m:, :] * (G[..., m:, :] - R).exp()) @ (
-        y[..., :m, :] * (R - G[..., :m, :]).exp()
-    ).transpose(-1, -2)
+    below = (x[..., m:, :] * (G[..., m:, :] - R).exp()) @ (y[..., :m, :] * (R - G[..., :m, :]).exp()).transpose(-1, -2)
     first = decayed_gram(x[..., :m, :], y[..., :m, :], G[..., :m, :])
     second = decayed_gram(x[..., m:, :], y[..., m:, :], G[..., m:, :])
     top = torch.cat([first, torch.zeros_like(below).transpose(-1, -2)], -1)
@@ -179,7 +177,8 @@ def _ingest(problem: Problem, h: Heads) -> Ingested:
 def _cut(t: Tensor) -> Tensor:
     pad = -t.shape[2] % CHUNK
     t = F.pad(t, (0, 0, 0, pad) if t.dim() == 4 else (0, pad))
-    return t.unflatten(2, (-1, CHUNK))
+    cut: Tensor = t.unflatten(2, (-1, CHUNK))
+    return cut
 
 
 def _transition(f: Factors) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def why_not(problem: Problem) -> str | None:
 
 def kernel(problem: Problem) -> str:
     """One line on the code that runs."""
-    form = "token by token" if problem.T <= _C.step_limit() else "chunked"
+    form = "token by token" if _C.step_limit() >= problem.T else "chunked"
     return f"C++ {_C.isa()}, {form}" + (", passes repeated" if problem.passes > 1 else "")
 
 

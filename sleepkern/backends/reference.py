@@ -55,9 +55,7 @@ def step(problem: Problem, x: Tensors) -> Tensor:
     return out.o
 
 
-def token_loop(
-    rule: Rule, h: Heads, state: Tensor, scale: float, output: bool
-) -> tuple[Tensor | None, Tensor]:
+def token_loop(rule: Rule, h: Heads, state: Tensor, scale: float, output: bool) -> tuple[Tensor | None, Tensor]:
     """S <- a S;  S <- S + b k (v - [delta] S^T k)^T;  o = scale S^T q, for each token."""
     outputs = []
     if h.k.shape[2] == 0:

@@ -43,9 +43,7 @@ class Heads(NamedTuple):
     state: Tensor
 
 
-def by_sequence(
-    problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested]
-) -> Ingested:
+def by_sequence(problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested]) -> Ingested:
     """Run `ingest` on head-major tensors: once for a batch, once per sequence when packed."""
     if not problem.packed:
         return _token_major(problem, [ingest(_heads(problem, x, slice(None), slice(None)))], [x.k.shape[1]])
@@ -66,17 +64,12 @@ def gradients(
     """Gradients of q, k, v, g, beta, state by autograd through a torch `forward`, run again here."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in x[:6]]
     with torch.enable_grad():
-        out = forward(problem, Tensors(*leaves, x.cu_seqlens))  # type: ignore[arg-type]
+        out = forward(problem, Tensors._make([*leaves, x.cu_seqlens]))
         pairs = [(y, dy) for y, dy in ((out.o, do), (out.state, dstate)) if y is not None and dy is not None]
         wanted = [t for t in leaves if t is not None]
-        grads = iter(
-            torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True)
-        )
+        grads = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True))
     filled = [None if t is None else next(grads) for t in leaves]
-    return [
-        torch.zeros_like(t) if t is not None and d is None else d
-        for t, d in zip(leaves, filled, strict=True)
-    ]
+    return [torch.zeros_like(t) if t is not None and d is None else d for t, d in zip(leaves, filled, strict=True)]
 
 
 def _heads(problem: Problem, x: Tensors, rows: slice, sequence: slice) -> Heads:

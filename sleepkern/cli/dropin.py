@@ -47,9 +47,7 @@ class _Session(NamedTuple):
     generated: Tensor  # [_GENERATED]
 
 
-def run_dropin(
-    text: bytes, progress: Callable[[str], None] | None = None, tokens: int = 1024
-) -> dict[str, Any]:
+def run_dropin(text: bytes, progress: Callable[[str], None] | None = None, tokens: int = 1024) -> dict[str, Any]:
     """Time a model with and without the patch on the same bytes, in turns, with torch's threads.
 
     Args:

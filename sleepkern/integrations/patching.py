@@ -62,10 +62,7 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        names = (
-            f"{getattr(s.holder, '__name__', type(s.holder).__name__)}.{s.name}"
-            for s in self._slots
-        )
+        names = (f"{getattr(s.holder, '__name__', type(s.holder).__name__)}.{s.name}" for s in self._slots)
         return f"Patch({', '.join(names)})"
 
 

@@ -81,15 +81,11 @@ def _targets(family: str | nn.Module) -> list[Target]:
     if isinstance(family, nn.Module):
         return _targets_of_model(family)
     if family not in FAMILIES:
-        raise ValueError(
-            f"families: got {family!r}; expected a model or one of {', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"families: got {family!r}; expected a model or one of {', '.join(FAMILIES)}")
     try:
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"families: {family!r} needs a transformers that has it: {error}"
-        ) from error
+        raise ImportError(f"families: {family!r} needs a transformers that has it: {error}") from error
     return _targets_of_module(module)
 
 
@@ -101,16 +97,14 @@ def _targets_of_model(model: nn.Module) -> list[Target]:
         present = (name for name in _ATTRIBUTES if callable(vars(layer).get(name)))
         targets += [Target(layer, name, _ATTRIBUTES[name]) for name in present]
     if not targets:
-        raise ValueError(
-            f"families: got a {type(model).__name__}; expected a model with a gated delta rule"
-        )
+        raise ValueError(f"families: got a {type(model).__name__}; expected a model with a gated delta rule")
     return targets
 
 
 def _targets_of_module(module: ModuleType) -> list[Target]:
     """The globals to replace; none unless the file defines the torch functions, known to us."""
     defined = vars(module)
-    if not _DEFINED <= defined.keys():
+    if not defined.keys() >= _DEFINED:
         return []
     names = set(_GLOBALS)
     if "is_fast_path_available" in defined:

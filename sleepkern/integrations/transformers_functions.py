@@ -57,9 +57,7 @@ def _chunk_call(
     return _Call(query, key, value, g, beta, initial_state, *options)
 
 
-def _step_call(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *rest: Any, **named: Any
-) -> _Call:
+def _step_call(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *rest: Any, **named: Any) -> _Call:
     """The same without chunk_size."""
     return _chunk_call(query, key, value, g, beta, 64, *rest, **named)
 
@@ -104,9 +102,7 @@ def _ingest(call: _Call) -> tuple[Tensor, Tensor | None]:
 def _step(call: _Call) -> tuple[Tensor, Tensor | None]:
     assert call.initial_state is not None
     normalize = call.use_qk_l2norm_in_kernel
-    o, state = sleepkern.recurrent_step(
-        *call[:5], call.initial_state, use_qk_l2norm_in_kernel=normalize
-    )
+    o, state = sleepkern.recurrent_step(*call[:5], call.initial_state, use_qk_l2norm_in_kernel=normalize)
     return o.to(call.q.dtype), state
 
 
@@ -154,7 +150,7 @@ def _why_not(call: _Call) -> str | None:
 
 def _has_kernel(device: str) -> bool:
     """A backend named after a device has kernels for it; portable ones would slow a GPU model."""
-    return device == "cpu" or any(backend.NAME == device for backend in BACKENDS)
+    return device == "cpu" or any(device == backend.NAME for backend in BACKENDS)
 
 
 def short_convolution(original: Callable[..., Any]) -> Callable[..., Any]:
