@@ -20,14 +20,14 @@ namespace sleepkern {
 namespace SLEEPKERN_ISA {
 namespace {
 
-#include "channel-inl.h"
-#include "ingest-inl.h"
-#include "pack-inl.h"
-#include "prepare-inl.h"
 #include "simd.h"
-#include "step-inl.h"
 #include "tile.h"
 #include "workspace.h"
+#include "pack-inl.h"
+#include "channel-inl.h"
+#include "prepare-inl.h"
+#include "ingest-inl.h"
+#include "step-inl.h"
 
 // Token by token, on the state as the caller keeps it; unit = sequence * HV + head.
 SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int64_t begin, int64_t end) {
