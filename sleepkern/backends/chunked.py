@@ -95,45 +95,55 @@ def prepare(rule: Rule, h: Heads, scale: float) -> Factors:
     assert k is not None and v is not None
     if g is not None and rule.gate == "head":
         g = g[..., None]
-    G = None if g is None else g.cumsum(-2)
-    end = None if G is None else G[..., -1:, :]
-    E = None if G is None else G.exp()
+    E, Kt, end = None, k, None
+    if g is not None:
+        G = g.cumsum(-2)
+        E, end = G.exp(), G[..., -1:, :].transpose(-1, -2)
+        Kt = k * _sum_after(g).exp()
     bv = v if beta is None else beta[..., None] * v
-    Kt = k if G is None or end is None else k * (end - G).exp()
     W, U = None, bv
     if rule.delta:
         assert beta is not None
-        M = beta[..., None] * decayed_gram(k, k, G).tril(-1)
+        M = beta[..., None] * decayed_gram(k, k, g).tril(-1)
         rhs = torch.cat([beta[..., None] * (k if E is None else k * E), bv], -1)
         solved = torch.linalg.solve_triangular(M, rhs, upper=False, unitriangular=True)
         W, U = solved.split([k.shape[-1], v.shape[-1]], -1)
     Qe = None if q is None else scale * (q if E is None else q * E)
-    P = None if q is None else scale * decayed_gram(q, k, G).tril()
-    return Factors(Qe, P, Kt, U, W, None if end is None else end.transpose(-1, -2))
+    P = None if q is None else scale * decayed_gram(q, k, g).tril()
+    return Factors(Qe, P, Kt, U, W, end)
 
 
-def decayed_gram(x: Tensor, y: Tensor, G: Tensor | None) -> Tensor:
+def decayed_gram(x: Tensor, y: Tensor, g: Tensor | None) -> Tensor:
     """[..., C, C] of sum_d x_id y_jd exp(G_id - G_jd) for i >= j; above the diagonal anything finite.
 
-    Head decay factors out. Channel decay is split in halves: the lower left block, rows i in the second half,
-    columns j in the first, is a product with the reference row R between them, exp(G_i - R) and exp(R - G_j),
-    both exponents non-positive; the two diagonal blocks are halves of the same problem.
+    Head decay factors out; its differences are taken in float64, because G_i - G_j is small where G is large. Channel
+    decay is split in halves: the lower left block, rows i in the second half, columns j in the first, is a product
+    with the last token R of the first half between them, exp(G_i - R) and exp(R - G_j), both exponents non-positive
+    and added up from R; the two diagonal blocks are halves of the same problem.
     """
-    if G is None:
+    if g is None:
         return x @ y.transpose(-1, -2)
-    if G.shape[-1] == 1:
+    if g.shape[-1] == 1:
+        G = g.double().cumsum(-2)
         lower = torch.ones(G.shape[-2], G.shape[-2], dtype=torch.bool, device=G.device).tril()
-        return (x @ y.transpose(-1, -2)) * (G - G.transpose(-1, -2)).masked_fill(~lower, -torch.inf).exp()
-    rows = G.shape[-2]
+        difference = (G - G.transpose(-1, -2)).masked_fill(~lower, -torch.inf)
+        return (x @ y.transpose(-1, -2)) * difference.to(x.dtype).exp()
+    rows = g.shape[-2]
     if rows == 1:
         return (x * y).sum(-1, keepdim=True)
     m = rows // 2
-    R = G[..., m - 1 : m, :]
-    below = (x[..., m:, :] * (G[..., m:, :] - R).exp()) @ (y[..., :m, :] * (R - G[..., :m, :]).exp()).transpose(-1, -2)
-    first = decayed_gram(x[..., :m, :], y[..., :m, :], G[..., :m, :])
-    second = decayed_gram(x[..., m:, :], y[..., m:, :], G[..., m:, :])
+    since, until = g[..., m:, :].cumsum(-2).exp(), _sum_after(g[..., :m, :]).exp()
+    below = (x[..., m:, :] * since) @ (y[..., :m, :] * until).transpose(-1, -2)
+    first = decayed_gram(x[..., :m, :], y[..., :m, :], g[..., :m, :])
+    second = decayed_gram(x[..., m:, :], y[..., m:, :], g[..., m:, :])
     top = torch.cat([first, torch.zeros_like(below).transpose(-1, -2)], -1)
     return torch.cat([top, torch.cat([below, second], -1)], -2)
+
+
+def _sum_after(g: Tensor) -> Tensor:
+    """At each row the sum of the rows behind it, added up from the end."""
+    behind = F.pad(g[..., 1:, :], (0, 0, 0, 1))
+    return behind.flip(-2).cumsum(-2).flip(-2)
 
 
 def walk(f: Factors, state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
