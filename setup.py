@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -18,20 +19,37 @@ class CMakeBuild(build_ext):
     """One configure and one incremental build; extra CMake options from CMAKE_ARGS."""
 
     def build_extension(self, ext: Extension) -> None:
+        cmake, ninja = tool("cmake"), tool("ninja")
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit(missing("pybind11")) from None
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = (ROOT / self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        # ninja and pybind11 are named anew each time: an isolated build leaves a cache that points into its
+        # own environment, which is gone by the next one.
         options = [
-            "-G",
-            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSLEEPKERN_OUTPUT_DIR={target.parent}",
-            *os.environ.get("CMAKE_ARGS", "").split(),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *options], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+
+
+def tool(name: str) -> str:
+    """Path of a program, on PATH or beside this Python."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        raise SystemExit(missing(name))
+    return found
+
+
+def missing(name: str) -> str:
+    return f"sleepkern._C: building it needs {name}, which is not here; `pip install {name}` brings it"
 
 
 setup(ext_modules=[Extension("sleepkern._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
