@@ -95,7 +95,7 @@ def test_verify_finds_a_broken_kernel(tmp_path: Path) -> None:
     """A state that is not decayed: the kernel runs, and `verify` ends red."""
     fault = ("cpu/ingest-inl.h", "    scale_rows(t, w.keep + d);\n", "")
     module = build(tmp_path, fault=fault)
-    command = "from sleepkern.cli import main; main(['verify', '--quick', '--backend', 'cpu'])"
+    command = "sys.argv[1:] = ['verify', '--quick', '--backend', 'cpu']\nfrom sleepkern.cli import main\nmain()"
     done = run_with(module, command)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "fail" in done.stdout.lower()
