@@ -47,6 +47,7 @@ class Shape:
 
 AWKWARD_SHAPES: dict[str, Shape] = {
     "one token": Shape(B=2, T=1),
+    "T=3 K=200 V=37": Shape(T=3, H=1, HV=1, K=200, V=37),
     "T=15": Shape(T=15, K=32, V=48),
     "T=17": Shape(T=17, K=48, V=32),
     "T=63": Shape(T=63),

@@ -57,12 +57,10 @@ static void step_columns(const StepToken& x, const Problem& p, float* state, flo
   if (width == 0) return;
   for (int64_t d = 0; d < p.K; ++d) {
     store(spare + d * LANES, Vec{});
-    std::memcpy(spare + d * LANES, state + d * p.V + first, width * sizeof(float));
+    copy_tail(spare + d * LANES, state + d * p.V + first, width);
   }
   step_block<1>(x, p.delta, p.scale, p.K, spare, LANES, v + first);
-  for (int64_t d = 0; d < p.K; ++d) {
-    std::memcpy(state + d * p.V + first, spare + d * LANES, width * sizeof(float));
-  }
+  for (int64_t d = 0; d < p.K; ++d) copy_tail(state + d * p.V + first, spare + d * LANES, width);
 }
 
 SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* state) {
@@ -89,6 +87,6 @@ SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* 
   }
   load_row(c.row(p.v, t, c.head * p.V), p.v.type, p.V, v);
   const float b = p.beta.data ? load_scalar(c.row(p.beta, t, c.head), p.beta.type, 0) : 1.0f;
-  step_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, p, state, v, w.values);
+  step_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, p, state, v, w.writers);
   if (p.o) store_row(v, p.v.type, p.V, static_cast<char*>(p.o) + ((c.first + t) * p.HV + c.head) * p.V * size);
 }
