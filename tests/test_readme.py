@@ -1,0 +1,20 @@
+"""README's examples run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from hybrid_models import build
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_examples_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    assert len(blocks) == 2
+    names = {"model": build("qwen3_next"), "ids": torch.tensor([[1, 2, 3]])}
+    for block in blocks:
+        exec(block, names)
+    assert names["r"].final_state.shape == names["S"].shape
