@@ -20,7 +20,7 @@ from torch import Tensor
 from ..problem import Problem, Tensors
 from ..rules import Rule
 from .replay import repeat
-from .tensors import Heads, Ingested, by_sequence, gradients
+from .tensors import Heads, Ingested, by_sequence, gradients, step_by
 
 NAME = "chunked"
 CHUNK = 64
@@ -83,10 +83,7 @@ def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | N
 
 def step(problem: Problem, x: Tensors) -> Tensor:
     """Readouts [B,T,HV,V]; the state is updated in place."""
-    out = forward(problem, x)
-    assert out.o is not None and x.state is not None
-    x.state.copy_(out.state)
-    return out.o
+    return step_by(problem, x, forward)
 
 
 def prepare(rule: Rule, h: Heads, scale: float) -> Factors:

@@ -54,6 +54,14 @@ def by_sequence(problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested
     return _token_major(problem, parts, [b - a for a, b in spans])
 
 
+def step_by(problem: Problem, x: Tensors, forward: Callable[[Problem, Tensors], Ingested]) -> Tensor:
+    """Readouts [B,T,HV,V] of a `forward`, whose final state goes to where the initial one lies."""
+    out = forward(problem, x)
+    assert out.o is not None and x.state is not None
+    x.state.copy_(out.state)
+    return out.o
+
+
 def gradients(
     problem: Problem,
     x: Tensors,

@@ -78,7 +78,7 @@ def show(report: Report) -> None:
 
 def table(report: Report) -> Table:
     """One line per case, one column per peer that was timed, one for ours otherwise; 80 columns."""
-    names = peer_names(report)
+    names = report.peer_names
     theirs = [name for name in names if not name.startswith(OURS)]
     others = [name for name in names if name.startswith(OURS)]
     result = Table(title=TITLE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -91,22 +91,8 @@ def table(report: Report) -> Table:
         result.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         ratios = [_ratio(row, [name]) for name in theirs] + ([_ratio(row, others)] if others else [])
-        result.add_row(row.rule + "\n  " + details(row), *_figures(row), *ratios)
+        result.add_row(row.rule + "\n  " + row.details, *_figures(row), *ratios)
     return result
-
-
-def peer_names(report: Report) -> list[str]:
-    """Peers that were timed on some case, in order of appearance."""
-    timed = (p.name for row in report.rows for p in row.peers if p.milliseconds is not None)
-    return list(dict.fromkeys(timed))
-
-
-def details(row: Row) -> str:
-    """The case's name without its rule and without what most cases share."""
-    name = row.case.removeprefix("forward ").replace(f"{row.rule} ", "")
-    for common in (" H=16", " K=128 V=128", " float32"):
-        name = name.replace(common, "")
-    return name
 
 
 def _figures(row: Row) -> tuple[str, str, str]:

@@ -14,7 +14,6 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ..measure import Report
 from ..measure.bench import Row
-from .bench import details, peer_names
 
 COLORS = ("#9aa5b1", "#2a78b5", "#e08a1e", "#3a9d5d", "#8a63b0", "#c0504d")
 PEAK_COLOR = "#39424e"
@@ -35,7 +34,7 @@ def draw_report(report: Report, path: Path) -> None:
         1, 2 if with_peak else 1, figsize=(11, height), sharey=True, squeeze=False,
         layout="constrained", width_ratios=(3, 1) if with_peak else (1,),
     )  # fmt: skip
-    _speedups(panels[0][0], rows, peer_names(report))
+    _speedups(panels[0][0], rows, report.peer_names)
     if with_peak:
         _shares(panels[0][1], rows)
     where = report.environment
@@ -73,7 +72,7 @@ def _speedups(panel: Any, rows: list[Row], names: list[str]) -> None:
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.axvline(1, color="black", linewidth=0.8)
-    panel.set_yticks(range(len(rows)), [f"{row.rule}  {details(row)}" for row in rows], fontsize=8)
+    panel.set_yticks(range(len(rows)), [f"{row.rule}  {row.details}" for row in rows], fontsize=8)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlabel("times faster than (logarithmic)")
     panel.legend(

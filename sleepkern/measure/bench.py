@@ -1,9 +1,8 @@
 """Medians, GFLOP/s, share of the core's measured peak, and the ratio to each peer in the same run.
 
 Before anything is timed its result is checked against the float64 reference, on the first tokens of
-the timed shape. A
-case whose check fails is red: it gets no time and no ratio. A peer that is wrong gets a time, but
-    no ratio.
+the timed shape. A case whose check fails is red: it gets no time and no ratio. A peer that is wrong
+gets a time, but no ratio.
 """
 
 from __future__ import annotations
@@ -70,6 +69,14 @@ class Row:
         """Whether the check of the result is green."""
         return self.error <= self.tolerance
 
+    @property
+    def details(self) -> str:
+        """The case's name without its rule and without what most cases share."""
+        name = self.case.removeprefix("forward ").replace(f"{self.rule} ", "")
+        for common in (" H=16", " K=128 V=128", " float32"):
+            name = name.replace(common, "")
+        return name
+
 
 @dataclass(frozen=True)
 class Report:
@@ -84,6 +91,12 @@ class Report:
     def passed(self) -> bool:
         """Whether every case is green."""
         return all(row.passed for row in self.rows)
+
+    @property
+    def peer_names(self) -> list[str]:
+        """Peers that were timed on some case, in order of appearance."""
+        timed = (p.name for row in self.rows for p in row.peers if p.milliseconds is not None)
+        return list(dict.fromkeys(timed))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
