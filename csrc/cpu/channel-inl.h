@@ -5,20 +5,20 @@
 // and cannot be split into exp(G_i) exp(-G_j) without overflow. Dyadic split: of a block of 2h tokens, rows i in its
 // second and j in its first half take the first half's last token R as reference, exp(G_i - R) exp(R - G_j), both
 // exponents non-positive, and give one product; the two halves are the same problem with h / 2. Blocks of BASE tokens
-// are summed directly. Log decays are added up from R, so that no difference of long sums loses digits.
+// are summed directly. All these exponentials are products of the tokens' own a = exp(g), at most CHUNK of them: one
+// exponential a number of g, and no difference of long sums that would lose digits.
 
 constexpr int64_t BASE = ROWS;
 
-// factors of tokens first, first + step, ... (count of them): exp of the sum of g, up to each token itself
-// (inclusive) or up to the one before it.
+// Factors of tokens first, first + step, ... (count of them): the product of a up to each token itself (inclusive) or
+// up to the one before it. What falls below float32's normal range becomes 0: subnormals are slow.
 static void running_decay(const Workspace& w, int64_t first, int64_t count, int64_t step, bool inclusive) {
   for (int64_t d = 0; d < w.row_size; d += LANES) {
-    Vec total{};
+    Vec product = broadcast(1.0f);
     for (int64_t n = 0, t = first; n < count; ++n, t += step) {
-      const Vec g = load(w.gates + t * w.row_size + d);
-      const Vec with = total + g;
-      store(w.factors + t * w.row_size + d, exp_nonpositive(inclusive ? with : total));
-      total = with;
+      const Vec with = flush_subnormal(product * load(w.gates + t * w.row_size + d));
+      store(w.factors + t * w.row_size + d, inclusive ? with : product);
+      product = with;
     }
   }
 }
@@ -39,6 +39,7 @@ static void load_channel_rows(const Chunk& c, Workspace& w) {
     for (int64_t d = 0; d < w.row_size; d += LANES) store(g + d, Vec{});
     if (t < c.count) load_row(c.row(c.p.g, t, c.head * w.K), c.p.g.type, w.K, g);
     if (t < c.count) clear_beyond(g, w.K);
+    for (int64_t d = 0; d < w.row_size; d += LANES) store(g + d, exp_nonpositive(load(g + d)));
     load_token(c, w, c.p.k, t, w.key_rows + t * w.row_size);
     if (c.p.o) load_token(c, w, c.p.q, t, w.reader_rows + t * w.row_size);
   }
@@ -62,21 +63,26 @@ static void level_gram(const Workspace& w, int64_t start, int64_t h, const float
   }
 }
 
-// Pairs j <= i of BASE neighbouring tokens, summed directly; zero for i < j.
-static void base_gram(const Workspace& w, int64_t start, const float* left_of, float* out) {
+// Pairs j <= i of BASE neighbouring tokens, summed directly, for both grams; scores are zero for i < j. k_j decays on
+// its way from one i to the next.
+static void base_grams(const Chunk& c, const Workspace& w, int64_t start) {
+  float* reach = w.rows;
   for (int64_t j = start; j < start + BASE; ++j) {
-    float* decay = w.rows;
-    for (int64_t d = 0; d < w.row_size; d += LANES) store(decay + d, Vec{});
+    std::memcpy(reach, w.key_rows + j * w.row_size, w.row_size * sizeof(float));
     for (int64_t i = start; i < start + BASE; ++i) {
-      Vec total{};
+      const float *k = w.key_rows + i * w.row_size, *q = w.reader_rows + i * w.row_size;
+      Vec coupling{}, score{};
       for (int64_t d = 0; i >= j && d < w.row_size; d += LANES) {
-        const Vec g = i > j ? load(w.gates + i * w.row_size + d) : Vec{};
-        const Vec sum = load(decay + d) + g;
-        store(decay + d, sum);
-        const Vec k = load(w.key_rows + j * w.row_size + d);
-        total += load(left_of + i * w.row_size + d) * k * exp_nonpositive(sum);
+        Vec x = load(reach + d);
+        if (i > j) {
+          x = flush_subnormal(x * load(w.gates + i * w.row_size + d));
+          store(reach + d, x);
+        }
+        if (c.p.delta) coupling += x * load(k + d);
+        if (c.p.o) score += x * load(q + d);
       }
-      out[column_at(i, CHUNK) + j * PANEL] = i >= j ? sum(total) : 0.0f;
+      if (c.p.delta) w.couplings[column_at(i, CHUNK) + j * PANEL] = sum(coupling);
+      if (c.p.o) w.scores[column_at(i, CHUNK) + j * PANEL] = sum(score);
     }
   }
 }
@@ -109,10 +115,7 @@ static void prepare_channel_grams(const Chunk& c, Workspace& w) {
       if (c.p.o) level_gram(w, start, h, w.level_readers, w.scores);
     }
   }
-  for (int64_t start = 0; start < end; start += BASE) {
-    if (c.p.delta) base_gram(w, start, w.key_rows, w.couplings);
-    if (c.p.o) base_gram(w, start, w.reader_rows, w.scores);
-  }
+  for (int64_t start = 0; start < end; start += BASE) base_grams(c, w, start);
   if (c.p.delta) scale_columns(w.couplings, end, w.beta, 0);
   if (c.p.o) scale_columns(w.scores, end, nullptr, c.p.scale);
 }

@@ -56,6 +56,13 @@ SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
   return reinterpret_cast<Vec>(keep & reinterpret_cast<BitVec>(y * reinterpret_cast<Vec>(power)));
 }
 
+// x, or 0 where |x| is below the normal range.
+SLEEPKERN_INLINE Vec flush_subnormal(Vec x) {
+  BitVec u = reinterpret_cast<BitVec>(x);
+  BitVec normal = reinterpret_cast<BitVec>((u & 0x7fffffffu) >= 0x00800000u);
+  return reinterpret_cast<Vec>(u & normal);
+}
+
 SLEEPKERN_INLINE Vec from_bfloat16(HalfVec h) {
   return reinterpret_cast<Vec>(__builtin_convertvector(h, BitVec) << 16);
 }

@@ -25,10 +25,10 @@ struct Workspace {
   int64_t row_size;
 
   // Channel decay only: the chunk as rows of row_size floats, and one level of the dyadic split.
-  float* gates;          // [CHUNK] rows of g
+  float* gates;          // [CHUNK] rows of a = exp(g)
   float* key_rows;       // [CHUNK] rows of k
   float* reader_rows;    // [CHUNK] rows of q
-  float* factors;        // [CHUNK] rows of exponentials
+  float* factors;        // [CHUNK] rows of products of a
   float* level_keys;     // like keys, scaled for the level
   float* level_readers;  // like readers
 
