@@ -35,8 +35,10 @@ def expected(rule: Rule, x: dict[str, Any], passes: int) -> tuple[Tensor, Tensor
 
 
 def methods(rule: Rule, backend: str, shape: Shape) -> list[str]:
-    if backend != "chunked":
+    if backend == "reference":
         return ["auto", "repeat"]
+    if backend == "cpu":
+        return ["auto", "repeat", "affine"]
     rank = ["rank"] if rule.gate != "channel" and shape.T <= 64 else []
     return ["auto", "repeat", "wy", "affine", *rank]
 
@@ -125,8 +127,11 @@ def test_bfloat16_keys_of_unit_length_at_beta_2_are_not_refused() -> None:
 def test_method_is_reported() -> None:
     x = make_inputs(rules.SIMPLE_GLA, LONG)
     assert replay(rules.SIMPLE_GLA, x, 8, backend="chunked").method == "closed"
-    assert replay(rules.SIMPLE_GLA, x, 8, backend="cpu").method == "repeat"
+    assert replay(rules.SIMPLE_GLA, x, 8, backend="cpu").method == "closed"
     x = make_inputs(rules.KDA, LONG)
     assert replay(rules.KDA, x, 16, backend="chunked").method == "affine"
+    assert replay(rules.KDA, x, 16, backend="cpu").method == "affine"
+    assert replay(rules.KDA, x, 2, backend="cpu").method == "repeat"
+    assert replay(rules.KDA, x, 16, backend="reference").method == "repeat"
     assert replay(rules.KDA, x, 2, backend="chunked").method == "wy"
     assert replay(rules.KDA, x, 2, method="wy").method == "wy"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..problem import Problem, Tensors
 from ..rules import Rule
-from .replay import repeat
+from .replay import affine, cheapest, closed, repeat
 from .tensors import Heads, Ingested, by_sequence, gradients, step_by
 
 NAME = "chunked"
@@ -57,17 +57,13 @@ def kernel(problem: Problem) -> str:
 
 
 def method_of(problem: Problem) -> str:
-    """The replay method for this problem; 'auto' takes the cheapest.
-
-    A pass costs 4 L K V flop by wy, 2 K^2 V by affine (plus 4 L K^2 once), nothing in closed form.
-    """
+    """The replay method for this problem; 'auto' takes the cheapest, a walk costs 4 T K V flop by wy."""
     if problem.method not in ("auto", "repeat"):
         return problem.method
-    if not problem.rule.delta and problem.method == "auto" and problem.tol is None:
-        return "closed"
-    setup = 4 * problem.T * problem.K**2
-    saved = (4 * problem.T * problem.K - 2 * problem.K**2) * problem.V * (problem.passes - 2)
-    return "affine" if problem.method == "auto" and saved > setup else "wy"
+    if problem.method == "repeat":
+        return "wy"
+    T, K, V = problem.T, problem.K, problem.V
+    return cheapest(problem, walk=4 * T * K * V, setup=4 * T * K * (K + V)) or "wy"
 
 
 def forward(problem: Problem, x: Tensors) -> Ingested:
@@ -164,20 +160,19 @@ def _ingest(problem: Problem, h: Heads) -> Ingested:
         return Ingested(torch.zeros_like(h.v) if problem.output else None, state, *_untouched(problem, state))
     f = prepare(problem.rule, h, problem.scale)
     state, passes, method = h.state, problem.passes, method_of(problem)
-    if passes > 1 and method == "closed":
-        state, passes = _closed(f, state, passes - 1), 1
-    elif passes > 1 and method == "rank":
-        state, passes = _rank(f, state, passes - 1), 1
-
-    transition = _transition(f) if passes > 1 and method == "affine" else None
 
     def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
-        if transition is not None and not output:
-            A, B = transition
-            return None, A @ state + B
         o, state = walk(f, state, output)
         return (None if o is None else o[:, :, : h.v.shape[2]]), state
 
+    if passes > 1 and method == "closed":
+        _, B = walk(f, torch.zeros_like(state), False)
+        G = None if f.G_end is None else f.G_end.sum(2)
+        state, passes = closed(G, B, state, passes - 1), 1
+    elif passes > 1 and method == "rank":
+        state, passes = _rank(f, state, passes - 1), 1
+    elif passes > 1 and method == "affine":
+        return repeat(affine(*_transition(f), one_pass), state, passes, problem.tol, problem.output)
     return repeat(one_pass, state, passes, problem.tol, problem.output)
 
 
@@ -197,16 +192,6 @@ def _transition(f: Factors) -> tuple[Tensor, Tensor]:
     _, both = walk(f._replace(U=values), wide.expand(n, HV, K, K + V), False)
     A, B = both.split([K, V], -1)
     return A, B
-
-
-def _closed(f: Factors, state: Tensor, passes: int) -> Tensor:
-    """State after `passes` passes without delta: Gam^n S + (1 + Gam + ... + Gam^(n-1)) B, Gam of the whole window."""
-    _, B = walk(f, torch.zeros_like(state), False)
-    if f.G_end is None:
-        return state + passes * B
-    G = f.G_end.sum(2)
-    powers = torch.arange(passes, device=G.device, dtype=G.dtype)
-    return (passes * G).exp() * state + (powers * G[..., None]).exp().sum(-1) * B
 
 
 def _rank(f: Factors, state: Tensor, passes: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Problem, Tensors
 from . import chunked
-from .replay import repeat
+from .replay import affine, cheapest, closed, repeat
 from .tensors import Ingested
 
 try:
@@ -34,35 +34,42 @@ def why_not(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}, only float32, bfloat16 and float16"
     if problem.K > 256 or problem.V > 256:
         return f"heads of at most 256, got K = {problem.K}, V = {problem.V}"
-    if problem.method not in ("auto", "repeat"):
-        return f"replays by plain repetition only, not by method {problem.method!r}"
+    if problem.method in ("wy", "rank"):
+        return f"replays by repetition, affine or in closed form, not by method {problem.method!r}"
     return None
 
 
 def kernel(problem: Problem) -> str:
     """One line on the code that runs."""
     form = "token by token" if _C.step_limit() >= problem.T else "chunked"
-    return f"C++ {_C.isa()}, {form}" + (", passes repeated" if problem.passes > 1 else "")
+    return f"C++ {_C.isa()}, {form}" + (f", replay {method_of(problem)}" if problem.passes > 1 else "")
 
 
 def method_of(problem: Problem) -> str:
-    """Plain repetition."""
-    return "repeat"
+    """The replay method for this problem; 'auto' takes the cheapest, a walk costs 6 T K V flop."""
+    if problem.method != "auto":
+        return problem.method
+    T, K, V = problem.T, problem.K, problem.V
+    return cheapest(problem, walk=6 * T * K * V, setup=6 * T * K * (K + V)) or "repeat"
 
 
 def forward(problem: Problem, x: Tensors) -> Ingested:
     """Readouts and final state of `problem.passes` passes."""
     if problem.passes == 1 and problem.tol is None:
         return Ingested(*_one_pass(problem, x, x.state, problem.output))
-    state = x.state
-    if state is None:
-        shape = (problem.sequences, problem.HV, problem.K, problem.V)
-        state = x.k.new_zeros(shape, dtype=torch.float32)
+    zero = x.k.new_zeros((problem.sequences, problem.HV, problem.K, problem.V), dtype=torch.float32)
+    state = zero if x.state is None else x.state
 
     def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
         return _one_pass(problem, x, state, output)
 
-    return repeat(one_pass, state, problem.passes, problem.tol, problem.output)
+    passes, method = problem.passes, method_of(problem)
+    if passes > 1 and method == "closed":
+        state, passes = closed(_window_decay(problem, x), one_pass(zero, False)[1], state, passes - 1), 1
+    elif passes > 1 and method == "affine":
+        A, B = _transition(problem, x), one_pass(zero, False)[1]
+        return repeat(affine(A, B, one_pass), state, passes, problem.tol, problem.output)
+    return repeat(one_pass, state, passes, problem.tol, problem.output)
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
@@ -81,13 +88,34 @@ def step(problem: Problem, x: Tensors) -> Tensor:
     return o
 
 
+def _transition(problem: Problem, x: Tensors) -> Tensor:
+    """A [sequences,HV,K,K] of the window: a pass from the identity with values of width K that are zero."""
+    K = problem.K
+    identity = torch.eye(K, dtype=torch.float32, device=x.k.device).expand(problem.sequences, problem.HV, K, K)
+    zero = x.k.new_zeros((problem.B, problem.T, problem.HV, K))
+    return _one_pass(problem._replace(V=K), x._replace(v=zero), identity, False)[1]
+
+
+def _window_decay(problem: Problem, x: Tensors) -> Tensor | None:
+    """Sum of g over each window, [sequences,HV,1,1] or [sequences,HV,K,1]; None where the rule has no decay."""
+    if x.g is None:
+        return None
+    g = x.g.float()
+    if x.cu_seqlens is None:
+        total = g.sum(1)
+    else:
+        offsets = x.cu_seqlens.tolist()
+        total = torch.stack([g[0, a:b].sum(0) for a, b in zip(offsets, offsets[1:], strict=False)])
+    return total[..., None] if problem.rule.gate == "channel" else total[..., None, None]
+
+
 def _one_pass(
     problem: Problem, x: Tensors, state: Tensor | None, output: bool, final: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
     H, HV, K, V = problem.H, problem.HV, problem.K, problem.V
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
     if final is None:
-        final = torch.empty((problem.sequences, HV, K, V), dtype=torch.float32)
+        final = x.k.new_empty((problem.sequences, HV, K, V), dtype=torch.float32)
         state = None if state is None else state.contiguous()
     offsets = None if x.cu_seqlens is None else x.cu_seqlens.to("cpu", torch.int64).contiguous()
     q, q_view = _rows(x.q, H * K) if output else (None, _ABSENT)

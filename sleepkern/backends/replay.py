@@ -1,8 +1,9 @@
-"""Looped ingestion by repetition: the same window, N times, with a sound stopping rule.
+"""Looped ingestion: the same window, N times, with a sound stopping rule. Shared by the backends.
 
-With k, v, g, beta fixed one pass is affine in the state, S <- A S + B, so the differences d_n = S_n - S_{n-1} shrink
-by about r = |d_n| / |d_{n-1}| a pass and what is left to the fixed point is |d_n| r / (1 - r). The plain relative
-change |d_n| / |S_n| says little when r is near 1: many small steps remain.
+With k, v, g, beta fixed one pass is affine in the state, S <- A S + B. Without delta A is the decay of the window and
+N passes have a closed form. The differences d_n = S_n - S_{n-1} shrink by about r = |d_n| / |d_{n-1}| a pass, so what
+is left to the fixed point is |d_n| r / (1 - r). The plain relative change |d_n| / |S_n| says little when r is near 1:
+many small steps remain.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..problem import Problem
 from .tensors import Ingested
 
 OnePass = Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
@@ -45,6 +47,35 @@ def repeat(one_pass: OnePass, state: Tensor, passes: int, tol: float | None, out
             break
     o = one_pass(before, True)[0] if output else None
     return Ingested(o, after, residual, made)
+
+
+def affine(A: Tensor, B: Tensor, one_pass: OnePass) -> OnePass:
+    """`one_pass` with its state-only passes made by A [n,HV,K,K] and B [n,HV,K,V]: 2 K^2 V flop each, whatever T."""
+    return lambda state, output: one_pass(state, output) if output else (None, A @ state + B)
+
+
+def closed(G: Tensor | None, B: Tensor, state: Tensor, passes: int) -> Tensor:
+    """State after `passes` passes without delta: Gam^N S + (1 + Gam + ... + Gam^(N-1)) B.
+
+    G is the log of Gam, [n,HV,1,1] or [n,HV,K,1], None for no decay. The sum is taken term by term, which is exact and
+    differentiable at G = 0 too.
+    """
+    if G is None:
+        return state + passes * B
+    powers = torch.arange(passes, device=G.device, dtype=G.dtype)
+    return (passes * G).exp() * state + (powers * G[..., None]).exp().sum(-1) * B
+
+
+def cheapest(problem: Problem, walk: int, setup: int) -> str:
+    """closed, affine or "" for walking the window again, whichever takes the fewest flop a head.
+
+    walk is the cost of a walk over the window, setup that of A and B.
+    """
+    if not problem.rule.delta and problem.tol is None:
+        return "closed"
+    product = 2 * problem.K**2 * problem.V
+    repeated = problem.passes - 1
+    return "affine" if setup + repeated * product < repeated * walk else ""
 
 
 def remaining(previous: Tensor, step: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "types": _cases("forward", 2048, dtype=torch.bfloat16),
     "rules": sum((_cases("forward", 2048, rule=rule) for rule in _RULES[1:]), ()),
     "decode": sum((_cases("decode", 1, rule=rule) for rule in (GATED_DELTA_RULE, KDA)), ()),
-    "ingest": _cases("ingest", 64, 512, passes=4),
+    "ingest": _cases("ingest", 64, 512, passes=4) + _cases("ingest", 64, 512, passes=16),
     "train": _cases("train", 2048),
     "threads": _cases("forward", 2048, threads=2),
 }
