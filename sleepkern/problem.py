@@ -236,7 +236,7 @@ def _check_offsets(offsets: list[int], T: int) -> None:
 
 
 def _check_contraction(problem: Problem, k: Tensor, beta: Tensor) -> None:
-    """One pass is a contraction only while beta |k|^2 <= 2 (notes of the delta form in backends/chunked.py)."""
+    """A pass is a contraction while beta |k|^2 <= 2; beyond, the passes of a replay grow without bound."""
     norm = torch.ones((), device=k.device)
     if not problem.normalize:
         norm = k.detach().to(problem.state_dtype).square().sum(-1)
