@@ -137,13 +137,13 @@ def test_calls_from_several_threads_agree(rule: Rule) -> None:
 
 
 def test_call_overhead() -> None:
-    """A call costs 15 microseconds beyond its kernel on a machine where an addition costs 0.7.
+    """A call costs beyond its kernel what some 21 of torch's own additions cost; held at 32.
 
-    Held here as a ratio to torch's own smallest call, taken in turns, so that a slow machine does not matter, with half
-    as much again, because on a busy one the ratio itself swings by a third; and in a process of its own, because
-    torch.compile's hooks, once in use, slow every Python call.
+    A guard against growth, not the goal of 15 microseconds: measured were 38, with additions of 1.8. As a ratio, taken in
+    turns, it does not depend on how fast the machine is; on a busy one it swings by a third. In a process of its own,
+    because torch.compile's hooks, once in use, slow every Python call.
     """
     command = [sys.executable, "-m", "tests.overhead"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     best = json.loads(done.stdout)
-    assert (best["call"] - best["kernel"]) / best["add"] < 1.5 * 15 / 0.7, best
+    assert (best["call"] - best["kernel"]) / best["add"] < 32, best

@@ -5,10 +5,11 @@
 // what keeps a block in L1: rows of a row-major state lie 512 bytes apart and would fall into few cache sets.
 //
 // Registers: ROWS x VECS accumulators hide the latency of fused multiply-add (4 cycles x 2 ports = 8 in flight), and
-// with VECS + 1 operands fit 16 (SSE, AVX2: 4 x 2) or 32 registers (AVX-512: 8 x 2). Measured at 99 % of peak.
+// with VECS + 1 operands fit 16 (SSE, AVX2: 4 x 2) or 32 registers (AVX-512: 8 x 2). On AVX2 98 % of peak.
 //
 // A chunk of 32 tokens: work within a chunk grows with its length (2 CHUNK (K + V) flop a token beside 6 K V for the
-// state), while the state's way through registers costs the same a chunk. 32 beats 64 by a tenth at K = V = 64 and 128.
+// state), while the state's way through registers costs the same a chunk. On AVX2 32 beats 64 by a tenth at K = V = 64,
+// 128.
 
 constexpr int VECS = 2;
 constexpr int PANEL = VECS * LANES;

@@ -75,7 +75,8 @@ static int64_t lay_out(Workspace& w, const Problem& p, float* memory) {
   return used;
 }
 
-// Memory in huge pages where the system grants them: scattered small pages collide in L2 and cost half the speed.
+// Memory in huge pages where the system grants them, so that a stage that streams it neither misses the TLB nor depends
+// on where in L2 small pages happen to fall.
 static float* allocate(int64_t floats) {
   const size_t huge = size_t{1} << 21, bytes = round_up(floats * sizeof(float), huge);
   void* memory = std::aligned_alloc(huge, bytes);
