@@ -122,6 +122,14 @@ def test_inputs_and_initial_state_are_left_alone(rule: Rule, backend: str) -> No
     assert all(torch.equal(x[n], t) for n, t in before.items())
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_a_log_decay_of_minus_infinity_forgets(rule: Rule, backend: str) -> None:
+    x = make_inputs(rule, Shape(T=80, H=1, HV=2), seed=9)
+    if x["g"] is not None:
+        x["g"][:, 20] = -torch.inf
+    check(rule, x, backend, torch.float32)
+
+
 @pytest.mark.parametrize("T", [1, 3, 16, 70])
 @pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])
 def test_step_updates_the_state_in_place(rule: Rule, backend: str, T: int) -> None:

@@ -140,8 +140,8 @@ def test_call_overhead() -> None:
     """A call costs beyond its kernel what some 21 of torch's own additions cost; held at 32.
 
     A guard against growth, not the goal of 15 microseconds: measured were 38, with additions of 1.8. As a ratio, taken
-    in turns, it does not depend on how fast the machine is; on a busy one it swings by a third. In a process of its own,
-    because torch.compile's hooks, once in use, slow every Python call.
+    in turns, it does not depend on how fast the machine is; on a busy one it swings by a third. In a process of its
+    own, because torch.compile's hooks, once in use, slow every Python call.
     """
     command = [sys.executable, "-m", "tests.overhead"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)

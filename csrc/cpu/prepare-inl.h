@@ -6,6 +6,9 @@
 //
 // Exponents are sums of log decays between two tokens, never positive.
 
+// exp of it is 0 in every type; -inf itself would make differences of G into NaN.
+constexpr float FORGET = -1e4f;
+
 SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
   const Problem& p = c.p;
   const bool head_decay = p.gate == Gate::head;
@@ -13,7 +16,10 @@ SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
   for (int64_t t = 0; t < CHUNK; ++t) {
     const bool live = t < c.count;
     w.beta[t] = !live ? 0.0f : p.beta.data ? load_scalar(c.row(p.beta, t, c.head), p.beta.type, 0) : 1.0f;
-    if (live && head_decay) G += load_scalar(c.row(p.g, t, c.head), p.g.type, 0);
+    if (live && head_decay) {
+      const float g = load_scalar(c.row(p.g, t, c.head), p.g.type, 0);
+      G += g < FORGET ? FORGET : g;
+    }
     w.log_decay[t] = G;
   }
   for (int64_t t = 0; t < CHUNK; t += LANES) {

@@ -24,6 +24,8 @@ from .tensors import Heads, Ingested, by_sequence, gradients, step_by
 
 NAME = "chunked"
 CHUNK = 64
+FORGET = -1e4
+"""exp of it is 0 in every type; a log decay of -inf itself would make differences of G into NaN."""
 
 
 class Factors(NamedTuple):
@@ -90,6 +92,7 @@ def prepare(rule: Rule, h: Heads, scale: float) -> Factors:
         g = g[..., None]
     E, Kt, end = None, k, None
     if g is not None:
+        g = g.clamp_min(FORGET)
         G = g.cumsum(-2)
         E, end = G.exp(), G[..., -1:, :].transpose(-1, -2)
         Kt = k * _sum_after(g).exp()
