@@ -26,9 +26,10 @@ Rows rows(const View& view) {
   return {reinterpret_cast<const void*>(address), stride, static_cast<Type>(type)};
 }
 
-void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
-                 int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta, uintptr_t state,
-                 uintptr_t o, uintptr_t final_state) {
+// What both directions take first: sizes and inputs.
+Problem describe(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
+                 int64_t K, int64_t V, uintptr_t offsets, const View& q, const View& k, const View& v, const View& g,
+                 const View& beta, uintptr_t state) {
   Problem problem{};
   problem.gate = static_cast<Gate>(gate);
   problem.delta = delta;
@@ -47,10 +48,39 @@ void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequ
   problem.g = rows(g);
   problem.beta = rows(beta);
   problem.state = reinterpret_cast<const float*>(state);
+  problem.reads = problem.q.data != nullptr;
+  return problem;
+}
+
+void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
+                 int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta, uintptr_t state,
+                 uintptr_t o, uintptr_t final_state) {
+  Problem problem =
+      describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
   problem.o = reinterpret_cast<void*>(o);
   problem.final_state = reinterpret_cast<float*>(final_state);
   py::gil_scoped_release unlocked;
   forward(problem);
+}
+
+void run_backward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H,
+                  int64_t HV, int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta,
+                  uintptr_t state, View dout, uintptr_t dfinal, uintptr_t dq, uintptr_t dk, int key_type, uintptr_t dv,
+                  uintptr_t dg, uintptr_t dbeta, uintptr_t dstate) {
+  const Problem problem =
+      describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
+  auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+  const Gradients gradients{rows(dout),
+                            static_cast<const float*>(pointer(dfinal)),
+                            pointer(dq),
+                            pointer(dk),
+                            static_cast<Type>(key_type),
+                            pointer(dv),
+                            pointer(dg),
+                            pointer(dbeta),
+                            static_cast<float*>(pointer(dstate))};
+  py::gil_scoped_release unlocked;
+  backward(problem, gradients);
 }
 
 std::vector<std::string> isa_names() {
@@ -101,6 +131,7 @@ constexpr bool HAS_CUDA = false;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of sleepkern. Import torch first: the threads are torch's.";
   m.def("forward", &run_forward);
+  m.def("backward", &run_backward);
   m.def("step_limit", [] { return STEP_LIMIT; }, "Sequences of at most this many tokens are stepped one by one.");
   m.def("isa", [] { return std::string(implementation().name); }, "The instruction set in use.");
   m.def("isas", &isa_names, "Those this machine runs, best first.");

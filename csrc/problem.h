@@ -1,4 +1,4 @@
-// The C++ face of sleepkern/problem.py: sizes and pointers of one forward, already checked.
+// The C++ face of sleepkern/problem.py: sizes and pointers of one call, already checked.
 #pragma once
 
 #include <cstdint>
@@ -19,16 +19,28 @@ struct Problem {
   Gate gate;
   bool delta;
   bool normalize;
+  bool reads;  // readouts, or their gradients, are wanted
   float scale;
   int64_t sequences, T, H, HV, K, V;
   const int64_t* offsets;  // [sequences + 1] token offsets when packed, else nullptr: sequence n starts at n * T
-  Rows q, k;               // [tokens, H, K]; q absent when no readouts are wanted
+  Rows q, k;               // [tokens, H, K]; q only if it reads
   Rows v;                  // [tokens, HV, V]
   Rows g;                  // [tokens, HV] or [tokens, HV, K] log decay, absent without gate
   Rows beta;               // [tokens, HV], absent means 1
   const float* state;      // [sequences, HV, K, V], nullptr means 0; may be final_state itself
-  void* o;                 // [tokens, HV, V] in v's type, nullptr when not wanted
+  void* o;                 // [tokens, HV, V] in v's type
   float* final_state;      // [sequences, HV, K, V]
+};
+
+// What a backward takes and gives beside the problem; all outputs are contiguous.
+struct Gradients {
+  Rows dout;            // [tokens, HV, V], only if the problem reads
+  const float* dfinal;  // [sequences, HV, K, V] of the final state, nullptr means 0
+  void *dq, *dk;        // [tokens, H, K] in key_type; dq only if the problem reads
+  Type key_type;        // k's type; float32 where several value heads add up on a key head
+  void* dv;             // [tokens, HV, V] in v's type
+  void *dg, *dbeta;     // like g and beta, in their types; absent where those are
+  float* dstate;        // [sequences, HV, K, V], nullptr when not wanted
 };
 
 }  // namespace sleepkern

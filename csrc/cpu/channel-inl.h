@@ -23,13 +23,14 @@ static void running_decay(const Workspace& w, int64_t first, int64_t count, int6
   }
 }
 
-// Rows of k or q times the factors, to panels.
-static void pack_decayed(const Workspace& w, const float* rows, int64_t end, float* panels) {
+// Rows of k or q times the factors, to panels, and to their turned form where one is wanted.
+static void pack_decayed(const Workspace& w, const float* rows, int64_t end, float* panels, float* turned = nullptr) {
   for (int64_t t = 0; t < end; t += LANES) {
     for (int64_t x = 0; x < LANES * w.row_size; x += LANES) {
       store(w.rows + x, load(rows + t * w.row_size + x) * load(w.factors + t * w.row_size + x));
     }
     pack_tokens(w, w.rows, t, panels);
+    for (int l = 0; turned && l < LANES; ++l) pack_row(w, w.rows + l * w.row_size, t + l, turned);
   }
 }
 
@@ -40,8 +41,8 @@ static void load_channel_rows(const Chunk& c, Workspace& w) {
     if (t < c.count) load_row(c.row(c.p.g, t, c.head * w.K), c.p.g.type, w.K, g);
     if (t < c.count) clear_beyond(g, w.K);
     for (int64_t d = 0; d < w.row_size; d += LANES) store(g + d, exp_nonpositive(load(g + d)));
-    load_token(c, w, c.p.k, t, w.key_rows + t * w.row_size);
-    if (c.p.o) load_token(c, w, c.p.q, t, w.reader_rows + t * w.row_size);
+    w.key_norm[t] = load_token(c, w, c.p.k, t, w.key_rows + t * w.row_size);
+    if (c.p.reads) w.reader_norm[t] = load_token(c, w, c.p.q, t, w.reader_rows + t * w.row_size);
   }
 }
 
@@ -79,10 +80,10 @@ static void base_grams(const Chunk& c, const Workspace& w, int64_t start) {
           store(reach + d, x);
         }
         if (c.p.delta) coupling += x * load(k + d);
-        if (c.p.o) score += x * load(q + d);
+        if (c.p.reads) score += x * load(q + d);
       }
       if (c.p.delta) w.couplings[column_at(i, CHUNK) + j * PANEL] = sum(coupling);
-      if (c.p.o) w.scores[column_at(i, CHUNK) + j * PANEL] = sum(score);
+      if (c.p.reads) w.scores[column_at(i, CHUNK) + j * PANEL] = sum(score);
     }
   }
 }
@@ -100,24 +101,29 @@ static void scale_columns(float* gram, int64_t end, const float* by, float facto
   }
 }
 
+// Factors of one level: exp(R - G) in the first, exp(G - R) in the second halves of blocks of 2h tokens.
+static void split_decay(const Workspace& w, int64_t h) {
+  for (int64_t start = 0; start < CHUNK; start += 2 * h) {
+    running_decay(w, start + h - 1, h, -1, false);
+    running_decay(w, start + h, h, 1, true);
+  }
+}
+
 static void prepare_channel_grams(const Chunk& c, Workspace& w) {
   const int64_t end = round_up(c.count, PANEL);
   for (int64_t h = CHUNK / 2; h >= BASE; h /= 2) {
     if (h >= end) continue;
-    for (int64_t start = 0; start < CHUNK; start += 2 * h) {
-      running_decay(w, start + h - 1, h, -1, false);
-      running_decay(w, start + h, h, 1, true);
-    }
+    split_decay(w, h);
     pack_decayed(w, w.key_rows, end, w.level_keys);
-    if (c.p.o) pack_decayed(w, w.reader_rows, end, w.level_readers);
+    if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.level_readers);
     for (int64_t start = 0; start + h < end; start += 2 * h) {
       if (c.p.delta) level_gram(w, start, h, w.level_keys, w.couplings);
-      if (c.p.o) level_gram(w, start, h, w.level_readers, w.scores);
+      if (c.p.reads) level_gram(w, start, h, w.level_readers, w.scores);
     }
   }
   for (int64_t start = 0; start < end; start += BASE) base_grams(c, w, start);
   if (c.p.delta) scale_columns(w.couplings, end, w.beta, 0);
-  if (c.p.o) scale_columns(w.scores, end, nullptr, c.p.scale);
+  if (c.p.reads) scale_columns(w.scores, end, nullptr, c.p.scale);
 }
 
 SLEEPKERN_STAGE void prepare_channel_decay(const Chunk& c, Workspace& w) {
@@ -127,14 +133,17 @@ SLEEPKERN_STAGE void prepare_channel_decay(const Chunk& c, Workspace& w) {
   running_decay(w, 0, CHUNK, 1, true);
   const float* all = w.factors + (CHUNK - 1) * w.row_size;
   for (int64_t d = 0; d < w.K_rows; d += LANES) store(w.keep + d, load(all + d));
-  pack_decayed(w, w.key_rows, end, w.keys);
-  if (c.p.o) pack_decayed(w, w.reader_rows, end, w.readers);
+  pack_decayed(w, w.key_rows, end, w.keys, w.keys_turned);
+  if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.readers, w.readers_turned);
+  for (int64_t t = 0; w.since_rows && t < end; ++t) pack_row(w, w.factors + t * w.row_size, t, w.since_rows);
   running_decay(w, CHUNK - 1, CHUNK, -1, false);
   for (int64_t t = 0; t < end; ++t) {
     float* row = w.factors + t * w.row_size;
+    if (w.until_rows) pack_row(w, row, t, w.until_rows);
     for (int64_t d = 0; d < w.row_size; d += LANES) {
       store(row + d, load(row + d) * load(w.key_rows + t * w.row_size + d));
     }
-    pack_writer(w, row, t);
+    pack_row(w, row, t, w.writers);
   }
+  for (int64_t t = 0; w.end_keys && t < end; t += LANES) pack_tokens(w, w.factors + t * w.row_size, t, w.end_keys);
 }

@@ -50,21 +50,26 @@ bool set_implementation(const char* name) {
   return false;
 }
 
-void forward(const Problem& problem) {
-  const int64_t heads = problem.sequences * problem.HV;
+// Run body(begin, end) over heads, each costing `flop_per_token` a token. A share of work under about 20 microseconds
+// costs more to hand out than to do.
+template <class Run>
+static void over_heads(const Problem& problem, int64_t heads, double flop_per_token, Run run) {
   const int64_t tokens = problem.offsets ? problem.T : problem.sequences * problem.T;
-  // A share of work under about 20 microseconds costs more to hand out than to do: a token-head costs about 8 K V flop.
-  const double flop = 8.0 * problem.K * problem.V * (tokens + 1) * problem.HV / heads;
+  const double flop = flop_per_token * problem.HV * (tokens + 1) / heads;
   const int64_t grain = static_cast<int64_t>(1e6 / flop) + 1;
-  struct Context {
-    const Problem& problem;
-    const Implementation& isa;
-  } context{problem, implementation()};
-  auto body = [](int64_t begin, int64_t end, void* c) {
-    const Context& context = *static_cast<Context*>(c);
-    context.isa.forward(context.problem, begin, end);
-  };
-  parallel_for(heads, grain, body, &context);
+  auto body = [](int64_t begin, int64_t end, void* run) { (*static_cast<Run*>(run))(begin, end); };
+  parallel_for(heads, grain, body, &run);
+}
+
+void forward(const Problem& p) {
+  const Implementation& isa = implementation();
+  over_heads(p, p.sequences * p.HV, 8.0 * p.K * p.V, [&](int64_t begin, int64_t end) { isa.forward(p, begin, end); });
+}
+
+void backward(const Problem& p, const Gradients& out) {
+  const Implementation& isa = implementation();
+  over_heads(p, p.sequences * p.H, 20.0 * p.K * p.V,
+             [&](int64_t begin, int64_t end) { isa.backward(p, out, begin, end); });
 }
 
 }  // namespace sleepkern

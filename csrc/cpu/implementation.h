@@ -13,6 +13,8 @@ struct Implementation {
   bool (*supported)();
   // Heads [begin, end) of the sequences * HV of a problem.
   void (*forward)(const Problem&, int64_t begin, int64_t end);
+  // Key heads [begin, end) of the sequences * H of a problem.
+  void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end);
   // Floating-point operations a second that one core reaches from registers, measured for some seconds.
   double (*peak)(double seconds);
 };
@@ -28,5 +30,6 @@ void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*
 const char* thread_source();
 
 void forward(const Problem& problem);
+void backward(const Problem& problem, const Gradients& gradients);
 
 }  // namespace sleepkern

@@ -84,29 +84,30 @@ SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, const Chunk& next, con
     float* state = w.state + panel * w.K_rows * PANEL;
     load_values(c, w, panel);
     if (c.p.delta) subtract_held(c, w, state);
-    if (c.p.o) read_out(c, w, state, panel);
+    if (c.p.reads) read_out(c, w, state, panel);
     update_state(c, w, state);
   }
 }
 
-// Rows beyond K exist up to a whole panel, are zero, and stay zero.
-SLEEPKERN_STAGE void load_state(const Problem& p, Workspace& w, int64_t unit) {
+// A state between the caller's row-major [units, K, V] and panels; none is zero. Rows beyond K exist up to a whole
+// panel, are zero, and stay zero.
+SLEEPKERN_STAGE void load_state(const Workspace& w, const float* states, int64_t unit, float* panels) {
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
     for (int64_t d = 0; d < w.K_rows; ++d) {
-      float* to = w.state + (panel * w.K_rows + d) * PANEL;
+      float* to = panels + (panel * w.K_rows + d) * PANEL;
       SLEEPKERN_EACH_VEC(n) store(to + n * LANES, Vec{});
-      if (d < w.K && p.state) load_row(p.state + (unit * w.K + d) * w.V + first, Type::float32, width, to);
+      if (d < w.K && states) load_row(states + (unit * w.K + d) * w.V + first, Type::float32, width, to);
     }
   }
 }
 
-SLEEPKERN_STAGE void store_state(const Problem& p, const Workspace& w, int64_t unit) {
+SLEEPKERN_STAGE void store_state(const Workspace& w, const float* panels, int64_t unit, float* states) {
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
     for (int64_t d = 0; d < w.K; ++d) {
-      const float* from = w.state + (panel * w.K_rows + d) * PANEL;
-      store_row(from, Type::float32, width, p.final_state + (unit * w.K + d) * w.V + first);
+      const float* from = panels + (panel * w.K_rows + d) * PANEL;
+      store_row(from, Type::float32, width, states + (unit * w.K + d) * w.V + first);
     }
   }
 }

@@ -1,4 +1,4 @@
-// The whole forward, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name) and
+// Everything, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name) and
 // SLEEPKERN_LANES (floats per vector); everything below it has internal linkage in that namespace.
 
 #include <sys/mman.h>
@@ -28,6 +28,10 @@ namespace {
 #include "prepare-inl.h"
 #include "ingest-inl.h"
 #include "step-inl.h"
+#include "adjoint-workspace.h"
+#include "adjoint-channel-inl.h"
+#include "adjoint-inl.h"
+#include "backward-inl.h"
 
 // Token by token, on the state as the caller keeps it; unit = sequence * HV + head.
 SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int64_t begin, int64_t end) {
@@ -48,7 +52,7 @@ SLEEPKERN_STAGE void ingest_group(const Problem& p, Workspace& w, int64_t unit, 
   auto state_of = [&](int64_t h) { return w.states + h * w.state_size; };
   for (int64_t h = 0; h < heads; ++h) {
     w.state = state_of(h);
-    load_state(p, w, unit + h);
+    load_state(w, p.state, unit + h, w.state);
   }
   for (int64_t first = begin; first < end; first += CHUNK) {
     const int64_t after = min_of(first + CHUNK, end);
@@ -64,12 +68,12 @@ SLEEPKERN_STAGE void ingest_group(const Problem& p, Workspace& w, int64_t unit, 
   }
   for (int64_t h = 0; h < heads; ++h) {
     w.state = state_of(h);
-    store_state(p, w, unit + h);
+    store_state(w, w.state, unit + h, p.final_state);
   }
 }
 
 void forward_heads(const Problem& p, int64_t begin, int64_t end) {
-  Workspace& w = workspace_for(p);
+  Workspace& w = thread_local_arrays<Workspace>(p, false);
   for (int64_t unit = begin; unit < end;) {
     const int64_t sequence = unit / p.HV;
     const int64_t first = p.offsets ? p.offsets[sequence] : sequence * p.T;
@@ -118,7 +122,7 @@ double peak(double seconds) {
 
 bool supported() { return SLEEPKERN_SUPPORTED; }
 extern const Implementation table;
-const Implementation table = {SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_heads, peak};
+const Implementation table = {SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_heads, backward_heads, peak};
 
 }  // namespace SLEEPKERN_ISA
 }  // namespace sleepkern

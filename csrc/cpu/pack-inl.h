@@ -20,19 +20,20 @@ SLEEPKERN_INLINE void clear_beyond(float* row, int64_t n) {
   for (int64_t d = n; d % LANES != 0; ++d) row[d] = 0;
 }
 
-// One token's q or k as floats, normalised if asked for, zero beyond K and beyond the sequence.
-SLEEPKERN_INLINE void load_token(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
+// One token's q or k as floats, normalised if asked for, zero beyond K and beyond the sequence; returns the factor.
+SLEEPKERN_INLINE float load_token(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
   const int64_t K = w.K;
   const bool live = t < c.count;
   for (int64_t d = live ? round_up(K, LANES) : 0; d < w.row_size; d += LANES) store(out + d, Vec{});
-  if (!live) return;
+  if (!live) return 1.0f;
   load_row(c.row(x, t, c.key_head() * K), x.type, K, out);
   clear_beyond(out, K);
-  if (!c.p.normalize) return;
+  if (!c.p.normalize) return 1.0f;
   Vec square{};
   for (int64_t d = 0; d < K; d += LANES) square += load(out + d) * load(out + d);
-  const Vec factor = broadcast(1.0f / std::sqrt(sum(square) + 1e-6f));
+  const float factor = 1.0f / std::sqrt(sum(square) + 1e-6f);
   for (int64_t d = 0; d < K; d += LANES) store(out + d, load(out + d) * factor);
+  return factor;
 }
 
 // LANES token rows to their columns of a matrix in panels of K rows.
@@ -46,10 +47,10 @@ SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t
   }
 }
 
-// Kt's rows of one token: k times a factor per channel or one for all.
-SLEEPKERN_INLINE void pack_writer(const Workspace& w, const float* row, int64_t t) {
+// A token's row to the turned form, [K_rows / PANEL][CHUNK][PANEL].
+SLEEPKERN_INLINE void pack_row(const Workspace& w, const float* row, int64_t t, float* turned) {
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    float* to = w.writers + d * CHUNK + t * PANEL;
+    float* to = turned + d * CHUNK + t * PANEL;
     SLEEPKERN_EACH_VEC(n) store(to + n * LANES, load(row + d + n * LANES));
   }
 }
@@ -69,7 +70,7 @@ SLEEPKERN_STAGE void prefetch_share(const Chunk& c, const float* state, int64_t 
   for (int64_t t = c.count * part / parts; t < c.count * (part + 1) / parts; ++t) {
     fetch(p.k, t, c.key_head() * p.K, p.K);
     fetch(p.v, t, c.head * p.V, p.V);
-    if (p.o) fetch(p.q, t, c.key_head() * p.K, p.K);
+    if (p.reads) fetch(p.q, t, c.key_head() * p.K, p.K);
     if (p.gate == Gate::channel) fetch(p.g, t, c.head * p.K, p.K);
   }
   const int64_t size = state_size / parts;

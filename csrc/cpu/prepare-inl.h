@@ -29,6 +29,7 @@ SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
       until_end[l] = static_cast<float>(G - w.log_decay[t + l]);
     }
     Vec E = exp_nonpositive(load(since_start));
+    store(w.since_start + t, E);
     store(w.key_scale + t, E * load(w.beta + t));
     store(w.read_scale + t, E * p.scale);
     store(w.to_end + t, exp_nonpositive(load(until_end)));
@@ -81,8 +82,9 @@ SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
     for (int64_t j = 0; j < min_of(i + PANEL, c.padded); j += ROWS) {
       alignas(64) float decay[ROWS][PANEL];
       decay_block(w, j, i, decay);
+      if (w.decays) std::memcpy(w.decays + i * CHUNK + j * PANEL, decay, sizeof(decay));
       if (c.p.delta) gram_block(w, w.keys, j, i, decay, beta, w.couplings);
-      if (c.p.o) gram_block(w, w.readers, j, i, decay, scale, w.scores);
+      if (c.p.reads) gram_block(w, w.readers, j, i, decay, scale, w.scores);
     }
   }
 }
@@ -96,17 +98,19 @@ SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
   }
   const int64_t end = round_up(c.count, PANEL);
   for (int64_t t = 0; t < end; t += LANES) {
-    for (int l = 0; l < LANES; ++l) load_token(c, w, p.k, t + l, w.rows + l * w.row_size);
+    for (int l = 0; l < LANES; ++l) w.key_norm[t + l] = load_token(c, w, p.k, t + l, w.rows + l * w.row_size);
     pack_tokens(w, w.rows, t, w.keys);
     for (int l = 0; l < LANES; ++l) {
       float* row = w.rows + l * w.row_size;
+      if (w.keys_turned) pack_row(w, row, t + l, w.keys_turned);
       const Vec factor = broadcast(w.to_end[t + l]);
       for (int64_t d = 0; d < w.K_rows; d += LANES) store(row + d, load(row + d) * factor);
-      pack_writer(w, row, t + l);
+      pack_row(w, row, t + l, w.writers);
     }
-    if (!p.o) continue;
-    for (int l = 0; l < LANES; ++l) load_token(c, w, p.q, t + l, w.rows + l * w.row_size);
+    if (!p.reads) continue;
+    for (int l = 0; l < LANES; ++l) w.reader_norm[t + l] = load_token(c, w, p.q, t + l, w.rows + l * w.row_size);
     pack_tokens(w, w.rows, t, w.readers);
+    for (int l = 0; w.readers_turned && l < LANES; ++l) pack_row(w, w.rows + l * w.row_size, t + l, w.readers_turned);
   }
   prepare_grams(c, w);
 }

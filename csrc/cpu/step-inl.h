@@ -68,7 +68,7 @@ SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* 
   const int64_t size = p.v.type == Type::float32 ? 4 : 2;
   float *k = w.rows, *q = k + w.row_size, *decay = q + w.row_size, *v = decay + w.row_size;
   load_token(c, w, p.k, t, k);
-  if (p.o) {
+  if (p.reads) {
     load_token(c, w, p.q, t, q);
   } else {
     std::memset(q, 0, w.row_size * sizeof(float));
@@ -88,5 +88,5 @@ SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* 
   load_row(c.row(p.v, t, c.head * p.V), p.v.type, p.V, v);
   const float b = p.beta.data ? load_scalar(c.row(p.beta, t, c.head), p.beta.type, 0) : 1.0f;
   step_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, p, state, v, w.writers);
-  if (p.o) store_row(v, p.v.type, p.V, static_cast<char*>(p.o) + ((c.first + t) * p.HV + c.head) * p.V * size);
+  if (p.reads) store_row(v, p.v.type, p.V, static_cast<char*>(p.o) + ((c.first + t) * p.HV + c.head) * p.V * size);
 }

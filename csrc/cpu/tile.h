@@ -80,7 +80,32 @@ SLEEPKERN_INLINE void substitute(Tile& t, const float* m) {
   }
 }
 
+// Backward substitution with the transpose: row r loses m[i][r] times row i for every i > r.
+SLEEPKERN_INLINE void substitute_back(Tile& t, const float* m) {
+  SLEEPKERN_EACH_ROW(n) {
+    const int i = ROWS - 1 - n;
+    SLEEPKERN_EACH_ROW(r) {
+      if (r < i) {
+        Vec f = broadcast(m[i * PANEL + r]);
+        SLEEPKERN_EACH_VEC(x) t.at[r][x] -= f * t.at[i][x];
+      }
+    }
+  }
+}
+
 // Where column `column` of a matrix in panels of `depth` rows starts.
 SLEEPKERN_INLINE int64_t column_at(int64_t column, int64_t depth) {
   return column / PANEL * depth * PANEL + column % PANEL;
+}
+
+// The transpose, in panels, of a matrix in panels: [columns / PANEL][depth][PANEL] to
+// [rows / PANEL][turned_depth][PANEL]. rows and columns are multiples of LANES.
+SLEEPKERN_STAGE void turn(const float* panels, int64_t depth, int64_t rows, int64_t columns, float* turned,
+                          int64_t turned_depth) {
+  for (int64_t c = 0; c < columns; c += LANES) {
+    for (int64_t r = 0; r < rows; r += LANES) {
+      transpose(panels + column_at(c, depth) + r * PANEL, PANEL, turned + column_at(r, turned_depth) + c * PANEL,
+                PANEL);
+    }
+  }
 }

@@ -32,22 +32,37 @@ struct Workspace {
   float* level_keys;     // like keys, scaled for the level
   float* level_readers;  // like readers
 
-  float beta[CHUNK];        // b
-  float key_scale[CHUNK];   // what k^T S is multiplied by: b E, or b for channel decay
-  float read_scale[CHUNK];  // what q^T S is multiplied by: scale E, or scale
-  float to_end[CHUNK];      // exp(G_C - G) for head decay
-  double log_decay[CHUNK];  // G for head decay; double because a difference of two large sums is wanted exactly
-  float* keep;              // [K_rows] Gam of each row of the state
+  // For a backward only, nullptr else. Turned: the transpose of what the name says, in panels as well.
+  float* keys_turned;     // [K_rows / PANEL][CHUNK][PANEL]
+  float* readers_turned;  // same
+  float* decays;          // like scores: exp(G_i - G_j) of row j and column i, 1 for channel decay; 0 for i < j
+  float* end_keys;        // like keys: Kt^T; with channel decay, as the next two
+  float* since_rows;      // like keys_turned: E
+  float* until_rows;      // same: exp(G_C - G)
+  float key_norm[CHUNK], reader_norm[CHUNK];  // what k and q were multiplied by to have length 1
+
+  float beta[CHUNK];         // b
+  float key_scale[CHUNK];    // what k^T S is multiplied by: b E, or b for channel decay
+  float read_scale[CHUNK];   // what q^T S is multiplied by: scale E, or scale
+  float since_start[CHUNK];  // E for head decay, else 1
+  float to_end[CHUNK];       // exp(G_C - G) for head decay, else 1
+  double log_decay[CHUNK];   // G for head decay; double because a difference of two large sums is wanted exactly
+  float* keep;               // [K_rows] Gam of each row of the state
 };
 
-// Place the arrays in `memory`, each on its own cache line; returns the floats needed. A null memory only counts.
-static int64_t lay_out(Workspace& w, const Problem& p, float* memory) {
+// Hands out arrays of a block of memory, each on its own cache line. Without memory it only counts.
+struct Taker {
+  float* memory;
   int64_t used = 0;
-  auto take = [&](int64_t n) {
-    float* here = memory ? memory + used : nullptr;
+
+  float* operator()(int64_t n) {
+    float* here = memory && n ? memory + used : nullptr;
     used += round_up(n, 16);
     return here;
-  };
+  }
+};
+
+static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) {
   const bool channel = p.gate == Gate::channel;
   const int64_t token_panels = CHUNK * p.K;
   w.K = p.K;
@@ -56,7 +71,7 @@ static int64_t lay_out(Workspace& w, const Problem& p, float* memory) {
   w.V_panels = round_up(p.V, PANEL) / PANEL;
   w.row_size = round_up(max_of(p.K, p.V), PANEL);
   w.state_size = w.V_panels * w.K_rows * PANEL;
-  w.states = take(GROUP * w.state_size);
+  w.states = take((backward ? 1 : GROUP) * w.state_size);
   w.state = w.states;
   w.keys = take(token_panels);
   w.readers = take(token_panels);
@@ -69,10 +84,16 @@ static int64_t lay_out(Workspace& w, const Problem& p, float* memory) {
   w.key_rows = take(channel ? CHUNK * w.row_size : 0);
   w.reader_rows = take(channel ? CHUNK * w.row_size : 0);
   w.factors = take(channel ? CHUNK * w.row_size : 0);
-  w.level_keys = take(channel ? token_panels : 0);
-  w.level_readers = take(channel ? token_panels : 0);
+  w.level_keys = take(channel ? w.K_rows * CHUNK : 0);
+  w.level_readers = take(channel ? w.K_rows * CHUNK : 0);
   w.keep = take(w.K_rows);
-  return used;
+  const int64_t turned = backward ? w.K_rows * CHUNK : 0;
+  w.keys_turned = take(turned);
+  w.readers_turned = take(turned);
+  w.decays = take(backward ? CHUNK * CHUNK : 0);
+  w.end_keys = take(backward && channel ? token_panels : 0);
+  w.since_rows = take(channel ? turned : 0);
+  w.until_rows = take(channel ? turned : 0);
 }
 
 // Memory in huge pages where the system grants them, so that a stage that streams it neither misses the TLB nor depends
@@ -87,23 +108,27 @@ static float* allocate(int64_t floats) {
   return static_cast<float*>(memory);
 }
 
-// The thread's workspace for a problem; the memory grows to the largest problem seen and stays for the next call.
-static Workspace& workspace_for(const Problem& p) {
+// The thread's own T, laid out by lay_out(T&, args..., Taker&); the memory grows to the largest problem seen and stays
+// for the next call.
+template <class T, class... Args>
+static T& thread_local_arrays(const Args&... args) {
   struct Owner {
-    Workspace w{};
+    T arrays{};
     float* memory = nullptr;
     int64_t capacity = 0;
     ~Owner() { std::free(memory); }
   };
   static thread_local Owner owner;
-  const int64_t size = lay_out(owner.w, p, nullptr);
-  if (size > owner.capacity) {
+  Taker count{nullptr};
+  lay_out(owner.arrays, args..., count);
+  if (count.used > owner.capacity) {
     std::free(owner.memory);
     owner.memory = nullptr;
     owner.capacity = 0;
-    owner.memory = allocate(size);
-    owner.capacity = size;
+    owner.memory = allocate(count.used);
+    owner.capacity = count.used;
   }
-  lay_out(owner.w, p, owner.memory);
-  return owner.w;
+  Taker take{owner.memory};
+  lay_out(owner.arrays, args..., take);
+  return owner.arrays;
 }

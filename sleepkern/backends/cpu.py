@@ -73,8 +73,10 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
-    """Gradients of q, k, v, g, beta, state by the chunk form in torch, which recomputes the forward."""
-    return chunked.backward(problem, x, do, dstate)
+    """Gradients of q, k, v, g, beta, state."""
+    if problem.passes == 1:
+        return _one_backward(problem, x, x.state, do, dstate)
+    return chunked.backward(problem._replace(method="auto"), x, do, dstate)
 
 
 def step(problem: Problem, x: Tensors) -> Tensor:
@@ -112,26 +114,67 @@ def _window_decay(problem: Problem, x: Tensors) -> Tensor | None:
 def _one_pass(
     problem: Problem, x: Tensors, state: Tensor | None, output: bool, final: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
-    H, HV, K, V = problem.H, problem.HV, problem.K, problem.V
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
     if final is None:
-        final = x.k.new_empty((problem.sequences, HV, K, V), dtype=torch.float32)
+        final = x.k.new_empty((problem.sequences, problem.HV, problem.K, problem.V), dtype=torch.float32)
         state = None if state is None else state.contiguous()
+    arguments, _alive = _arguments(problem, x, state, output)
+    _C.forward(*arguments, _address(o), final.data_ptr())
+    return o, final
+
+
+def _one_backward(
+    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor."""
+    reads = do is not None and x.q is not None
+    state = None if state is None else state.contiguous()
+    dstate = None if dstate is None else dstate.contiguous()
+    key_type = x.k.dtype if problem.H == problem.HV else torch.float32
+    arguments, _alive = _arguments(problem, x, state, reads)
+    do, do_view = _rows(do if reads else None, problem.HV * problem.V)
+
+    def like(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        return None if t is None else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+
+    dq, dk, dv = like(x.q if reads else None, key_type), like(x.k, key_type), like(x.v)
+    dg, dbeta, dinitial = (like(t, _gate_type(t)) for t in (x.g, x.beta, state))
+    _C.backward(
+        *arguments, do_view, _address(dstate), _address(dq), _address(dk), _TYPES[key_type], _address(dv),
+        _address(dg), _address(dbeta), _address(dinitial),
+    )  # fmt: skip
+    if dq is None and x.q is not None:
+        dq = torch.zeros_like(x.q)
+    grads = [dq, dk, dv, dg, dbeta, dinitial]
+    return [d if d is None or t is None else d.to(t.dtype) for d, t in zip(grads, x, strict=False)]
+
+
+def _arguments(
+    problem: Problem, x: Tensors, state: Tensor | None, reads: bool
+) -> tuple[tuple[object, ...], list[Tensor | None]]:
+    """What every entry point of _C takes first, and the tensors that must live while it runs."""
+    H, HV, K, V = problem.H, problem.HV, problem.K, problem.V
     offsets = None if x.cu_seqlens is None else x.cu_seqlens.to("cpu", torch.int64).contiguous()
-    q, q_view = _rows(x.q, H * K) if output else (None, _ABSENT)
+    q, q_view = _rows(x.q, H * K) if reads else (None, _ABSENT)
     k, k_view = _rows(x.k, H * K)
     v, v_view = _rows(x.v, HV * V)
     g, g_view = _rows(x.g, HV * K if problem.rule.gate == "channel" else HV)
     beta, beta_view = _rows(x.beta, HV)
-    _C.forward(
+    arguments = (
         _GATES[problem.rule.gate], problem.rule.delta, problem.normalize, problem.scale,
         problem.sequences, problem.T, H, HV, K, V,
-        0 if offsets is None else offsets.data_ptr(),
-        q_view, k_view, v_view, g_view, beta_view,
-        0 if state is None else state.data_ptr(),
-        0 if o is None else o.data_ptr(), final.data_ptr(),
+        _address(offsets), q_view, k_view, v_view, g_view, beta_view, _address(state),
     )  # fmt: skip
-    return o, final
+    return arguments, [offsets, q, k, v, g, beta, state]
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _gate_type(t: Tensor | None) -> torch.dtype | None:
+    """Type the kernel writes the gradient of a gate in: float32 for a float64 gate, which it reads as float32."""
+    return None if t is None or t.dtype in _TYPES else torch.float32
 
 
 def _rows(t: Tensor | None, width: int) -> tuple[Tensor | None, tuple[int, int, int]]:

@@ -1,0 +1,319 @@
+// adjoint of one chunk: gradients from dO and dS, the gradient of the state S' behind the chunk; S is the one before
+// it.
+//
+//   dVn = P^T dO + Kt dS                        dR = (I + M)^-T dVn by backward substitution; dVn without delta
+//   dP  = dO Vn^T, i >= j                       dM = -dR Vn^T, i > j
+//   dq  = scale E (dO S^T) + (scale dP D) k     D = exp(G_i - G_j)
+//   z   = -E (dR S^T) + (dM D) k                what k meets through (I + M)^-1 b (v - k E S), but for the factor b
+//   dk  = b z + dk-                             dk- = exp(G_C - G) (Vn dS^T) + (scale dP D)^T q + (b dM D)^T k
+//   dv  = b dR                                  db = dR.v + k.z
+//   dG  = q dq + k b z - k dk-                  and <S', dS> at the chunk's end; dg = the sum of dG from a token on
+//   dS <- Gam dS + (scale E q)^T dO - (b E k)^T dR
+//
+// dG is what each of q, k and k- carries the exponential of; the end collects all that decays to the chunk's end, for
+// S' = Gam S + Kt^T Vn. With channel decay dG, E and D have a channel each, and products with D are those of the dyadic
+// split (adjoint-channel-inl.h).
+
+// dO of the chunk, zero beyond count up to whole panels of tokens.
+SLEEPKERN_STAGE void load_dout(const Chunk& c, const Workspace& w, const Adjoint& a, const Rows& dout) {
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+    for (int64_t t = 0; t < round_up(c.count, PANEL); ++t) {
+      float* to = a.dout + (panel * CHUNK + t) * PANEL;
+      SLEEPKERN_EACH_VEC(n) store(to + n * LANES, Vec{});
+      if (t < c.count) load_row(c.row(dout, t, c.head * w.V + first), dout.type, width, to);
+    }
+  }
+}
+
+// dR of one value panel, last tokens first.
+SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel) {
+  const float *dstate = a.dstate + panel * w.K_rows * PANEL, *dout = a.dout + panel * CHUNK * PANEL;
+  const float* end_keys = w.end_keys ? w.end_keys : w.keys;
+  float* dvalues = a.dvalues + panel * CHUNK * PANEL;
+  for (int64_t j = c.padded - ROWS; j >= 0; j -= ROWS) {
+    Tile t;
+    clear(t);
+    multiply_add<1>(t, end_keys + column_at(j, w.K), dstate, w.K);
+    scale_rows(t, w.to_end + j);
+    if (c.p.reads) {
+      multiply_add<1>(t, a.scores_turned + column_at(j, CHUNK) + j * PANEL, dout + j * PANEL, c.padded - j);
+    }
+    if (c.p.delta) {
+      const float* M = a.couplings_turned + column_at(j, CHUNK);
+      const int64_t behind = j + ROWS;
+      multiply_add<-1>(t, M + behind * PANEL, dvalues + behind * PANEL, c.padded - behind);
+      substitute_back(t, M + j * PANEL);
+    }
+    store(t, dvalues + j * PANEL);
+  }
+  for (int64_t x = c.padded * PANEL; x < round_up(c.count, PANEL) * PANEL; x += LANES) store(dvalues + x, Vec{});
+}
+
+// dv = b dR of one value panel, and the share of dR.v in db.
+SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const Adjoint& a, const Gradients& out,
+                              int64_t panel) {
+  const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+  const int64_t size = c.p.v.type == Type::float32 ? 4 : 2;
+  for (int64_t t = 0; t < c.count; ++t) {
+    alignas(64) float v[PANEL] = {};
+    const float* dR = a.dvalues + (panel * CHUNK + t) * PANEL;
+    if (out.dbeta) {
+      load_row(c.row(c.p.v, t, c.head * w.V + first), c.p.v.type, width, v);
+      float* lanes = a.beta_lanes + t * LANES;
+      SLEEPKERN_EACH_VEC(n) store(lanes, load(lanes) + load(v + n * LANES) * load(dR + n * LANES));
+    }
+    SLEEPKERN_EACH_VEC(n) store(v + n * LANES, load(dR + n * LANES) * w.beta[t]);
+    store_row(v, c.p.v.type, width,
+              static_cast<char*>(out.dv) + (((c.first + t) * c.p.HV + c.head) * w.V + first) * size);
+  }
+}
+
+// Rows j .. j + ROWS, columns i .. i + PANEL of sign * left^T right over V, times D and a factor.
+template <int SIGN>
+SLEEPKERN_INLINE void adjoint_gram_block(const Workspace& w, const Adjoint& a, const float* right, int64_t j, int64_t i,
+                                         float factor, float* out) {
+  Tile t;
+  clear(t);
+  multiply_add<SIGN>(t, a.writes_turned + column_at(j, a.V_rows), right + i * a.V_rows, w.V);
+  const float* D = w.decays + i * CHUNK + j * PANEL;
+  SLEEPKERN_EACH_ROW(r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] *= load(D + r * PANEL + n * LANES) * factor;
+  store(t, out + i * CHUNK + j * PANEL);
+}
+
+// scale dP D and dM D, and both turned, the latter times b_i.
+SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
+  const int64_t end = round_up(c.count, PANEL);
+  for (int64_t i = 0; i < c.count; i += PANEL) {
+    for (int64_t j = 0; j < min_of(i + PANEL, c.padded); j += ROWS) {
+      if (c.p.reads) adjoint_gram_block<1>(w, a, a.dout_turned, j, i, c.p.scale, a.dscores);
+      if (!c.p.delta) continue;
+      adjoint_gram_block<-1>(w, a, a.dvalues_turned, j, i, 1.0f, a.dcouplings);
+      for (int64_t r = max_of(i - j, 0); r < ROWS; ++r) {
+        a.dcouplings[i * CHUNK + (j + r) * PANEL + j + r - i] = 0;
+      }
+    }
+  }
+  if (c.p.reads) turn(a.dscores, CHUNK, end, end, a.dscores_turned, CHUNK);
+  if (!c.p.delta) return;
+  turn(a.dcouplings, CHUNK, end, end, a.dcouplings_turned, CHUNK);
+  for (int64_t j = 0; j < end; j += PANEL) {
+    for (int64_t i = 0; i < end; ++i) {
+      float* row = a.dcouplings_turned + j * CHUNK + i * PANEL;
+      SLEEPKERN_EACH_VEC(n) store(row + n * LANES, load(row + n * LANES) * w.beta[i]);
+    }
+  }
+}
+
+// Times the rows of a factor per channel, if there is one.
+SLEEPKERN_INLINE void scale_by_rows(Tile& t, const float* rows) {
+  if (!rows) return;
+  SLEEPKERN_EACH_ROW(r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] *= load(rows + r * PANEL + n * LANES);
+}
+
+// dq, z and dk- of one key panel.
+SLEEPKERN_STAGE void adjoint_keys(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state,
+                                  int64_t panel) {
+  const int64_t at = panel * CHUNK * PANEL;
+  const float *S = state + panel * a.V_rows * PANEL, *dS = a.dstate_turned + panel * a.V_rows * PANEL;
+  const float *k = w.keys_turned + at, *q = w.readers_turned + at;
+  const float *since = w.since_rows ? w.since_rows + at : nullptr, *until = w.until_rows ? w.until_rows + at : nullptr;
+  const bool direct = c.p.gate != Gate::channel;
+  for (int64_t i = 0; i < c.padded; i += ROWS) {
+    const int64_t left = column_at(i, a.V_rows), gram = column_at(i, CHUNK), turned = gram + i * PANEL;
+    Tile t;
+    if (c.p.reads) {
+      clear(t);
+      multiply_add<1>(t, a.dout_turned + left, S, w.V);
+      scale_rows(t, w.read_scale + i);
+      scale_by_rows(t, since ? since + i * PANEL : nullptr);
+      if (direct) multiply_add<1>(t, a.dscores + gram, k, i + ROWS);
+      store(t, a.dreaders + at + i * PANEL);
+    }
+    if (c.p.delta) {
+      clear(t);
+      multiply_add<-1>(t, a.dvalues_turned + left, S, w.V);
+      scale_rows(t, w.since_start + i);
+      scale_by_rows(t, since ? since + i * PANEL : nullptr);
+      if (direct) multiply_add<1>(t, a.dcouplings + gram, k, i + ROWS);
+      store(t, a.dheld + at + i * PANEL);
+    }
+    clear(t);
+    multiply_add<1>(t, a.writes_turned + left, dS, w.V);
+    scale_rows(t, w.to_end + i);
+    scale_by_rows(t, until ? until + i * PANEL : nullptr);
+    if (direct && c.p.reads) multiply_add<1>(t, a.dscores_turned + turned, q + i * PANEL, c.padded - i);
+    if (direct && c.p.delta) multiply_add<1>(t, a.dcouplings_turned + turned, k + i * PANEL, c.padded - i);
+    store(t, a.dkeys + at + i * PANEL);
+  }
+}
+
+// db and dG from dq, z and dk-, and dk, of one key panel; k and q are the tokens' own, `stride` floats apart.
+SLEEPKERN_STAGE void gather_key_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const float* k,
+                                          const float* q, int64_t stride, int64_t panel) {
+  for (int64_t t = 0; t < c.count; ++t) {
+    const int64_t at = (panel * CHUNK + t) * PANEL;
+    SLEEPKERN_EACH_VEC(n) {
+      const int64_t x = at + n * LANES;
+      const Vec key = load(k + t * stride + n * LANES), minus = load(a.dkeys + x);
+      Vec gate = -(key * minus);
+      if (c.p.reads) gate += load(q + t * stride + n * LANES) * load(a.dreaders + x);
+      if (c.p.delta) {
+        const Vec z = load(a.dheld + x), plus = z * w.beta[t];
+        store(a.beta_lanes + t * LANES, load(a.beta_lanes + t * LANES) + key * z);
+        store(a.dkeys + x, minus + plus);
+        gate += key * plus;
+      }
+      if (a.dgates) {
+        store(a.dgates + x, gate);
+      } else {
+        store(a.gate_lanes + t * LANES, load(a.gate_lanes + t * LANES) + gate);
+      }
+    }
+  }
+}
+
+// <S', dS> of each row of the state.
+SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const float* state_behind) {
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    const int64_t at = panel * a.V_rows * PANEL;
+    Vec total[VECS] = {};
+    for (int64_t x = at; x < at + w.V * PANEL; x += PANEL) {
+      SLEEPKERN_EACH_VEC(n) total[n] += load(state_behind + x + n * LANES) * load(a.dstate_turned + x + n * LANES);
+    }
+    SLEEPKERN_EACH_VEC(n) store(a.end + panel * PANEL + n * LANES, total[n]);
+  }
+}
+
+// Rows times what the state meets, for the products of one value panel.
+SLEEPKERN_INLINE void scale_tokens(const Chunk& c, const float* rows, const float* by, float* out) {
+  for (int64_t t = 0; t < c.padded; ++t) {
+    SLEEPKERN_EACH_VEC(n) store(out + t * PANEL + n * LANES, load(rows + t * PANEL + n * LANES) * by[t]);
+  }
+}
+
+// dS of one value panel: from behind the chunk to before it.
+SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel) {
+  float* dstate = a.dstate + panel * w.K_rows * PANEL;
+  const int64_t at = panel * CHUNK * PANEL;
+  if (c.p.reads) scale_tokens(c, a.dout + at, w.read_scale, a.scaled_dout);
+  if (c.p.delta) scale_tokens(c, a.dvalues + at, w.key_scale, a.scaled_dvalues);
+  for (int64_t d = 0; d < w.K; d += ROWS) {
+    const int64_t left = column_at(d, CHUNK);
+    Tile t;
+    load(t, dstate + d * PANEL);
+    scale_rows(t, w.keep + d);
+    if (c.p.reads) multiply_add<1>(t, w.readers_turned + left, a.scaled_dout, c.padded);
+    if (c.p.delta) multiply_add<-1>(t, w.keys_turned + left, a.scaled_dvalues, c.padded);
+    store(t, dstate + d * PANEL);
+  }
+}
+
+// One token's dq or dk to the caller: back through the normalisation x = norm * raw, added to what an earlier value
+// head of the same key head left.
+SLEEPKERN_INLINE void write_key_gradient(const Chunk& c, const Workspace& w, const Adjoint& a, const float* turned,
+                                         const float* x, int64_t stride, float norm, int64_t t, const Gradients& out,
+                                         void* to, bool add) {
+  Vec along{};
+  for (int64_t d = 0; d < w.K_rows; d += LANES) {
+    const Vec dx = load(turned + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL);
+    store(a.row + d, dx);
+    if (c.p.normalize) along += dx * load(x + d / PANEL * stride + d % PANEL);
+  }
+  const float dot = c.p.normalize ? sum(along) : 0.0f;
+  const int64_t size = out.key_type == Type::float32 ? 4 : 2;
+  char* row = static_cast<char*>(to) + ((c.first + t) * c.p.H + c.key_head()) * w.K * size;
+  for (int64_t d = 0; c.p.normalize && d < w.K_rows; d += LANES) {
+    store(a.row + d, (load(a.row + d) - load(x + d / PANEL * stride + d % PANEL) * dot) * norm);
+  }
+  if (add) {  // float32, see Gradients::key_type
+    for (int64_t d = 0; d < w.K; ++d) a.row[d] += reinterpret_cast<const float*>(row)[d];
+  }
+  store_row(a.row, out.key_type, w.K, row);
+}
+
+// Where k and q of a chunk lie, as they met the gates: rows of a token are `token` floats apart, its panels `panel`.
+struct Tokens {
+  const float *k, *q;
+  int64_t token, panel;
+
+  explicit Tokens(const Workspace& w)
+      : k(w.since_rows ? w.key_rows : w.keys_turned),
+        q(w.since_rows ? w.reader_rows : w.readers_turned),
+        token(w.since_rows ? w.row_size : PANEL),
+        panel(w.since_rows ? PANEL : CHUNK * PANEL) {}
+};
+
+SLEEPKERN_STAGE void write_key_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const Gradients& out,
+                                         bool add) {
+  const Tokens x(w);
+  for (int64_t t = 0; t < c.count; ++t) {
+    const int64_t at = t * x.token;
+    write_key_gradient(c, w, a, a.dkeys, x.k + at, x.panel, w.key_norm[t], t, out, out.dk, add);
+    if (c.p.reads) write_key_gradient(c, w, a, a.dreaders, x.q + at, x.panel, w.reader_norm[t], t, out, out.dq, add);
+  }
+}
+
+static void store_scalar(float x, Type type, int64_t i, void* to) {
+  alignas(64) float lanes[LANES] = {x};
+  store_row(lanes, type, 1, static_cast<char*>(to) + i * (type == Type::float32 ? 4 : 2));
+}
+
+SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const Gradients& out) {
+  const Problem& p = c.p;
+  for (int64_t t = 0; out.dbeta && t < c.count; ++t) {
+    store_scalar(sum(load(a.beta_lanes + t * LANES)), p.beta.type, (c.first + t) * p.HV + c.head, out.dbeta);
+  }
+  if (p.gate == Gate::head) {
+    double behind = 0;
+    for (int64_t d = 0; d < w.K; ++d) behind += a.end[d];
+    for (int64_t t = c.count - 1; t >= 0; --t) {
+      behind += sum(load(a.gate_lanes + t * LANES));
+      store_scalar(static_cast<float>(behind), p.g.type, (c.first + t) * p.HV + c.head, out.dg);
+    }
+  }
+  if (p.gate == Gate::channel) {
+    const int64_t size = p.g.type == Type::float32 ? 4 : 2;
+    for (int64_t t = c.count - 1; t >= 0; --t) {
+      for (int64_t d = 0; d < w.K_rows; d += LANES) {
+        store(a.end + d, load(a.end + d) + load(a.dgates + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL));
+      }
+      char* row = static_cast<char*>(out.dg) + ((c.first + t) * p.HV + c.head) * p.K * size;
+      store_row(a.end, p.g.type, p.K, row);
+    }
+  }
+}
+
+// All of one chunk. `state` and `state_behind`, turned, are those before and behind it, `writes` its Vn.
+SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
+                             const float* state_behind, const float* writes, bool add) {
+  const int64_t end = round_up(c.count, PANEL);
+  std::memset(a.beta_lanes, 0, CHUNK * LANES * sizeof(float));
+  std::memset(a.gate_lanes, 0, CHUNK * LANES * sizeof(float));
+  if (c.p.reads) {
+    load_dout(c, w, a, out.dout);
+    turn(a.dout, CHUNK, end, a.V_rows, a.dout_turned, a.V_rows);
+    turn(w.scores, CHUNK, end, end, a.scores_turned, CHUNK);
+  }
+  if (c.p.delta) turn(w.couplings, CHUNK, end, end, a.couplings_turned, CHUNK);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    adjoint_values(c, w, a, panel);
+    write_dv(c, w, a, out, panel);
+  }
+  if (c.p.delta) turn(a.dvalues, CHUNK, end, a.V_rows, a.dvalues_turned, a.V_rows);
+  turn(writes, CHUNK, end, a.V_rows, a.writes_turned, a.V_rows);
+  adjoint_grams(c, w, a);
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) adjoint_keys(c, w, a, state, panel);
+  if (c.p.gate == Gate::channel) adjoint_channel_grams(c, w, a);
+  const Tokens x(w);
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    gather_key_gradients(c, w, a, x.k + panel * x.panel, x.q + panel * x.panel, x.token, panel);
+  }
+  if (c.p.gate != Gate::none) adjoint_end(w, a, state_behind);
+  write_key_gradients(c, w, a, out, add);
+  write_gate_gradients(c, w, a, out);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) adjoint_state(c, w, a, panel);
+  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
+}

@@ -1,0 +1,94 @@
+// Gradients of whole sequences: segment by segment from the last, see adjoint-workspace.h.
+
+// Ingest a chunk as the forward does, without readouts, and keep what it writes, zero beyond count.
+SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes) {
+  float* const values = w.values;
+  prepare(c, w);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    float* state = w.state + panel * w.K_rows * PANEL;
+    w.values = writes + panel * CHUNK * PANEL;
+    load_values(c, w, panel);
+    if (c.p.delta) subtract_held(c, w, state);
+    update_state(c, w, state);
+    for (int64_t x = c.padded * PANEL; x < CHUNK * PANEL; x += LANES) store(w.values + x, Vec{});
+  }
+  w.values = values;
+}
+
+struct Span {
+  int64_t begin, end;
+};
+
+// The gradients of one segment; w.state is the state before it, a.dstate that of the state behind.
+SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t head,
+                                      Span tokens, bool add) {
+  Problem without_readouts = p;
+  without_readouts.reads = false;
+  const int64_t chunks = (tokens.end - tokens.begin + CHUNK - 1) / CHUNK;
+  auto state = [&](int64_t n) { return a.states + n * a.state_size; };
+  auto chunk = [&](const Problem& p, int64_t n) {
+    const int64_t first = tokens.begin + n * CHUNK;
+    return Chunk(p, first, min_of(CHUNK, tokens.end - first), head);
+  };
+  for (int64_t n = 0; n < chunks; ++n) {
+    turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(n), a.V_rows);
+    ingest_keeping(chunk(without_readouts, n), w, a.writes + n * a.values_size);
+  }
+  turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(chunks), a.V_rows);
+  for (int64_t n = chunks - 1; n >= 0; --n) {
+    const Chunk c = chunk(p, n);
+    prepare(c, w);
+    adjoint(c, w, a, out, state(n), state(n + 1), a.writes + n * a.values_size, add);
+  }
+}
+
+// One value head of one sequence, unit = sequence * HV + head. `add`: dq and dk hold those of an earlier head.
+SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t unit,
+                                   Span tokens, bool add) {
+  const int64_t length = a.segment * CHUNK, segments = max_of((tokens.end - tokens.begin + length - 1) / length, 1);
+  const int64_t bytes = w.state_size * sizeof(float);
+  Problem without_readouts = p;
+  without_readouts.reads = false;
+  load_state(w, p.state, unit, w.state);
+  for (int64_t first = tokens.begin, s = 0; s + 1 < segments; first += CHUNK) {
+    if ((first - tokens.begin) % length == 0) std::memcpy(a.marks + s * w.state_size, w.state, bytes);
+    ingest_keeping(Chunk(without_readouts, first, CHUNK, unit % p.HV), w, a.writes);
+    if ((first + CHUNK - tokens.begin) % length == 0) ++s;
+  }
+  load_state(w, out.dfinal, unit, a.dstate);
+  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
+  for (int64_t s = segments - 1; s >= 0; --s) {
+    if (s + 1 < segments) std::memcpy(w.state, a.marks + s * w.state_size, bytes);
+    const int64_t first = tokens.begin + s * length;
+    backward_segment(p, w, a, out, unit % p.HV, {first, min_of(first + length, tokens.end)}, add);
+  }
+  if (out.dstate) store_state(w, a.dstate, unit, out.dstate);
+}
+
+// With channel decay the grams' gradients carry no D, only its triangle.
+static void fill_triangle(const Workspace& w) {
+  for (int64_t j = 0; j < CHUNK; ++j) {
+    for (int64_t i = 0; i < CHUNK; ++i) w.decays[column_at(i, CHUNK) + j * PANEL] = i >= j ? 1.0f : 0.0f;
+  }
+}
+
+// Key heads [begin, end) of sequences * H: the value heads of one follow each other, for they add up on its dq and dk.
+void backward_heads(const Problem& p, const Gradients& out, int64_t begin, int64_t end) {
+  Workspace& w = thread_local_arrays<Workspace>(p, true);
+  int64_t longest = p.T;
+  if (p.offsets) {
+    longest = 0;
+    for (int64_t n = 0; n < p.sequences; ++n) longest = max_of(longest, p.offsets[n + 1] - p.offsets[n]);
+  }
+  Adjoint& a = thread_local_arrays<Adjoint>(p, w, longest);
+  if (p.gate == Gate::channel) fill_triangle(w);
+  const int64_t group = p.HV / p.H;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t sequence = unit / p.H, head = unit % p.H * group;
+    const int64_t first = p.offsets ? p.offsets[sequence] : sequence * p.T;
+    const int64_t last = p.offsets ? p.offsets[sequence + 1] : first + p.T;
+    for (int64_t n = 0; n < group; ++n) {
+      backward_head(p, w, a, out, sequence * p.HV + head + n, {first, last}, n > 0);
+    }
+  }
+}
