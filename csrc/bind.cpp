@@ -83,6 +83,23 @@ void run_backward(int gate, bool delta, bool normalize, float scale, int64_t seq
   backward(problem, gradients);
 }
 
+void run_replay(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
+                int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta, uintptr_t state,
+                uintptr_t final_state, bool rank, int64_t passes, double tol, uintptr_t before, uintptr_t residual,
+                uintptr_t made) {
+  Problem problem =
+      describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
+  problem.final_state = reinterpret_cast<float*>(final_state);
+  const Replay how{rank,
+                   passes,
+                   tol,
+                   reinterpret_cast<float*>(before),
+                   reinterpret_cast<float*>(residual),
+                   reinterpret_cast<int32_t*>(made)};
+  py::gil_scoped_release unlocked;
+  replay(problem, how);
+}
+
 std::vector<std::string> isa_names() {
   std::array<const Implementation*, 8> list;
   const int n = implementations(list.data(), list.size());
@@ -132,6 +149,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of sleepkern. Import torch first: the threads are torch's.";
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);
+  m.def("replay", &run_replay);
+  m.attr("rank_limit") = RANK_LIMIT;
   m.def("step_limit", [] { return STEP_LIMIT; }, "Sequences of at most this many tokens are stepped one by one.");
   m.def("isa", [] { return std::string(implementation().name); }, "The instruction set in use.");
   m.def("isas", &isa_names, "Those this machine runs, best first.");

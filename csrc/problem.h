@@ -30,6 +30,29 @@ struct Problem {
   const float* state;      // [sequences, HV, K, V], nullptr means 0; may be final_state itself
   void* o;                 // [tokens, HV, V] in v's type
   float* final_state;      // [sequences, HV, K, V]
+
+  // First token of a sequence in the flattened batch; of `sequences`, the number of tokens.
+  int64_t first(int64_t sequence) const { return offsets ? offsets[sequence] : sequence * T; }
+  int64_t longest() const {
+    int64_t most = offsets ? 0 : T;
+    for (int64_t n = 0; offsets && n < sequences; ++n) {
+      const int64_t tokens = offsets[n + 1] - offsets[n];
+      most = most < tokens ? tokens : most;
+    }
+    return most;
+  }
+};
+
+// The same window `passes` times, state only: method wy, or rank for windows of at most RANK_LIMIT tokens.
+constexpr int64_t RANK_LIMIT = 64;
+
+struct Replay {
+  bool rank;
+  int64_t passes;
+  double tol;       // above 0: a head stops once its estimated residual is at most this; wy only
+  float* before;    // [sequences, HV, K, V] state before the last pass a head made, nullptr when not wanted
+  float* residual;  // [sequences, HV], with tol
+  int32_t* made;    // [sequences, HV] passes made, with tol
 };
 
 // What a backward takes and gives beside the problem; all outputs are contiguous.

@@ -75,20 +75,14 @@ static void fill_triangle(const Workspace& w) {
 // Key heads [begin, end) of sequences * H: the value heads of one follow each other, for they add up on its dq and dk.
 void backward_heads(const Problem& p, const Gradients& out, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, true);
-  int64_t longest = p.T;
-  if (p.offsets) {
-    longest = 0;
-    for (int64_t n = 0; n < p.sequences; ++n) longest = max_of(longest, p.offsets[n + 1] - p.offsets[n]);
-  }
-  Adjoint& a = thread_local_arrays<Adjoint>(p, w, longest);
+  Adjoint& a = thread_local_arrays<Adjoint>(p, w, p.longest());
   if (p.gate == Gate::channel) fill_triangle(w);
   const int64_t group = p.HV / p.H;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t sequence = unit / p.H, head = unit % p.H * group;
-    const int64_t first = p.offsets ? p.offsets[sequence] : sequence * p.T;
-    const int64_t last = p.offsets ? p.offsets[sequence + 1] : first + p.T;
+    const Span tokens{p.first(sequence), p.first(sequence + 1)};
     for (int64_t n = 0; n < group; ++n) {
-      backward_head(p, w, a, out, sequence * p.HV + head + n, {first, last}, n > 0);
+      backward_head(p, w, a, out, sequence * p.HV + head + n, tokens, n > 0);
     }
   }
 }

@@ -72,4 +72,10 @@ void backward(const Problem& p, const Gradients& out) {
              [&](int64_t begin, int64_t end) { isa.backward(p, out, begin, end); });
 }
 
+void replay(const Problem& p, const Replay& r) {
+  const Implementation& isa = implementation();
+  over_heads(p, p.sequences * p.HV, 4.0 * p.K * p.V * r.passes,
+             [&](int64_t begin, int64_t end) { isa.replay(p, r, begin, end); });
+}
+
 }  // namespace sleepkern

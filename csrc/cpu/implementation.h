@@ -15,6 +15,8 @@ struct Implementation {
   void (*forward)(const Problem&, int64_t begin, int64_t end);
   // Key heads [begin, end) of the sequences * H of a problem.
   void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end);
+  // Heads [begin, end) of the sequences * HV of a problem.
+  void (*replay)(const Problem&, const Replay&, int64_t begin, int64_t end);
   // Floating-point operations a second that one core reaches from registers, measured for some seconds.
   double (*peak)(double seconds);
 };
@@ -31,5 +33,6 @@ const char* thread_source();
 
 void forward(const Problem& problem);
 void backward(const Problem& problem, const Gradients& gradients);
+void replay(const Problem& problem, const Replay& replay);
 
 }  // namespace sleepkern

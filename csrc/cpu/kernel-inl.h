@@ -32,6 +32,7 @@ namespace {
 #include "adjoint-channel-inl.h"
 #include "adjoint-inl.h"
 #include "backward-inl.h"
+#include "replay-inl.h"
 
 // Token by token, on the state as the caller keeps it; unit = sequence * HV + head.
 SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int64_t begin, int64_t end) {
@@ -76,8 +77,7 @@ void forward_heads(const Problem& p, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, false);
   for (int64_t unit = begin; unit < end;) {
     const int64_t sequence = unit / p.HV;
-    const int64_t first = p.offsets ? p.offsets[sequence] : sequence * p.T;
-    const int64_t last = p.offsets ? p.offsets[sequence + 1] : first + p.T;
+    const int64_t first = p.first(sequence), last = p.first(sequence + 1);
     const int64_t heads = min_of(GROUP, min_of(end, (sequence + 1) * p.HV) - unit);
     if (last - first <= STEP_LIMIT) {
       for (int64_t h = 0; h < heads; ++h) step_head(p, w, unit + h, first, last);
@@ -122,7 +122,7 @@ double peak(double seconds) {
 
 bool supported() { return SLEEPKERN_SUPPORTED; }
 extern const Implementation table;
-const Implementation table = {SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_heads, backward_heads, peak};
+const Implementation table = {SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_heads, backward_heads, replay_heads, peak};
 
 }  // namespace SLEEPKERN_ISA
 }  // namespace sleepkern

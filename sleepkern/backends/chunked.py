@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..problem import Problem, Tensors
 from ..rules import Rule
-from .replay import affine, cheapest, closed, repeat
+from .replay import Cost, affine, cheapest, closed, repeat
 from .tensors import Heads, Ingested, by_sequence, gradients, step_by
 
 NAME = "chunked"
@@ -65,7 +65,7 @@ def method_of(problem: Problem) -> str:
     if problem.method == "repeat":
         return "wy"
     T, K, V = problem.T, problem.K, problem.V
-    return cheapest(problem, walk=4 * T * K * V, setup=4 * T * K * (K + V)) or "wy"
+    return cheapest(problem, wy=Cost(0, 4 * T * K * V), affine=Cost(4 * T * K * (K + V), 2 * K * K * V))
 
 
 def forward(problem: Problem, x: Tensors) -> Ingested:

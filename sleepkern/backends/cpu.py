@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Problem, Tensors
 from . import chunked
-from .replay import affine, cheapest, closed, repeat
+from .replay import Cost, affine, cheapest, closed, repeat
 from .tensors import Ingested
 
 try:
@@ -34,8 +34,10 @@ def why_not(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}, only float32, bfloat16 and float16"
     if problem.K > 256 or problem.V > 256:
         return f"heads of at most 256, got K = {problem.K}, V = {problem.V}"
-    if problem.method in ("wy", "rank"):
-        return f"replays by repetition, affine or in closed form, not by method {problem.method!r}"
+    if problem.method == "rank" and (problem.rule.gate == "channel" or problem.T > _C.rank_limit):
+        return f"method 'rank' needs one block (T <= {_C.rank_limit}) and no channel decay"
+    if problem.method == "rank" and problem.tol is not None:
+        return "method 'rank' never forms the state of a pass, which tol looks at"
     return None
 
 
@@ -46,11 +48,14 @@ def kernel(problem: Problem) -> str:
 
 
 def method_of(problem: Problem) -> str:
-    """The replay method for this problem; 'auto' takes the cheapest, a walk costs 6 T K V flop."""
+    """The replay method for this problem: 'auto' takes the one that costs the fewest flop."""
     if problem.method != "auto":
         return problem.method
     T, K, V = problem.T, problem.K, problem.V
-    return cheapest(problem, walk=6 * T * K * V, setup=6 * T * K * (K + V)) or "repeat"
+    wy, rank = 4 * T * K * V, None
+    if T <= _C.rank_limit and problem.rule.gate != "channel" and problem.tol is None:
+        rank = Cost(setup=2 * T * K * (T + 2 * V), a_pass=2 * T * T * V)
+    return cheapest(problem, wy=Cost(0, wy), affine=Cost(6 * T * K * (K + V), 2 * K * K * V), rank=rank)
 
 
 def forward(problem: Problem, x: Tensors) -> Ingested:
@@ -69,7 +74,31 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
     elif passes > 1 and method == "affine":
         A, B = _transition(problem, x), one_pass(zero, False)[1]
         return repeat(affine(A, B, one_pass), state, passes, problem.tol, problem.output)
+    elif passes > 1 and method in ("wy", "rank"):
+        return _replay(problem, x, method)
     return repeat(one_pass, state, passes, problem.tol, problem.output)
+
+
+def _replay(problem: Problem, x: Tensors, method: str) -> Ingested:
+    """Passes over factors that are made once; readouts, if wanted, by one ordinary pass from the state before the last."""
+    size = (problem.sequences, problem.HV, problem.K, problem.V)
+    final = x.k.new_empty(size, dtype=torch.float32)
+    state = None if x.state is None else x.state.contiguous()
+    before = residual = made = None
+    passes = problem.passes - 1 if problem.output and problem.tol is None else problem.passes
+    if problem.tol is not None:
+        residual = torch.empty(size[:2], dtype=torch.float32)
+        made = torch.empty(size[:2], dtype=torch.int32)
+        before = torch.empty_like(final) if problem.output else None
+    arguments, _alive = _arguments(problem, x, state, False)
+    _C.replay(
+        *arguments, final.data_ptr(), method == "rank", passes, problem.tol or 0.0,
+        _address(before), _address(residual), _address(made),
+    )  # fmt: skip
+    if not problem.output:
+        return Ingested(None, final, residual, made)
+    o, last = _one_pass(problem, x, final if before is None else before, True)
+    return Ingested(o, last if before is None else final, residual, made)
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:

@@ -9,6 +9,7 @@ many small steps remain.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,16 +67,19 @@ def closed(G: Tensor | None, B: Tensor, state: Tensor, passes: int) -> Tensor:
     return (passes * G).exp() * state + (powers * G[..., None]).exp().sum(-1) * B
 
 
-def cheapest(problem: Problem, walk: int, setup: int) -> str:
-    """closed, affine or "" for walking the window again, whichever takes the fewest flop a head.
+class Cost(NamedTuple):
+    """Flop a head of a replay method: before the passes, beyond what an ordinary pass takes, and of each pass."""
 
-    walk is the cost of a walk over the window, setup that of A and B.
-    """
+    setup: int
+    a_pass: int
+
+
+def cheapest(problem: Problem, **methods: Cost | None) -> str:
+    """The method that takes the fewest flop, None marking one that cannot; closed form for rules without delta."""
     if not problem.rule.delta and problem.tol is None:
         return "closed"
-    product = 2 * problem.K**2 * problem.V
-    repeated = problem.passes - 1
-    return "affine" if setup + repeated * product < repeated * walk else ""
+    total = {name: c.setup + (problem.passes - 1) * c.a_pass for name, c in methods.items() if c is not None}
+    return min(total, key=total.__getitem__)
 
 
 def remaining(previous: Tensor, step: Tensor) -> Tensor:

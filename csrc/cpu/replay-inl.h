@@ -1,0 +1,316 @@
+// Looped ingestion: a window's factors are made once and stay in cache while the state passes over them N times.
+//
+//   wy     S <- Gam S + Kt^T (U - W S)                               4 L K V flop a pass
+//   rank   Y <- Gam Y + (U - Gam^n W S_0) - Z Y,  Z = W Kt^T         2 L^2 V flop a pass; a window of one block, at the
+//          S_N = Gam^N S_0 + Kt^T Y_N                                end the state; no channel decay
+//
+// with U = (I + M)^-1 b v and W = (I + M)^-1 b E k, and W = 0 for rules without delta. Factors are those of blocks of
+// two chunks: longer products keep the state longer in registers. The second chunk takes in the first's writing,
+//
+//   W_2 <- W_2 Gam_1 - X W_1,   U_2 <- U_2 - X U_1,   X = W_2 Kt_1^T;   Kt_1 <- Kt_1 Gam_2;   Gam <- Gam_1 Gam_2.
+
+constexpr int64_t REPLAY_BLOCK = 2 * CHUNK;
+static_assert(RANK_LIMIT == REPLAY_BLOCK, "rank form is that of one block");
+
+// The factors of one block of a window, in panels; rows beyond its tokens, up to whole tiles, are zero.
+struct Factors {
+  int64_t rows;    // tokens, rounded up to whole tiles
+  float* W;        // [REPLAY_BLOCK / PANEL][K_rows][PANEL]  W^T
+  float* writers;  // [K_panels][REPLAY_BLOCK][PANEL]  Kt
+  float* U;        // [V_panels][REPLAY_BLOCK][PANEL]
+  float* keep;     // [K_rows] Gam
+};
+
+struct Window {
+  int64_t blocks, block_size;  // of the longest sequence; floats a block
+  float* factors;              // [blocks][block_size]
+  float* W;                    // [K_panels][REPLAY_BLOCK][PANEL]  W of the block in the making
+  float* carried;              // [CHUNK / PANEL][CHUNK][PANEL]  X^T
+  float* first_writers;        // [CHUNK / PANEL][K_rows][PANEL]  Kt_1^T
+  float* values;               // [REPLAY_BLOCK][PANEL]
+  float* before;               // a state in panels, for tol
+  float* Z;                    // [REPLAY_BLOCK / PANEL][REPLAY_BLOCK][PANEL]  Z^T
+  float *held, *next;          // [REPLAY_BLOCK][PANEL]  W S_0, the next Y
+};
+
+static Factors factors_of(const Window& x, const Workspace& w, int64_t block, int64_t tokens) {
+  Factors f;
+  f.rows = round_up(tokens, ROWS);
+  f.W = x.factors + block * x.block_size;
+  f.writers = f.W + REPLAY_BLOCK * w.K_rows;
+  f.U = f.writers + REPLAY_BLOCK * w.K_rows;
+  f.keep = f.U + REPLAY_BLOCK * w.V_panels * PANEL;
+  return f;
+}
+
+static void lay_out(Window& x, const Workspace& w, int64_t longest, Taker& take) {
+  x.blocks = max_of((longest + REPLAY_BLOCK - 1) / REPLAY_BLOCK, 1);
+  x.block_size = REPLAY_BLOCK * (2 * w.K_rows + w.V_panels * PANEL) + w.K_rows;
+  x.factors = take(x.blocks * x.block_size);
+  x.W = take(REPLAY_BLOCK * w.K_rows);
+  x.carried = take(CHUNK * CHUNK);
+  x.first_writers = take(CHUNK * w.K_rows);
+  x.values = take(REPLAY_BLOCK * PANEL);
+  x.before = take(w.state_size);
+  x.Z = take(REPLAY_BLOCK * REPLAY_BLOCK);
+  x.held = take(REPLAY_BLOCK * PANEL);
+  x.next = take(REPLAY_BLOCK * PANEL);
+}
+
+// (I + M)^-1 of one panel of rows, in place.
+SLEEPKERN_STAGE void solve(const Chunk& c, const Workspace& w, float* rows) {
+  for (int64_t i = 0; i < c.padded; i += ROWS) {
+    const float* M = w.couplings + column_at(i, CHUNK);
+    Tile t;
+    load(t, rows + i * PANEL);
+    multiply_add<-1>(t, M, rows, i);
+    substitute(t, M + i * PANEL);
+    store(t, rows + i * PANEL);
+  }
+}
+
+// The factors of one chunk, to rows `at`, at + 1, ... of a block.
+SLEEPKERN_STAGE void make_factors(const Chunk& c, Workspace& w, const Window& x, const Factors& f, int64_t at) {
+  prepare(c, w);
+  const int64_t bytes = c.padded * PANEL * sizeof(float);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    float* U = f.U + (panel * REPLAY_BLOCK + at) * PANEL;
+    load_values(c, w, panel);
+    std::memcpy(U, w.values, bytes);
+    if (c.p.delta) solve(c, w, U);
+  }
+  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+    std::memcpy(f.writers + d * REPLAY_BLOCK + at * PANEL, w.writers + d * CHUNK, bytes);
+    if (!c.p.delta) continue;
+    float* W = x.W + d * REPLAY_BLOCK + at * PANEL;
+    scale_tokens(c, w.keys_turned + d * CHUNK, w.key_scale, W);
+    solve(c, w, W);
+  }
+}
+
+// rows -= X * rows of the first chunk, one panel.
+SLEEPKERN_INLINE void take_in(const Chunk& c, const Window& x, float* first) {
+  float* second = first + CHUNK * PANEL;
+  for (int64_t i = 0; i < c.padded; i += ROWS) {
+    Tile t;
+    load(t, second + i * PANEL);
+    multiply_add<-1>(t, x.carried + column_at(i, CHUNK), first, CHUNK);
+    store(t, second + i * PANEL);
+  }
+}
+
+// Second chunk c (whose decay is in w.keep) takes in what the first, whole one (decay f.keep) writes.
+SLEEPKERN_STAGE void merge(const Chunk& c, const Workspace& w, const Window& x, const Factors& f) {
+  const int64_t end = round_up(c.count, PANEL);
+  if (c.p.delta) {
+    for (int64_t t = c.padded; t < end; ++t) {
+      for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+        SLEEPKERN_EACH_VEC(n) store(x.W + d * REPLAY_BLOCK + (CHUNK + t) * PANEL + n * LANES, Vec{});
+      }
+    }
+    turn(f.writers, REPLAY_BLOCK, CHUNK, w.K_rows, x.first_writers, w.K_rows);
+    turn(x.W + CHUNK * PANEL, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);  // f.W is free until the block is done
+    for (int64_t i = 0; i < end; i += PANEL) {
+      for (int64_t j = 0; j < CHUNK; j += ROWS) {
+        Tile t;
+        clear(t);
+        multiply_add<1>(t, x.first_writers + column_at(j, w.K_rows), f.W + i * w.K_rows, w.K);
+        store(t, x.carried + i * CHUNK + j * PANEL);
+      }
+    }
+    for (int64_t panel = 0; panel < w.V_panels; ++panel) take_in(c, x, f.U + panel * REPLAY_BLOCK * PANEL);
+  }
+  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+    float *W = x.W + d * REPLAY_BLOCK, *writers = f.writers + d * REPLAY_BLOCK;
+    SLEEPKERN_EACH_VEC(n) {
+      const Vec first = load(f.keep + d + n * LANES), second = load(w.keep + d + n * LANES);
+      for (int64_t t = 0; t < CHUNK; ++t) {
+        float* row = writers + t * PANEL + n * LANES;
+        store(row, load(row) * second);
+      }
+      for (int64_t t = CHUNK; c.p.delta && t < CHUNK + c.padded; ++t) {
+        float* row = W + t * PANEL + n * LANES;
+        store(row, load(row) * first);
+      }
+      store(f.keep + d + n * LANES, first * second);
+    }
+    if (c.p.delta) take_in(c, x, W);
+  }
+}
+
+// The factors of tokens [first, first + tokens) of a head.
+SLEEPKERN_STAGE Factors make_block(const Problem& p, Workspace& w, const Window& x, int64_t first, int64_t tokens,
+                                   int64_t head, int64_t block) {
+  const Factors f = factors_of(x, w, block, tokens);
+  make_factors(Chunk(p, first, min_of(tokens, CHUNK), head), w, x, f, 0);
+  std::memcpy(f.keep, w.keep, w.K_rows * sizeof(float));
+  if (tokens > CHUNK) {
+    const Chunk second(p, first + CHUNK, tokens - CHUNK, head);
+    make_factors(second, w, x, f, CHUNK);
+    merge(second, w, x, f);
+  }
+  if (p.delta) {
+    for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+      float* rows = x.W + d * REPLAY_BLOCK;
+      for (int64_t t = f.rows * PANEL; t < round_up(tokens, PANEL) * PANEL; t += LANES) store(rows + t, Vec{});
+    }
+    turn(x.W, REPLAY_BLOCK, round_up(tokens, PANEL), w.K_rows, f.W, w.K_rows);
+  }
+  return f;
+}
+
+// out = U - W S of one value panel.
+SLEEPKERN_STAGE void write_values(const Workspace& w, const Factors& f, const float* U, const float* state,
+                                  float* out) {
+  for (int64_t i = 0; i < f.rows; i += ROWS) {
+    Tile t;
+    load(t, U + i * PANEL);
+    multiply_add<-1>(t, f.W + column_at(i, w.K_rows), state, w.K);
+    store(t, out + i * PANEL);
+  }
+}
+
+// state = keep state + Kt^T values of one value panel.
+SLEEPKERN_STAGE void write_state(const Workspace& w, const Factors& f, const float* keep, const float* values,
+                                 float* state) {
+  for (int64_t d = 0; d < w.K; d += ROWS) {
+    Tile t;
+    load(t, state + d * PANEL);
+    scale_rows(t, keep + d);
+    multiply_add<1>(t, f.writers + column_at(d, REPLAY_BLOCK), values, f.rows);
+    store(t, state + d * PANEL);
+  }
+}
+
+static double distance(const float* a, const float* b, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n;) {
+    Vec part{};
+    for (const int64_t end = min_of(i + 4096, n); i < end; i += LANES) {
+      const Vec x = b ? load(a + i) - load(b + i) : load(a + i);
+      part += x * x;
+    }
+    total += sum(part);
+  }
+  return std::sqrt(total);
+}
+
+// Whether a head may stop: what is left to its fixed point, by the ratio of its last two steps, see backends/replay.py.
+struct Settling {
+  double previous = 0, residual = INFINITY;
+
+  bool settled(double step, double size, double tol) {
+    const double ratio = step / max_of_double(previous, 1e-30);
+    const double left = step == 0 ? 0 : ratio < 1 ? step * ratio / max_of_double(1 - ratio, 1e-30) : INFINITY;
+    residual = left / max_of_double(size, 1e-30);
+    previous = step;
+    return residual <= tol;
+  }
+  static double max_of_double(double a, double b) { return a < b ? b : a; }
+};
+
+// `r.passes` passes, or fewer with tol.
+SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& r, int64_t unit, int64_t tokens,
+                                   bool delta) {
+  Settling settling;
+  int64_t made = 0;
+  for (bool done = false; made < r.passes && !done; ++made) {
+    if (r.tol > 0) std::memcpy(x.before, w.state, w.state_size * sizeof(float));
+    for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
+      const Factors f = factors_of(x, w, block, min_of(REPLAY_BLOCK, tokens - block * REPLAY_BLOCK));
+      for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+        float* state = w.state + panel * w.K_rows * PANEL;
+        const float* U = f.U + panel * REPLAY_BLOCK * PANEL;
+        if (delta) write_values(w, f, U, state, x.values);
+        write_state(w, f, f.keep, delta ? x.values : U, state);
+      }
+    }
+    if (r.tol <= 0) continue;
+    const double step = distance(w.state, x.before, w.state_size);
+    if (made == 0) {
+      settling.previous = step;
+    } else {
+      done = settling.settled(step, distance(w.state, nullptr, w.state_size), r.tol);
+    }
+  }
+  if (r.residual) r.residual[unit] = static_cast<float>(settling.residual);
+  if (r.made) r.made[unit] = static_cast<int32_t>(made);
+  if (r.before) store_state(w, x.before, unit, r.before);
+}
+
+// Z^T of the one block: row j, column i of Kt W^T.
+SLEEPKERN_STAGE void prepare_rank(const Workspace& w, const Window& x, const Factors& f, int64_t tokens) {
+  const int64_t end = round_up(tokens, PANEL);
+  turn(f.writers, REPLAY_BLOCK, round_up(tokens, LANES), w.K_rows, x.W, w.K_rows);
+  for (int64_t i = 0; i < end; i += PANEL) {
+    for (int64_t j = 0; j < f.rows; j += ROWS) {
+      Tile t;
+      clear(t);
+      multiply_add<1>(t, x.W + column_at(j, w.K_rows), f.W + i * w.K_rows, w.K);
+      store(t, x.Z + i * REPLAY_BLOCK + j * PANEL);
+    }
+  }
+}
+
+// The passes of one value panel in the block's rows; `state` goes from S_0 to S_N.
+SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Window& x, const Factors& f, const Replay& r, const float* U,
+                                 bool delta, bool from_zero, float* state) {
+  const float gamma = f.keep[0];
+  float *Y = x.values, *next = x.next, reach = 1;
+  const int64_t size = f.rows * PANEL;
+  std::memset(Y, 0, size * sizeof(float));
+  std::memset(x.held, 0, size * sizeof(float));
+  if (delta && !from_zero) write_values(w, f, x.held, state, x.held);  // -W S_0
+  for (int64_t n = 0; n < r.passes; ++n) {
+    for (int64_t i = 0; i < f.rows; i += ROWS) {
+      Tile t;
+      load(t, Y + i * PANEL);
+      SLEEPKERN_EACH_ROW(row) {
+        SLEEPKERN_EACH_VEC(v) {
+          const int64_t at = (i + row) * PANEL + v * LANES;
+          t.at[row][v] = t.at[row][v] * gamma + load(U + at) + load(x.held + at) * reach;
+        }
+      }
+      if (delta && n > 0) multiply_add<-1>(t, x.Z + column_at(i, REPLAY_BLOCK), Y, f.rows);
+      store(t, next + i * PANEL);
+    }
+    reach *= gamma;
+    float* const last = Y;
+    Y = next;
+    next = last;
+  }
+  alignas(64) float keep[ROWS];
+  for (int d = 0; d < ROWS; ++d) keep[d] = reach;
+  for (int64_t d = 0; d < w.K; d += ROWS) {
+    Tile t;
+    load(t, state + d * PANEL);
+    scale_rows(t, keep);
+    multiply_add<1>(t, f.writers + column_at(d, REPLAY_BLOCK), Y, f.rows);
+    store(t, state + d * PANEL);
+  }
+}
+
+// Heads [begin, end) of sequences * HV, one after the other.
+void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end) {
+  Workspace& w = thread_local_arrays<Workspace>(p, true);
+  const Window& x = thread_local_arrays<Window>(w, p.longest());
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
+    load_state(w, p.state, unit, w.state);
+    for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
+      const int64_t at = block * REPLAY_BLOCK;
+      make_block(p, w, x, first + at, min_of(REPLAY_BLOCK, tokens - at), unit % p.HV, block);
+    }
+    if (!r.rank || tokens == 0) {
+      replay_passes(w, x, r, unit, tokens, p.delta);
+    } else {
+      const Factors f = factors_of(x, w, 0, tokens);
+      if (p.delta) prepare_rank(w, x, f, tokens);
+      for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+        replay_rank(w, x, f, r, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
+                    w.state + panel * w.K_rows * PANEL);
+      }
+    }
+    store_state(w, w.state, unit, p.final_state);
+  }
+}
