@@ -122,7 +122,8 @@ double peak(double seconds) {
 
 bool supported() { return SLEEPKERN_SUPPORTED; }
 extern const Implementation table;
-const Implementation table = {SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_heads, backward_heads, replay_heads, peak};
+const Implementation table = {
+    SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_heads, backward_heads, replay_heads, peak};
 
 }  // namespace SLEEPKERN_ISA
 }  // namespace sleepkern

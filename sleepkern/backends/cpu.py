@@ -1,4 +1,4 @@
-"""Native C++ on the CPU: hands pointers to sleepkern._C. Gradients take the chunk form in torch."""
+"""Native C++ on the CPU: hands pointers to sleepkern._C."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, Tensors
-from . import chunked
-from .replay import Cost, affine, cheapest, closed, repeat
+from . import replay_backward
+from .replay import Cost, affine, cheapest, closed, repeat, window_decay
 from .tensors import Ingested
 
 try:
@@ -34,7 +34,7 @@ def why_not(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}, only float32, bfloat16 and float16"
     if problem.K > 256 or problem.V > 256:
         return f"heads of at most 256, got K = {problem.K}, V = {problem.V}"
-    if problem.method == "rank" and (problem.rule.gate == "channel" or problem.T > _C.rank_limit):
+    if problem.method == "rank" and not _one_block(problem):
         return f"method 'rank' needs one block (T <= {_C.rank_limit}) and no channel decay"
     if problem.method == "rank" and problem.tol is not None:
         return "method 'rank' never forms the state of a pass, which tol looks at"
@@ -53,9 +53,14 @@ def method_of(problem: Problem) -> str:
         return problem.method
     T, K, V = problem.T, problem.K, problem.V
     wy, rank = 4 * T * K * V, None
-    if T <= _C.rank_limit and problem.rule.gate != "channel" and problem.tol is None:
+    if _one_block(problem) and problem.tol is None:
         rank = Cost(setup=2 * T * K * (T + 2 * V), a_pass=2 * T * T * V)
     return cheapest(problem, wy=Cost(0, wy), affine=Cost(6 * T * K * (K + V), 2 * K * K * V), rank=rank)
+
+
+def _one_block(problem: Problem) -> bool:
+    limit: int = _C.rank_limit
+    return problem.rule.gate != "channel" and problem.T <= limit
 
 
 def forward(problem: Problem, x: Tensors) -> Ingested:
@@ -70,7 +75,7 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
 
     passes, method = problem.passes, method_of(problem)
     if passes > 1 and method == "closed":
-        state, passes = closed(_window_decay(problem, x), one_pass(zero, False)[1], state, passes - 1), 1
+        state, passes = closed(window_decay(problem, x), one_pass(zero, False)[1], state, passes - 1), 1
     elif passes > 1 and method == "affine":
         A, B = _transition(problem, x), one_pass(zero, False)[1]
         return repeat(affine(A, B, one_pass), state, passes, problem.tol, problem.output)
@@ -80,7 +85,7 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
 
 
 def _replay(problem: Problem, x: Tensors, method: str) -> Ingested:
-    """Passes over factors that are made once; readouts, if wanted, by one ordinary pass from the state before the last."""
+    """Passes over factors that are made once; readouts by an ordinary pass from the state before the last."""
     size = (problem.sequences, problem.HV, problem.K, problem.V)
     final = x.k.new_empty(size, dtype=torch.float32)
     state = None if x.state is None else x.state.contiguous()
@@ -105,7 +110,12 @@ def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | N
     """Gradients of q, k, v, g, beta, state."""
     if problem.passes == 1:
         return _one_backward(problem, x, x.state, do, dstate)
-    return chunked.backward(problem._replace(method="auto"), x, do, dstate)
+    made = None if problem.tol is None else forward(problem._replace(output=False), x._replace(q=None)).passes
+    return replay_backward.backward(problem, x, do, dstate, made, _state_after, _one_backward)
+
+
+def _state_after(problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
+    return _one_pass(problem, x, state, False)[1]
 
 
 def step(problem: Problem, x: Tensors) -> Tensor:
@@ -125,19 +135,6 @@ def _transition(problem: Problem, x: Tensors) -> Tensor:
     identity = torch.eye(K, dtype=torch.float32, device=x.k.device).expand(problem.sequences, problem.HV, K, K)
     zero = x.k.new_zeros((problem.B, problem.T, problem.HV, K))
     return _one_pass(problem._replace(V=K), x._replace(v=zero), identity, False)[1]
-
-
-def _window_decay(problem: Problem, x: Tensors) -> Tensor | None:
-    """Sum of g over each window, [sequences,HV,1,1] or [sequences,HV,K,1]; None where the rule has no decay."""
-    if x.g is None:
-        return None
-    g = x.g.float()
-    if x.cu_seqlens is None:
-        total = g.sum(1)
-    else:
-        offsets = x.cu_seqlens.tolist()
-        total = torch.stack([g[0, a:b].sum(0) for a, b in zip(offsets, offsets[1:], strict=False)])
-    return total[..., None] if problem.rule.gate == "channel" else total[..., None, None]
 
 
 def _one_pass(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Problem, Tensors
 from .tensors import Ingested
 
 OnePass = Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
@@ -87,3 +87,16 @@ def remaining(previous: Tensor, step: Tensor) -> Tensor:
     ratio = step / previous.clamp_min(1e-30)
     left = step * ratio / (1 - ratio).clamp_min(1e-30)
     return torch.where(step == 0, 0.0, torch.where(ratio < 1, left, torch.inf))
+
+
+def window_decay(problem: Problem, x: Tensors) -> Tensor | None:
+    """Sum of g over each window, [sequences,HV,1,1] or [sequences,HV,K,1]; None where the rule has no decay."""
+    if x.g is None:
+        return None
+    g = x.g.float()
+    if x.cu_seqlens is None:
+        total = g.sum(1)
+    else:
+        offsets = x.cu_seqlens.tolist()
+        total = torch.stack([g[0, a:b].sum(0) for a, b in zip(offsets, offsets[1:], strict=False)])
+    return total[..., None] if problem.rule.gate == "channel" else total[..., None, None]
