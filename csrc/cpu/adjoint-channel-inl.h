@@ -26,12 +26,13 @@ SLEEPKERN_INLINE void add_decayed(const Workspace& w, const Tile& tile, int64_t 
   }
 }
 
-// One product of the split: tokens [start, start + h) as j, [start + h, start + 2h) as i, of one key panel at d.
+// One product of the split: tokens [start, start + h) as j, [start + h, start + 2h) as i, of one key panel at d. The
+// second half may end with the chunk's tokens.
 SLEEPKERN_STAGE void adjoint_level(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t start, int64_t h,
                                    int64_t d) {
-  const int64_t middle = start + h;
+  const int64_t middle = start + h, behind = min_of(middle + h, c.padded);
   const float *k = w.level_keys + d * CHUNK, *q = w.level_readers + d * CHUNK;
-  for (int64_t i = middle; i < middle + h; i += ROWS) {
+  for (int64_t i = middle; i < behind; i += ROWS) {
     const int64_t gram = column_at(i, CHUNK) + start * PANEL;
     Tile t;
     if (c.p.reads) {
@@ -49,8 +50,8 @@ SLEEPKERN_STAGE void adjoint_level(const Chunk& c, const Workspace& w, const Adj
     const int64_t gram = column_at(j, CHUNK) + middle * PANEL;
     Tile t;
     clear(t);
-    if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + middle * PANEL, h);
-    if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + middle * PANEL, h);
+    if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + middle * PANEL, behind - middle);
+    if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + middle * PANEL, behind - middle);
     add_decayed(w, t, j, d, a.dkeys);
   }
 }
@@ -82,11 +83,11 @@ SLEEPKERN_INLINE void adjoint_base(const Chunk& c, const Workspace& w, const Adj
 SLEEPKERN_STAGE void adjoint_channel_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
   const int64_t end = round_up(c.count, PANEL);
   for (int64_t h = CHUNK / 2; h >= BASE; h /= 2) {
-    if (h >= end) continue;
+    if (h >= c.padded) continue;
     split_decay(w, h);
     turn_decayed(w, w.key_rows, end, w.level_keys);
     if (c.p.reads) turn_decayed(w, w.reader_rows, end, w.level_readers);
-    for (int64_t start = 0; start + h < end; start += 2 * h) {
+    for (int64_t start = 0; start + h < c.padded; start += 2 * h) {
       for (int64_t d = 0; d < w.K_rows; d += PANEL) adjoint_level(c, w, a, start, h, d);
     }
   }

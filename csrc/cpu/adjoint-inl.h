@@ -195,7 +195,7 @@ SLEEPKERN_INLINE void scale_tokens(const Chunk& c, const float* rows, const floa
 }
 
 // dS of one value panel: from behind the chunk to before it.
-SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel) {
+SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel, Ahead& ahead) {
   float* dstate = a.dstate + panel * w.K_rows * PANEL;
   const int64_t at = panel * CHUNK * PANEL;
   if (c.p.reads) scale_tokens(c, a.dout + at, w.read_scale, a.scaled_dout);
@@ -208,6 +208,7 @@ SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adj
     if (c.p.reads) multiply_add<1>(t, w.readers_turned + left, a.scaled_dout, c.padded);
     if (c.p.delta) multiply_add<-1>(t, w.keys_turned + left, a.scaled_dvalues, c.padded);
     store(t, dstate + d * PANEL);
+    ahead.step();
   }
 }
 
@@ -286,9 +287,10 @@ SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, co
   }
 }
 
-// All of one chunk. `state` and `state_behind`, turned, are those before and behind it, `writes` its Vn.
+// All of one chunk. `state` and `state_behind`, turned, are those before and behind it, `writes` its Vn; `next` is the
+// chunk whose turn comes after it, the one before it in time.
 SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
-                             const float* state_behind, const float* writes, bool add) {
+                             const float* state_behind, const float* writes, bool add, const Chunk& next) {
   const int64_t end = round_up(c.count, PANEL);
   std::memset(a.beta_lanes, 0, CHUNK * LANES * sizeof(float));
   std::memset(a.gate_lanes, 0, CHUNK * LANES * sizeof(float));
@@ -314,6 +316,9 @@ SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gra
   if (c.p.gate != Gate::none) adjoint_end(w, a, state_behind);
   write_key_gradients(c, w, a, out, add);
   write_gate_gradients(c, w, a, out);
-  for (int64_t panel = 0; panel < w.V_panels; ++panel) adjoint_state(c, w, a, panel);
+  Ahead ahead(state_tiles(w));
+  ahead.add_inputs(next);
+  if (c.p.reads) ahead.add(next, out.dout, c.head * w.V, w.V);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) adjoint_state(c, w, a, panel, ahead);
   turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
 }

@@ -1,7 +1,9 @@
 // Gradients of whole sequences: segment by segment from the last, see adjoint-workspace.h.
 
 // Ingest a chunk as the forward does, without readouts, and keep what it writes, zero beyond count.
-SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes) {
+SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes, const Chunk& next) {
+  Ahead ahead(state_tiles(w));
+  ahead.add_inputs(next);
   float* const values = w.values;
   prepare(c, w);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
@@ -9,7 +11,7 @@ SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes)
     w.values = writes + panel * CHUNK * PANEL;
     load_values(c, w, panel);
     if (c.p.delta) subtract_held(c, w, state);
-    update_state(c, w, state);
+    update_state(c, w, state, ahead);
     for (int64_t x = c.padded * PANEL; x < CHUNK * PANEL; x += LANES) store(w.values + x, Vec{});
   }
   w.values = values;
@@ -32,13 +34,13 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
   };
   for (int64_t n = 0; n < chunks; ++n) {
     turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(n), a.V_rows);
-    ingest_keeping(chunk(without_readouts, n), w, a.writes + n * a.values_size);
+    ingest_keeping(chunk(without_readouts, n), w, a.writes + n * a.values_size, chunk(without_readouts, n + 1));
   }
   turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(chunks), a.V_rows);
   for (int64_t n = chunks - 1; n >= 0; --n) {
-    const Chunk c = chunk(p, n);
+    const Chunk c = chunk(p, n), next(p, c.first - CHUNK, n > 0 ? CHUNK : 0, head);
     prepare(c, w);
-    adjoint(c, w, a, out, state(n), state(n + 1), a.writes + n * a.values_size, add);
+    adjoint(c, w, a, out, state(n), state(n + 1), a.writes + n * a.values_size, add, next);
   }
 }
 
@@ -52,7 +54,8 @@ SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, c
   load_state(w, p.state, unit, w.state);
   for (int64_t first = tokens.begin, s = 0; s + 1 < segments; first += CHUNK) {
     if ((first - tokens.begin) % length == 0) std::memcpy(a.marks + s * w.state_size, w.state, bytes);
-    ingest_keeping(Chunk(without_readouts, first, CHUNK, unit % p.HV), w, a.writes);
+    const Chunk c(without_readouts, first, CHUNK, unit % p.HV), next(without_readouts, first + CHUNK, CHUNK, c.head);
+    ingest_keeping(c, w, a.writes, next);
     if ((first + CHUNK - tokens.begin) % length == 0) ++s;
   }
   load_state(w, out.dfinal, unit, a.dstate);

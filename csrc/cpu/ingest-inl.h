@@ -68,24 +68,30 @@ SLEEPKERN_STAGE void read_out(const Chunk& c, const Workspace& w, const float* s
   }
 }
 
-SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, float* state) {
+SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, float* state, Ahead& ahead) {
   for (int64_t d = 0; d < w.K; d += ROWS) {
     Tile t;
     load(t, state + d * PANEL);
     scale_rows(t, w.keep + d);
     multiply_add<1>(t, w.writers + column_at(d, CHUNK), w.values, c.padded);
+    ahead.step();
     store(t, state + d * PANEL);
   }
 }
 
-SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, const Chunk& next, const float* next_state) {
+// How often `step` of an Ahead is called in a loop over all tiles of the state.
+static int64_t state_tiles(const Workspace& w) { return w.V_panels * ((w.K + ROWS - 1) / ROWS); }
+
+SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, const Chunk& next) {
+  Ahead ahead(state_tiles(w));
+  ahead.add_inputs(next);
+  ahead.add(next, {c.p.o, c.p.HV * c.p.V, c.p.v.type}, next.head * c.p.V, c.p.V);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-    prefetch_share(next, next_state, w.state_size, panel, w.V_panels);
     float* state = w.state + panel * w.K_rows * PANEL;
     load_values(c, w, panel);
     if (c.p.delta) subtract_held(c, w, state);
     if (c.p.reads) read_out(c, w, state, panel);
-    update_state(c, w, state);
+    update_state(c, w, state, ahead);
   }
 }
 

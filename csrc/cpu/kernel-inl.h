@@ -64,7 +64,7 @@ SLEEPKERN_STAGE void ingest_group(const Problem& p, Workspace& w, int64_t unit, 
       const Chunk chunk(p, first, after - first, (unit + h) % p.HV);
       w.state = state_of(h);
       prepare(chunk, w);
-      ingest(chunk, w, Chunk(p, next_first, next_count, (unit + next) % p.HV), state_of(next));
+      ingest(chunk, w, Chunk(p, next_first, next_count, (unit + next) % p.HV));
     }
   }
   for (int64_t h = 0; h < heads; ++h) {

@@ -55,24 +55,42 @@ SLEEPKERN_INLINE void pack_row(const Workspace& w, const float* row, int64_t t, 
   }
 }
 
-SLEEPKERN_INLINE void prefetch(const void* data, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(data) + b, 0, 2);
-}
-
-// Ask for share `part` of `parts` of a chunk's rows and of its head's state. Rows lie a whole token apart, each on a
-// page of its own, which the hardware does not foresee; asked for during the turn before, they cost little.
-SLEEPKERN_STAGE void prefetch_share(const Chunk& c, const float* state, int64_t state_size, int64_t part,
-                                    int64_t parts) {
-  const Problem& p = c.p;
-  auto fetch = [&](const Rows& x, int64_t t, int64_t offset, int64_t n) {
-    if (x.data) prefetch(c.row(x, t, offset), n * (x.type == Type::float32 ? 4 : 2));
+// Asks for the rows of the chunk to come, one now and then between the tiles of the one at hand. Rows lie a whole token
+// apart, each on a page of its own, which the hardware does not foresee; and asked for all at once they would keep the
+// loads of the chunk at hand waiting.
+struct Ahead {
+  struct Tensor {
+    const char* row;
+    int64_t rows, stride, bytes;
   };
-  for (int64_t t = c.count * part / parts; t < c.count * (part + 1) / parts; ++t) {
-    fetch(p.k, t, c.key_head() * p.K, p.K);
-    fetch(p.v, t, c.head * p.V, p.V);
-    if (p.reads) fetch(p.q, t, c.key_head() * p.K, p.K);
-    if (p.gate == Gate::channel) fetch(p.g, t, c.head * p.K, p.K);
+  Tensor tensors[6];
+  int64_t count = 0, tensor = 0, total = 0, turns, due = 0;
+
+  // `turns`: how often step is called until the chunk at hand is done.
+  explicit Ahead(int64_t turns) : turns(turns) {}
+
+  // Rows of n numbers of a chunk's tokens.
+  void add(const Chunk& c, const Rows& x, int64_t offset, int64_t n) {
+    if (!x.data || c.count <= 0) return;
+    const int64_t size = x.type == Type::float32 ? 4 : 2;
+    tensors[count++] = {static_cast<const char*>(c.row(x, 0, offset)), c.count, x.stride * size, n * size};
+    total += c.count;
   }
-  const int64_t size = state_size / parts;
-  prefetch(state + part * size, size * sizeof(float));
-}
+
+  void add_inputs(const Chunk& c) {
+    const Problem& p = c.p;
+    add(c, p.k, c.key_head() * p.K, p.K);
+    add(c, p.v, c.head * p.V, p.V);
+    if (p.reads) add(c, p.q, c.key_head() * p.K, p.K);
+    if (p.gate == Gate::channel) add(c, p.g, c.head * p.K, p.K);
+  }
+
+  void step() {
+    for (due += total; due >= turns && tensor < count; due -= turns) {
+      Tensor& x = tensors[tensor];
+      for (int64_t b = 0; b < x.bytes; b += 64) __builtin_prefetch(x.row + b, 0, 2);
+      x.row += x.stride;
+      if (--x.rows == 0) ++tensor;
+    }
+  }
+};

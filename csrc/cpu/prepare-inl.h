@@ -41,25 +41,28 @@ SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
 }
 
 // decay[r][l] = exp(G_i - G_j) of rows j + r and columns i + l; 0 for i < j. The differences are taken in double.
-// Away from the diagonal it is a product over the tile's last row R, exp(G_i - R) exp(R - G_j): few exponentials.
+// Behind the tile's last row R it is a product, exp(G_i - R) exp(R - G_j): few exponentials. Among the tile's own
+// tokens it is taken as it is.
 SLEEPKERN_INLINE void decay_block(const Workspace& w, int64_t j, int64_t i, float (&decay)[ROWS][PANEL]) {
-  const double* G = w.log_decay;
+  const double *G = w.log_decay, R = G[j + ROWS - 1];
   alignas(64) float columns[PANEL], rows[LANES] = {};
-  if (i >= j + ROWS) {
-    for (int l = 0; l < PANEL; ++l) columns[l] = static_cast<float>(G[i + l] - G[j + ROWS - 1]);
-    for (int r = 0; r < ROWS; ++r) rows[r] = static_cast<float>(G[j + ROWS - 1] - G[j + r]);
-    store(rows, exp_nonpositive(load(rows)));
-    SLEEPKERN_EACH_VEC(n) {
-      const Vec by_column = exp_nonpositive(load(columns + n * LANES));
-      SLEEPKERN_EACH_ROW(r) store(decay[r] + n * LANES, by_column * rows[r]);
-    }
-    return;
+  for (int l = 0; l < PANEL; ++l) columns[l] = static_cast<float>(G[i + l] - R);
+  for (int64_t l = 0; l < j + ROWS - i; ++l) columns[l] = -INFINITY;
+  for (int r = 0; r < ROWS; ++r) rows[r] = static_cast<float>(R - G[j + r]);
+  store(rows, exp_nonpositive(load(rows)));
+  SLEEPKERN_EACH_VEC(n) {
+    const Vec by_column = exp_nonpositive(load(columns + n * LANES));
+    SLEEPKERN_EACH_ROW(r) store(decay[r] + n * LANES, by_column * rows[r]);
   }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int l = 0; l < PANEL; ++l) decay[r][l] = static_cast<float>(G[i + l] - G[j + r]);
-    for (int64_t l = 0; l < j + r - i; ++l) decay[r][l] = -INFINITY;
-    SLEEPKERN_EACH_VEC(n) store(decay[r] + n * LANES, exp_nonpositive(load(decay[r] + n * LANES)));
+  if (i > j) return;
+  constexpr int OWN = ROWS * ROWS;
+  alignas(64) float own[OWN];
+  for (int x = 0; x < OWN; ++x) own[x] = static_cast<float>(G[j + x % ROWS] - G[j + x / ROWS]);
+  for (int x = 0; x < OWN; x += LANES) {
+    for (int l = x; l < x + LANES; ++l) own[l] = l % ROWS < l / ROWS ? -INFINITY : own[l];
+    store(own + x, exp_nonpositive(load(own + x)));
   }
+  for (int r = 0; r < ROWS; ++r) copy_tail(decay[r] + j - i, own + r * ROWS, ROWS);
 }
 
 // Rows j .. j + ROWS of left^T right, columns i .. i + PANEL, times the decay and a factor a column.
