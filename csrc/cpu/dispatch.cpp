@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "implementation.h"
+#include "memory.h"
 
 namespace sleepkern {
 
@@ -61,13 +62,23 @@ static void over_heads(const Problem& problem, int64_t heads, double flop_per_to
   parallel_for(heads, grain, body, &run);
 }
 
+static void prepare_output(const Problem& p, void* output, int64_t numbers_per_token, Type type) {
+  const int64_t tokens = p.offsets ? p.T : p.sequences * p.T;
+  prefer_huge_pages(output, tokens * numbers_per_token * (type == Type::float32 ? 4 : 2));
+}
+
 void forward(const Problem& p) {
   const Implementation& isa = implementation();
+  prepare_output(p, p.o, p.HV * p.V, p.v.type);
   over_heads(p, p.sequences * p.HV, 8.0 * p.K * p.V, [&](int64_t begin, int64_t end) { isa.forward(p, begin, end); });
 }
 
 void backward(const Problem& p, const Gradients& out) {
   const Implementation& isa = implementation();
+  prepare_output(p, out.dq, p.H * p.K, out.key_type);
+  prepare_output(p, out.dk, p.H * p.K, out.key_type);
+  prepare_output(p, out.dv, p.HV * p.V, p.v.type);
+  if (p.gate == Gate::channel) prepare_output(p, out.dg, p.HV * p.K, p.g.type);
   over_heads(p, p.sequences * p.H, 20.0 * p.K * p.V,
              [&](int64_t begin, int64_t end) { isa.backward(p, out, begin, end); });
 }

@@ -1,8 +1,6 @@
 // Everything, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name) and
 // SLEEPKERN_LANES (floats per vector); everything below it has internal linkage in that namespace.
 
-#include <sys/mman.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -12,6 +10,7 @@
 #include <utility>
 
 #include "implementation.h"
+#include "memory.h"
 
 #define SLEEPKERN_STRING_(x) #x
 #define SLEEPKERN_STRING(x) SLEEPKERN_STRING_(x)

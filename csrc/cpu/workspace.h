@@ -99,12 +99,10 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
 // Memory in huge pages where the system grants them, so that a stage that streams it neither misses the TLB nor depends
 // on where in L2 small pages happen to fall.
 static float* allocate(int64_t floats) {
-  const size_t huge = size_t{1} << 21, bytes = round_up(floats * sizeof(float), huge);
-  void* memory = std::aligned_alloc(huge, bytes);
+  const int64_t bytes = round_up(floats * static_cast<int64_t>(sizeof(float)), HUGE_PAGE);
+  void* memory = std::aligned_alloc(HUGE_PAGE, bytes);
   if (!memory) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(memory, bytes);
   return static_cast<float*>(memory);
 }
 
