@@ -5,6 +5,8 @@
 
 namespace sleepkern {
 
+constexpr int64_t HEAD_LIMIT = 256;  // largest K and V of the kernels
+
 enum class Gate { none, head, channel };
 enum class Type { float32, bfloat16, float16 };
 

@@ -37,7 +37,7 @@ _library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}) -> Tensor")
 
 def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
     """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator."""
-    if _unrecorded(x):
+    if unrecorded(x):
         check_values(problem, x)
         out: Ingested = engine.forward(problem, x)
         return out
@@ -58,7 +58,7 @@ def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
 
 def step(problem: Problem, engine: ModuleType, x: Tensors) -> Tensor:
     """Readouts [B,T,HV,V]; x.state is updated in place. Not differentiable: callers take `ingest` then."""
-    if _unrecorded(x):
+    if unrecorded(x):
         check_values(problem, x)
         o: Tensor = engine.step(problem, x)
         return o
@@ -69,10 +69,15 @@ def step(problem: Problem, engine: ModuleType, x: Tensors) -> Tensor:
 
 def wants_grad(x: Tensors) -> bool:
     """Whether autograd would record a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)
+    if not torch.is_grad_enabled():
+        return False
+    for t in x:
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
-def _unrecorded(x: Tensors) -> bool:
+def unrecorded(x: Tensors) -> bool:
     """Nobody looks at the operator: no graph capture, mode, subclass, transform or gradient.
 
     Passing torch's dispatcher by way of Python costs more than the rest of a call.
@@ -81,7 +86,7 @@ def _unrecorded(x: Tensors) -> bool:
         not torch.compiler.is_compiling()
         and type(x.k) is Tensor
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x.k)
+        and torch._C._functorch.peek_interpreter_stack() is None
         and not wants_grad(x)
     )
 

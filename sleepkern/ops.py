@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, express
 from .dispatch import Explanation, choose, explain_problem
 from .problem import Tensors, check
 from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
@@ -71,8 +71,7 @@ def gated_delta_rule(
     Gated DeltaNet, arXiv 2412.06464, equation 10. Shapes and options: module docstring.
     """
     x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
-    out = run(GATED_DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, backend)
-    return _pair(out, output_final_state)
+    return _one_pass(GATED_DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
 def kda(
@@ -93,8 +92,7 @@ def kda(
     Kimi Delta Attention, arXiv 2510.26692, equation 1. Shapes and options: module docstring.
     """
     x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
-    out = run(KDA, x, scale, use_qk_l2norm_in_kernel, backend)
-    return _pair(out, output_final_state)
+    return _one_pass(KDA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
 def delta_rule(
@@ -114,8 +112,7 @@ def delta_rule(
     DeltaNet, arXiv 2406.06484, section 2.2. Shapes and options: module docstring.
     """
     x = Tensors(q, k, v, None, beta, initial_state, cu_seqlens)
-    out = run(DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, backend)
-    return _pair(out, output_final_state)
+    return _one_pass(DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
 def simple_gla(
@@ -137,8 +134,7 @@ def simple_gla(
     module docstring.
     """
     x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
-    out = run(SIMPLE_GLA, x, scale, use_qk_l2norm_in_kernel, backend)
-    return _pair(out, output_final_state)
+    return _one_pass(SIMPLE_GLA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
 def gla(
@@ -159,8 +155,7 @@ def gla(
     Gated linear attention, arXiv 2312.06635, equation 3. Shapes and options: module docstring.
     """
     x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
-    out = run(GLA, x, scale, use_qk_l2norm_in_kernel, backend)
-    return _pair(out, output_final_state)
+    return _one_pass(GLA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
 ssd = simple_gla
@@ -189,7 +184,10 @@ def recurrent_step(
         (o [B,T,HV,V], state after the tokens). Differentiable; where a gradient is wanted, an in-place update is
         recorded as a copy into `state`.
     """
-    x = _cast(Tensors(q, k, v, g, beta, state, None))
+    x = Tensors(q, k, v, g, beta, state, None)
+    if inplace and (plain := express.step(rule, x, scale, use_qk_l2norm_in_kernel, backend)) is not None:
+        return plain, state
+    x = _cast(x)
     problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
     engine = choose(problem, backend)
     if inplace and not autograd.wants_grad(x):
@@ -284,6 +282,19 @@ def run(
     return SleepResult(out.state, out.o, made, out.residual, engine.method_of(problem))
 
 
+def _one_pass(
+    rule: Rule, x: Tensors, scale: float | None, normalize: bool, output_final_state: bool, backend: str | None
+) -> tuple[Tensor, Tensor | None]:
+    plain = express.forward(rule, x, scale, normalize, backend)
+    if plain is not None:
+        o, state = plain
+    else:
+        out = run(rule, x, scale, normalize, backend)
+        assert out.output is not None
+        o, state = out.output, out.final_state
+    return o, state if output_final_state else None
+
+
 def _cast(x: Tensors) -> Tensors:
     """Under autocast q, k and v take its type, as a matrix product's operands would; gates and state stay."""
     device = x.k.device.type if isinstance(x.k, Tensor) else "cpu"
@@ -292,8 +303,3 @@ def _cast(x: Tensors) -> Tensors:
     dtype = torch.get_autocast_dtype(device)
     q = x.q if x.q is None else x.q.to(dtype)
     return x._replace(q=q, k=x.k.to(dtype), v=x.v.to(dtype))
-
-
-def _pair(out: SleepResult, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    assert out.output is not None
-    return out.output, out.final_state if output_final_state else None

@@ -137,13 +137,14 @@ def test_calls_from_several_threads_agree(rule: Rule) -> None:
 
 
 def test_call_overhead() -> None:
-    """A call costs beyond its kernel what some 21 of torch's own additions cost; held at 32.
+    """A plain call costs what some 7 of torch's own additions cost, a decode step 5, the long way 32.
 
-    A guard against growth, not the goal of 15 microseconds: measured were 38, with additions of 1.8. As a ratio, taken
-    in turns, it does not depend on how fast the machine is; on a busy one it swings by a third. In a process of its
-    own, because torch.compile's hooks, once in use, slow every Python call.
+    As ratios, taken in turns, they do not depend on how fast the machine is; on a busy one they swing by a third. In a
+    process of its own, because torch.compile's hooks, once in use, slow every Python call.
     """
     command = [sys.executable, "-m", "tests.overhead"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     best = json.loads(done.stdout)
-    assert (best["call"] - best["kernel"]) / best["add"] < 32, best
+    assert best["step"] / best["add"] < 8, best
+    assert best["call"] / best["add"] < 12, best
+    assert best["packed"] / best["add"] < 48, best

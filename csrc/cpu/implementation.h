@@ -6,7 +6,7 @@
 namespace sleepkern {
 
 // Sequences of at most this many tokens are stepped through one by one; longer ones go in chunks.
-constexpr int64_t STEP_LIMIT = 4;
+constexpr int64_t STEP_LIMIT = 8;
 
 struct Implementation {
   const char* name;

@@ -19,7 +19,7 @@ except ImportError as error:
     _missing = f"the compiled module sleepkern._C is not there ({error})"
 
 NAME = "cpu"
-_GATES = {"none": 0, "head": 1, "channel": 2}
+GATES = {"none": 0, "head": 1, "channel": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0)
 
@@ -32,8 +32,8 @@ def why_not(problem: Problem) -> str | None:
         return f"runs on the CPU, the tensors are on {problem.device}"
     if problem.dtype not in _TYPES:
         return f"no kernel for {problem.dtype}, only float32, bfloat16 and float16"
-    if problem.K > 256 or problem.V > 256:
-        return f"heads of at most 256, got K = {problem.K}, V = {problem.V}"
+    if max(problem.K, problem.V) > _C.head_limit:
+        return f"heads of at most {_C.head_limit}, got K = {problem.K}, V = {problem.V}"
     if problem.method == "rank" and not _one_block(problem):
         return f"method 'rank' needs one block (T <= {_C.rank_limit}) and no channel decay"
     if problem.method == "rank" and problem.tol is not None:
@@ -187,7 +187,7 @@ def _arguments(
     g, g_view = _rows(x.g, HV * K if problem.rule.gate == "channel" else HV)
     beta, beta_view = _rows(x.beta, HV)
     arguments = (
-        _GATES[problem.rule.gate], problem.rule.delta, problem.normalize, problem.scale,
+        GATES[problem.rule.gate], problem.rule.delta, problem.normalize, problem.scale,
         problem.sequences, problem.T, H, HV, K, V,
         _address(offsets), q_view, k_view, v_view, g_view, beta_view, _address(state),
     )  # fmt: skip

@@ -78,8 +78,13 @@ def cheapest(problem: Problem, **methods: Cost | None) -> str:
     """The method that takes the fewest flop, None marking one that cannot; closed form for rules without delta."""
     if not problem.rule.delta and problem.tol is None:
         return "closed"
-    total = {name: c.setup + (problem.passes - 1) * c.a_pass for name, c in methods.items() if c is not None}
-    return min(total, key=total.__getitem__)
+    best, fewest = "", -1
+    for name, cost in methods.items():  # a loop, because torch.compile cannot trace min of a list
+        if cost is not None:
+            total = cost.setup + (problem.passes - 1) * cost.a_pass
+            if fewest < 0 or total < fewest:
+                best, fewest = name, total
+    return best
 
 
 def remaining(previous: Tensor, step: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+#include "express.h"
+
+#include <cmath>
+#include <initializer_list>
+
+namespace sleepkern {
+namespace {
+
+using dlpack::Tensor;
+
+bool type_of(const Tensor& t, Type& type) {
+  if (t.device.type != dlpack::CPU || t.type.lanes != 1) return false;
+  const bool brain = t.type.code == dlpack::BFLOAT && t.type.bits == 16;
+  const bool half = t.type.code == dlpack::FLOAT && t.type.bits == 16;
+  type = brain ? Type::bfloat16 : half ? Type::float16 : Type::float32;
+  return brain || half || (t.type.code == dlpack::FLOAT && t.type.bits == 32);
+}
+
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  if (t.dimensions != static_cast<int32_t>(shape.size())) return false;
+  int d = 0;
+  for (int64_t size : shape) {
+    if (t.shape[d++] != size) return false;
+  }
+  return true;
+}
+
+// Whether dimensions from `first` on lie without gaps.
+bool dense(const Tensor& t, int first) {
+  int64_t expected = 1;
+  for (int d = t.dimensions - 1; d >= first; --d) {
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+const char* address(const Tensor& t) { return static_cast<const char*>(t.data) + t.offset; }
+
+// [B, T, ...] whose tokens lie one row stride apart over the whole batch.
+bool rows(const Tensor& t, Rows& out) {
+  const int64_t B = t.shape[0], T = t.shape[1];
+  if (!type_of(t, out.type) || !dense(t, 2)) return false;
+  if (B != 1 && T != 1 && t.strides[0] != T * t.strides[1]) return false;
+  out.data = address(t);
+  out.stride = T > 1 ? t.strides[1] : t.strides[0];
+  return true;
+}
+
+// Above 0 by the bits: no sign, not 0, not NaN.
+template <class Bits>
+bool positive(Bits x, Bits infinity) {
+  return x != 0 && x <= infinity;
+}
+
+bool any_positive(const Rows& x, int64_t tokens, int64_t width) {
+  bool found = false;
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (x.type == Type::float32) {
+      const uint32_t* row = static_cast<const uint32_t*>(x.data) + t * x.stride;
+      for (int64_t i = 0; i < width; ++i) found |= positive<uint32_t>(row[i], 0x7f800000u);
+    } else {
+      const uint16_t infinity = x.type == Type::bfloat16 ? 0x7f80u : 0x7c00u;
+      const uint16_t* row = static_cast<const uint16_t*>(x.data) + t * x.stride;
+      for (int64_t i = 0; i < width; ++i) found |= positive<uint16_t>(row[i], infinity);
+    }
+  }
+  return found;
+}
+
+bool states(const Tensor& t, const Problem& p, float*& data) {
+  Type type;
+  data = reinterpret_cast<float*>(const_cast<char*>(address(t)));
+  return type_of(t, type) && type == Type::float32 && has_shape(t, {p.sequences, p.HV, p.K, p.V}) && dense(t, 0);
+}
+
+bool gates(const Call& c, Problem& p) {
+  if ((c.g == nullptr) != (p.gate == Gate::none) || (p.delta && !c.beta)) return false;
+  const int64_t B = p.sequences, T = p.T;
+  if (c.g) {
+    const bool channel = p.gate == Gate::channel;
+    if (!(channel ? has_shape(*c.g, {B, T, p.HV, p.K}) : has_shape(*c.g, {B, T, p.HV}))) return false;
+    if (!rows(*c.g, p.g) || any_positive(p.g, B * T, channel ? p.HV * p.K : p.HV)) return false;
+  }
+  return !c.beta || (has_shape(*c.beta, {B, T, p.HV}) && rows(*c.beta, p.beta));
+}
+
+}  // namespace
+
+bool plain(const Call& c, Problem& p) {
+  if (c.k->dimensions != 4 || c.v->dimensions != 4) return false;
+  p.gate = c.gate;
+  p.delta = c.delta;
+  p.normalize = c.normalize;
+  p.reads = true;
+  p.sequences = c.k->shape[0];
+  p.T = c.k->shape[1];
+  p.H = c.k->shape[2];
+  p.K = c.k->shape[3];
+  p.HV = c.v->shape[2];
+  p.V = c.v->shape[3];
+  for (int64_t size : {p.sequences, p.T, p.H, p.HV, p.K, p.V}) {
+    if (size < 1) return false;
+  }
+  if (p.HV % p.H != 0 || p.K > HEAD_LIMIT || p.V > HEAD_LIMIT) return false;
+  p.scale = static_cast<float>(std::isnan(c.scale) ? 1 / std::sqrt(static_cast<double>(p.K)) : c.scale);
+  if (!has_shape(*c.q, {p.sequences, p.T, p.H, p.K}) || !has_shape(*c.v, {p.sequences, p.T, p.HV, p.V})) return false;
+  if (!rows(*c.q, p.q) || !rows(*c.k, p.k) || !rows(*c.v, p.v)) return false;
+  if (p.q.type != p.k.type || p.v.type != p.k.type || !gates(c, p)) return false;
+  float* state = nullptr;
+  if (c.state && !states(*c.state, p, state)) return false;
+  p.state = state;
+  Rows o;
+  if (!states(*c.final_state, p, p.final_state) || !rows(*c.o, o) || o.type != p.v.type) return false;
+  p.o = const_cast<void*>(o.data);
+  return has_shape(*c.o, {p.sequences, p.T, p.HV, p.V}) && dense(*c.o, 0);
+}
+
+}  // namespace sleepkern
