@@ -69,12 +69,7 @@ def step(problem: Problem, engine: ModuleType, x: Tensors) -> Tensor:
 
 def wants_grad(x: Tensors) -> bool:
     """Whether autograd would record a call with these tensors."""
-    if not torch.is_grad_enabled():
-        return False
-    for t in x:
-        if t is not None and t.requires_grad:
-            return True
-    return False
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)
 
 
 def unrecorded(x: Tensors) -> bool:

@@ -292,6 +292,7 @@ SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, co
 SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
                              const float* state_behind, const float* writes, bool add, const Chunk& next) {
   const int64_t end = round_up(c.count, PANEL);
+  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
   std::memset(a.beta_lanes, 0, CHUNK * LANES * sizeof(float));
   std::memset(a.gate_lanes, 0, CHUNK * LANES * sizeof(float));
   if (c.p.reads) {
@@ -320,5 +321,4 @@ SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gra
   ahead.add_inputs(next);
   if (c.p.reads) ahead.add(next, out.dout, c.head * w.V, w.V);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) adjoint_state(c, w, a, panel, ahead);
-  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
 }

@@ -34,12 +34,14 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
   };
   for (int64_t n = 0; n < chunks; ++n) {
     turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(n), a.V_rows);
-    ingest_keeping(chunk(without_readouts, n), w, a.writes + n * a.values_size, chunk(without_readouts, n + 1));
+    const bool last = n + 1 == chunks;  // is prepared with its readouts at once, for its adjoint comes next
+    ingest_keeping(chunk(last ? p : without_readouts, n), w, a.writes + n * a.values_size,
+                   chunk(without_readouts, n + 1));
   }
   turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(chunks), a.V_rows);
   for (int64_t n = chunks - 1; n >= 0; --n) {
     const Chunk c = chunk(p, n), next(p, c.first - CHUNK, n > 0 ? CHUNK : 0, head);
-    prepare(c, w);
+    if (n + 1 < chunks) prepare(c, w);
     adjoint(c, w, a, out, state(n), state(n + 1), a.writes + n * a.values_size, add, next);
   }
 }
@@ -59,7 +61,6 @@ SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, c
     if ((first + CHUNK - tokens.begin) % length == 0) ++s;
   }
   load_state(w, out.dfinal, unit, a.dstate);
-  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
   for (int64_t s = segments - 1; s >= 0; --s) {
     if (s + 1 < segments) std::memcpy(w.state, a.marks + s * w.state_size, bytes);
     const int64_t first = tokens.begin + s * length;

@@ -67,9 +67,14 @@ static void prepare_output(const Problem& p, void* output, int64_t numbers_per_t
   prefer_huge_pages(output, tokens * numbers_per_token * (type == Type::float32 ? 4 : 2));
 }
 
+static void prepare_states(const Problem& p, float* states) {
+  prefer_huge_pages(states, p.sequences * p.HV * p.K * p.V * static_cast<int64_t>(sizeof(float)));
+}
+
 void forward(const Problem& p) {
   const Implementation& isa = implementation();
   prepare_output(p, p.o, p.HV * p.V, p.v.type);
+  prepare_states(p, p.final_state);
   over_heads(p, p.sequences * p.HV, 8.0 * p.K * p.V, [&](int64_t begin, int64_t end) { isa.forward(p, begin, end); });
 }
 
@@ -78,6 +83,7 @@ void backward(const Problem& p, const Gradients& out) {
   prepare_output(p, out.dq, p.H * p.K, out.key_type);
   prepare_output(p, out.dk, p.H * p.K, out.key_type);
   prepare_output(p, out.dv, p.HV * p.V, p.v.type);
+  prepare_states(p, out.dstate);
   if (p.gate == Gate::channel) prepare_output(p, out.dg, p.HV * p.K, p.g.type);
   over_heads(p, p.sequences * p.H, 20.0 * p.K * p.V,
              [&](int64_t begin, int64_t end) { isa.backward(p, out, begin, end); });
@@ -85,6 +91,7 @@ void backward(const Problem& p, const Gradients& out) {
 
 void replay(const Problem& p, const Replay& r) {
   const Implementation& isa = implementation();
+  prepare_states(p, p.final_state);
   over_heads(p, p.sequences * p.HV, 4.0 * p.K * p.V * r.passes,
              [&](int64_t begin, int64_t end) { isa.replay(p, r, begin, end); });
 }
