@@ -106,47 +106,69 @@ SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adj
   }
 }
 
-// Times the rows of a factor per channel, if there is one.
+// Times the rows of a factor per channel.
 SLEEPKERN_INLINE void scale_by_rows(Tile& t, const float* rows) {
-  if (!rows) return;
   SLEEPKERN_EACH_ROW(r)
     SLEEPKERN_EACH_VEC(n) t.at[r][n] *= load(rows + r * PANEL + n * LANES);
 }
 
-// dq, z and dk- of one key panel.
-SLEEPKERN_STAGE void adjoint_keys(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state,
-                                  int64_t panel) {
-  const int64_t at = panel * CHUNK * PANEL;
-  const float *S = state + panel * a.V_rows * PANEL, *dS = a.dstate_turned + panel * a.V_rows * PANEL;
-  const float *k = w.keys_turned + at, *q = w.readers_turned + at;
-  const float *since = w.since_rows ? w.since_rows + at : nullptr, *until = w.until_rows ? w.until_rows + at : nullptr;
-  const bool direct = c.p.gate != Gate::channel;
-  for (int64_t i = 0; i < c.padded; i += ROWS) {
-    const int64_t left = column_at(i, a.V_rows), gram = column_at(i, CHUNK), turned = gram + i * PANEL;
-    Tile t;
-    if (c.p.reads) {
+// dq, z and dk-, each over all key panels before the next: what it reads of the tokens then stays in L1.
+SLEEPKERN_STAGE void adjoint_readers(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    const int64_t at = panel * CHUNK * PANEL;
+    const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_turned + at;
+    for (int64_t i = 0; i < c.padded; i += ROWS) {
+      Tile t;
       clear(t);
-      multiply_add<1>(t, a.dout_turned + left, S, w.V);
+      multiply_add<1>(t, a.dout_turned + column_at(i, a.V_rows), S, w.V);
       scale_rows(t, w.read_scale + i);
-      scale_by_rows(t, since ? since + i * PANEL : nullptr);
-      if (direct) multiply_add<1>(t, a.dscores + gram, k, i + ROWS);
+      if (w.since_rows) {
+        scale_by_rows(t, w.since_rows + at + i * PANEL);
+      } else {
+        multiply_add<1>(t, a.dscores + column_at(i, CHUNK), k, i + ROWS);
+      }
       store(t, a.dreaders + at + i * PANEL);
     }
-    if (c.p.delta) {
+  }
+}
+
+SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    const int64_t at = panel * CHUNK * PANEL;
+    const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_turned + at;
+    for (int64_t i = 0; i < c.padded; i += ROWS) {
+      Tile t;
       clear(t);
-      multiply_add<-1>(t, a.dvalues_turned + left, S, w.V);
+      multiply_add<-1>(t, a.dvalues_turned + column_at(i, a.V_rows), S, w.V);
       scale_rows(t, w.since_start + i);
-      scale_by_rows(t, since ? since + i * PANEL : nullptr);
-      if (direct) multiply_add<1>(t, a.dcouplings + gram, k, i + ROWS);
+      if (w.since_rows) {
+        scale_by_rows(t, w.since_rows + at + i * PANEL);
+      } else {
+        multiply_add<1>(t, a.dcouplings + column_at(i, CHUNK), k, i + ROWS);
+      }
       store(t, a.dheld + at + i * PANEL);
     }
-    clear(t);
-    multiply_add<1>(t, a.writes_turned + left, dS, w.V);
-    scale_rows(t, w.to_end + i);
-    scale_by_rows(t, until ? until + i * PANEL : nullptr);
-    if (direct && c.p.reads) multiply_add<1>(t, a.dscores_turned + turned, q + i * PANEL, c.padded - i);
-    if (direct && c.p.delta) multiply_add<1>(t, a.dcouplings_turned + turned, k + i * PANEL, c.padded - i);
-    store(t, a.dkeys + at + i * PANEL);
+  }
+}
+
+SLEEPKERN_STAGE void adjoint_writers(const Chunk& c, const Workspace& w, const Adjoint& a) {
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    const int64_t at = panel * CHUNK * PANEL;
+    const float *dS = a.dstate_turned + panel * a.V_rows * PANEL, *k = w.keys_turned + at, *q = w.readers_turned + at;
+    for (int64_t i = 0; i < c.padded; i += ROWS) {
+      const int64_t gram = column_at(i, CHUNK) + i * PANEL;
+      Tile t;
+      clear(t);
+      multiply_add<1>(t, a.writes_turned + column_at(i, a.V_rows), dS, w.V);
+      scale_rows(t, w.to_end + i);
+      if (w.until_rows) {
+        scale_by_rows(t, w.until_rows + at + i * PANEL);
+      } else {
+        if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + i * PANEL, c.padded - i);
+        if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + i * PANEL, c.padded - i);
+      }
+      store(t, a.dkeys + at + i * PANEL);
+    }
   }
 }
 
@@ -287,6 +309,18 @@ SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, co
   }
 }
 
+// What the chunk whose turn comes next will read and write.
+static void foresee(const Chunk& next, const Workspace& w, const Gradients& out, Ahead& ahead) {
+  const Problem& p = next.p;
+  ahead.add_inputs(next);
+  ahead.add(next, {out.dk, p.H * w.K, out.key_type}, next.key_head() * w.K, w.K);
+  ahead.add(next, {out.dv, p.HV * w.V, p.v.type}, next.head * w.V, w.V);
+  if (p.gate == Gate::channel) ahead.add(next, {out.dg, p.HV * w.K, p.g.type}, next.head * w.K, w.K);
+  if (!p.reads) return;
+  ahead.add(next, out.dout, next.head * w.V, w.V);
+  ahead.add(next, {out.dq, p.H * w.K, out.key_type}, next.key_head() * w.K, w.K);
+}
+
 // All of one chunk. `state` and `state_behind`, turned, are those before and behind it, `writes` its Vn; `next` is the
 // chunk whose turn comes after it, the one before it in time.
 SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
@@ -308,7 +342,9 @@ SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gra
   if (c.p.delta) turn(a.dvalues, CHUNK, end, a.V_rows, a.dvalues_turned, a.V_rows);
   turn(writes, CHUNK, end, a.V_rows, a.writes_turned, a.V_rows);
   adjoint_grams(c, w, a);
-  for (int64_t panel = 0; panel < a.K_panels; ++panel) adjoint_keys(c, w, a, state, panel);
+  if (c.p.reads) adjoint_readers(c, w, a, state);
+  if (c.p.delta) adjoint_held(c, w, a, state);
+  adjoint_writers(c, w, a);
   if (c.p.gate == Gate::channel) adjoint_channel_grams(c, w, a);
   const Tokens x(w);
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
@@ -318,7 +354,6 @@ SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gra
   write_key_gradients(c, w, a, out, add);
   write_gate_gradients(c, w, a, out);
   Ahead ahead(state_tiles(w));
-  ahead.add_inputs(next);
-  if (c.p.reads) ahead.add(next, out.dout, c.head * w.V, w.V);
+  foresee(next, w, out, ahead);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) adjoint_state(c, w, a, panel, ahead);
 }

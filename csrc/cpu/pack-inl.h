@@ -63,7 +63,7 @@ struct Ahead {
     const char* row;
     int64_t rows, stride, bytes;
   };
-  Tensor tensors[6];
+  Tensor tensors[9];  // k, v, q, g, their gradients and that of the readouts
   int64_t count = 0, tensor = 0, total = 0, turns, due = 0;
 
   // `turns`: how often step is called until the chunk at hand is done.
