@@ -51,15 +51,15 @@ bool set_implementation(const char* name) {
   return false;
 }
 
-// Run body(begin, end) over heads, each costing `flop_per_token` a token. A share of work under about 20 microseconds
-// costs more to hand out than to do.
+// Run run(begin, end) over units of equal work; a value head costs `flop_per_token` a token. A share of work under
+// about 20 microseconds costs more to hand out than to do.
 template <class Run>
-static void over_heads(const Problem& problem, int64_t heads, double flop_per_token, Run run) {
+static void over_units(const Problem& problem, int64_t units, double flop_per_token, Run run) {
   const int64_t tokens = problem.offsets ? problem.T : problem.sequences * problem.T;
-  const double flop = flop_per_token * problem.HV * (tokens + 1) / heads;
+  const double flop = flop_per_token * problem.HV * (tokens + 1) / units;
   const int64_t grain = static_cast<int64_t>(1e6 / flop) + 1;
   auto body = [](int64_t begin, int64_t end, void* run) { (*static_cast<Run*>(run))(begin, end); };
-  parallel_for(heads, grain, body, &run);
+  parallel_for(units, grain, body, &run);
 }
 
 static void prepare_output(const Problem& p, void* output, int64_t numbers_per_token, Type type) {
@@ -75,7 +75,12 @@ void forward(const Problem& p) {
   const Implementation& isa = implementation();
   prepare_output(p, p.o, p.HV * p.V, p.v.type);
   prepare_states(p, p.final_state);
-  over_heads(p, p.sequences * p.HV, 8.0 * p.K * p.V, [&](int64_t begin, int64_t end) { isa.forward(p, begin, end); });
+  // With fewer heads than threads a head is cut into blocks of value columns. Each prepares the chunks for itself,
+  // which is an eighth of the work at K = V = 128.
+  const int64_t heads = p.sequences * p.HV, threads = thread_count();
+  const int64_t blocks = heads < threads && p.longest() > STEP_LIMIT ? (threads + heads - 1) / heads : 1;
+  over_units(p, heads * blocks, 8.0 * p.K * p.V,
+             [&](int64_t begin, int64_t end) { isa.forward(p, blocks, begin, end); });
 }
 
 void backward(const Problem& p, const Gradients& out) {
@@ -85,14 +90,14 @@ void backward(const Problem& p, const Gradients& out) {
   prepare_output(p, out.dv, p.HV * p.V, p.v.type);
   prepare_states(p, out.dstate);
   if (p.gate == Gate::channel) prepare_output(p, out.dg, p.HV * p.K, p.g.type);
-  over_heads(p, p.sequences * p.H, 20.0 * p.K * p.V,
+  over_units(p, p.sequences * p.H, 20.0 * p.K * p.V,
              [&](int64_t begin, int64_t end) { isa.backward(p, out, begin, end); });
 }
 
 void replay(const Problem& p, const Replay& r) {
   const Implementation& isa = implementation();
   prepare_states(p, p.final_state);
-  over_heads(p, p.sequences * p.HV, 4.0 * p.K * p.V * r.passes,
+  over_units(p, p.sequences * p.HV, 4.0 * p.K * p.V * r.passes,
              [&](int64_t begin, int64_t end) { isa.replay(p, r, begin, end); });
 }
 

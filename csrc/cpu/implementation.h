@@ -11,8 +11,9 @@ constexpr int64_t STEP_LIMIT = 8;
 struct Implementation {
   const char* name;
   bool (*supported)();
-  // Heads [begin, end) of the sequences * HV of a problem.
-  void (*forward)(const Problem&, int64_t begin, int64_t end);
+  // Units [begin, end) of the sequences * HV * blocks of a problem: the heads, each cut into `blocks` blocks of value
+  // columns, which are independent.
+  void (*forward)(const Problem&, int64_t blocks, int64_t begin, int64_t end);
   // Key heads [begin, end) of the sequences * H of a problem.
   void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end);
   // Heads [begin, end) of the sequences * HV of a problem.
@@ -30,6 +31,7 @@ bool set_implementation(const char* name);
 // Run body(begin, end, context) over [0, n) on torch's threads, following torch.set_num_threads.
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 const char* thread_source();
+int64_t thread_count();
 
 void forward(const Problem& problem);
 void backward(const Problem& problem, const Gradients& gradients);

@@ -80,13 +80,13 @@ SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, float* sta
 }
 
 // How often `step` of an Ahead is called in a loop over all tiles of the state.
-static int64_t state_tiles(const Workspace& w) { return w.V_panels * ((w.K + ROWS - 1) / ROWS); }
+static int64_t state_tiles(const Workspace& w) { return (w.end_panel - w.first_panel) * ((w.K + ROWS - 1) / ROWS); }
 
 SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, const Chunk& next) {
   Ahead ahead(state_tiles(w));
   ahead.add_inputs(next);
   ahead.add(next, {c.p.o, c.p.HV * c.p.V, c.p.v.type}, next.head * c.p.V, c.p.V);
-  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
     float* state = w.state + panel * w.K_rows * PANEL;
     load_values(c, w, panel);
     if (c.p.delta) subtract_held(c, w, state);
@@ -98,7 +98,7 @@ SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, const Chunk& next) {
 // A state between the caller's row-major [units, K, V] and panels; none is zero. Rows beyond K exist up to a whole
 // panel, are zero, and stay zero.
 SLEEPKERN_STAGE void load_state(const Workspace& w, const float* states, int64_t unit, float* panels) {
-  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
     const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
     for (int64_t d = 0; d < w.K_rows; ++d) {
       float* to = panels + (panel * w.K_rows + d) * PANEL;
@@ -109,7 +109,7 @@ SLEEPKERN_STAGE void load_state(const Workspace& w, const float* states, int64_t
 }
 
 SLEEPKERN_STAGE void store_state(const Workspace& w, const float* panels, int64_t unit, float* states) {
-  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
     const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
     for (int64_t d = 0; d < w.K; ++d) {
       const float* from = panels + (panel * w.K_rows + d) * PANEL;

@@ -72,18 +72,20 @@ SLEEPKERN_STAGE void ingest_group(const Problem& p, Workspace& w, int64_t unit, 
   }
 }
 
-void forward_heads(const Problem& p, int64_t begin, int64_t end) {
+void forward_units(const Problem& p, int64_t blocks, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, false);
   for (int64_t unit = begin; unit < end;) {
-    const int64_t sequence = unit / p.HV;
+    const int64_t head = unit / blocks, block = unit % blocks, sequence = head / p.HV;
     const int64_t first = p.first(sequence), last = p.first(sequence + 1);
-    const int64_t heads = min_of(GROUP, min_of(end, (sequence + 1) * p.HV) - unit);
-    if (last - first <= STEP_LIMIT) {
-      for (int64_t h = 0; h < heads; ++h) step_head(p, w, unit + h, first, last);
-    } else {
-      ingest_group(p, w, unit, heads, first, last);
+    const int64_t group = blocks > 1 ? 1 : min_of(GROUP, min_of(end, (sequence + 1) * p.HV) - unit);
+    w.first_panel = w.V_panels * block / blocks;
+    w.end_panel = w.V_panels * (block + 1) / blocks;
+    if (last - first > STEP_LIMIT) {
+      if (w.first_panel < w.end_panel) ingest_group(p, w, head, group, first, last);
+    } else if (block == 0) {
+      for (int64_t h = 0; h < group; ++h) step_head(p, w, head + h, first, last);
     }
-    unit += heads;
+    unit += group;
   }
 }
 
@@ -122,7 +124,7 @@ double peak(double seconds) {
 bool supported() { return SLEEPKERN_SUPPORTED; }
 extern const Implementation table;
 const Implementation table = {
-    SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_heads, backward_heads, replay_heads, peak};
+    SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_units, backward_heads, replay_heads, peak};
 
 }  // namespace SLEEPKERN_ISA
 }  // namespace sleepkern

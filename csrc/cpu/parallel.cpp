@@ -17,11 +17,13 @@ namespace sleepkern {
 using Body = void (*)(int64_t, int64_t, void*);
 using TorchParallelFor = int32_t (*)(int64_t, int64_t, int64_t, Body, void*);
 
+static void* torch_symbol(const char* name) {
+  void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_NOW);
+  return library ? dlsym(library, name) : nullptr;
+}
+
 static TorchParallelFor torch_parallel_for() {
-  static const TorchParallelFor found = [] {
-    void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_NOW);
-    return reinterpret_cast<TorchParallelFor>(library ? dlsym(library, "torch_parallel_for") : nullptr);
-  }();
+  static const auto found = reinterpret_cast<TorchParallelFor>(torch_symbol("torch_parallel_for"));
   return found;
 }
 
@@ -31,6 +33,18 @@ const char* thread_source() {
   return "openmp";
 #else
   return "none";
+#endif
+}
+
+int64_t thread_count() {
+  using Count = int32_t (*)(uint32_t*);
+  static const auto torch_count = reinterpret_cast<Count>(torch_symbol("torch_get_num_threads"));
+  uint32_t threads = 0;
+  if (torch_parallel_for() && torch_count && torch_count(&threads) == 0) return threads;
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
 #endif
 }
 

@@ -8,9 +8,10 @@
 constexpr int64_t GROUP = 8;
 
 struct Workspace {
-  int64_t K, V;              // head sizes
-  int64_t K_rows, V_panels;  // K rounded up to whole panels; number of value panels
-  int64_t state_size;        // floats of a state in panels
+  int64_t K, V;                    // head sizes
+  int64_t K_rows, V_panels;        // K rounded up to whole panels; number of value panels
+  int64_t first_panel, end_panel;  // of those the ones at hand
+  int64_t state_size;              // floats of a state in panels
 
   float* states;     // [GROUP][V_panels][K_rows][PANEL]
   float* state;      // the one of the head whose turn it is
@@ -69,6 +70,8 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   w.V = p.V;
   w.K_rows = round_up(p.K, PANEL);
   w.V_panels = round_up(p.V, PANEL) / PANEL;
+  w.first_panel = 0;
+  w.end_panel = w.V_panels;
   w.row_size = round_up(max_of(p.K, p.V), PANEL);
   w.state_size = w.V_panels * w.K_rows * PANEL;
   w.states = take((backward ? 1 : GROUP) * w.state_size);

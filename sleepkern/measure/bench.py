@@ -118,7 +118,7 @@ def bench(
 
     Args:
         suite: all, or one of measure.cases.SUITES: forward, heads, types, rules, decode, ingest,
-            train, threads.
+            train, tiny, threads.
         quick: shorter sequences and fewer turns (about a minute).
         threads: torch threads of ours and of every peer.
         device: cpu or cuda; on a GPU the inputs are bfloat16.

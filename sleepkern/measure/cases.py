@@ -32,6 +32,7 @@ class Case:
     op       forward: rule with initial and final state; train: forward and all gradients; decode:
              recurrent_step in place; ingest: sleep_ingest, state only
     passes   of ingest
+    method   of ingest
     threads  None takes the bench's own; a number overrides it, and the case is compared with ours
              on one thread
     """
@@ -41,6 +42,7 @@ class Case:
     shape: Shape
     dtype: torch.dtype = torch.float32
     passes: int = 1
+    method: str = "auto"
     threads: int | None = None
 
     @property
@@ -53,6 +55,8 @@ class Case:
         name = f"{self.op} {self.rule.name} {size} {type_name(self.dtype)}"
         if self.passes > 1:
             name += f" N={self.passes}"
+        if self.method != "auto":
+            name += f" {self.method}"
         return name + (f" threads={self.threads}" if self.threads is not None else "")
 
     @property
@@ -77,6 +81,7 @@ class Case:
             rule=self.rule, device=torch.device(device).type, dtype=self.dtype, B=s.B, T=s.T, H=s.H,
             HV=s.HV, K=s.K, V=s.V, sequences=s.sequences, packed=s.lengths is not None,
             output=self.op != "ingest", normalize=False, scale=s.K**-0.5, passes=self.passes,
+            method=self.method,
         )  # fmt: skip
 
     def shortened(self, tokens: int) -> Case:
@@ -116,7 +121,10 @@ def run(case: Case, inputs: dict[str, Any], backend: str | None = None) -> Resul
     q, k, v, g, beta, state, _ = inputs.values()
     if case.op == "decode":
         return ops.recurrent_step(q, k, v, g, beta, state, rule=case.rule, backend=backend)
-    result = ops.sleep_ingest(k, v, g, beta, passes=case.passes, initial_state=state, rule=case.rule, backend=backend)
+    method = "auto" if backend is not None else case.method
+    result = ops.sleep_ingest(
+        k, v, g, beta, passes=case.passes, initial_state=state, rule=case.rule, method=method, backend=backend
+    )
     return None, result.final_state
 
 
@@ -137,6 +145,7 @@ def _cases(op: Op, *tokens: int, rule: Rule = GATED_DELTA_RULE, H: int = 16, K: 
     return tuple(Case(op, rule, Shape(T=T, H=H, HV=H, K=K, V=V), **options) for T in tokens)
 
 
+_BOTH: tuple[Op, ...] = ("forward", "train")
 _RULES = (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)
 
 SUITES: dict[str, tuple[Case, ...]] = {
@@ -144,10 +153,21 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "heads": _cases("forward", 2048, K=64, V=64) + _cases("forward", 2048, K=96, V=256),
     "types": _cases("forward", 2048, dtype=torch.bfloat16),
     "rules": sum((_cases("forward", 2048, rule=rule) for rule in _RULES[1:]), ()),
-    "decode": sum((_cases("decode", 1, rule=rule) for rule in (GATED_DELTA_RULE, KDA)), ()),
-    "ingest": _cases("ingest", 64, 512, passes=4) + _cases("ingest", 64, 512, passes=16),
-    "train": _cases("train", 2048),
-    "threads": _cases("forward", 2048, threads=2),
+    "decode": _cases("decode", 1, 4, 16) + _cases("decode", 1, rule=KDA),
+    "ingest": (
+        _cases("ingest", 64, 512, passes=4)
+        + _cases("ingest", 64, 512, 2048, passes=16)
+        + _cases("ingest", 64, 512, passes=16, method="wy")
+    ),
+    "train": sum((_cases("train", 2048, rule=rule) for rule in (GATED_DELTA_RULE, KDA)), ()),
+    "tiny": tuple(
+        Case(op, GATED_DELTA_RULE, Shape(B=B, T=T, H=4, HV=4, K=64, V=64))
+        for op in _BOTH
+        for B, T in ((6, 1024), (256, 24), (256, 17))
+    ),
+    "threads": (
+        _cases("forward", 2048, threads=2) + _cases("forward", 2048, H=1, threads=2) + _cases("train", 2048, threads=2)
+    ),
 }
 """Suites of `bench`. H = 16 and K = V = 128 are the heads of Qwen3-Next, Kimi-Linear and OLMo-
 Hybrid."""
@@ -160,6 +180,7 @@ QUICK: dict[str, tuple[Case, ...]] = {
     "decode": _cases("decode", 1),
     "ingest": _cases("ingest", 64, passes=4),
     "train": _cases("train", 512),
+    "tiny": (Case("train", GATED_DELTA_RULE, Shape(B=64, T=24, H=4, HV=4, K=64, V=64)),),
     "threads": _cases("forward", 2048, threads=2),
 }
 """The same suites, shortened for `demo`."""
