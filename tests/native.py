@@ -12,16 +12,16 @@ import pybind11
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build(folder: Path, *options: str, fault: tuple[str, str, str] | None = None) -> Path:
-    """Compile csrc into `folder`, with a fault (file, text, replacement) planted on request; the module's path."""
+def build(folder: Path, *options: str, faults: tuple[tuple[str, str, str], ...] = ()) -> Path:
+    """Compile csrc into `folder`, with faults (file, text, replacement) planted on request; the module's path."""
     source = folder / "source"
     shutil.copytree(ROOT / "csrc", source / "csrc")
     shutil.copy(ROOT / "CMakeLists.txt", source)
-    if fault is not None:
-        path = source / "csrc" / fault[0]
+    for file, good, bad in faults:
+        path = source / "csrc" / file
         text = path.read_text()
-        assert text.count(fault[1]) == 1, f"{fault[1]!r} is not once in {fault[0]}"
-        path.write_text(text.replace(fault[1], fault[2]))
+        assert text.count(good) == 1, f"{good!r} is not once in {file}"
+        path.write_text(text.replace(good, bad))
     tools = Path(sys.executable).parent
     cmake, ninja = (shutil.which(tool, path=f"{tools}:/usr/local/bin:/usr/bin") for tool in ("cmake", "ninja"))
     assert cmake is not None

@@ -10,13 +10,23 @@ from torch import Tensor
 
 import sleepkern
 from sleepkern import rules
-from sleepkern.backends import BACKENDS
+from sleepkern.backends import BACKENDS, replay_backward
 from sleepkern.rules import Rule
-from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error, to_float64
 
 SHAPE = Shape(B=2, T=40, H=1, HV=2, K=48, V=16)
 LONG = Shape(T=150, H=1, HV=2, K=16, V=16)
 PACKED = Shape(H=1, HV=2, K=16, V=8, lengths=(5, 70, 1))
+WALKS = ["one token", "T=15", "T=17", "T=65", "K=96 V=256", "grouped", "packed", "K=5 V=3"]
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "slow": ({}, {}),
+    "no decay": ({"decay": "zero"}, {}),
+    "beta 2, correlated": ({"beta_max": 2.0, "correlation": 0.9}, {}),
+    "normalised": ({}, {"use_qk_l2norm_in_kernel": True}),
+    "state only": ({}, {"readouts": False}),
+    "tol": ({}, {"tol": 0.3}),
+}
+"""Options of `make_inputs` and of `replay`."""
 
 
 def replay(rule: Rule, x: dict[str, Any], passes: int, **options: Any) -> sleepkern.SleepResult:
@@ -73,6 +83,58 @@ def test_gradients_through_all_passes(rule: Rule, method: str) -> None:
         grads[backend] = {n: t.grad for n, t in leaves.items()}
     for name, grad in grads["reference"].items():
         assert relative_error(grads["chunked"][name], grad) < 1e-10, name
+
+
+def gradients(
+    rule: Rule, x: dict[str, Any], passes: int, **options: Any
+) -> tuple[dict[str, Tensor], sleepkern.SleepResult]:
+    """Of q, k, v, g, beta and the initial state, under random gradients of readouts and final state."""
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if t is not None and t.is_floating_point()}
+    r = replay(rule, {**x, **leaves}, passes, **options)
+    generator = torch.Generator().manual_seed(0)
+    results = [t for t in (r.final_state, r.output) if t is not None]
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in results]
+    torch.autograd.backward(results, weights)
+    return {n: t.grad for n, t in leaves.items() if t.grad is not None}, r
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_cpu_gradients_through_all_passes(rule: Rule, setting: str) -> None:
+    """Every shape, one to seven passes; over the settings each shape meets each number of passes."""
+    inputs, options = SETTINGS[setting]
+    for i, name in enumerate(WALKS):
+        shape, passes = AWKWARD_SHAPES[name], (1, 2, 7)[(i + list(SETTINGS).index(setting)) % 3]
+        x = make_inputs(rule, shape, seed=i, **inputs)
+        slow = shape.T > 65 and "tol" not in options  # then chunked in float64, which agrees to 1e-10, see above
+        reference = "chunked" if slow else "reference"
+        actual, r = gradients(rule, x, passes, backend="cpu", **options)
+        expected, r64 = gradients(rule, to_float64(x), passes, backend=reference, **options)
+        assert actual.keys() == expected.keys()
+        assert torch.equal(torch.as_tensor(r.passes), torch.as_tensor(r64.passes))
+        for n, grad in expected.items():
+            error = relative_error(actual[n], grad) if grad.norm() > 1e-30 else float(actual[n].norm())
+            assert error < 2e-5, f"{n}, {name}, {passes} passes"
+
+
+def test_ways_back_through_the_passes_agree(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is taken where it costs the least, and gives what every other one would have given."""
+    find = replay_backward._Replay._method
+    found: list[str] = []
+
+    def spy(replay: replay_backward._Replay) -> str:
+        found.append(find(replay))
+        return found[-1]
+
+    x = make_inputs(rule, Shape(T=40, H=1, HV=2, K=32, V=16), seed=6)
+    for passes, tol, taken in ((2, None, "walk"), (40, None, "affine"), (3, 1e-9, "walk")):
+        monkeypatch.setattr(replay_backward._Replay, "_method", spy)
+        expected, _ = gradients(rule, x, passes, backend="cpu", tol=tol)
+        assert found.pop() == ("closed" if tol is None and not rule.delta else taken)
+        for other in ("walk", "affine"):
+            monkeypatch.setattr(replay_backward._Replay, "_method", lambda replay, other=other: other)
+            actual, _ = gradients(rule, x, passes, backend="cpu", tol=tol)
+            for n, grad in expected.items():
+                assert relative_error(actual[n], grad) < 2e-5, (n, passes, other)
 
 
 @pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])

@@ -4,8 +4,8 @@
 // sequence of n chunks is cut into segments of SEGMENT chunks, or of sqrt(n) if that is more. The states before the
 // segments are found by one walk (none for a single segment: up to 2048 tokens); then, from the last segment to the
 // first, a second walk keeps the state before each of its chunks and the values they write. So no more than
-// max(SEGMENT, sqrt(n)) chunks and n / SEGMENT or sqrt(n) states are held by a thread: at K = V = 128 6 MB for
-// T = 2048, 16 MB at 32768, whatever the batch.
+// max(SEGMENT, sqrt(n)) chunks and n / SEGMENT or sqrt(n) states are held by a thread: at K = V = 128 5 MB for
+// T = 2048, 6 MB at 32768, 26 MB at a million, whatever the batch.
 
 constexpr int64_t SEGMENT = 64;
 
