@@ -9,7 +9,7 @@ backward(problem, tensors, do, dstate) gradients of q, k, v, g, beta and the ini
 step(problem, tensors) -> o            a few tokens, the state updated in place
 """
 
-from . import chunked, cpu, reference
+from . import chunked, cpu, reference, triton
 
-BACKENDS = (cpu, chunked, reference)
+BACKENDS = (cpu, triton, chunked, reference)
 """Best first; `choose` takes the first that does not refuse."""

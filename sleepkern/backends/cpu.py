@@ -10,7 +10,7 @@ from torch import Tensor
 from ..problem import Problem, Tensors
 from . import replay_backward
 from .replay import Cost, affine, cheapest, closed, repeat, window_decay
-from .tensors import Ingested
+from .tensors import Ingested, in_rows
 
 try:
     _C = importlib.import_module("sleepkern._C")
@@ -204,25 +204,10 @@ def _gate_type(t: Tensor | None) -> torch.dtype | None:
 
 
 def _rows(t: Tensor | None, width: int) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """A tensor of tokens of `width` numbers as _C takes it, (address, row stride, type code), and what keeps it alive.
-
-    Read in place where all tokens lie one row stride apart, also inside a wider projection; else copied.
-    """
+    """A tensor of tokens as _C takes it, (address, row stride, type code), and what keeps it alive."""
     if t is None:
         return None, _ABSENT
     if t.dtype not in _TYPES:  # float64 gates beside float32 inputs
         t = t.float()
-    if t.is_contiguous():
-        return t, (t.data_ptr(), width, _TYPES[t.dtype])
-    if not _evenly_spaced(t):
-        t = t.contiguous()
-    return t, (t.data_ptr(), t.stride(1) if t.shape[1] > 1 else t.stride(0), _TYPES[t.dtype])
-
-
-def _evenly_spaced(t: Tensor) -> bool:
-    stride, inner = t.stride(), 1
-    for size, step in zip(reversed(t.shape[2:]), reversed(stride[2:]), strict=True):
-        if size != 1 and step != inner:
-            return False
-        inner *= size
-    return t.shape[0] == 1 or t.shape[1] == 1 or stride[0] == t.shape[1] * stride[1]
+    t, stride = in_rows(t, width)
+    return t, (t.data_ptr(), stride, _TYPES[t.dtype])

@@ -123,3 +123,24 @@ def _token_major(problem: Problem, parts: list[Ingested], lengths: list[int]) ->
         residual=join([p.residual for p in parts], 0),
         passes=join([p.passes for p in parts], 0),
     )
+
+
+def in_rows(t: Tensor, width: int) -> tuple[Tensor, int]:
+    """A tensor of tokens of `width` numbers, and how many numbers one token lies behind the other.
+
+    Read in place where all tokens lie one row stride apart, also inside a wider projection; else copied.
+    """
+    if t.is_contiguous():
+        return t, width
+    if not _evenly_spaced(t):
+        t = t.contiguous()
+    return t, t.stride(1) if t.shape[1] > 1 else t.stride(0)
+
+
+def _evenly_spaced(t: Tensor) -> bool:
+    stride, inner = t.stride(), 1
+    for size, step in zip(reversed(t.shape[2:]), reversed(stride[2:]), strict=True):
+        if size != 1 and step != inner:
+            return False
+        inner *= size
+    return t.shape[0] == 1 or t.shape[1] == 1 or stride[0] == t.shape[1] * stride[1]
