@@ -111,7 +111,7 @@ class _Replay:
 
     def _identity(self) -> tuple[Problem, Tensors, Tensor]:
         p = self.problem
-        identity = torch.eye(p.K).expand(p.sequences, p.HV, p.K, p.K).contiguous()
+        identity = torch.eye(p.K, device=self.x.k.device).expand(p.sequences, p.HV, p.K, p.K).contiguous()
         zero = self.x.k.new_zeros((p.B, p.T, p.HV, p.K))
         return p._replace(V=p.K), self.x._replace(v=zero, state=identity), identity
 

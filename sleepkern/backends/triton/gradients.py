@@ -7,8 +7,8 @@
     dk = b row + col;   dbeta = dR.v + k.row;   dG = q dq + k (b row - col);   dg = sum of dG from here on
     at the last row dG also takes sum_j k_j exp(G_C - G_j) dS Vn_j + Gam S.dS
 
-dG is one number a key channel; head decay sums it over the channels. notes: without delta X = 1, dM = 0, row = 0 and
-dbeta = dR.v. Every product stands in the orientation that is used, so none is ever transposed.
+dG is one number a key channel; head decay sums it over the channels. Without delta X = 1, dM = 0 and row = 0. First the
+sums over value columns go to memory (dR, dP, dM), then key columns go by, reading them in both orientations.
 """
 
 from __future__ import annotations
@@ -25,224 +25,300 @@ from .tiles import (
     exp_of,
     find_chunk,
     head_decay,
+    inverse_norms,
     last_row,
     load_row_values,
     load_tile,
     load_turned,
     product,
     store_tile,
-    unit_rows,
 )
 
 
 @triton.jit
-def score_gradients(
-    p_X, p_Vn, p_dVn, p_do, at_rows, first, rows, head, do_stride,
+def value_columns(
+    p_v, p_P, p_X, p_dR, p_Vn, p_dVn, p_do, p_dv, b, at_rows, rows, scale, v_stride, do_stride,
     HV: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dP, dP^T, dM, dM^T [C, C], triangles not yet cut; zero where the rule or the call has none."""
+    """dR.v [C]; writes dR and dv, scale dP over P and dM over X, which nothing needs any more."""
     dP = tl.zeros([C, C], tl.float32)
-    dP_turned = tl.zeros([C, C], tl.float32)
     dM = tl.zeros([C, C], tl.float32)
-    dM_turned = tl.zeros([C, C], tl.float32)
-    for col in range(0, V, BV):
-        Vn = load_tile(p_Vn + at_rows * V, HV * V, rows, col, V, C, BV)
-        Vn_turned = load_turned(p_Vn + at_rows * V, HV * V, rows, col, V, C, BV)
-        if READS:
-            p_o = p_do + first * do_stride + head * V
-            dP += product(load_tile(p_o, do_stride, rows, col, V, C, BV), Vn_turned, DT, PRECISION)
-            dP_turned += product(Vn, load_turned(p_o, do_stride, rows, col, V, C, BV), DT, PRECISION)
-        if DELTA:
-            X = load_tile(p_X + at_rows * C, HV * C, rows, 0, C, C, C)
-            X_turned = load_turned(p_X + at_rows * C, HV * C, rows, 0, C, C, C)
-            dVn = load_tile(p_dVn + at_rows * V, HV * V, rows, col, V, C, BV)
-            dVn_turned = load_turned(p_dVn + at_rows * V, HV * V, rows, col, V, C, BV)
-            dM -= product(product(X_turned, dVn, DT, PRECISION), Vn_turned, DT, PRECISION)
-            dM_turned -= product(Vn, product(dVn_turned, X, DT, PRECISION), DT, PRECISION)
-    return dP, dP_turned, dM, dM_turned
-
-
-@triton.jit
-def state_gradients(
-    p_v, p_beta, p_X, p_starts, p_Vn, p_ends, p_dVn, p_do, p_dv,
-    at_rows, at_slot, first, rows, head, v_stride, beta_stride, do_stride,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DELTA: tl.constexpr, HAS_BETA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """S dO, S dR, dS Vn [C, BK], dR.v [C], S.dS [BK], summed over the value columns; writes dv."""
-    S_do = tl.zeros([C, BK], tl.float32)
-    S_dR = tl.zeros([C, BK], tl.float32)
-    dS_Vn = tl.zeros([C, BK], tl.float32)
     dR_v = tl.zeros([C], tl.float32)
-    S_dS = tl.zeros([BK], tl.float32)
-    b = tl.full([C], 1.0, tl.float32)
-    if HAS_BETA:
-        b = load_row_values(p_beta + first * beta_stride + head, beta_stride, rows, C)
     for col in range(0, V, BV):
-        S = load_turned(p_starts + at_slot * K * V, V, K, col, V, BK, BV)
-        dS = load_turned(p_ends + at_slot * K * V, V, K, col, V, BK, BV)
-        Vn = load_tile(p_Vn + at_rows * V, HV * V, rows, col, V, C, BV)
+        Vn = load_turned(p_Vn + at_rows * V, HV * V, rows, col, V, C, BV)
         dR = load_tile(p_dVn + at_rows * V, HV * V, rows, col, V, C, BV).to(tl.float32)
-        v = load_tile(p_v + first * v_stride + head * V, v_stride, rows, col, V, C, BV)
+        v = load_tile(p_v, v_stride, rows, col, V, C, BV)
         if READS:
-            do = load_tile(p_do + first * do_stride + head * V, do_stride, rows, col, V, C, BV)
-            S_do += product(do, S, DT, PRECISION)
+            dP += product(load_tile(p_do, do_stride, rows, col, V, C, BV), Vn, DT, PRECISION)
         if DELTA:
             X = load_turned(p_X + at_rows * C, HV * C, rows, 0, C, C, C)
             dR = product(X, dR, DT, PRECISION)
-            S_dR += product(dR, S, DT, PRECISION)
-        dS_Vn += product(Vn, dS, DT, PRECISION)
+            dM -= product(dR, Vn, DT, PRECISION)
+            store_tile(p_dR + at_rows * V, HV * V, rows, col, dR, V, C, BV)
         dR_v += tl.sum(dR * v, 1)
-        S_dS += tl.sum(S.to(tl.float32) * dS, 0)
         store_tile(p_dv + at_rows * V, HV * V, rows, col, b[:, None] * dR, V, C, BV)
-    return S_do, S_dR, dS_Vn, dR_v, S_dS, b
+    tl.debug_barrier()
+    if READS:
+        store_tile(p_P + at_rows * C, HV * C, rows, 0, scale * dP, C, C, C)
+    if DELTA:
+        store_tile(p_X + at_rows * C, HV * C, rows, 0, dM, C, C, C)
+    tl.debug_barrier()
+    return dR_v
 
 
 @triton.jit
-def inner_gradients(
-    q, k, G, b, dP, dP_turned, dM, dM_turned, scale,
-    GATE: tl.constexpr, DELTA: tl.constexpr, READS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
+def through_states(
+    p_starts, p_ends, p_Vn, p_dR, p_do, at_rows, at_slot, rows, col, do_stride,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S dO, S dR, dS Vn [C, BK] and S.dS [BK] for the key columns from col on."""
+    S_do = tl.zeros([C, BK], tl.float32)
+    S_dR = tl.zeros([C, BK], tl.float32)
+    dS_Vn = tl.zeros([C, BK], tl.float32)
+    S_dS = tl.zeros([BK], tl.float32)
+    at_state = at_slot * K * V + col * V
+    for value in range(0, V, BV):
+        S = load_turned(p_starts + at_state, V, K - col, value, V, BK, BV)
+        dS = load_turned(p_ends + at_state, V, K - col, value, V, BK, BV)
+        Vn = load_tile(p_Vn + at_rows * V, HV * V, rows, value, V, C, BV)
+        if READS:
+            S_do += product(load_tile(p_do, do_stride, rows, value, V, C, BV), S, DT, PRECISION)
+        if DELTA:
+            S_dR += product(load_tile(p_dR + at_rows * V, HV * V, rows, value, V, C, BV), S, DT, PRECISION)
+        dS_Vn += product(Vn, dS, DT, PRECISION)
+        S_dS += tl.sum(S.to(tl.float32) * dS, 0)
+    return S_do, S_dR, dS_Vn, S_dS
+
+
+@triton.jit
+def inside_chunk(
+    q, k, G, b, p_P, p_X, at_rows, rows,
+    HV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    GATE: tl.constexpr, DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums inside the chunk: those of dq, of row and of col, [C, BK] each."""
     i = tl.arange(0, C)
     dq = tl.zeros([C, BK], tl.float32)
     row = tl.zeros([C, BK], tl.float32)
     col = tl.zeros([C, BK], tl.float32)
-    below = i[:, None] > i[None, :]
-    above = i[:, None] < i[None, :]
     if GATE == CHANNEL:
-        for level in tl.static_range(0, 7):
-            half: tl.constexpr = C >> (level + 1)
-            if half > 0:
-                e, upper, pair = level_decay(G, half, C, BK)
-                reverse = above & ((i // half)[:, None] + 1 == (i // half)[None, :]) & (((i // half) % 2) == 0)[:, None]
-                ex = tl.where(upper, e, 0.0)
-                ey = tl.where(upper, 0.0, e)
-                if READS:
-                    dq += ex * product(tl.where(pair, scale * dP, 0.0), k * ey, DT, PRECISION)
-                    col += ey * product(tl.where(reverse, scale * dP_turned, 0.0), q * ex, DT, PRECISION)
-                if DELTA:
-                    row += ex * product(tl.where(pair, dM, 0.0), k * ey, DT, PRECISION)
-                    col += ey * product(tl.where(reverse, dM_turned * b[None, :], 0.0), k * ex, DT, PRECISION)
+        LEVELS: tl.constexpr = 4 + C // 32 - C // 128
+        for level in range(0, LEVELS):
+            e, upper, pair, turned = level_decay(G, level, C, BK)
+            ex = tl.where(upper, e, 0.0)
+            ey = tl.where(upper, 0.0, e)
+            more_dq, more_row, more_col = between_halves(
+                q * ex, k * ex, k * ey, b, pair, turned, p_P, p_X, at_rows, rows,
+                HV, C, BK, DELTA, READS, DT, PRECISION,
+            )  # fmt: skip
+            dq += ex * more_dq
+            row += ex * more_row
+            col += ey * more_col
         if READS:
-            diagonal = scale * tl.sum(tl.where(i[:, None] == i[None, :], dP, 0.0), 1)[:, None]
+            dP = load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C).to(tl.float32)
+            diagonal = tl.sum(tl.where(i[:, None] == i[None, :], dP, 0.0), 1)[:, None]
             dq += diagonal * k
             col += diagonal * q
     else:
         D = head_differences(G, GATE, C)
-        D_turned = tl.where(above | (i[:, None] == i[None, :]), 1.0, 0.0)
+        turned = i[:, None] <= i[None, :]
+        D_turned = tl.where(turned, 1.0, 0.0)
         if GATE == HEAD:
-            D_turned *= exp_of(G[None, :] - G[:, None])
-        if READS:
-            dq = product(scale * dP * D, k, DT, PRECISION)
-            col = product(scale * dP_turned * D_turned, q, DT, PRECISION)
-        if DELTA:
-            row = product(tl.where(below, dM * D, 0.0), k, DT, PRECISION)
-            col += product(tl.where(above, dM_turned * D_turned * b[None, :], 0.0), k, DT, PRECISION)
+            D_turned = tl.where(turned, exp_of(G[None, :] - G[:, None]), 0.0)
+        dq, row, col = between_halves(
+            q, k, k, b, D, D_turned, p_P, p_X, at_rows, rows, HV, C, BK, DELTA, READS, DT, PRECISION
+        )
     return dq, row, col
 
 
 @triton.jit
+def between_halves(
+    q, k_row, k_col, b, weight, weight_turned, p_P, p_X, at_rows, rows,
+    HV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(dP k, dM k, dP^T q + dM^T b k) with dP and dM weighted [C, C]; dM only below its diagonal."""
+    i = tl.arange(0, C)
+    dq = tl.zeros([C, BK], tl.float32)
+    row = tl.zeros([C, BK], tl.float32)
+    col = tl.zeros([C, BK], tl.float32)
+    if READS:
+        dP = load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C)
+        dq = product(weight * dP, k_col, DT, PRECISION)
+        dP_turned = load_turned(p_P + at_rows * C, HV * C, rows, 0, C, C, C)
+        col = product(weight_turned * dP_turned, q, DT, PRECISION)
+    if DELTA:
+        dM = load_tile(p_X + at_rows * C, HV * C, rows, 0, C, C, C)
+        row = product(tl.where(i[:, None] > i[None, :], weight * dM, 0.0), k_col, DT, PRECISION)
+        dM_turned = load_turned(p_X + at_rows * C, HV * C, rows, 0, C, C, C) * b[None, :]
+        col += product(tl.where(i[:, None] < i[None, :], weight_turned * dM_turned, 0.0), k_row, DT, PRECISION)
+    return dq, row, col
+
+
+@triton.jit
+def key_columns(
+    p_q, p_k, p_g, p_P, p_X, p_starts, p_ends, p_Vn, p_dR, p_do, p_dq, p_dk, p_dg, b, q_norm, k_norm, G,
+    at_rows, at_keys, at_slot, rows, col, add, scale, q_stride, k_stride, g_stride, do_stride,
+    HV: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATE: tl.constexpr, DELTA: tl.constexpr, READS: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """k.row [C], dG of head decay [C] and what its last row takes on top, from BK key columns of a value head.
+
+    Writes dg of channel decay; writes dq and dk, on top of what is there when `add`.
+    """
+    k = k_norm[:, None] * load_tile(p_k, k_stride, rows, col, K, C, BK)
+    q = k
+    if READS:
+        q = q_norm[:, None] * load_tile(p_q, q_stride, rows, col, K, C, BK)
+    E = tl.full([C, 1], 1.0, tl.float32)
+    until = tl.full([C, 1], 1.0, tl.float32)
+    if GATE == HEAD:
+        E = exp_of(G)[:, None]
+        until = exp_of(last_row(G, C) - G)[:, None]
+    if GATE == CHANNEL:
+        G = channel_decay(p_g, g_stride, rows, col, K, C, BK, WIDE)
+        E = exp_of(G)
+        until = exp_of(last_row(G, C)[None, :] - G)
+    dq, row, write = inside_chunk(q, k, G, b, p_P, p_X, at_rows, rows, HV, C, BK, GATE, DELTA, READS, DT, PRECISION)
+    S_do, S_dR, dS_Vn, S_dS = through_states(
+        p_starts, p_ends, p_Vn, p_dR, p_do, at_rows, at_slot, rows, col, do_stride,
+        HV, K, V, C, BK, BV, DELTA, READS, DT, PRECISION,
+    )  # fmt: skip
+    if GATE != NONE:
+        S_dS *= exp_of(last_row(G, C))
+    dq += scale * E * S_do
+    row -= E * S_dR
+    at_end = S_dS + tl.sum(k * until * dS_Vn, 0)
+    write += until * dS_Vn
+    dG = k * (b[:, None] * row - write)
+    if READS:
+        dG += q * dq
+    if GATE == CHANNEL:
+        dg = tl.cumsum(dG, 0, reverse=True) + at_end[None, :]
+        store_tile(p_dg + at_rows * K, HV * K, rows, col, dg, K, C, BK)
+    dk = b[:, None] * row + write
+    if add:
+        dk += load_tile(p_dk + at_keys, H * K, rows, col, K, C, BK)
+    store_tile(p_dk + at_keys, H * K, rows, col, dk, K, C, BK)
+    if READS:
+        if add:
+            dq += load_tile(p_dq + at_keys, H * K, rows, col, K, C, BK)
+        store_tile(p_dq + at_keys, H * K, rows, col, dq, K, C, BK)
+    return tl.sum(k * row, 1), tl.sum(dG, 1), tl.sum(at_end, 0)
+
+
+@triton.jit
+def finish(
+    p_x, p_sum, p_dx, norm, at_keys, rows, x_stride,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of x / |x|, summed over the value heads, to that of x; both [rows,H,K]."""
+    along = tl.zeros([C], tl.float32)
+    if NORMALIZE:
+        for col in range(0, K, BK):
+            x = load_tile(p_x, x_stride, rows, col, K, C, BK)
+            along += norm * tl.sum(x * load_tile(p_sum + at_keys, H * K, rows, col, K, C, BK), 1)
+    for col in range(0, K, BK):
+        d = load_tile(p_sum + at_keys, H * K, rows, col, K, C, BK)
+        if NORMALIZE:
+            x = norm[:, None] * load_tile(p_x, x_stride, rows, col, K, C, BK)
+            d = norm[:, None] * (d - x * along[:, None])
+        store_tile(p_dx + at_keys, H * K, rows, col, d, K, C, BK)
+
+
+@triton.jit
 def chunk_gradients(
-    p_q, p_k, p_v, p_g, p_beta, p_X, p_starts, p_Vn, p_ends, p_dVn, p_do, p_dq, p_dk, p_dv, p_dg, p_dbeta,
+    p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
+    p_dq, p_dk, p_dv, p_dg, p_dbeta, p_dq_sum, p_dk_sum,
     slot, first, rows, key_head, scale, q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    SUMS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the chunk of one key head; its value heads are gone through in order, so sums are repeatable."""
-    at_key = key_head * K
-    H: tl.constexpr = HV // GROUP
-    k = load_tile(p_k + first * k_stride + at_key, k_stride, rows, 0, K, C, BK).to(tl.float32)
-    q = k
-    if READS:
-        q = load_tile(p_q + first * q_stride + at_key, q_stride, rows, 0, K, C, BK).to(tl.float32)
-    if NORMALIZE:
-        k, k_norm = unit_rows(k)
-        q, q_norm = unit_rows(q)
-    dq_sum = tl.zeros([C, BK], tl.float32)
-    dk_sum = tl.zeros([C, BK], tl.float32)
+    """All gradients of the chunk of one key head; its value heads are gone through in order, so sums repeat."""
     i = tl.arange(0, C)
+    H: tl.constexpr = HV // GROUP
+    at_keys = (first * H + key_head) * K
+    p_k += first * k_stride + key_head * K
+    q_norm = tl.full([C], 1.0, tl.float32)
+    k_norm = tl.full([C], 1.0, tl.float32)
+    if NORMALIZE:
+        k_norm = inverse_norms(p_k, k_stride, rows, K, C, BK)
+    if READS:
+        p_q += first * q_stride + key_head * K
+        if NORMALIZE:
+            q_norm = inverse_norms(p_q, q_stride, rows, K, C, BK)
     for member in range(0, GROUP):
         head = key_head * GROUP + member
         at_rows = first * HV + head
         at_slot = slot.to(tl.int64) * HV + head
-        dP, dP_turned, dM, dM_turned = score_gradients(
-            p_X, p_Vn, p_dVn, p_do, at_rows, first, rows, head, do_stride, HV, V, C, BV, DELTA, READS, DT, PRECISION
-        )
-        S_do, S_dR, dS_Vn, dbeta, S_dS, b = state_gradients(
-            p_v, p_beta, p_X, p_starts, p_Vn, p_ends, p_dVn, p_do, p_dv,
-            at_rows, at_slot, first, rows, head, v_stride, beta_stride, do_stride,
-            HV, K, V, C, BK, BV, DELTA, HAS_BETA, READS, DT, PRECISION,
+        p_do_head = p_do
+        if READS:
+            p_do_head = p_do + first * do_stride + head * V
+        b = tl.full([C], 1.0, tl.float32)
+        if HAS_BETA:
+            b = load_row_values(p_beta + first * beta_stride + head, beta_stride, rows, C)
+        dbeta = value_columns(
+            p_v + first * v_stride + head * V, p_P, p_X, p_dR, p_Vn, p_dVn, p_do_head, p_dv, b,
+            at_rows, rows, scale, v_stride, do_stride, HV, V, C, BV, DELTA, READS, DT, PRECISION,
         )  # fmt: skip
         G = 0.0
-        E = 1.0
-        until = 1.0
+        p_g_head = p_g
         if GATE == HEAD:
             G = head_decay(p_g + first * g_stride + head, g_stride, rows, C, WIDE)
-            E = exp_of(G)[:, None]
-            until = exp_of(last_row(G, C) - G)[:, None]
         if GATE == CHANNEL:
-            G = channel_decay(p_g + first * g_stride + head * K, g_stride, rows, K, C, BK, WIDE)
-            E = exp_of(G)
-            until = exp_of(last_row(G, C)[None, :] - G)
-        dq, row, col = inner_gradients(
-            q, k, G, b, dP, dP_turned, dM, dM_turned, scale, GATE, DELTA, READS, C, BK, DT, PRECISION
-        )
-        write = until * dS_Vn
-        dq += scale * E * S_do
-        row -= E * S_dR
-        col += write
-        dq_sum += dq
-        dk_sum += b[:, None] * row + col
+            p_g_head = p_g + first * g_stride + head * K
+        dG = tl.zeros([C], tl.float32)
+        end = 0.0
+        for col in range(0, K, BK):
+            k_row, more, at_end = key_columns(
+                p_q, p_k, p_g_head, p_P, p_X, p_starts, p_ends, p_Vn, p_dR, p_do_head, p_dq_sum, p_dk_sum, p_dg,
+                b, q_norm, k_norm, G, at_rows, at_keys, at_slot, rows, col, member > 0, scale,
+                q_stride, k_stride, g_stride, do_stride,
+                HV, H, K, V, C, BK, BV, GATE, DELTA, READS, DT, PRECISION, WIDE,
+            )  # fmt: skip
+            dbeta += k_row
+            dG += more
+            end += at_end
         if HAS_BETA:
-            dbeta += tl.sum(k * row, 1)
             tl.store(p_dbeta + at_rows + i * HV, dbeta, mask=i < rows)
-        if GATE != NONE:
-            dG = k * (b[:, None] * row - col)
-            if READS:
-                dG += q * dq
-            at_end = tl.sum(k * write, 0)
-            if GATE == CHANNEL:
-                at_end += exp_of(last_row(G, C)) * S_dS
-                dg = tl.cumsum(dG, 0, reverse=True) + at_end[None, :]
-                store_tile(p_dg + at_rows * K, HV * K, rows, 0, dg, K, C, BK)
-            else:
-                end = tl.sum(at_end, 0) + exp_of(last_row(G, C)) * tl.sum(S_dS, 0)
-                dg = tl.cumsum(tl.sum(dG, 1), 0, reverse=True) + end
-                tl.store(p_dg + at_rows + i * HV, dg, mask=i < rows)
-    at_rows = first * H + key_head
-    if NORMALIZE:
-        dk_sum = k_norm[:, None] * (dk_sum - k * tl.sum(k * dk_sum, 1)[:, None])
-    store_tile(p_dk + at_rows * K, H * K, rows, 0, dk_sum, K, C, BK)
-    if READS:
-        if NORMALIZE:
-            dq_sum = q_norm[:, None] * (dq_sum - q * tl.sum(q * dq_sum, 1)[:, None])
-        store_tile(p_dq + at_rows * K, H * K, rows, 0, dq_sum, K, C, BK)
+        if GATE == HEAD:
+            tl.store(p_dg + at_rows + i * HV, tl.cumsum(dG, 0, reverse=True) + end, mask=i < rows)
+        if SUMS:
+            tl.debug_barrier()
+    if SUMS:
+        finish(p_k, p_dk_sum, p_dk, k_norm, at_keys, rows, k_stride, H, K, C, BK, NORMALIZE)
+        if READS:
+            finish(p_q, p_dq_sum, p_dq, q_norm, at_keys, rows, q_stride, H, K, C, BK, NORMALIZE)
 
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def gradient_kernel(
     p_q, p_k, p_v, p_g, p_beta, p_offsets,  # as in prepare
-    p_X, p_starts, p_Vn,  # as in prepare and ingest
+    p_P, p_X, p_starts, p_Vn,  # as in prepare and ingest
     p_ends, p_dVn, p_do,  # as in adjoint
+    p_dR,  # [rows,HV,V] scratch
     p_dq, p_dk, p_dv, p_dg, p_dbeta,  # contiguous, shapes of the tensors
+    p_dq_sum, p_dk_sum,  # [rows,H,K] float32 scratch when SUMS, else dq and dk themselves
     T, sequences, scale, q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
-    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    SUMS: tl.constexpr, PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (slots, H): one chunk of one key head. Registers: four [C, C], then six [C, BK] float32."""
+    """Grid (slots, H): one chunk of one key head. Registers: two [C, C], then six [C, BK] float32."""
     slot = tl.program_id(0)
     _, first, rows = find_chunk(slot, p_offsets, T, sequences, C, PACKED)
     if rows > 0:
         chunk_gradients(
-            p_q, p_k, p_v, p_g, p_beta, p_X, p_starts, p_Vn, p_ends, p_dVn, p_do, p_dq, p_dk, p_dv, p_dg, p_dbeta,
+            p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
+            p_dq, p_dk, p_dv, p_dg, p_dbeta, p_dq_sum, p_dk_sum,
             slot, first, rows, tl.program_id(1), scale,
             q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,
-            HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, DT, PRECISION, WIDE,
+            HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, SUMS, DT, PRECISION, WIDE,
         )  # fmt: skip

@@ -34,11 +34,11 @@ def walk(
     S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,
     begin, total, slot, head, col, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
     KEEP: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One pass of S [BK, BV] over a sequence; writes readouts when READS, chunk starts and Vn when KEEP."""
+    """One pass of S [KP, BV] over a sequence; writes readouts when READS, chunk starts and Vn when KEEP."""
     at_key = (head // GROUP) * K
     for chunk in range(0, tl.cdiv(total, C)):
         first = begin + chunk * C
@@ -46,9 +46,9 @@ def walk(
         at_rows = first * HV + head
         at_slot = (slot + chunk).to(tl.int64) * HV + head
         if KEEP:
-            store_tile(p_starts + at_slot * K * V, V, K, col, S, V, BK, BV)
+            store_tile(p_starts + at_slot * K * V, V, K, col, S, V, KP, BV)
         if DELTA:
-            W = load_tile(p_W + at_rows * K, HV * K, rows, 0, K, C, BK)
+            W = load_tile(p_W + at_rows * K, HV * K, rows, 0, K, C, KP)
             U = load_tile(p_U + at_rows * V, HV * V, rows, col, V, C, BV)
             Vn = U.to(tl.float32) - product(W, S, DT, PRECISION)
         else:
@@ -67,21 +67,21 @@ def walk(
         if READS:
             P = load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C)
             if GATE == CHANNEL:
-                Qe = load_tile(p_Qe + at_rows * K, HV * K, rows, 0, K, C, BK)
+                Qe = load_tile(p_Qe + at_rows * K, HV * K, rows, 0, K, C, KP)
                 o = product(Qe, S, DT, PRECISION)
             else:
-                q = load_tile(p_q + first * q_stride + at_key, q_stride, rows, 0, K, C, BK)
+                q = load_tile(p_q + first * q_stride + at_key, q_stride, rows, 0, K, C, KP)
                 if NORMALIZE:
                     since *= inverse_norm(q, 1)
                 o = since[:, None] * product(q, S, DT, PRECISION)
             o += product(P, Vn, DT, PRECISION)
             store_tile(p_o + at_rows * V, HV * V, rows, col, o, V, C, BV)
         if GATE == CHANNEL:
-            turned = load_turned(p_Kt + at_rows * K, HV * K, rows, 0, K, C, BK)
-            key = tl.arange(0, BK)
+            turned = load_turned(p_Kt + at_rows * K, HV * K, rows, 0, K, C, KP)
+            key = tl.arange(0, KP)
             kept = exp_of(tl.load(p_end + at_slot * K + key, mask=key < K, other=0.0))[:, None]
         else:
-            turned = load_turned(p_k + first * k_stride + at_key, k_stride, rows, 0, K, C, BK)
+            turned = load_turned(p_k + first * k_stride + at_key, k_stride, rows, 0, K, C, KP)
             if NORMALIZE:
                 until *= inverse_norm(turned, 0)
             kept = 1.0
@@ -101,11 +101,11 @@ def inverse_norm(x, axis: tl.constexpr):
 @triton.jit
 def window_decay(
     p_g, p_end, begin, total, slot, head, g_stride,
-    HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the log decay of a sequence, [BK]."""
-    key = tl.arange(0, BK)
-    G = tl.zeros([BK], tl.float32)
+    """Sum of the log decay of a sequence, [KP]."""
+    key = tl.arange(0, KP)
+    G = tl.zeros([KP], tl.float32)
     for chunk in range(0, tl.cdiv(total, C)):
         if GATE == CHANNEL:
             at = ((slot + chunk).to(tl.int64) * HV + head) * K
@@ -121,7 +121,7 @@ def ingest_columns(
     p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_state, p_o, p_final, p_starts, p_Vn,
     begin, total, slot, lane, col, scale, passes, q_stride, k_stride, v_stride, g_stride, beta_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
     KEEP: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -133,36 +133,36 @@ def ingest_columns(
     """
     head = lane % HV
     at_state = lane.to(tl.int64) * K * V
-    S = tl.zeros([BK, BV], tl.float32)
+    S = tl.zeros([KP, BV], tl.float32)
     if REPLAY and not DELTA:
         S = walk(
             S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,
             begin, total, slot, head, col, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-            HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, False, False, DT, PRECISION, WIDE,
+            HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, False, False, DT, PRECISION, WIDE,
         )  # fmt: skip
-        G = window_decay(p_g, p_end, begin, total, slot, head, g_stride, HV, K, C, BK, GATE)
-        powers = tl.zeros([BK], tl.float32)
+        G = window_decay(p_g, p_end, begin, total, slot, head, g_stride, HV, K, C, KP, GATE)
+        powers = tl.zeros([KP], tl.float32)
         for n in range(0, passes - 1):
             powers += tl.exp(n * G)
         S = powers[:, None] * S
         if HAS_STATE:
-            S += tl.exp((passes - 1) * G)[:, None] * load_tile(p_state + at_state, V, K, col, V, BK, BV)
+            S += tl.exp((passes - 1) * G)[:, None] * load_tile(p_state + at_state, V, K, col, V, KP, BV)
     else:
         if HAS_STATE:
-            S = load_tile(p_state + at_state, V, K, col, V, BK, BV)
+            S = load_tile(p_state + at_state, V, K, col, V, KP, BV)
         if REPLAY:
             for _ in range(1, passes):
                 S = walk(
                     S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,
                     begin, total, slot, head, col, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-                    HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, False, False, DT, PRECISION, WIDE,
+                    HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, False, False, DT, PRECISION, WIDE,
                 )  # fmt: skip
     S = walk(
         S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,
         begin, total, slot, head, col, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-        HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, KEEP, DT, PRECISION, WIDE,
+        HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, KEEP, DT, PRECISION, WIDE,
     )  # fmt: skip
-    store_tile(p_final + at_state, V, K, col, S, V, BK, BV)
+    store_tile(p_final + at_state, V, K, col, S, V, KP, BV)
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "passes"])
@@ -173,18 +173,18 @@ def ingest_kernel(
     p_starts, p_Vn,  # [slots,HV,K,V] states at the starts of the chunks  [rows,HV,V]
     T, scale, passes, q_stride, k_stride, v_stride, g_stride, beta_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
     KEEP: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, PACKED: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(V, BV), sequences * HV). Registers: S [BK, BV] float32 for all chunks of all passes."""
+    """Grid (cdiv(V, BV), sequences * HV). Registers: S [KP, BV] float32 for all chunks of all passes."""
     lane = tl.program_id(1)
     begin, total, slot = find_sequence(lane // HV, p_offsets, T, C, PACKED)
     ingest_columns(
         p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_state, p_o, p_final, p_starts, p_Vn,
         begin, total, slot, lane, tl.program_id(0) * BV, scale, passes,
         q_stride, k_stride, v_stride, g_stride, beta_stride,
-        HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, KEEP, HAS_STATE, REPLAY,
+        HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, KEEP, HAS_STATE, REPLAY,
         DT, PRECISION, WIDE,
     )  # fmt: skip

@@ -45,7 +45,7 @@ def forward(
     with job.device():
         if p.T <= STEP_LIMIT and p.passes == 1 and not p.packed:
             tile = job.plan.step
-            job.launch(step_kernel, (triton.cdiv(p.V, tile.columns), lanes), tile, **given, **switches)
+            job.launch(step_kernel, (triton.cdiv(p.V, tile.values), lanes), tile, **given, **switches)
             return o, final
         given |= job.factors(inverse=False)
         tile = job.plan.ingest
@@ -54,7 +54,7 @@ def forward(
             return o, final
         if job.prepares:
             job.launch(prepare_kernel, (job.slots, p.HV), job.plan.prepare, **given, **switches)
-        job.launch(ingest_kernel, (triton.cdiv(p.V, tile.columns), lanes), tile, **given, **switches)
+        job.launch(ingest_kernel, (triton.cdiv(p.V, tile.values), lanes), tile, **given, **switches)
     return o, final
 
 
@@ -78,6 +78,10 @@ def backward(
         "p_dstate": dstate, "p_dinitial": dinitial,
     }  # fmt: skip
     given |= dict(zip(("p_dq", "p_dk", "p_dv", "p_dg", "p_dbeta"), grads, strict=True))
+    given["p_dR"] = given["p_U"] if p.rule.delta else given["p_dVn"]
+    given["SUMS"] = sums = p.HV > p.H or p.normalize
+    for name, d in (("p_dq_sum", grads[0]), ("p_dk_sum", grads[1])):
+        given[name] = d if d is None or not sums else job.empty(job.rows, p.H, p.K, dtype=torch.float32)
     given["p_do"], given["do_stride"] = in_rows(do, p.HV * p.V) if reads and do is not None else (None, 0)
     if not reads and grads[0] is not None:
         grads[0].zero_()
@@ -93,10 +97,10 @@ def backward(
             if job.prepares:
                 job.launch(prepare_kernel, (job.slots, p.HV), job.plan.prepare, **given, KEEP=True)
             job.launch(
-                ingest_kernel, (triton.cdiv(p.V, walk.columns), lanes), walk, **given | {"READS": False},
+                ingest_kernel, (triton.cdiv(p.V, walk.values), lanes), walk, **given | {"READS": False},
                 KEEP=True, HAS_STATE=state is not None, REPLAY=False,
             )  # fmt: skip
-            grid = (triton.cdiv(p.V, back.columns), lanes)
+            grid = (triton.cdiv(p.V, back.values), lanes)
             job.launch(adjoint_kernel, grid, back, **given, HAS_STATE=dstate is not None)
             job.launch(gradient_kernel, (job.slots, p.H), job.plan.gradients, **given)
     grads = [d if d is None or t is None else d.to(t.dtype) for d, t in zip(grads, x, strict=False)]
@@ -122,7 +126,7 @@ class Job:
         self.values = {
             **_pointers(problem, x, reads),
             "T": p.T, "sequences": p.sequences, "scale": p.scale, "passes": p.passes,
-            "HV": p.HV, "GROUP": p.HV // p.H, "K": p.K, "V": p.V, "C": chunk, "BK": padded(p.K),
+            "HV": p.HV, "GROUP": p.HV // p.H, "K": p.K, "V": p.V, "C": chunk, "KP": padded(p.K),
             "GATE": GATES[rule.gate], "DELTA": rule.delta, "HAS_BETA": x.beta is not None, "NORMALIZE": p.normalize,
             "READS": reads, "PACKED": p.packed,
             "DT": tl.bfloat16 if bits == 16 else tl.float32, "PRECISION": precision, "WIDE": precision != "tf32",
@@ -152,7 +156,7 @@ class Job:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Launch a kernel with the arguments that it names."""
-        values = {**self.values, **more, "BV": tile.columns}
+        values = self.values | more | {"BK": min(tile.keys, padded(self.problem.K)), "BV": tile.values}
         arguments = {name: values[name] for name in kernel.arg_names}
         kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 

@@ -14,9 +14,10 @@ STEP_LIMIT = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel: value columns at a time, warps, and stages of its loads in flight."""
+    """One kernel: key and value columns at a time, warps, and stages of its loads in flight."""
 
-    columns: int
+    keys: int
+    values: int
     warps: int
     stages: int
 
@@ -44,16 +45,17 @@ def plan_for(K: int, V: int, bits: int, channel: bool, T: int, gradients: bool) 
     chunk = _chunk(K, bits, channel, gradients)
     while chunk > 16 and chunk >= 2 * T:
         chunk //= 2
-    columns = min(padded(V), 64 if bits == 16 else 32)
-    walk = Tile(min(columns, 32), 4, 2)
+    values = min(padded(V), 64 if bits == 16 else 32)
+    keys = 32 if channel else 64
+    walk = Tile(padded(K), min(values, 32), 4, 2)
     return Plan(
         chunk=chunk,
-        prepare=Tile(columns, 4, 1),
+        prepare=Tile(keys, values, 4, 1),
         ingest=walk,
         adjoint=walk,
-        gradients=Tile(columns, 8, 1),
-        window=Tile(columns, 4, 1),
-        step=Tile(min(padded(V), 32), 4, 1),
+        gradients=Tile(keys, values, 8, 1),
+        window=Tile(keys, values, 4, 1),
+        step=Tile(padded(K), min(padded(V), 32), 4, 1),
     )
 
 

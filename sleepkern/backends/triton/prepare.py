@@ -19,44 +19,33 @@ from .tiles import (
     exp_of,
     find_chunk,
     head_decay,
+    inverse_norms,
     last_row,
     load_row_values,
     load_tile,
     product,
     store_tile,
-    unit_rows,
 )
 
 BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def scores(
-    q, k, G, GATE: tl.constexpr, READS: tl.constexpr, DELTA: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(qk with its diagonal, kk without): lower triangles [C, C] of sum_d x_id k_jd exp(G_id - G_jd)."""
+def channel_scores(q, k, G, READS: tl.constexpr, DELTA: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION):
+    """(qk with its diagonal, kk without): lower triangles [C, C] of sum_d x_id k_jd exp(G_id - G_jd), BK channels."""
+    LEVELS: tl.constexpr = 4 + C // 32 - C // 128
     i = tl.arange(0, C)
     qk = tl.zeros([C, C], tl.float32)
     kk = tl.zeros([C, C], tl.float32)
-    if GATE == CHANNEL:
-        half: tl.constexpr = C // 2
-        for level in tl.static_range(0, 7):
-            if (half >> level) > 0:
-                e, upper, pair = level_decay(G, half >> level, C, BK)
-                y = tl.trans(tl.where(upper, 0.0, k * e))
-                if READS:
-                    qk += tl.where(pair, product(tl.where(upper, q * e, 0.0), y, tl.float32, PRECISION), 0.0)
-                if DELTA:
-                    kk += tl.where(pair, product(tl.where(upper, k * e, 0.0), y, tl.float32, PRECISION), 0.0)
+    for level in range(0, LEVELS):
+        e, upper, pair, _ = level_decay(G, level, C, BK)
+        y = tl.trans(tl.where(upper, 0.0, k * e))
         if READS:
-            qk += tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], 0.0)
-    else:
-        D = head_differences(G, GATE, C)
-        if READS:
-            qk = product(q, tl.trans(k.to(DT)), DT, PRECISION) * D
+            qk += tl.where(pair, product(tl.where(upper, q * e, 0.0), y, tl.float32, PRECISION), 0.0)
         if DELTA:
-            kk = tl.where(i[:, None] > i[None, :], product(k, tl.trans(k.to(DT)), DT, PRECISION) * D, 0.0)
+            kk += tl.where(pair, product(tl.where(upper, k * e, 0.0), y, tl.float32, PRECISION), 0.0)
+    if READS:
+        qk += tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], 0.0)
     return qk, kk
 
 
@@ -71,26 +60,25 @@ def head_differences(G, GATE: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def level_decay(G, half: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """One level of the dyadic form: rows in pairs of halves, R the last row of the lower half of each pair.
+def level_decay(G, level, C: tl.constexpr, BK: tl.constexpr):
+    """One level of the dyadic form: rows in pairs of halves of 2^level rows, R the last row of a pair's lower half.
 
     Returns exp(-|G - R|) [C, BK], which is exp(G_i - R) in the upper half and exp(R - G_j) in the lower; whether a row
-    is in the upper half [C, 1]; whether (i, j) are the upper and lower half of one pair [C, C].
+    is in the upper half [C, 1]; whether (i, j) are the upper and lower half of one pair [C, C]; the same of (j, i).
     """
     i = tl.arange(0, C)
-    PAIRS: tl.constexpr = C // (2 * half)
-    in_pair = tl.arange(0, 2 * half)[None, :, None]
-    pairs = tl.reshape(G, [PAIRS, 2 * half, BK])
-    R = tl.sum(tl.where(in_pair == half - 1, pairs, 0.0), 1)
-    distance = tl.reshape(tl.abs(pairs - R[:, None, :]), [C, BK])
-    upper = (i // half) % 2 == 1
-    pair = (i // half)[:, None] == (i // half)[None, :] + 1
-    return exp_of(-distance), upper[:, None], pair & upper[:, None]
+    half = i >> level
+    last = ((half | 1) << level) - 1
+    R = tl.gather(G, tl.broadcast_to(last[:, None], [C, BK]), 0)
+    upper = (half & 1) == 1
+    pair = (half[:, None] == half[None, :] + 1) & upper[:, None]
+    turned = (half[:, None] + 1 == half[None, :]) & upper[None, :]
+    return exp_of(-tl.abs(G - R)), upper[:, None], pair, turned
 
 
 @triton.jit
 def invert(M, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + M)^-1 [C, C] of a strictly lower triangle: blocks of 16 by substitution, then pairs of blocks merged."""
+    """(I + M)^-1 [C, C] of a strictly lower triangle M: blocks of 16 by substitution, then pairs of blocks merged."""
     BLOCKS: tl.constexpr = C // BLOCK
     row = tl.arange(0, BLOCK)[None, :, None]
     block = tl.arange(0, BLOCKS)
@@ -101,14 +89,73 @@ def invert(M, C: tl.constexpr, PRECISION: tl.constexpr):
         m = tl.sum(tl.where(row == r, diagonal, 0.0), 1)
         X = tl.where(row == r, X - tl.sum(m[:, :, None] * X, 1)[:, None, :], X)
     inverse = tl.reshape(tl.where(same, X[:, :, None, :], 0.0), [C, C])
-    i = tl.arange(0, C)
     for level in tl.static_range(0, 3):
-        size: tl.constexpr = 16 << level
-        if size < C:
-            below = (i[:, None] // (2 * size) == i[None, :] // (2 * size)) & (i[:, None] // size > i[None, :] // size)
-            left = product(inverse, tl.where(below, M, 0.0), tl.float32, PRECISION)
-            inverse -= product(left, inverse, tl.float32, PRECISION)
+        if (BLOCK << level) < C:
+            inverse = merge(inverse, M, BLOCK << level, C, PRECISION)
     return inverse
+
+
+@triton.jit
+def merge(inverse, M, size: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """From inverses of the diagonal blocks of a size to those of twice the size: X - X L X, L the blocks between."""
+    i = tl.arange(0, C) // size
+    below = (i[:, None] // 2 == i[None, :] // 2) & (i[:, None] > i[None, :])
+    left = product(inverse, tl.where(below, M, 0.0), tl.float32, PRECISION)
+    return inverse - product(left, inverse, tl.float32, PRECISION)
+
+
+@triton.jit
+def score_chunk(
+    p_q, p_k, p_g, p_Kt, p_Qe, p_end, at_rows, at_end, rows, head, scale, q_stride, k_stride, g_stride,
+    HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """qk and kk with decay [C, C], 1 / |k| [C], G [C] of head decay; writes Kt, Qe and end of channel decay."""
+    i = tl.arange(0, C)
+    G = 0.0
+    q_norm = tl.full([C], 1.0, tl.float32)
+    k_norm = tl.full([C], 1.0, tl.float32)
+    if NORMALIZE:
+        k_norm = inverse_norms(p_k, k_stride, rows, K, C, BK)
+        if READS:
+            q_norm = inverse_norms(p_q, q_stride, rows, K, C, BK)
+    qk = tl.zeros([C, C], tl.float32)
+    kk = tl.zeros([C, C], tl.float32)
+    for col in range(0, K, BK):
+        k = load_tile(p_k, k_stride, rows, col, K, C, BK)
+        q = k
+        if READS:
+            q = load_tile(p_q, q_stride, rows, col, K, C, BK)
+        if GATE == CHANNEL:
+            q, k = q.to(tl.float32), k.to(tl.float32)
+            decay = channel_decay(p_g, g_stride, rows, col, K, C, BK, WIDE)
+            more_qk, more_kk = channel_scores(q, k, decay, READS, DELTA, C, BK, PRECISION)
+            qk += more_qk
+            kk += more_kk
+            end = last_row(decay, C)
+            key = col + tl.arange(0, BK)
+            tl.store(p_end + at_end + key, end.to(tl.float32), mask=key < K)
+            Kt = k_norm[:, None] * k * exp_of(end[None, :] - decay)
+            store_tile(p_Kt + at_rows * K, HV * K, rows, col, Kt, K, C, BK)
+            if READS:
+                Qe = (scale * q_norm)[:, None] * q * exp_of(decay)
+                store_tile(p_Qe + at_rows * K, HV * K, rows, col, Qe, K, C, BK)
+        else:
+            if READS:
+                qk += product(q, tl.trans(k), DT, PRECISION)
+            if DELTA:
+                kk += product(k, tl.trans(k), DT, PRECISION)
+    if GATE != CHANNEL:
+        if GATE == HEAD:
+            G = head_decay(p_g, g_stride, rows, C, WIDE)
+        D = head_differences(G, GATE, C)
+        qk *= D
+        kk = tl.where(i[:, None] > i[None, :], kk * D, 0.0)
+    if NORMALIZE:
+        qk *= q_norm[:, None] * k_norm[None, :]
+        kk *= k_norm[:, None] * k_norm[None, :]
+    return qk, kk, k_norm, G
 
 
 @triton.jit
@@ -121,42 +168,34 @@ def prepare_chunk(
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Factors of the chunk of a value head that starts at row `first` and may use `rows` rows; X only when KEEP."""
-    at_key = (head // GROUP) * K
-    k = load_tile(p_k + first * k_stride + at_key, k_stride, rows, 0, K, C, BK)
-    q = k
-    if READS:
-        q = load_tile(p_q + first * q_stride + at_key, q_stride, rows, 0, K, C, BK)
-    if NORMALIZE:
-        k, _ = unit_rows(k)
-        q, _ = unit_rows(q)
-    G = 0.0
-    if GATE == HEAD:
-        G = head_decay(p_g + first * g_stride + head, g_stride, rows, C, WIDE)
-    if GATE == CHANNEL:
-        G = channel_decay(p_g + first * g_stride + head * K, g_stride, rows, K, C, BK, WIDE)
-        q, k = q.to(tl.float32), k.to(tl.float32)
-    qk, kk = scores(q, k, G, GATE, READS, DELTA, C, BK, DT, PRECISION)
     at_rows = first * HV + head
+    p_k += first * k_stride + (head // GROUP) * K
+    if READS:
+        p_q += first * q_stride + (head // GROUP) * K
+    if GATE == HEAD:
+        p_g += first * g_stride + head
+    if GATE == CHANNEL:
+        p_g += first * g_stride + head * K
+    at_end = (slot.to(tl.int64) * HV + head) * K
+    qk, kk, k_norm, G = score_chunk(
+        p_q, p_k, p_g, p_Kt, p_Qe, p_end, at_rows, at_end, rows, head, scale, q_stride, k_stride, g_stride,
+        HV, K, C, BK, GATE, DELTA, NORMALIZE, READS, DT, PRECISION, WIDE,
+    )  # fmt: skip
     if READS:
         store_tile(p_P + at_rows * C, HV * C, rows, 0, scale * qk, C, C, C)
-    if GATE == CHANNEL:
-        end = last_row(G, C)
-        key = tl.arange(0, BK)
-        tl.store(p_end + (slot.to(tl.int64) * HV + head) * K + key, end.to(tl.float32), mask=key < K)
-        store_tile(p_Kt + at_rows * K, HV * K, rows, 0, k * exp_of(end[None, :] - G), K, C, BK)
-        if READS:
-            store_tile(p_Qe + at_rows * K, HV * K, rows, 0, scale * q * exp_of(G), K, C, BK)
     if DELTA:
         b = load_row_values(p_beta + first * beta_stride + head, beta_stride, rows, C)
         X = invert(b[:, None] * kk, C, PRECISION)
         if KEEP:
             store_tile(p_X + at_rows * C, HV * C, rows, 0, X, C, C, C)
-        bE = b[:, None]
+        b_norm = b * k_norm
         if GATE == HEAD:
-            bE = (b * exp_of(G))[:, None]
-        if GATE == CHANNEL:
-            bE = b[:, None] * exp_of(G)
-        store_tile(p_W + at_rows * K, HV * K, rows, 0, product(X, bE * k, DT, PRECISION), K, C, BK)
+            b_norm *= exp_of(G)
+        for col in range(0, K, BK):
+            k = b_norm[:, None] * load_tile(p_k, k_stride, rows, col, K, C, BK)
+            if GATE == CHANNEL:
+                k *= exp_of(channel_decay(p_g, g_stride, rows, col, K, C, BK, WIDE))
+            store_tile(p_W + at_rows * K, HV * K, rows, col, product(X, k, DT, PRECISION), K, C, BK)
         for col in range(0, V, BV):
             v = load_tile(p_v + first * v_stride + head * V, v_stride, rows, col, V, C, BV)
             store_tile(p_U + at_rows * V, HV * V, rows, col, product(X, b[:, None] * v, DT, PRECISION), V, C, BV)
@@ -173,7 +212,7 @@ def prepare_kernel(
     GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr, KEEP: tl.constexpr,
     PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (slots, HV): one chunk of one value head. Registers: q, k [C, BK], two [C, C]; v goes by in [C, BV]."""
+    """Grid (slots, HV): one chunk of one value head. Registers: two [C, C]; q, k, v go by in [C, BK] and [C, BV]."""
     slot = tl.program_id(0)
     _, first, rows = find_chunk(slot, p_offsets, T, sequences, C, PACKED)
     if rows > 0:

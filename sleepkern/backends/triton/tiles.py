@@ -110,11 +110,13 @@ def product(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def unit_rows(x):
-    """(x / |x|, 1 / |x|) of the rows of [C, BK], as float32."""
-    x = x.to(tl.float32)
-    r = 1.0 / tl.sqrt(tl.sum(x * x, 1) + NORM_EPS)
-    return x * r[:, None], r
+def inverse_norms(p, stride, rows, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """1 / |x| of C rows of K numbers."""
+    squares = tl.zeros([C], tl.float32)
+    for col in range(0, K, BK):
+        x = load_tile(p, stride, rows, col, K, C, BK).to(tl.float32)
+        squares += tl.sum(x * x, 1)
+    return 1.0 / tl.sqrt(squares + NORM_EPS)
 
 
 @triton.jit
@@ -130,9 +132,9 @@ def head_decay(p_g, stride, rows, C: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def channel_decay(p_g, stride, rows, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
-    """G [C, BK], the running sum of one log decay a row and key channel; float64 when WIDE."""
-    g = tl.maximum(load_tile(p_g, stride, rows, 0, K, C, BK).to(tl.float32), FORGET)
+def channel_decay(p_g, stride, rows, col, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
+    """G [C, BK], the running sum of one log decay a row and key channel from col on; float64 when WIDE."""
+    g = tl.maximum(load_tile(p_g, stride, rows, col, K, C, BK).to(tl.float32), FORGET)
     if WIDE:
         g = g.to(tl.float64)
     return tl.cumsum(g, 0)
@@ -141,10 +143,10 @@ def channel_decay(p_g, stride, rows, K: tl.constexpr, C: tl.constexpr, BK: tl.co
 @triton.jit
 def last_row(G, C: tl.constexpr):
     """G at the last row of the chunk: a number of [C], or [BK] of [C, BK]."""
-    i = tl.arange(0, C)
+    last = tl.arange(0, C) == C - 1
     if len(G.shape) == 2:
-        return tl.sum(tl.where(i[:, None] == C - 1, G, 0.0), 0)
-    return tl.sum(tl.where(i == C - 1, G, 0.0), 0)
+        last = last[:, None]
+    return tl.sum(tl.where(last, G, 0.0), 0)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ def window_kernel(
     p_state, p_o, p_final,  # as in ingest
     T, scale, passes, q_stride, k_stride, v_stride, g_stride, beta_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
     HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, FACTORS: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -43,7 +43,7 @@ def window_kernel(
         ingest_columns(
             p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_state, p_o, p_final, p_o, p_o,
             begin, T, slot, lane, col, scale, passes, q_stride, k_stride, v_stride, g_stride, beta_stride,
-            HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, False, HAS_STATE, REPLAY,
+            HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, False, HAS_STATE, REPLAY,
             DT, PRECISION, WIDE,
         )  # fmt: skip
 
@@ -53,12 +53,12 @@ def window_gradient_kernel(
     p_q, p_k, p_v, p_g, p_beta, p_state,  # as in prepare and ingest
     p_P, p_X, p_W, p_U, p_Kt, p_Qe, p_end, p_final, p_starts, p_Vn,
     p_do, p_dstate, p_dinitial, p_ends, p_dVn,  # as in adjoint
-    p_dq, p_dk, p_dv, p_dg, p_dbeta,  # as in gradients
+    p_dR, p_dq, p_dk, p_dv, p_dg, p_dbeta, p_dq_sum, p_dk_sum,  # as in gradients
     T, scale, q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
-    HAS_STATE: tl.constexpr, HAS_DSTATE: tl.constexpr, FACTORS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_DSTATE: tl.constexpr, FACTORS: tl.constexpr, SUMS: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid (sequences * H,): a key head with its value heads."""
@@ -82,21 +82,22 @@ def window_gradient_kernel(
             ingest_columns(
                 p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_state, p_final, p_final, p_starts, p_Vn,
                 begin, T, slot, lane, col, scale, 1, q_stride, k_stride, v_stride, g_stride, beta_stride,
-                HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, False, True, HAS_STATE, False,
+                HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, False, True, HAS_STATE, False,
                 DT, PRECISION, WIDE,
             )  # fmt: skip
-            dS = tl.zeros([BK, BV], tl.float32)
+            dS = tl.zeros([KP, BV], tl.float32)
             if HAS_DSTATE:
-                dS = load_tile(p_dstate + at_state, V, K, col, V, BK, BV)
+                dS = load_tile(p_dstate + at_state, V, K, col, V, KP, BV)
             dS = walk_back(
                 dS, p_q, p_k, p_g, p_P, p_W, p_Kt, p_Qe, p_end, p_do, p_ends, p_dVn,
                 begin, T, slot, head, col, scale, q_stride, k_stride, g_stride, do_stride,
-                HV, GROUP, K, V, C, BK, BV, GATE, DELTA, NORMALIZE, READS, DT, PRECISION, WIDE,
+                HV, GROUP, K, V, C, KP, BV, GATE, DELTA, NORMALIZE, READS, DT, PRECISION, WIDE,
             )  # fmt: skip
-            store_tile(p_dinitial + at_state, V, K, col, dS, V, BK, BV)
+            store_tile(p_dinitial + at_state, V, K, col, dS, V, KP, BV)
     tl.debug_barrier()
     chunk_gradients(
-        p_q, p_k, p_v, p_g, p_beta, p_X, p_starts, p_Vn, p_ends, p_dVn, p_do, p_dq, p_dk, p_dv, p_dg, p_dbeta,
+        p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
+        p_dq, p_dk, p_dv, p_dg, p_dbeta, p_dq_sum, p_dk_sum,
         slot, begin, T, key_head, scale, q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,
-        HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, DT, PRECISION, WIDE,
+        HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, SUMS, DT, PRECISION, WIDE,
     )  # fmt: skip

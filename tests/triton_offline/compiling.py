@@ -1,0 +1,152 @@
+"""Compile Triton launches for a GPU that is not there, and read what the machine code needs.
+
+The launches are those of the product: launch.py runs on meta tensors with `Job.launch` recording instead of launching,
+and each record is compiled as Triton's just-in-time compiler would specialise it.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sleepkern.backends.triton import launch
+from sleepkern.problem import Tensors, describe
+from sleepkern.rules import Rule
+from sleepkern.testing import Shape
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+OPCODES = {"tensor": r"\b(?:HMMA|HGMMA|UTC\w*MMA)", "HGMMA": r"\bHGMMA", "spill": r"\b(?:STL|LDL)", "async": r"\bLDGSTS"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of one launch needs. spills counts instructions that go to local memory."""
+
+    seconds: float
+    shared: int
+    registers: int
+    stack: int
+    tensor_memory: int
+    tensor_instructions: int
+    wgmma: int
+    spills: int
+    instructions: int
+
+
+def record(
+    rule: Rule, shape: Shape, dtype: torch.dtype, precision: str, backward: bool, normalize: bool = False, passes: int = 1,
+    output: bool = True,
+) -> list[Launch]:  # fmt: skip
+    """The launches of a call of this shape."""
+    seen: list[Launch] = []
+
+    def note(job: Any, kernel: Any, grid: Any, tile: Any, **more: Any) -> None:
+        values = job.values | more | {"BK": min(tile.keys, job.values["KP"]), "BV": tile.values}
+        arguments = {name: values[name] for name in kernel.arg_names}
+        seen.append(Launch(kernel, arguments, tile.warps, tile.stages))
+
+    kept, launch.Job.launch = launch.Job.launch, note  # type: ignore[method-assign]
+    try:
+        x = _inputs(rule, shape, dtype)
+        problem = describe(rule, x, shape.K**-0.5, normalize, passes)
+        if backward:
+            dstate = torch.empty_like(x.state)
+            launch.backward(problem, x, x.state, torch.empty_like(x.v), dstate, precision)
+        else:
+            launch.forward(problem, x, x.state, output, precision)
+    finally:
+        launch.Job.launch = kept  # type: ignore[method-assign]
+    return seen
+
+
+def compile_launch(one: Launch, capability: int) -> Compiled:
+    """Compile for compute capability 80, 90 or 100 and look at the machine code."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(one.kernel.params):
+        value = one.arguments[parameter.name]
+        kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value, parameter)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif _divisible(value, parameter):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    begin = time.perf_counter()
+    made = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": one.warps, "num_stages": one.stages}
+    )
+    seconds = time.perf_counter() - begin
+    registers, stack, assembly = _machine_code(made.asm["cubin"])
+    count = {name: len(re.findall(pattern, assembly)) for name, pattern in OPCODES.items()}
+    return Compiled(
+        seconds, made.metadata.shared, registers, stack, getattr(made.metadata, "tmem_size", 0) or 0,
+        count["tensor"], count["HGMMA"], count["spill"], assembly.count(";"),
+    )  # fmt: skip
+
+
+def _inputs(rule: Rule, s: Shape, dtype: torch.dtype) -> Tensors:
+    def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    gate = None if rule.gate == "none" else (s.B, s.T, s.HV) if rule.gate == "head" else (s.B, s.T, s.HV, s.K)
+    return Tensors(
+        meta(s.B, s.T, s.H, s.K), meta(s.B, s.T, s.H, s.K), meta(s.B, s.T, s.HV, s.V),
+        None if gate is None else meta(*gate, dtype=torch.float32), meta(s.B, s.T, s.HV),
+        meta(s.sequences, s.HV, s.K, s.V, dtype=torch.float32),
+        None if s.lengths is None else meta(len(s.lengths) + 1, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def _kind(value: Any, parameter: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "constexpr" if value == 1 and not parameter.do_not_specialize else "i32"
+
+
+def _divisible(value: Any, parameter: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    return isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+
+
+def _machine_code(cubin: bytes) -> tuple[int, int, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2]), assembly
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
