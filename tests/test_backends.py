@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from running import HERE
 from torch import Tensor
 
 import sleepkern
-from sleepkern.backends import BACKENDS, cpu
+from sleepkern.backends import cpu
 from sleepkern.rules import Rule
 from sleepkern.testing import (
     AWKWARD_SHAPES,
@@ -21,7 +22,7 @@ from sleepkern.testing import (
     to_float64,
 )
 
-FAST = [b.NAME for b in BACKENDS if b.NAME != "reference"]
+FAST = [name for name in HERE if name != "reference"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SETTINGS: dict[str, dict[str, Any]] = {
     "slow": {},
@@ -90,7 +91,7 @@ def gradients(rule: Rule, x: dict[str, Any], backend: str, do: Tensor, dS: Tenso
     return {n: t.grad for n, t in leaves.items() if t.grad is not None}
 
 
-@pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])
+@pytest.mark.parametrize("backend", HERE)
 def test_one_call_is_several_chained_calls(rule: Rule, backend: str) -> None:
     x = make_inputs(rule, Shape(T=97, H=1, HV=2, K=32, V=32), seed=5)
     whole_o, whole_S = call(rule, x, backend)
@@ -106,7 +107,7 @@ def test_one_call_is_several_chained_calls(rule: Rule, backend: str) -> None:
     assert relative_error(forgetful, whole_o) > 0.05  # the state matters, so the test above could fail
 
 
-@pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])
+@pytest.mark.parametrize("backend", HERE)
 def test_no_tokens_return_the_initial_state(rule: Rule, backend: str) -> None:
     x = make_inputs(rule, Shape(B=2, T=0, K=8, V=8))
     o, S = call(rule, x, backend)
@@ -114,7 +115,7 @@ def test_no_tokens_return_the_initial_state(rule: Rule, backend: str) -> None:
     assert torch.equal(S, x["initial_state"]) and S.data_ptr() != x["initial_state"].data_ptr()
 
 
-@pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])
+@pytest.mark.parametrize("backend", HERE)
 def test_inputs_and_initial_state_are_left_alone(rule: Rule, backend: str) -> None:
     x = make_inputs(rule, Shape(T=3, K=8, V=8))
     before = {n: t.clone() for n, t in x.items() if isinstance(t, Tensor)}
@@ -131,7 +132,7 @@ def test_a_log_decay_of_minus_infinity_forgets(rule: Rule, backend: str) -> None
 
 
 @pytest.mark.parametrize("T", [1, 3, 16, 70])
-@pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])
+@pytest.mark.parametrize("backend", HERE)
 def test_step_updates_the_state_in_place(rule: Rule, backend: str, T: int) -> None:
     x = make_inputs(rule, Shape(B=2, T=T, H=1, HV=2, K=24, V=37), seed=6)
     expected_o, expected_S = call(rule, to_float64(x), "reference")

@@ -7,7 +7,7 @@ import torch
 
 import sleepkern
 from sleepkern import rules, settings
-from sleepkern.backends import BACKENDS
+from sleepkern.backends import BACKENDS, triton
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape, call, make_inputs
 
@@ -45,3 +45,11 @@ def test_asked_for_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> No
 def test_wide_heads_fall_to_the_chunk_form() -> None:
     x = make_inputs(rules.KDA, Shape(T=10, K=300, V=8))
     assert torch.equal(call(rules.KDA, x)[0], call(rules.KDA, x, backend="chunked")[0])
+
+
+def test_versions_of_triton_that_are_known_to_be_bad_are_named() -> None:
+    for version, capability, bad in (
+        ("3.3.1", (9, 0), False), ("3.4.0", (9, 0), True), ("3.6.0", (9, 0), True), ("3.6.0", (8, 0), False),
+        ("3.6.0+git1", (9, 0), True), ("3.7.0", (9, 0), True), ("3.7.1", (9, 0), False), ("3.9.0", (10, 0), False),
+    ):  # fmt: skip
+        assert (triton.known_fault(version, capability) is not None) == bad, (version, capability)

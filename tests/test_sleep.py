@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from running import HERE
 from torch import Tensor
 
 import sleepkern
 from sleepkern import rules
-from sleepkern.backends import BACKENDS, replay_backward
+from sleepkern.backends import replay_backward
 from sleepkern.rules import Rule
 from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error, to_float64
 
@@ -53,7 +54,7 @@ def methods(rule: Rule, backend: str, shape: Shape) -> list[str]:
 
 @pytest.mark.parametrize("passes", [1, 2, 7])
 @pytest.mark.parametrize("shape", [SHAPE, LONG, PACKED], ids=["one chunk", "chunks", "packed"])
-@pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])
+@pytest.mark.parametrize("backend", HERE)
 def test_passes_are_calls(rule: Rule, backend: str, shape: Shape, passes: int) -> None:
     x = make_inputs(rule, shape, seed=1)
     o, S = expected(rule, x, passes)
@@ -137,7 +138,7 @@ def test_ways_back_through_the_passes_agree(rule: Rule, monkeypatch: pytest.Monk
                 assert relative_error(actual[n], grad) < 2e-5, (n, passes, other)
 
 
-@pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])
+@pytest.mark.parametrize("backend", HERE)
 def test_tol_stops_each_head_at_its_fixed_point(backend: str) -> None:
     """Heads that decay faster stop earlier; what is left is no more than a few times the estimate."""
     x = make_inputs(rules.GATED_DELTA_RULE, Shape(T=32, H=2, HV=2, K=32, V=8), seed=3)
@@ -168,7 +169,7 @@ def test_the_plain_relative_change_would_stop_too_early() -> None:
     assert float(r.residual) > error / 10
 
 
-@pytest.mark.parametrize("backend", [b.NAME for b in BACKENDS])
+@pytest.mark.parametrize("backend", HERE)
 def test_divergence_is_refused(backend: str) -> None:
     x = make_inputs(rules.GATED_DELTA_RULE, SHAPE, beta_max=2.0)
     x["k"] = 2 * x["k"]

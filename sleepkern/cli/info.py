@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import torch
 import typer
 from rich.table import Table
 
+from ..backends import triton
 from ..dispatch import explain_problem
 from ..measure.cases import Case
 from ..measure.environment import environment, native_module
@@ -40,9 +42,20 @@ def gather() -> dict[str, Any]:
             "cuda": getattr(native, "has_cuda", False),
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "warnings": known_faults(),
         "backends": {name: reason or "ready" for name, reason in
         explain_problem(problem).reasons.items()},
     }  # fmt: skip
+
+
+def known_faults() -> list[str]:
+    """What is known to be wrong with the versions and devices here."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [fault for device in sorted(devices) if (fault := triton.known_fault(version, device)) is not None]
 
 
 def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

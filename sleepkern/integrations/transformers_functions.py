@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import sleepkern
-from sleepkern.backends import BACKENDS
+from sleepkern.backends import triton
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +149,8 @@ def _why_not(call: _Call) -> str | None:
 
 
 def _has_kernel(device: str) -> bool:
-    """A backend named after a device has kernels for it; portable ones would slow a GPU model."""
-    return device == "cpu" or any(device == backend.NAME for backend in BACKENDS)
+    """Whether there are kernels for a type of device; the portable backends would slow a GPU model."""
+    return device == "cpu" or triton.why_not_on(device) is None
 
 
 def short_convolution(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,7 +160,7 @@ def short_convolution(original: Callable[..., Any]) -> Callable[..., Any]:
     def causal_conv1d_fn(*args: Any, **kwargs: Any) -> Tensor:
         call = _convolution_call(*args, **kwargs)
         packed = call.cu_seqlens is not None or call.seq_idx is not None
-        ours = _has_kernel(call.x.device.type) and not torch.compiler.is_exporting()
+        ours = call.x.device.type == "cpu" and not torch.compiler.is_exporting()
         if ours and (packed or _faster_by_rows(call)):
             return _convolve(call)
         return original(*args, **kwargs)  # type: ignore[no-any-return]

@@ -10,9 +10,12 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -20,13 +23,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sleepkern.backends.triton import launch
-from sleepkern.problem import Tensors, describe
+from sleepkern.backends.triton.plan import Direction, Operands, Plan, plan_for
+from sleepkern.problem import Problem, Tensors, describe
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
-OPCODES = {"tensor": r"\b(?:HMMA|HGMMA|UTC\w*MMA)", "HGMMA": r"\bHGMMA", "spill": r"\b(?:STL|LDL)", "async": r"\bLDGSTS"}
+OPCODES = {
+    "tensor": r"\b(?:HMMA|HGMMA|UTC\w*MMA)",
+    "HGMMA": r"\bHGMMA",
+    "spill": r"\b(?:STL|LDL)",
+    "async": r"\bLDGSTS",
+}
 
 
 @dataclass(frozen=True)
@@ -60,29 +69,43 @@ class Compiled:
 
 
 def record(
-    rule: Rule, shape: Shape, dtype: torch.dtype, precision: str, backward: bool, normalize: bool = False, passes: int = 1,
+    rule: Rule,
+    shape: Shape,
+    operands: Operands,
+    direction: Direction,
+    normalize: bool = False,
+    passes: int = 1,
     output: bool = True,
-) -> list[Launch]:  # fmt: skip
+) -> list[Launch]:
     """The launches of a call of this shape."""
     seen: list[Launch] = []
 
     def note(job: Any, kernel: Any, grid: Any, tile: Any, **more: Any) -> None:
-        values = job.values | more | {"BK": min(tile.keys, job.values["KP"]), "BV": tile.values}
-        arguments = {name: values[name] for name in kernel.arg_names}
+        arguments = job.arguments(kernel, tile, **more)
         seen.append(Launch(kernel, arguments, tile.warps, tile.stages))
 
-    kept, launch.Job.launch = launch.Job.launch, note  # type: ignore[method-assign]
-    try:
-        x = _inputs(rule, shape, dtype)
-        problem = describe(rule, x, shape.K**-0.5, normalize, passes)
-        if backward:
-            dstate = torch.empty_like(x.state)
-            launch.backward(problem, x, x.state, torch.empty_like(x.v), dstate, precision)
+    x = _inputs(rule, shape, torch.bfloat16 if operands == "bf16" else torch.float32)
+    problem = describe(rule, x, shape.K**-0.5, normalize, passes)
+    with mock.patch.object(launch.Job, "launch", note):
+        if direction == "backward":
+            assert x.state is not None
+            do, dstate = torch.empty_like(x.v), torch.empty_like(x.state)
+            launch.backward(problem, x, x.state, do, dstate, operands)
         else:
-            launch.forward(problem, x, x.state, output, precision)
-    finally:
-        launch.Job.launch = kept  # type: ignore[method-assign]
+            launch.forward(problem, x, x.state, output, operands)
     return seen
+
+
+@contextmanager
+def on_device(capability: int) -> Iterator[None]:
+    """Plans are looked up as on a device of this capability."""
+
+    def plan_of(problem: Problem, operands: Operands, direction: Direction) -> Plan:
+        p = problem
+        return plan_for(p.K, p.V, operands, p.rule.gate == "channel", p.T, direction, capability)
+
+    with mock.patch.object(launch, "plan_of", plan_of):
+        yield
 
 
 def compile_launch(one: Launch, capability: int) -> Compiled:

@@ -7,7 +7,8 @@ Deterministic: every number is summed by one program in a fixed order, there are
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+import re
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...problem import Problem, Tensors
 from .. import replay_backward
 from ..tensors import Ingested
+from .plan import STEP_LIMIT, Operands, plan_for
 
 NAME = "triton"
 WIDEST = 256
@@ -24,12 +26,9 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def why_not(problem: Problem) -> str | None:
     """None for tensors on a GPU of compute capability 8.0 or more, of at most 32 bits, with heads of at most 256."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if problem.device != "cuda" and not _interpreted():
-        return f"runs on a GPU, the tensors are on {problem.device}"
-    if problem.device == "cuda" and _capability() < (8, 0):
-        return f"needs compute capability 8.0, got {'.'.join(map(str, _capability()))}"
+    reason = why_not_on(problem.device)
+    if reason is not None:
+        return reason
     if problem.dtype not in _TYPES:
         return f"no kernel for {problem.dtype}, only float32, bfloat16 and float16"
     if max(problem.K, problem.V) > WIDEST:
@@ -41,10 +40,36 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
+def why_not_on(device: str) -> str | None:
+    """None, or the sentence why nothing can run on a type of device."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device != "cuda":
+        return None if _interpreted() else f"runs on a GPU, the tensors are on {device}"
+    if _capability() < (8, 0):
+        return f"needs compute capability 8.0, got {'.'.join(map(str, _capability()))}"
+    return None
+
+
+def known_fault(version: str, capability: tuple[int, int]) -> str | None:
+    """A sentence where a version of Triton is known to compile some kernels wrong for a device, else None."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if capability[0] == 9 and (3, 4, 0) <= numbers < (3, 7, 1):
+        return (
+            f"Triton {version} makes wrong code on Hopper where a product takes the transpose of another product. The "
+            "kernels here avoid that; others may not. `sleepkern verify --device cuda` checks this machine"
+        )
+    return None
+
+
 def kernel(problem: Problem) -> str:
     """One line on the code that runs."""
+    if _stepwise(problem):
+        return "Triton, token by token"
+    operands, channel = _operands(problem), problem.rule.gate == "channel"
+    chunk = plan_for(problem.K, problem.V, operands, channel, problem.T, "forward").chunk
     replay = f", replay by {method_of(problem)}" if problem.passes > 1 else ""
-    return f"Triton, chunks of {_plan(problem).chunk}{replay}"
+    return f"Triton, chunks of {chunk}, {operands} products{replay}"
 
 
 def method_of(problem: Problem) -> str:
@@ -56,14 +81,17 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
     """Readouts and final state of `problem.passes` passes."""
     if problem.T == 0:
         return _no_tokens(problem, x)
-    return Ingested(*_launch().forward(problem, x, x.state, problem.output, _precision(problem)))
+    return Ingested(*_launch().forward(problem, x, x.state, problem.output, _operands(problem)))
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state."""
-    if problem.passes > 1 and problem.T:
-        return replay_backward.backward(problem, x, do, dstate, None, _state_after, _one_backward)
-    return _one_backward(problem, x, x.state, do, dstate)
+    operands = _operands(problem)
+    if problem.passes == 1 or problem.T == 0:
+        return _one_backward(operands, problem, x, x.state, do, dstate)
+    operands = "tf32" if operands == "bf16" else operands  # sums over passes are kept in float32
+    one_pass, one_backward = partial(_state_after, operands), partial(_one_backward, operands)
+    return replay_backward.backward(problem, x, do, dstate, None, one_pass, one_backward)
 
 
 def step(problem: Problem, x: Tensors) -> Tensor:
@@ -72,25 +100,24 @@ def step(problem: Problem, x: Tensors) -> Tensor:
     if problem.T == 0:
         return torch.empty_like(x.v)
     state = x.state.contiguous()
-    o, _ = _launch().forward(problem, x, state, True, _precision(problem), final=state)
+    o: Tensor = _launch().forward(problem, x, state, True, _operands(problem), final=state)[0]
     if state is not x.state:
         x.state.copy_(state)
-    out: Tensor = o
-    return out
+    return o
 
 
-def _state_after(problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
-    final: Tensor = _launch().forward(problem._replace(passes=1), x, state, False, _precision(problem))[1]
+def _state_after(operands: Operands, problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
+    final: Tensor = _launch().forward(problem._replace(passes=1), x, state, False, operands)[1]
     return final
 
 
 def _one_backward(
-    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
+    operands: Operands, problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
 ) -> list[Tensor | None]:
     if problem.T == 0:
-        grads = [None if t is None else torch.zeros_like(t) for t in x[:6]]
-        return [*grads[:5], grads[5] if dstate is None or x.state is None else dstate.clone()]
-    grads = _launch().backward(problem, x._replace(state=state), state, do, dstate, _precision(problem))
+        zeros = [None if t is None else torch.zeros_like(t) for t in x[:6]]
+        return [*zeros[:5], zeros[5] if dstate is None or x.state is None else dstate.clone()]
+    grads: list[Tensor | None] = _launch().backward(problem, x._replace(state=state), state, do, dstate, operands)
     return grads
 
 
@@ -100,21 +127,20 @@ def _no_tokens(problem: Problem, x: Tensors) -> Ingested:
     return Ingested(torch.empty_like(x.v) if problem.output else None, state)
 
 
-def _precision(problem: Problem) -> str:
-    """How float32 operands are multiplied. 16-bit inputs carry no more than tf32 does, and float32 ones are multiplied
+def _stepwise(problem: Problem) -> bool:
+    return problem.T <= STEP_LIMIT and problem.passes == 1 and not problem.packed
 
-    as torch multiplies matrices: exactly, unless torch.set_float32_matmul_precision allows tf32.
+
+def _operands(problem: Problem) -> Operands:
+    """What products multiply. float32 inputs are multiplied as torch multiplies matrices: exactly, unless
+
+    torch.set_float32_matmul_precision allows tf32. float16 ones take tf32 too, which holds them exactly and has room
+    for states that float16 has not.
     """
-    if problem.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
-
-
-def _plan(problem: Problem) -> Any:
-    from .plan import plan_for
-
-    bits = 16 if problem.dtype == torch.bfloat16 else 32
-    return plan_for(problem.K, problem.V, bits, problem.rule.gate == "channel", problem.T, False)
+    if problem.dtype == torch.bfloat16:
+        return "bf16"
+    exact = problem.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "exact" if exact else "tf32"
 
 
 def _launch() -> Any:
@@ -133,4 +159,5 @@ def _interpreted() -> bool:
 
 
 def _capability() -> tuple[int, int]:
+    """Of the current device; where none is at hand (`explain` asks about one), a recent one."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)

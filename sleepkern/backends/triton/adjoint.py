@@ -1,6 +1,6 @@
 """Stage 3, adjoint: the gradient of the state walks back over the chunks. The mirror of ingest, and as blind.
 
-    dVn = P^T dO + Kt dS;   dS <- Gam dS + Qe^T dO - W^T dVn        (without delta: no W)
+dVn = P^T dO + Kt dS;   dS <- Gam dS + Qe^T dO - W^T dVn        (without delta: no W)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def walk_back(
     """dS [KP, BV] from the end of a sequence to its start; writes dS at the ends of the chunks, and dVn."""
     at_key = (head // GROUP) * K
     chunks = tl.cdiv(total, C)
-    for back in range(0, chunks):
+    for back in range(chunks):
         chunk = chunks - 1 - back
         first = begin + chunk * C
         rows = total - chunk * C

@@ -7,8 +7,8 @@
     dk = b row + col;   dbeta = dR.v + k.row;   dG = q dq + k (b row - col);   dg = sum of dG from here on
     at the last row dG also takes sum_j k_j exp(G_C - G_j) dS Vn_j + Gam S.dS
 
-dG is one number a key channel; head decay sums it over the channels. Without delta X = 1, dM = 0 and row = 0. First the
-sums over value columns go to memory (dR, dP, dM), then key columns go by, reading them in both orientations.
+dG is one number a key channel; head decay sums it over the channels. Without delta X = 1, dM = 0 and row = 0. First
+value columns go by and leave dR, dP and dM in memory, then key columns, which read them back in both orientations.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def inside_chunk(
     col = tl.zeros([C, BK], tl.float32)
     if GATE == CHANNEL:
         LEVELS: tl.constexpr = 4 + C // 32 - C // 128
-        for level in range(0, LEVELS):
+        for level in range(LEVELS):
             e, upper, pair, turned = level_decay(G, level, C, BK)
             ex = tl.where(upper, e, 0.0)
             ey = tl.where(upper, 0.0, e)
@@ -253,7 +253,7 @@ def chunk_gradients(
         p_q += first * q_stride + key_head * K
         if NORMALIZE:
             q_norm = inverse_norms(p_q, q_stride, rows, K, C, BK)
-    for member in range(0, GROUP):
+    for member in range(GROUP):
         head = key_head * GROUP + member
         at_rows = first * HV + head
         at_slot = slot.to(tl.int64) * HV + head

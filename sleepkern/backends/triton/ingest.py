@@ -40,7 +40,7 @@ def walk(
 ):  # fmt: skip
     """One pass of S [KP, BV] over a sequence; writes readouts when READS, chunk starts and Vn when KEEP."""
     at_key = (head // GROUP) * K
-    for chunk in range(0, tl.cdiv(total, C)):
+    for chunk in range(tl.cdiv(total, C)):
         first = begin + chunk * C
         rows = total - chunk * C
         at_rows = first * HV + head
@@ -106,7 +106,7 @@ def window_decay(
     """Sum of the log decay of a sequence, [KP]."""
     key = tl.arange(0, KP)
     G = tl.zeros([KP], tl.float32)
-    for chunk in range(0, tl.cdiv(total, C)):
+    for chunk in range(tl.cdiv(total, C)):
         if GATE == CHANNEL:
             at = ((slot + chunk).to(tl.int64) * HV + head) * K
             G += tl.load(p_end + at + key, mask=key < K, other=0.0)
@@ -142,7 +142,7 @@ def ingest_columns(
         )  # fmt: skip
         G = window_decay(p_g, p_end, begin, total, slot, head, g_stride, HV, K, C, KP, GATE)
         powers = tl.zeros([KP], tl.float32)
-        for n in range(0, passes - 1):
+        for n in range(passes - 1):
             powers += tl.exp(n * G)
         S = powers[:, None] * S
         if HAS_STATE:

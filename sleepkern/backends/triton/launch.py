@@ -21,7 +21,7 @@ from ..tensors import in_rows
 from .adjoint import adjoint_kernel
 from .gradients import gradient_kernel
 from .ingest import ingest_kernel
-from .plan import STEP_LIMIT, Tile, padded, plan_for
+from .plan import STEP_LIMIT, Direction, Operands, Plan, Tile, padded, plan_for, step_tile
 from .prepare import prepare_kernel
 from .step import step_kernel
 from .window import window_gradient_kernel, window_kernel
@@ -30,11 +30,11 @@ GATES = {"none": 0, "head": 1, "channel": 2}
 
 
 def forward(
-    problem: Problem, x: Tensors, state: Tensor | None, output: bool, precision: str, final: Tensor | None = None
+    problem: Problem, x: Tensors, state: Tensor | None, output: bool, operands: Operands, final: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
     """Readouts (None unless output) and final state of problem.passes passes; `final` may be `state` itself."""
     p = problem
-    job = Job(problem, x, output, precision, gradients=False)
+    job = Job(problem, x, output, operands, "forward")
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
     if final is None:
         final = job.empty(p.sequences, p.HV, p.K, p.V, dtype=torch.float32)
@@ -44,7 +44,7 @@ def forward(
     lanes = p.sequences * p.HV
     with job.device():
         if p.T <= STEP_LIMIT and p.passes == 1 and not p.packed:
-            tile = job.plan.step
+            tile = step_tile(p.K, p.V)
             job.launch(step_kernel, (triton.cdiv(p.V, tile.values), lanes), tile, **given, **switches)
             return o, final
         given |= job.factors(inverse=False)
@@ -59,12 +59,12 @@ def forward(
 
 
 def backward(
-    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None, precision: str
+    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None, operands: Operands
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor."""
     p = problem
     reads = do is not None and x.q is not None
-    job = Job(problem, x, reads, precision, gradients=True)
+    job = Job(problem, x, reads, operands, "backward")
     state = None if state is None else state.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in x[:5]]
@@ -89,7 +89,7 @@ def backward(
     with job.device():
         if job.one_chunk:
             job.launch(
-                window_gradient_kernel, (p.sequences * p.H,), job.plan.gradients, **given,
+                window_gradient_kernel, (p.sequences * p.H,), job.plan.window, **given,
                 HAS_STATE=state is not None, HAS_DSTATE=dstate is not None, FACTORS=job.prepares,
             )  # fmt: skip
         else:
@@ -107,16 +107,22 @@ def backward(
     return [*grads, None if x.state is None else dinitial]
 
 
+def plan_of(problem: Problem, operands: Operands, direction: Direction) -> Plan:
+    """The plan of a problem on the device at hand."""
+    p = problem
+    major = torch.cuda.get_device_capability()[0] if p.device == "cuda" else 0
+    return plan_for(p.K, p.V, operands, p.rule.gate == "channel", p.T, direction, 10 * major)
+
+
 class Job:
     """Sizes, switches and scratch of the launches of one call."""
 
-    def __init__(self, problem: Problem, x: Tensors, reads: bool, precision: str, gradients: bool) -> None:
+    def __init__(self, problem: Problem, x: Tensors, reads: bool, operands: Operands, direction: Direction) -> None:
         p, rule = problem, problem.rule
         channel = rule.gate == "channel"
         self.problem, self.reads = problem, reads
-        self.type = torch.bfloat16 if p.dtype == torch.bfloat16 else torch.float32
-        bits = 16 if self.type == torch.bfloat16 else 32
-        self.plan = plan_for(p.K, p.V, bits, channel, p.T, gradients)
+        self.type = torch.bfloat16 if operands == "bf16" else torch.float32
+        self.plan = plan_of(problem, operands, direction)
         chunk = self.plan.chunk
         self.slots = p.T // chunk + p.sequences if p.packed else triton.cdiv(p.T, chunk) * p.B
         self.rows = p.B * p.T
@@ -129,7 +135,8 @@ class Job:
             "HV": p.HV, "GROUP": p.HV // p.H, "K": p.K, "V": p.V, "C": chunk, "KP": padded(p.K),
             "GATE": GATES[rule.gate], "DELTA": rule.delta, "HAS_BETA": x.beta is not None, "NORMALIZE": p.normalize,
             "READS": reads, "PACKED": p.packed,
-            "DT": tl.bfloat16 if bits == 16 else tl.float32, "PRECISION": precision, "WIDE": precision != "tf32",
+            "DT": tl.bfloat16 if operands == "bf16" else tl.float32,
+            "PRECISION": "ieee" if operands == "exact" else "tf32", "WIDE": operands == "exact",
         }  # fmt: skip
 
     def factors(self, inverse: bool) -> dict[str, Tensor | None]:
@@ -156,9 +163,12 @@ class Job:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Launch a kernel with the arguments that it names."""
-        values = self.values | more | {"BK": min(tile.keys, padded(self.problem.K)), "BV": tile.values}
-        arguments = {name: values[name] for name in kernel.arg_names}
-        kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+        kernel[grid](**self.arguments(kernel, tile, **more), num_warps=tile.warps, num_stages=tile.stages)
+
+    def arguments(self, kernel: Any, tile: Tile, **more: Any) -> dict[str, Any]:
+        """What a kernel names, out of the job's values, those of the launch and the tile's."""
+        values = self.values | more | {"BK": tile.keys, "BV": tile.values}
+        return {name: values[name] for name in kernel.arg_names}
 
 
 def _pointers(problem: Problem, x: Tensors, reads: bool) -> dict[str, Any]:

@@ -1,19 +1,28 @@
-"""How the kernels are cut: chunk, value columns, warps and stages, from a table that is checked offline.
+"""How the kernels are cut: rows of a chunk, columns, warps and stages, from a table that is checked offline.
 
 Nothing is tuned while a model runs: the same problem always takes the same kernels, so results repeat bit for bit and
-a first call compiles once.
+a first call compiles once. The rows below come from compiling for sm_80, sm_90 and sm_100 without a device
+(tests/triton_offline): the largest tiles that neither spill beyond a stated budget nor exceed 99 KB of shared memory
+where a smaller part has no more. `sleepkern tune` measures on a device and writes a table of the same form, which
+`use_table` puts in front of this one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 STEP_LIMIT = 8
 """Tokens that are taken one by one rather than as a chunk."""
 
+Operands = Literal["bf16", "tf32", "exact"]
+"""What products multiply: bfloat16, float32 rounded to tf32 (float16 too), or float32 exactly."""
+Direction = Literal["forward", "backward"]
 
-@dataclass(frozen=True)
-class Tile:
+
+class Tile(NamedTuple):
     """One kernel: key and value columns at a time, warps, and stages of its loads in flight."""
 
     keys: int
@@ -24,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The kernels of one problem; chunk is the number of rows of a chunk."""
+    """The kernels of one problem; chunk is the number of rows of a chunk. ingest and adjoint hold all key columns."""
 
     chunk: int
     prepare: Tile
@@ -32,7 +41,98 @@ class Plan:
     adjoint: Tile
     gradients: Tile
     window: Tile
-    step: Tile
+
+
+class Key(NamedTuple):
+    """What a plan is looked up by: capability 80 for devices of 8.x, 90 for 9.x ..., 0 for all; width, K at most."""
+
+    capability: int
+    direction: Direction
+    operands: Operands
+    channel: bool
+    width: int
+
+
+def _row(
+    width: int, chunk: int, prepare: tuple[int, int, int], walk: tuple[int, int, int], gradients: tuple[int, int, int]
+) -> tuple[int, Plan]:
+    """prepare, gradients: (keys, values, warps); walk: (values, warps, stages)."""
+    values, warps, stages = walk
+    whole = Tile(width, values, warps, stages)
+    cut = Tile(*gradients, 1)
+    return width, Plan(chunk, Tile(*prepare, 1), whole, whole, cut, cut)
+
+
+_HEAD: dict[Operands, tuple[tuple[int, Plan], ...]] = {
+    "bf16": (
+        _row(64, 64, (64, 64, 4), (32, 4, 2), (64, 64, 8)),
+        _row(128, 64, (64, 64, 4), (32, 4, 2), (64, 64, 8)),
+        _row(256, 32, (64, 64, 4), (32, 8, 2), (64, 64, 4)),
+    ),
+    "tf32": (
+        _row(64, 32, (32, 32, 4), (32, 4, 2), (32, 32, 8)),
+        _row(128, 32, (32, 32, 4), (16, 4, 2), (32, 32, 8)),
+        _row(256, 16, (32, 32, 4), (16, 8, 2), (32, 32, 4)),
+    ),
+    "exact": (
+        _row(64, 16, (32, 32, 4), (16, 4, 1), (16, 16, 4)),
+        _row(128, 16, (32, 32, 4), (16, 8, 1), (16, 16, 4)),
+        _row(256, 16, (32, 32, 4), (16, 16, 1), (16, 16, 4)),
+    ),
+}
+_CHANNEL: dict[Operands, tuple[tuple[int, Plan], ...]] = {
+    "bf16": (
+        _row(64, 64, (32, 64, 8), (32, 4, 2), (32, 64, 8)),
+        _row(128, 64, (32, 64, 8), (32, 4, 2), (32, 64, 8)),
+        _row(256, 32, (32, 64, 4), (32, 8, 2), (32, 64, 4)),
+    ),
+    "tf32": (
+        _row(64, 16, (32, 32, 4), (32, 4, 2), (32, 32, 4)),
+        _row(128, 16, (32, 32, 4), (16, 4, 2), (32, 32, 4)),
+        _row(256, 16, (32, 32, 4), (16, 8, 2), (32, 32, 4)),
+    ),
+    "exact": (
+        _row(64, 16, (16, 32, 4), (16, 4, 1), (16, 16, 4)),
+        _row(128, 16, (16, 32, 4), (16, 8, 1), (16, 16, 4)),
+        _row(256, 16, (16, 32, 4), (16, 16, 1), (16, 16, 4)),
+    ),
+}
+
+_AMPERE = {
+    False: _row(128, 64, (64, 64, 4), (32, 4, 2), (32, 32, 8)),
+    True: _row(128, 32, (32, 64, 8), (32, 4, 2), (64, 64, 8)),
+}
+"""Backward rows of bf16 for capability 8.x, whose matrix products hold their operands in registers."""
+
+TABLE: dict[Key, Plan] = {
+    Key(0, direction, operands, channel, width): plan
+    for channel, table in ((False, _HEAD), (True, _CHANNEL))
+    for operands, rows in table.items()
+    for width, plan in rows
+    for direction in ("forward", "backward")
+}
+TABLE |= {Key(80, "backward", "bf16", channel, w): plan for channel, (_, plan) in _AMPERE.items() for w in (64, 128)}
+"""One plan for every key with capability 0; keys with a capability come first, and `use_table` adds more of them."""
+
+
+def plan_for(
+    K: int, V: int, operands: Operands, channel: bool, T: int, direction: Direction, capability: int = 0
+) -> Plan:
+    """Plan for heads of K x V and sequences of up to T tokens: the table's, cut down to what is there."""
+    width = min(w for w in (64, 128, 256) if padded(K) <= w)
+    plan = TABLE.get(Key(capability, direction, operands, channel, width))
+    if plan is None:
+        plan = TABLE[Key(0, direction, operands, channel, width)]
+    chunk = plan.chunk
+    while chunk > 16 and chunk >= 2 * T:
+        chunk //= 2
+    tiles = (plan.prepare, plan.ingest, plan.adjoint, plan.gradients, plan.window)
+    return Plan(chunk, *(_fitted(tile, K, V, chunk) for tile in tiles))
+
+
+def step_tile(K: int, V: int) -> Tile:
+    """The decode kernel's tile: 32 value columns, so that one head's state comes from several multiprocessors."""
+    return Tile(padded(K), min(padded(V), 32), 4, 1)
 
 
 def padded(width: int) -> int:
@@ -40,26 +140,32 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def plan_for(K: int, V: int, bits: int, channel: bool, T: int, gradients: bool) -> Plan:
-    """Plan for heads of K x V, operands of `bits` bits and sequences of up to T tokens."""
-    chunk = _chunk(K, bits, channel, gradients)
-    while chunk > 16 and chunk >= 2 * T:
-        chunk //= 2
-    values = min(padded(V), 64 if bits == 16 else 32)
-    keys = 32 if channel else 64
-    walk = Tile(padded(K), min(values, 32), 4, 2)
-    return Plan(
-        chunk=chunk,
-        prepare=Tile(keys, values, 4, 1),
-        ingest=walk,
-        adjoint=walk,
-        gradients=Tile(keys, values, 8, 1),
-        window=Tile(keys, values, 4, 1),
-        step=Tile(padded(K), min(padded(V), 32), 4, 1),
-    )
+def use_table(path: str | Path) -> int:
+    """Put the plans of a file written by `sleepkern tune` in front of the built-in ones; returns how many they are.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    rows = json.loads(Path(path).read_text())
+    try:
+        plans = {Key(**row["key"]): _plan_from(row["plan"]) for row in rows["plans"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"path: got {path}, which is not a table of `sleepkern tune` ({error!r})") from error
+    TABLE.update(plans)
+    return len(plans)
 
 
-def _chunk(K: int, bits: int, channel: bool, gradients: bool) -> int:
-    """Rows of a chunk: 64, and fewer where tiles of [C, K] would not fit the registers."""
-    width = padded(K) * (2 if bits == 32 else 1) * (2 if channel else 1) * (2 if gradients else 1)
-    return 64 if width <= 256 else 32 if width <= 512 else 16
+def table_rows(plans: dict[Key, Plan]) -> list[dict[str, object]]:
+    """What `use_table` reads back, ready for JSON."""
+    return [{"key": key._asdict(), "plan": asdict(plan)} for key, plan in plans.items()]
+
+
+def _plan_from(row: dict[str, object]) -> Plan:
+    tiles = {name: Tile(*value) for name, value in row.items() if isinstance(value, (list, tuple))}
+    return Plan(chunk=int(str(row["chunk"])), **tiles)
+
+
+def _fitted(tile: Tile, K: int, V: int, chunk: int) -> Tile:
+    """A tile no wider than the head; a chunk of 16 rows keeps no more than four warps busy."""
+    warps = min(tile.warps, 4) if chunk == 16 and tile.stages == 1 and tile.keys < padded(K) else tile.warps
+    return Tile(min(tile.keys, padded(K)), min(tile.values, padded(V)), warps, tile.stages)

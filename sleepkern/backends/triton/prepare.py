@@ -37,7 +37,7 @@ def channel_scores(q, k, G, READS: tl.constexpr, DELTA: tl.constexpr, C: tl.cons
     i = tl.arange(0, C)
     qk = tl.zeros([C, C], tl.float32)
     kk = tl.zeros([C, C], tl.float32)
-    for level in range(0, LEVELS):
+    for level in range(LEVELS):
         e, upper, pair, _ = level_decay(G, level, C, BK)
         y = tl.trans(tl.where(upper, 0.0, k * e))
         if READS:

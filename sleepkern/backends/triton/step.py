@@ -42,7 +42,7 @@ def step_kernel(
     S = tl.zeros([KP, BV], tl.float32)
     if HAS_STATE:
         S = load_tile(p_state + at_state, V, K, col, V, KP, BV)
-    for _ in range(0, T):
+    for _ in range(T):
         k = head_row(p_k + row * k_stride + at_key, K, KP, 0, NORMALIZE)
         v = head_row(p_v + row * v_stride + head * V, V, BV, col, False)
         if GATE == HEAD:

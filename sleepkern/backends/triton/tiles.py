@@ -1,9 +1,9 @@
 """What all stages share: where a chunk lies, tiles in and out, products in one precision, decay inside a chunk.
 
-Names in kernels: p_x is a pointer to x; C, BK, BV are tile sizes (powers of two), K and V the widths of the heads;
-GATE is one of NONE, HEAD, CHANNEL. A product never takes the transpose of another product: Triton 3.4 to 3.7.0 turns
-that into wrong code on Hopper (the fault of flash-linear-attention's issue 640). Where such a transpose is wanted, it
-is made by a product of its own or read back transposed.
+Names in kernels: p_x is a pointer to x, x_stride the numbers from one row (token) to the next; C rows of a chunk, BK
+key columns, BV value columns, KP the power of two that holds all key columns; GATE is NONE, HEAD or CHANNEL, DT the
+type of operands. A product never takes the transpose of another product: Triton 3.4 to 3.7.0 turns that into wrong
+code on Hopper (flash-linear-attention's issue 640). Where one is wanted it goes through memory and is read back turned.
 """
 
 from __future__ import annotations

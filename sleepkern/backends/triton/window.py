@@ -67,7 +67,7 @@ def window_gradient_kernel(
     slot = pair // H
     key_head = pair % H
     begin = slot.to(tl.int64) * T
-    for member in range(0, GROUP):
+    for member in range(GROUP):
         head = key_head * GROUP + member
         lane = slot * HV + head
         at_state = lane.to(tl.int64) * K * V

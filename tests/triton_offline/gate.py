@@ -1,0 +1,158 @@
+"""Every Triton kernel, with every row of the plan table, compiled for GPUs that are not there and held to their limits.
+
+    python tests/triton_offline/gate.py [--jobs 2] [--quick]
+
+Prints what each needs and exits with 1 if one exceeds a limit: shared memory and tensor memory of the architecture, a
+budget of stack (spilled registers), tensor-core instructions where products are bf16 or tf32. Must be a process of its
+own: under TRITON_INTERPRET Triton's own functions are interpreted ones and nothing can be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="sleepkern-triton-"))
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+from compiling import Compiled, Launch, compile_launch, on_device, record
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sleepkern.backends.triton.plan import TABLE, Key
+from sleepkern.rules import GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
+from sleepkern.testing import Shape
+
+CAPABILITIES = (80, 90, 100)
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY = 512
+LONG = 8192
+STACK = {"bf16": 512, "tf32": 512, "exact": 1024}
+"""Bytes of stack a thread may spill; exact products, which take no matrix unit, hold more at a time."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kernel of one call."""
+
+    name: str
+    rule: Rule
+    shape: Shape
+    key: Key
+    kernel: str
+    capability: int
+    normalize: bool = False
+    passes: int = 1
+
+    def launch(self) -> Launch:
+        """The launch that the product would make."""
+        key = self.key
+        with on_device(self.capability):
+            launches = record(self.rule, self.shape, key.operands, key.direction, self.normalize, self.passes)
+        return next(one for one in launches if one.name == self.kernel)
+
+
+def subjects(quick: bool) -> Iterator[Subject]:
+    """Every row of the table on every architecture; then switches that the rows do not show, on one.
+
+    The two directions share prepare, which is compiled in the backward's form (it also keeps X). Windows of float32
+    and exact products, which hold no architecture's matrix units, are compiled for sm_90 alone.
+    """
+    for key in TABLE:
+        if quick and (key.width != 128 or key.operands != "bf16"):
+            continue
+        every = CAPABILITIES if key.capability == 0 else (key.capability,)
+        some = every if key.operands == "bf16" else (90,)
+        shape = Shape(T=LONG, H=16, HV=16, K=key.width, V=key.width)
+        rule = KDA if key.channel else GATED_DELTA_RULE
+        shared = () if key.direction == "backward" else ("prepare_kernel",)
+        yield from _of(rule, shape, key, every if key.operands != "exact" else some, without=shared)
+        yield from _of(rule, replace(shape, T=16 if key.operands != "bf16" else 64), key, some, without=shared)
+    yield from _switches()
+
+
+def _switches() -> Iterator[Subject]:
+    grouped = Shape(H=4, HV=16, K=96, V=192, lengths=(1000, 3000, 50))
+    for rule in (GATED_DELTA_RULE, SIMPLE_GLA, GLA, KDA):
+        for direction in ("forward", "backward"):
+            key = Key(0, direction, "bf16", rule.gate == "channel", 128)
+            yield from _of(rule, grouped, key, (90,), normalize=True)
+        key = Key(0, "forward", "bf16", rule.gate == "channel", 128)
+        yield from _of(rule, Shape(T=256, H=16, HV=16, K=128, V=128), key, (90,), passes=8)
+        yield from _of(rule, Shape(T=1, H=16, HV=16, K=128, V=128), key, CAPABILITIES)
+
+
+def _of(
+    rule: Rule, shape: Shape, key: Key, capabilities: tuple[int, ...] = CAPABILITIES, normalize: bool = False,
+    passes: int = 1, without: tuple[str, ...] = (),
+) -> Iterator[Subject]:  # fmt: skip
+    name = f"{rule.name} {key.direction} {key.operands} T={shape.T} K={shape.K} V={shape.V}"
+    name += " packed" * (shape.lengths is not None) + f" N={passes}" * (passes > 1)
+    for capability in capabilities:
+        with on_device(capability):
+            launches = record(rule, shape, key.operands, key.direction, normalize, passes)
+        for one in launches:
+            if one.name not in without:
+                yield Subject(name, rule, shape, key, one.name, capability, normalize, passes)
+
+
+def measure(subject: Subject) -> tuple[Subject, Compiled | None, str]:
+    """The compiled kernel's needs, and what is wrong with them ('' if nothing)."""
+    try:
+        one = subject.launch()
+        made = compile_launch(one, subject.capability)
+    except Exception as error:  # a compiler's failure is one red row, not the end of the table
+        return subject, None, f"{type(error).__name__}: {str(error).splitlines()[-1][:80]}"
+    return subject, made, "; ".join(_faults(subject, made))
+
+
+def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
+    operands = subject.key.operands
+    if made.shared > SHARED[subject.capability]:
+        yield f"shared memory {made.shared} > {SHARED[subject.capability]}"
+    if made.stack > STACK[operands]:
+        yield f"stack {made.stack} > {STACK[operands]}"
+    if made.tensor_memory > TENSOR_MEMORY:
+        yield f"tensor memory {made.tensor_memory} > {TENSOR_MEMORY}"
+    if operands != "exact" and subject.kernel != "step_kernel" and made.tensor_instructions == 0:
+        yield "no tensor-core instruction"
+    if made.instructions < 100:
+        yield f"an empty body ({made.instructions} instructions)"
+
+
+def main() -> int:
+    """Compile all, print the table, return the number of faulty kernels (at most 1)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--quick", action="store_true", help="only the rows of bf16, K = 128")
+    options = parser.parse_args()
+    chosen = list(subjects(options.quick))
+    console = Console(width=170)
+    table = Table(title="Triton kernels, compiled without a device")
+    for column in ("call", "kernel", "sm", "registers", "stack", "shared", "tensor memory", "mma", "seconds", "fault"):
+        table.add_column(column, justify="left" if column in ("call", "kernel", "fault") else "right")
+    faulty = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        done = pool.map(measure, chosen)
+        for subject, made, fault in track(done, "compiling", total=len(chosen), console=console):
+            faulty += bool(fault)
+            numbers = [""] * 6
+            if made is not None:
+                needs = (made.registers, made.stack, made.shared, made.tensor_memory, made.tensor_instructions)
+                numbers = [*(str(n) for n in needs), f"{made.seconds:.1f}"]
+            table.add_row(subject.name, subject.kernel, str(subject.capability), *numbers, f"[red]{fault}[/]")
+    console.print(table)
+    console.print(f"{len(chosen)} kernels, {faulty} faulty")
+    return min(faulty, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
