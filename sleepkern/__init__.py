@@ -1,6 +1,7 @@
 """Fast, correct, pleasant kernels for fast weights and sleep. Start with ops.py."""
 
 from . import rules
+from .backends.triton.plan import use_plans
 from .dispatch import Explanation
 from .measure import bench, verify
 from .ops import (
@@ -32,5 +33,6 @@ __all__ = [
     "simple_gla",
     "sleep_ingest",
     "ssd",
+    "use_plans",
     "verify",
 ]

@@ -66,7 +66,7 @@ def kernel(problem: Problem) -> str:
     """One line on the code that runs."""
     if _stepwise(problem):
         return "Triton, token by token"
-    operands, channel = _operands(problem), problem.rule.gate == "channel"
+    operands, channel = operands_of(problem), problem.rule.gate == "channel"
     chunk = plan_for(problem.K, problem.V, operands, channel, problem.T, "forward").chunk
     replay = f", replay by {method_of(problem)}" if problem.passes > 1 else ""
     return f"Triton, chunks of {chunk}, {operands} products{replay}"
@@ -81,12 +81,12 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
     """Readouts and final state of `problem.passes` passes."""
     if problem.T == 0:
         return _no_tokens(problem, x)
-    return Ingested(*_launch().forward(problem, x, x.state, problem.output, _operands(problem)))
+    return Ingested(*_launch().forward(problem, x, x.state, problem.output, operands_of(problem)))
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state."""
-    operands = _operands(problem)
+    operands = operands_of(problem)
     if problem.passes == 1 or problem.T == 0:
         return _one_backward(operands, problem, x, x.state, do, dstate)
     operands = "tf32" if operands == "bf16" else operands  # sums over passes are kept in float32
@@ -100,7 +100,7 @@ def step(problem: Problem, x: Tensors) -> Tensor:
     if problem.T == 0:
         return torch.empty_like(x.v)
     state = x.state.contiguous()
-    o: Tensor = _launch().forward(problem, x, state, True, _operands(problem), final=state)[0]
+    o: Tensor = _launch().forward(problem, x, state, True, operands_of(problem), final=state)[0]
     if state is not x.state:
         x.state.copy_(state)
     return o
@@ -131,7 +131,7 @@ def _stepwise(problem: Problem) -> bool:
     return problem.T <= STEP_LIMIT and problem.passes == 1 and not problem.packed
 
 
-def _operands(problem: Problem) -> Operands:
+def operands_of(problem: Problem) -> Operands:
     """What products multiply. float32 inputs are multiplied as torch multiplies matrices: exactly, unless
 
     torch.set_float32_matmul_precision allows tf32. float16 ones take tf32 too, which holds them exactly and has room

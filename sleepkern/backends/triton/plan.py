@@ -4,7 +4,7 @@ Nothing is tuned while a model runs: the same problem always takes the same kern
 a first call compiles once. The rows below come from compiling for sm_80, sm_90 and sm_100 without a device
 (tests/triton_offline): the largest tiles that neither spill beyond a stated budget nor exceed 99 KB of shared memory
 where a smaller part has no more. `sleepkern tune` measures on a device and writes a table of the same form, which
-`use_table` puts in front of this one.
+`use_plans` puts in front of this one.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ TABLE: dict[Key, Plan] = {
     for direction in ("forward", "backward")
 }
 TABLE |= {Key(80, "backward", "bf16", channel, w): plan for channel, (_, plan) in _AMPERE.items() for w in (64, 128)}
-"""One plan for every key with capability 0; keys with a capability come first, and `use_table` adds more of them."""
+"""One plan for every key with capability 0; keys with a capability come first, and `use_plans` adds more of them."""
 
 
 def plan_for(
@@ -140,7 +140,7 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def use_table(path: str | Path) -> int:
+def use_plans(path: str | Path) -> int:
     """Put the plans of a file written by `sleepkern tune` in front of the built-in ones; returns how many they are.
 
     Raises:
@@ -156,7 +156,7 @@ def use_table(path: str | Path) -> int:
 
 
 def table_rows(plans: dict[Key, Plan]) -> list[dict[str, object]]:
-    """What `use_table` reads back, ready for JSON."""
+    """What `use_plans` reads back, ready for JSON."""
     return [{"key": key._asdict(), "plan": asdict(plan)} for key, plan in plans.items()]
 
 

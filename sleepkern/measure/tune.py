@@ -1,0 +1,179 @@
+"""Find the fastest plan of the Triton kernels on the device at hand, stage by stage.
+
+The whole call is timed while one tile varies and the others stay as found so far; then the next stage. A candidate
+that does not fit the device, or whose result is not that of the built-in plan, is left out. The outcome is rows of
+backends/triton/plan.py's table, with the device's capability in the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import triton as backend
+from ..backends.triton.plan import TABLE, Direction, Key, Plan, Tile, padded
+from ..ops import explain
+from ..rules import Rule
+from ..testing import TOLERANCE, Shape, call, make_inputs, relative_error
+from .timing import Candidate, time_in_turns
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is timed, how many are done, how many there are)."""
+
+STAGES: dict[Direction, tuple[str, ...]] = {
+    "forward": ("prepare", "ingest"),
+    "backward": ("prepare", "ingest", "adjoint", "gradients"),
+}
+CHUNKS = (16, 32, 64)
+COLUMNS = (16, 32, 64)
+WARPS = (4, 8)
+LOADS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate; seconds None where it did not run or was wrong, which `note` says."""
+
+    key: Key
+    stage: str
+    plan: Plan
+    seconds: float | None
+    note: str = ""
+
+
+def tune(
+    rule: Rule,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    chunks: Sequence[int] = CHUNKS,
+    seconds: float = 0.2,
+    progress: Progress | None = None,
+) -> tuple[dict[Key, Plan], list[Trial]]:
+    """The fastest plan found for each direction of calls of this shape, and all that was tried.
+
+    Args:
+        chunks: rows of a chunk to try. seconds: how long a candidate is timed.
+
+    Raises:
+        ValueError: the Triton backend cannot do these calls on this device.
+    """
+    inputs = make_inputs(rule, shape, dtype, device=device)
+    problem = explain(rule, **inputs).problem
+    if (reason := backend.why_not(problem)) is not None:
+        raise ValueError(f"device: got {device!r}, which Triton's kernels cannot use: {reason}")
+    capability = 10 * torch.cuda.get_device_capability()[0] if device == "cuda" else 0
+    operands = backend.operands_of(problem)
+    best: dict[Key, Plan] = {}
+    trials: list[Trial] = []
+    for direction in STAGES:
+        key = Key(capability, direction, operands, rule.gate == "channel", _width(shape.K))
+        plan = _found(key)
+        run = _runner(rule, inputs, direction)
+        expected = run()
+        candidates = _Search(key, run, expected, TOLERANCE[dtype], device, seconds, trials, progress)
+        fastest = float("inf")
+        for chunk in chunks:
+            tuned, took = candidates.descend(replace(plan, chunk=chunk), direction)
+            if took < fastest:
+                best[key], fastest = tuned, took
+    return best, trials
+
+
+class _Search:
+    """Times plans of one key, and remembers what came out."""
+
+    def __init__(
+        self, key: Key, run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], tolerance: float,
+        device: str, seconds: float, trials: list[Trial], progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.key, self.run, self.expected, self.tolerance = key, run, expected, tolerance
+        self.device, self.seconds, self.trials, self.progress = device, seconds, trials, progress
+
+    def descend(self, plan: Plan, direction: Direction) -> tuple[Plan, float]:
+        """The best plan with this chunk, and its seconds (infinite where none ran)."""
+        best = self._time("all", plan)
+        for stage in STAGES[direction]:
+            options = list(_tiles(stage, self.key, getattr(plan, stage)))
+            for done, tile in enumerate(options):
+                if self.progress is not None:
+                    self.progress(f"{direction}, chunks of {plan.chunk}, {stage}", done, len(options))
+                candidate = replace(plan, **{stage: tile})
+                took = self._time(stage, candidate)
+                if took < best:
+                    plan, best = candidate, took
+        return plan, best
+
+    def _time(self, stage: str, plan: Plan) -> float:
+        with _plan_in_table(self.key, plan):
+            try:
+                worst = max(relative_error(a, b) for a, b in zip(self.run(), self.expected, strict=True))
+            except Exception as error:  # compilers and drivers refuse in many types; a refusal is one row
+                return self._note(Trial(self.key, stage, plan, None, f"{type(error).__name__}: {str(error)[:120]}"))
+            if not worst <= 2 * self.tolerance:
+                return self._note(Trial(self.key, stage, plan, None, f"differs by {worst:.1e}"))
+            timing = time_in_turns({"plan": Candidate([self.run])}, self.device, self.seconds)["plan"]
+        return self._note(Trial(self.key, stage, plan, timing.median))
+
+    def _note(self, trial: Trial) -> float:
+        self.trials.append(trial)
+        return float("inf") if trial.seconds is None else trial.seconds
+
+
+def _tiles(stage: str, key: Key, now: Tile) -> Iterator[Tile]:
+    """Candidates for a stage: all of a small grid, the present one left out. Walks hold all key columns."""
+    walks = stage in ("ingest", "adjoint")
+    keys = (key.width,) if walks else tuple(c for c in COLUMNS if c <= key.width)
+    loads = LOADS if walks else (1,)
+    for tile in product(keys, COLUMNS, WARPS, loads):
+        if tile != now:
+            yield Tile(*tile)
+
+
+@contextmanager
+def _plan_in_table(key: Key, plan: Plan) -> Iterator[None]:
+    before = TABLE.get(key)
+    TABLE[key] = plan
+    try:
+        yield
+    finally:
+        if before is None:
+            del TABLE[key]
+        else:
+            TABLE[key] = before
+
+
+def _found(key: Key) -> Plan:
+    return TABLE.get(key) or TABLE[key._replace(capability=0)]
+
+
+def _width(K: int) -> int:
+    return min(width for width in (64, 128, 256) if padded(K) <= width)
+
+
+def _runner(rule: Rule, inputs: dict[str, Any], direction: Direction) -> Callable[[], Sequence[Tensor]]:
+    """A call, or the gradients of one whose forward is already done; both give the tensors they make."""
+    if direction == "forward":
+
+        def forward() -> Sequence[Tensor]:
+            o, state = call(rule, inputs, backend.NAME)
+            assert state is not None
+            return o, state
+
+        return forward
+    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if t is not None and n != "cu_seqlens"}
+    o, state = call(rule, {**inputs, **leaves}, backend.NAME)
+    assert state is not None
+    results = [o, state]
+    upstream = [torch.randn_like(t) for t in results]
+
+    def backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(results, list(leaves.values()), upstream, retain_graph=True)
+
+    return backward
