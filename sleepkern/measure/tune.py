@@ -104,7 +104,8 @@ class _Search:
             for done, tile in enumerate(options):
                 if self.progress is not None:
                     self.progress(f"{direction}, chunks of {plan.chunk}, {stage}", done, len(options))
-                candidate = replace(plan, **{stage: tile})
+                change: dict[str, Any] = {stage: tile}
+                candidate = replace(plan, **change)
                 took = self._time(stage, candidate)
                 if took < best:
                     plan, best = candidate, took

@@ -37,11 +37,18 @@ from .tiles import (
 
 @triton.jit
 def value_columns(
-    p_v, p_P, p_X, p_dR, p_Vn, p_dVn, p_do, p_dv, b, at_rows, rows, scale, v_stride, do_stride,
+    p_v, p_P, p_X, p_kk, p_dR, p_Vn, p_dVn, p_do, p_dv, b, at_rows, rows, scale, v_stride, do_stride,
     HV: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dR.v [C]; writes dR and dv, scale dP over P and dM over X, which nothing needs any more."""
+    """dbeta and dG of head decay but for what goes through states, [C] each.
+
+    Writes dR and dv, scale dP over P and dM over X, which nothing needs any more. An element of dP P or dM M takes from
+    dG at its column what it gives at its row; both come from one matrix without its diagonal, so what cancels does so
+    exactly, and strong decay leaves small numbers instead of differences of large ones.
+    """
+    i = tl.arange(0, C)
+    below = i[:, None] > i[None, :]
     dP = tl.zeros([C, C], tl.float32)
     dM = tl.zeros([C, C], tl.float32)
     dR_v = tl.zeros([C], tl.float32)
@@ -58,13 +65,22 @@ def value_columns(
             store_tile(p_dR + at_rows * V, HV * V, rows, col, dR, V, C, BV)
         dR_v += tl.sum(dR * v, 1)
         store_tile(p_dv + at_rows * V, HV * V, rows, col, b[:, None] * dR, V, C, BV)
+    dG = tl.zeros([C], tl.float32)
+    if READS:
+        gain = tl.where(below, dP * load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C), 0.0)
+        dG += tl.sum(gain, 1) - tl.sum(gain, 0)
+    if DELTA:
+        gain = tl.where(below, dM * load_tile(p_kk + at_rows * C, HV * C, rows, 0, C, C, C), 0.0)
+        dR_v += tl.sum(gain, 1)
+        gain *= b[:, None]
+        dG += tl.sum(gain, 1) - tl.sum(gain, 0)
     tl.debug_barrier()
     if READS:
         store_tile(p_P + at_rows * C, HV * C, rows, 0, scale * dP, C, C, C)
     if DELTA:
         store_tile(p_X + at_rows * C, HV * C, rows, 0, dM, C, C, C)
     tl.debug_barrier()
-    return dR_v
+    return dR_v, dG
 
 
 @triton.jit
@@ -166,7 +182,7 @@ def key_columns(
     GATE: tl.constexpr, DELTA: tl.constexpr, READS: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """k.row [C], dG of head decay [C] and what its last row takes on top, from BK key columns of a value head.
+    """What of dbeta and of head decay's dG goes through states, [C] each, and what dG's last row takes on top.
 
     Writes dg of channel decay; writes dq and dk, on top of what is there when `add`.
     """
@@ -190,15 +206,22 @@ def key_columns(
     )  # fmt: skip
     if GATE != NONE:
         S_dS *= exp_of(last_row(G, C))
-    dq += scale * E * S_do
-    row -= E * S_dR
-    at_end = S_dS + tl.sum(k * until * dS_Vn, 0)
-    write += until * dS_Vn
-    dG = k * (b[:, None] * row - write)
+    S_do *= scale * E
+    S_dR *= E
+    dS_Vn *= until
+    dq += S_do
+    row -= S_dR
+    write += dS_Vn
+    at_end = S_dS + tl.sum(k * dS_Vn, 0)
+    k_row = -tl.sum(k * S_dR, 1)
+    dG = b * k_row - tl.sum(k * dS_Vn, 1)
     if READS:
-        dG += q * dq
+        dG += tl.sum(q * S_do, 1)
     if GATE == CHANNEL:
-        dg = tl.cumsum(dG, 0, reverse=True) + at_end[None, :]
+        all_dG = k * (b[:, None] * row - write)
+        if READS:
+            all_dG += q * dq
+        dg = tl.cumsum(all_dG, 0, reverse=True) + at_end[None, :]
         store_tile(p_dg + at_rows * K, HV * K, rows, col, dg, K, C, BK)
     dk = b[:, None] * row + write
     if add:
@@ -208,7 +231,7 @@ def key_columns(
         if add:
             dq += load_tile(p_dq + at_keys, H * K, rows, col, K, C, BK)
         store_tile(p_dq + at_keys, H * K, rows, col, dq, K, C, BK)
-    return tl.sum(k * row, 1), tl.sum(dG, 1), tl.sum(at_end, 0)
+    return k_row, dG, tl.sum(at_end, 0)
 
 
 @triton.jit
@@ -232,7 +255,7 @@ def finish(
 
 @triton.jit
 def chunk_gradients(
-    p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
+    p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_kk, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
     p_dq, p_dk, p_dv, p_dg, p_dbeta, p_dq_sum, p_dk_sum,
     slot, first, rows, key_head, scale, q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -263,8 +286,8 @@ def chunk_gradients(
         b = tl.full([C], 1.0, tl.float32)
         if HAS_BETA:
             b = load_row_values(p_beta + first * beta_stride + head, beta_stride, rows, C)
-        dbeta = value_columns(
-            p_v + first * v_stride + head * V, p_P, p_X, p_dR, p_Vn, p_dVn, p_do_head, p_dv, b,
+        dbeta, dG = value_columns(
+            p_v + first * v_stride + head * V, p_P, p_X, p_kk, p_dR, p_Vn, p_dVn, p_do_head, p_dv, b,
             at_rows, rows, scale, v_stride, do_stride, HV, V, C, BV, DELTA, READS, DT, PRECISION,
         )  # fmt: skip
         G = 0.0
@@ -273,7 +296,6 @@ def chunk_gradients(
             G = head_decay(p_g + first * g_stride + head, g_stride, rows, C, WIDE)
         if GATE == CHANNEL:
             p_g_head = p_g + first * g_stride + head * K
-        dG = tl.zeros([C], tl.float32)
         end = 0.0
         for col in range(0, K, BK):
             k_row, more, at_end = key_columns(
@@ -300,7 +322,7 @@ def chunk_gradients(
 @triton.jit(do_not_specialize=["T", "sequences"])
 def gradient_kernel(
     p_q, p_k, p_v, p_g, p_beta, p_offsets,  # as in prepare
-    p_P, p_X, p_starts, p_Vn,  # as in prepare and ingest
+    p_P, p_X, p_kk, p_starts, p_Vn,  # as in prepare and ingest
     p_ends, p_dVn, p_do,  # as in adjoint
     p_dR,  # [rows,HV,V] scratch
     p_dq, p_dk, p_dv, p_dg, p_dbeta,  # contiguous, shapes of the tensors
@@ -316,7 +338,7 @@ def gradient_kernel(
     _, first, rows = find_chunk(slot, p_offsets, T, sequences, C, PACKED)
     if rows > 0:
         chunk_gradients(
-            p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
+            p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_kk, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
             p_dq, p_dk, p_dv, p_dg, p_dbeta, p_dq_sum, p_dk_sum,
             slot, first, rows, tl.program_id(1), scale,
             q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,

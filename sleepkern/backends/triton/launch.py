@@ -19,11 +19,11 @@ from torch import Tensor
 from ...problem import Problem, Tensors
 from ..tensors import in_rows
 from .adjoint import adjoint_kernel
+from .decode import step_kernel
 from .gradients import gradient_kernel
 from .ingest import ingest_kernel
 from .plan import STEP_LIMIT, Direction, Operands, Plan, Tile, padded, plan_for, step_tile
 from .prepare import prepare_kernel
-from .step import step_kernel
 from .window import window_gradient_kernel, window_kernel
 
 GATES = {"none": 0, "head": 1, "channel": 2}
@@ -146,6 +146,7 @@ class Job:
         return {
             "p_P": self.empty(*rows, C) if self.reads else None,
             "p_X": self.empty(*rows, C) if inverse and delta else None,
+            "p_kk": self.empty(*rows, C) if inverse and delta else None,
             "p_W": self.empty(*rows, p.K) if delta else None,
             "p_U": self.empty(*rows, p.V) if delta else None,
             "p_Kt": self.empty(*rows, p.K) if channel else None,

@@ -160,14 +160,14 @@ def score_chunk(
 
 @triton.jit
 def prepare_chunk(
-    p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_W, p_U, p_Kt, p_Qe, p_end,
+    p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_kk, p_W, p_U, p_Kt, p_Qe, p_end,
     slot, first, rows, head, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr, KEEP: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Factors of the chunk of a value head that starts at row `first` and may use `rows` rows; X only when KEEP."""
+    """Factors of the chunk of a value head from row `first` on, `rows` of them there; X and kk only when KEEP."""
     at_rows = first * HV + head
     p_k += first * k_stride + (head // GROUP) * K
     if READS:
@@ -188,6 +188,7 @@ def prepare_chunk(
         X = invert(b[:, None] * kk, C, PRECISION)
         if KEEP:
             store_tile(p_X + at_rows * C, HV * C, rows, 0, X, C, C, C)
+            store_tile(p_kk + at_rows * C, HV * C, rows, 0, kk, C, C, C)
         b_norm = b * k_norm
         if GATE == HEAD:
             b_norm *= exp_of(G)
@@ -204,7 +205,7 @@ def prepare_chunk(
 @triton.jit(do_not_specialize=["T", "sequences"])
 def prepare_kernel(
     p_q, p_k, p_v, p_g, p_beta, p_offsets,  # q, k [rows,H,K]  v [rows,HV,V]  g, beta: rules.py
-    p_P, p_X, p_W, p_U, p_Kt, p_Qe,  # P, X [rows,HV,C]  W, Kt, Qe [rows,HV,K]  U [rows,HV,V]
+    p_P, p_X, p_kk, p_W, p_U, p_Kt, p_Qe,  # P, X, kk [rows,HV,C]  W, Kt, Qe [rows,HV,K]  U [rows,HV,V]
     p_end,  # [slots,HV,K] G at the last row of the chunk, for channel decay
     T, sequences, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
     HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -217,7 +218,7 @@ def prepare_kernel(
     _, first, rows = find_chunk(slot, p_offsets, T, sequences, C, PACKED)
     if rows > 0:
         prepare_chunk(
-            p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_W, p_U, p_Kt, p_Qe, p_end,
+            p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_kk, p_W, p_U, p_Kt, p_Qe, p_end,
             slot, first, rows, tl.program_id(1), scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
             HV, GROUP, K, V, C, BK, BV, GATE, DELTA, NORMALIZE, READS, KEEP, DT, PRECISION, WIDE,
         )  # fmt: skip

@@ -34,7 +34,7 @@ def window_kernel(
     begin = slot.to(tl.int64) * T
     if FACTORS:
         prepare_chunk(
-            p_q, p_k, p_v, p_g, p_beta, p_P, p_P, p_W, p_U, p_Kt, p_Qe, p_end,
+            p_q, p_k, p_v, p_g, p_beta, p_P, p_P, p_P, p_W, p_U, p_Kt, p_Qe, p_end,
             slot, begin, T, lane % HV, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
             HV, GROUP, K, V, C, BK, BV, GATE, DELTA, NORMALIZE, READS, False, DT, PRECISION, WIDE,
         )  # fmt: skip
@@ -51,7 +51,7 @@ def window_kernel(
 @triton.jit(do_not_specialize=["T"])
 def window_gradient_kernel(
     p_q, p_k, p_v, p_g, p_beta, p_state,  # as in prepare and ingest
-    p_P, p_X, p_W, p_U, p_Kt, p_Qe, p_end, p_final, p_starts, p_Vn,
+    p_P, p_X, p_kk, p_W, p_U, p_Kt, p_Qe, p_end, p_final, p_starts, p_Vn,
     p_do, p_dstate, p_dinitial, p_ends, p_dVn,  # as in adjoint
     p_dR, p_dq, p_dk, p_dv, p_dg, p_dbeta, p_dq_sum, p_dk_sum,  # as in gradients
     T, scale, q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,
@@ -73,7 +73,7 @@ def window_gradient_kernel(
         at_state = lane.to(tl.int64) * K * V
         if FACTORS:
             prepare_chunk(
-                p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_W, p_U, p_Kt, p_Qe, p_end,
+                p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_kk, p_W, p_U, p_Kt, p_Qe, p_end,
                 slot, begin, T, head, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
                 HV, GROUP, K, V, C, BK, BV, GATE, DELTA, NORMALIZE, READS, True, DT, PRECISION, WIDE,
             )  # fmt: skip
@@ -96,7 +96,7 @@ def window_gradient_kernel(
             store_tile(p_dinitial + at_state, V, K, col, dS, V, KP, BV)
     tl.debug_barrier()
     chunk_gradients(
-        p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
+        p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_kk, p_starts, p_Vn, p_ends, p_dVn, p_dR, p_do,
         p_dq, p_dk, p_dv, p_dg, p_dbeta, p_dq_sum, p_dk_sum,
         slot, begin, T, key_head, scale, q_stride, k_stride, v_stride, g_stride, beta_stride, do_stride,
         HV, GROUP, K, V, C, BK, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, SUMS, DT, PRECISION, WIDE,

@@ -1,0 +1,79 @@
+"""One call by the Triton backend and by the float64 reference, results and gradients side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sleepkern
+from sleepkern.rules import Rule
+from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
+
+STRONG = ("strong", "extreme")
+
+
+def errors(
+    rule: Rule,
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    passes: int = 1,
+    readouts: bool = True,
+    upstream: str = "both",
+    normalize: bool = False,
+    backend: str = "triton",
+    **inputs: Any,
+) -> dict[str, float]:
+    """Relative errors of o, state and every gradient.
+
+    upstream: which gradients come from above, "o", "state" or "both". readouts False leaves q out. Under strong decay
+    dg is a small difference of large terms, and its error is taken relative to those.
+    """
+    x = make_inputs(rule, shape, dtype, seed=3, **inputs)
+    if normalize:
+        x["q"], x["k"] = 3 * x["q"], 0.5 * x["k"]
+    generator = torch.Generator().manual_seed(5)
+    do = torch.randn(x["v"].shape, generator=generator).to(dtype) if upstream != "state" else None
+    dstate = torch.randn(shape.sequences, shape.HV, shape.K, shape.V, generator=generator)
+    if not readouts:
+        x["q"], do = None, None
+    options = {"passes": passes, "normalize": normalize}
+    actual = results(rule, x, backend, do, dstate if upstream != "o" else None, **options)
+    expected = results(rule, to_float64(x), "reference", do, dstate if upstream != "o" else None, **options)
+    assert actual.keys() == expected.keys()
+    found = {name: _error(actual[name], expected[name]) for name in expected}
+    if inputs.get("decay") in STRONG and "g" in found:
+        terms = torch.stack([x[n].double() * expected[n] for n in ("q", "k") if n in expected]).norm()
+        found["g"] = float((actual["g"].double() - expected["g"]).norm() / terms.clamp_min(1e-30))
+    return found
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    """relative_error, but for results too small for float32, such as gradients through exp(-200)."""
+    if float(expected.norm()) < 1e-30:
+        return float(actual.norm() > 1e-30)
+    return relative_error(actual, expected)
+
+
+def results(
+    rule: Rule, x: dict[str, Any], backend: str, do: Tensor | None, dstate: Tensor | None, passes: int, normalize: bool
+) -> dict[str, Tensor]:
+    """o, state and the gradients of all tensors, by name; what no gradient reaches is left out."""
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if isinstance(t, Tensor) and n in NAMES}
+    y = {**x, **leaves}
+    if passes == 1 and x["q"] is not None:
+        o, state = call(rule, y, backend, use_qk_l2norm_in_kernel=normalize)
+    else:
+        slept = sleepkern.sleep_ingest(
+            **y, passes=passes, rule=rule, backend=backend, use_qk_l2norm_in_kernel=normalize
+        )
+        o, state = slept.output, slept.final_state
+    assert state is not None
+    pairs = [(t, d.to(t)) for t, d in ((o, do), (state, dstate)) if t is not None and d is not None]
+    torch.autograd.backward([t for t, _ in pairs], [d for _, d in pairs])
+    made = {"o": o, "state": state, **{n: t.grad for n, t in leaves.items()}}
+    return {name: t.detach() for name, t in made.items() if t is not None}
+
+
+NAMES = ("q", "k", "v", "g", "beta", "initial_state")

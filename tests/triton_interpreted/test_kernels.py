@@ -1,0 +1,175 @@
+"""Every kernel, every rule, against the float64 reference: readouts, states and all gradients, at awkward shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from checking import errors
+
+import sleepkern
+from sleepkern.backends.triton.plan import plan_for
+from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, SIMPLE_GLA, Rule
+from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
+
+ALL = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+TF32 = 2e-3
+ONE = {"H": 1, "HV": 1}
+SHAPES: dict[str, Shape] = {
+    "one token": Shape(T=1, K=16, V=16),
+    "T=9 K=5 V=3": Shape(B=2, T=9, K=5, V=3, **ONE),
+    "T=15": Shape(T=15, K=32, V=48, **ONE),
+    "T=17": Shape(T=17, K=48, V=32, **ONE),
+    "T=63": Shape(T=63, K=16, V=32, **ONE),
+    "T=65": Shape(T=65, K=32, V=16, **ONE),
+    "T=130": Shape(T=130, K=16, V=16, **ONE),
+    "grouped": Shape(B=2, T=20, H=1, HV=3, K=16, V=16),
+    "packed": Shape(H=1, HV=2, K=16, V=16, lengths=(1, 16, 17, 0, 5)),
+}
+WIDE: dict[str, Shape] = {
+    "K=96 V=40": Shape(T=20, K=96, V=40, **ONE),
+    "K=200 V=37": Shape(T=18, K=200, V=37, **ONE),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "no decay": {"decay": "zero"},
+    "strong": {"decay": "strong"},
+    "extreme": {"decay": "extreme"},
+    "beta 2, correlated": {"beta_max": 2.0, "correlation": 0.9},
+    "from zero": {"initial_state": False},
+    "only readouts": {"upstream": "o"},
+    "only the state": {"upstream": "state"},
+    "state only": {"readouts": False},
+    "normalised": {"normalize": True},
+}
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """float32 products may use tf32, as torch.set_float32_matmul_precision says."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def within(found: dict[str, float], tolerance: float) -> None:
+    assert all(error <= tolerance for error in found.values()), found
+
+
+@ALL
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(rule: Rule, shape: Shape) -> None:
+    within(errors(rule, shape), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("rule", [GATED_DELTA_RULE, KDA], ids=["gated_delta_rule", "kda"])
+@pytest.mark.parametrize("shape", WIDE.values(), ids=WIDE)
+def test_wide_heads(rule: Rule, shape: Shape) -> None:
+    within(errors(rule, shape), TOLERANCE[torch.float32])
+    within(errors(rule, shape, torch.bfloat16), TOLERANCE[torch.bfloat16])
+
+
+@ALL
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_variants(rule: Rule, variant: dict[str, Any]) -> None:
+    if "decay" in variant and rule.gate == "none":
+        pytest.skip("no gate")
+    within(errors(rule, Shape(T=40, H=1, HV=2, K=16, V=16), **variant), TOLERANCE[torch.float32])
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [24, 64, 150])
+def test_types(rule: Rule, dtype: torch.dtype, T: int) -> None:
+    """One window and several chunks of the plans that run on matrix units."""
+    within(errors(rule, Shape(T=T, K=32, V=32, **ONE), dtype), TOLERANCE[dtype])
+
+
+@ALL
+def test_tf32(rule: Rule, tf32: None) -> None:
+    found = errors(rule, Shape(T=80, K=32, V=32, **ONE))
+    within(found, TF32)
+    assert max(found.values()) > 2e-5  # it did round
+
+
+@ALL
+@pytest.mark.parametrize("passes", [2, 7])
+def test_replay(rule: Rule, passes: int) -> None:
+    shape = Shape(T=18, H=1, HV=2, K=16, V=16) if passes == 7 else Shape(K=16, V=16, **ONE, lengths=(3, 0, 20))
+    within(errors(rule, shape, passes=passes, readouts=passes == 7), TOLERANCE[torch.float32])
+
+
+@ALL
+def test_replay_in_bfloat16(rule: Rule) -> None:
+    within(errors(rule, Shape(T=40, K=32, V=32, **ONE), torch.bfloat16, passes=3), TOLERANCE[torch.bfloat16])
+
+
+@ALL
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_steps_in_place(rule: Rule, T: int) -> None:
+    x = make_inputs(rule, Shape(B=2, T=T, H=1, HV=2, K=24, V=37), seed=6)
+    expected_o, expected_S = call(rule, to_float64(x), "reference")
+    state = x["initial_state"].clone()
+    given = (x["q"], x["k"], x["v"], x["g"], x["beta"])
+    o, same = sleepkern.recurrent_step(*given, state, rule=rule, backend="triton")
+    assert same is state and expected_S is not None
+    assert relative_error(o, expected_o) < 2e-5 and relative_error(state, expected_S) < 2e-5
+    strided = x["initial_state"].transpose(2, 3).contiguous().transpose(2, 3)
+    sleepkern.recurrent_step(*given, strided, rule=rule, backend="triton")
+    assert torch.equal(strided, state)
+
+
+@ALL
+def test_minus_infinity_forgets(rule: Rule) -> None:
+    if rule.gate == "none":
+        pytest.skip("no gate")
+    x = make_inputs(rule, Shape(T=30, K=16, V=16, **ONE), seed=9)
+    x["g"][:, 20] = -torch.inf
+    o, S = call(rule, x, "triton")
+    expected_o, expected_S = call(rule, to_float64(x), "reference")
+    assert S is not None and expected_S is not None
+    assert relative_error(o, expected_o) < 2e-5 and relative_error(S, expected_S) < 2e-5
+
+
+def test_strided_inputs_are_read_in_place() -> None:
+    x = make_inputs(KDA, Shape(B=2, T=20, K=16, V=16), seed=7)
+    expected_o, expected_S = call(KDA, x, "triton")
+    wide = torch.cat([x["q"].flatten(2), x["k"].flatten(2), x["v"].flatten(2)], -1)
+    sliced = {n: wide[..., i * 32 : (i + 1) * 32].unflatten(-1, (2, 16)) for i, n in enumerate("qkv")}
+    o, S = call(KDA, {**x, **sliced}, "triton")
+    assert torch.equal(o, expected_o) and S is not None and expected_S is not None and torch.equal(S, expected_S)
+
+
+@ALL
+def test_one_call_is_several_chained_calls(rule: Rule) -> None:
+    x = make_inputs(rule, Shape(T=41, K=16, V=16, **ONE), seed=5)
+    whole_o, whole_S = call(rule, x, "triton")
+    outputs, state = [], x["initial_state"]
+    for a, b in ((0, 20), (20, 21), (21, 41)):
+        cut = {n: t[:, a:b] if n in ("q", "k", "v", "g", "beta") and t is not None else t for n, t in x.items()}
+        o, state = call(rule, {**cut, "initial_state": state}, "triton")
+        outputs.append(o)
+    assert whole_S is not None and state is not None
+    assert relative_error(torch.cat(outputs, 1), whole_o) < 2e-6 and relative_error(state, whole_S) < 2e-6
+
+
+@ALL
+def test_no_tokens_return_the_initial_state(rule: Rule) -> None:
+    x = make_inputs(rule, Shape(B=2, T=0, K=8, V=8))
+    o, S = call(rule, x, "triton")
+    assert o.shape == (2, 0, 2, 8) and S is not None and torch.equal(S, x["initial_state"])
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    """No atomics: one program makes a sum, in one order. Grouped heads and normalisation sum over value heads."""
+    shape = Shape(T=40, H=1, HV=3, K=16, V=16)
+    first, second = (errors(SIMPLE_GLA, shape, torch.bfloat16, normalize=True) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("operands", ["bf16", "tf32", "exact"])
+def test_every_chunk_length_is_met(operands: Any) -> None:
+    """The shapes above run chunks of 16 to 64 rows; a plan whose chunk they miss would go untested."""
+    chunks = {plan_for(32, 32, operands, channel, 150, "backward").chunk for channel in (False, True)}
+    assert chunks <= {16, 32, 64}

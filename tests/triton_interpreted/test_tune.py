@@ -1,0 +1,41 @@
+"""Tuning as a mechanism: candidates are tried, wrong ones left out, the table is written and read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sleepkern
+from sleepkern.backends.triton import plan
+from sleepkern.measure import tune
+from sleepkern.rules import GATED_DELTA_RULE
+from sleepkern.testing import Shape
+
+
+def test_tuned_plans_are_written_and_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tune, "COLUMNS", (16,))
+    monkeypatch.setattr(tune, "WARPS", (2, 4))
+    monkeypatch.setattr(tune, "LOADS", (1,))
+    table = dict(plan.TABLE)
+    shape = Shape(T=20, H=1, HV=1, K=16, V=16)
+    best, trials = tune.tune(GATED_DELTA_RULE, shape, torch.float32, "cpu", chunks=(16, 24), seconds=0.01)
+    assert plan.TABLE == table
+    assert {key.direction for key in best} == {"forward", "backward"}
+    assert all(found.chunk == 16 for found in best.values())
+    refused = [t for t in trials if t.seconds is None]
+    assert refused and all(t.plan.chunk == 24 and t.note for t in refused)  # no tile has 24 rows
+    file = tmp_path / "plans.json"
+    file.write_text(json.dumps({"plans": plan.table_rows(best)}))
+    monkeypatch.setattr(plan, "TABLE", table)
+    assert sleepkern.use_plans(file) == len(best)
+    assert all(plan.TABLE[key] == found for key, found in best.items())
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match=r"path: got .*other.json, which is not a table"):
+        sleepkern.use_plans(file)
