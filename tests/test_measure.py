@@ -1,13 +1,16 @@
 """Measurement: work counted right, times taken in turns, and nothing wrong passes as right."""
 
 import importlib
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
-from sleepkern import rules, settings
+import sleepkern
+from sleepkern import dispatch, rules, settings
 from sleepkern.backends import chunked, cpu
-from sleepkern.measure import bench, bench_cases, flops, peers, timing, verify
+from sleepkern.measure import bench, bench_cases, ceilings, flops, gpu_cases, peers, timing, verify
 from sleepkern.measure import cases as cases_module
 from sleepkern.measure.cases import QUICK, SUITES, Case, run, select
 from sleepkern.measure.environment import native_module
@@ -195,7 +198,7 @@ def test_a_wrong_peer_is_named_wrong_and_not_compared_with(monkeypatch):
         return lambda: tuple(2 * x for x in run(case, inputs))
 
     peer = peers.Peer("doubled", lambda case, device: None, doubled)
-    monkeypatch.setattr(bench_module, "peers_of", lambda case: (peer,))
+    monkeypatch.setattr(bench_module, "peers_of", lambda case, device: (peer,))
     (row,) = bench_cases([TINY], quick=True).rows
     (result,) = row.peers
     assert result.ratio is None
@@ -258,3 +261,63 @@ def test_inputs_are_rotated_and_repeatable():
     assert not torch.equal(sets[0]["k"], sets[1]["k"])
     train = Case("train", TINY.rule, TINY.shape)
     assert torch.equal(train.inputs()["do"], train.inputs()["do"])
+
+
+def test_gpu_suites_ask_the_same_questions_and_fit_the_time():
+    assert set(gpu_cases.QUICK) == set(gpu_cases.SUITES)
+    quick, full = select("all", True, "cuda"), select("all", False, "cuda")
+    assert len({case.name for case in full}) == len(full)
+    assert all(case.dtype == torch.bfloat16 for case in full)
+    assert len(quick) * gpu_cases.SECONDS_PER_CASE <= 180
+    for case in quick:  # what runs there, seen from here
+        assert dispatch.explain_problem(case.problem("cuda")).reasons["triton"] in (None, "Triton is not installed")
+
+
+def test_ceilings_are_measured():
+    found = ceilings.measured("cpu", matrix=64, copied=1 << 16)
+    assert found.gflops > 0 and found.gigabytes_per_second > 0
+
+
+@pytest.mark.parametrize("op", ["forward", "train", "decode"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_fla_is_called_as_its_functions_are_named(monkeypatch, rule, op):
+    """A stand-in with fla's names and keywords, which computes by the reference."""
+    case = Case(op, rule, Shape(T=1 if op == "decode" else 20, H=2, HV=2, K=8, V=8))
+
+    def function(q, k, v, g=None, gk=None, beta=None, initial_state=None, output_final_state=False):
+        assert (beta is not None) == rule.delta
+        decay = g if gk is None else gk
+        names = {"q": q, "k": k, "v": v, "initial_state": initial_state}
+        names |= {} if decay is None else {"g": decay}
+        names |= {} if beta is None else {"beta": beta}
+        options = {"output_final_state": output_final_state, "backend": "reference"}
+        return getattr(sleepkern, rule.name)(**names, **options)
+
+    module = ModuleType(f"fla.ops.{rule.name}")
+    setattr(module, f"{'fused_recurrent' if op == 'decode' else 'chunk'}_{rule.name}", function)
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    theirs = peers._fla(case, case.inputs(), 1)()
+    ours = run(case, case.inputs(), backend="reference")
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(theirs, ours, strict=True))
+
+
+def test_ours_in_other_forms_agree():
+    replay = Case("ingest", rules.KDA, Shape(T=20, H=2, HV=2, K=8, V=8), passes=3)
+    once = Case("ingest", rules.KDA, Shape(T=20, H=2, HV=2, K=8, V=8))
+    forward = Case("forward", rules.KDA, Shape(T=70, H=1, HV=1, K=8, V=8))
+    forms = ((peers._pass_by_pass, replay), (peers._with_readouts, once), (peers._compiled, forward))
+    for form, case in forms:
+        state = form(case, case.inputs(), 1)()[1]
+        assert relative_error(state, run(case, case.inputs())[1]) < 1e-5
+
+
+def test_a_peer_that_fails_is_a_note(monkeypatch):
+    def fails(case, inputs, threads):
+        raise RuntimeError("not on this device")
+
+    peer = peers.Peer("broken", lambda case, device: None, fails)
+    monkeypatch.setattr(bench_module, "peers_of", lambda case, device: (peer,))
+    (row,) = bench_cases([TINY], quick=True).rows
+    assert row.passed and row.peers[0].note == "failed: RuntimeError: not on this device"

@@ -31,7 +31,7 @@ def command(
     wrong."""
     check_device(device)
     try:
-        report = run(suite, quick, threads, device)
+        report = run(suite, quick, threads, device, json)
     except ValueError as error:
         raise usage(error) from error
     show(report)
@@ -41,10 +41,16 @@ def command(
     finish(report.passed)
 
 
-def run(suite: str = "all", quick: bool = False, threads: int = 1, device: str = "cpu") -> Report:
-    """`bench` under a progress bar."""
+def run(
+    suite: str = "all", quick: bool = False, threads: int = 1, device: str = "cpu", json: Path | None = None
+) -> Report:
+    """`bench` under a progress bar; what is there after each case goes to `json` at once."""
+
+    def keep(report: Report) -> None:
+        write_json(json, to_dict(report), quiet=True)
+
     with progress_bar() as progress:
-        return bench(suite=suite, quick=quick, threads=threads, device=device, progress=progress)
+        return bench(suite=suite, quick=quick, threads=threads, device=device, progress=progress, so_far=keep)
 
 
 def to_dict(report: Report) -> dict[str, Any]:
@@ -65,6 +71,9 @@ def show(report: Report) -> None:
     console.print(table(report))
     where = report.environment
     peak = "" if report.peak_gflops is None else f", peak of a core {report.peak_gflops:.0f} GFLOP/s (float32)"
+    if report.peak_gigabytes_per_second is not None and report.peak_gflops is not None:
+        tera, giga = report.peak_gflops / 1e3, report.peak_gigabytes_per_second
+        peak = f", large bfloat16 products {tera:.0f} TFLOP/s, large copies {giga:.0f} GB/s"
     console.print(f"[dim]{where['device']}, {where['threads']} thread(s){peak}, {where['date'][:16]}[/]")
     console.print("[dim]x: how many times faster sleepkern is, median over turns of one run[/]")
     for row in report.rows:
@@ -84,6 +93,8 @@ def table(report: Report) -> Table:
     result = Table(title=TITLE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     result.add_column("case", no_wrap=True)
     headings = ["ms", "GFLOP\n/s", "of\npeak"]
+    if report.peak_gigabytes_per_second is not None:
+        headings.append("of\nbytes/s")
     headings += ["x " + name.replace("transformers", "trans-\nformers").replace(" ", "\n") for name in theirs]
     if others:
         headings.append("x ours,\n" + "\n".join(name.removeprefix(OURS) for name in others))
@@ -91,11 +102,14 @@ def table(report: Report) -> Table:
         result.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         ratios = [_ratio(row, [name]) for name in theirs] + ([_ratio(row, others)] if others else [])
-        result.add_row(row.rule + "\n  " + row.details, *_figures(row), *ratios)
+        figures = _figures(row)
+        if report.peak_gigabytes_per_second is not None:
+            figures = (*figures, "" if row.share_of_bandwidth is None else f"{row.share_of_bandwidth:.0%}")
+        result.add_row(row.rule + "\n  " + row.details, *figures, *ratios)
     return result
 
 
-def _figures(row: Row) -> tuple[str, str, str]:
+def _figures(row: Row) -> tuple[str, ...]:
     if row.milliseconds is None or row.gflops is None:
         return "[red]wrong[/]", "", ""
     share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"

@@ -37,14 +37,15 @@ def progress_bar() -> Iterator[Report]:
         yield report
 
 
-def write_json(path: Path | None, content: dict[str, Any]) -> None:
+def write_json(path: Path | None, content: dict[str, Any], quiet: bool = False) -> None:
     """Write where asked for, making folders; infinities become strings, which JSON has no number
     for."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-    console.print(f"wrote {path}", soft_wrap=True)
+    if not quiet:
+        console.print(f"wrote {path}", soft_wrap=True)
 
 
 def check_device(device: str) -> str:

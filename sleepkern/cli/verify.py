@@ -11,9 +11,11 @@ from rich import box
 from rich.table import Table
 
 from ..measure import environment, verify
-from ..measure.verify import Row
+from ..measure.cases import type_name
+from ..measure.verify import DTYPES, Row
 from .output import check_device, console, finish, progress_bar, usage, write_json
 
+TYPES = {type_name(dtype): dtype for dtype in DTYPES}
 SHOWN = 12
 """Red comparisons listed one by one under the table; the JSON has them all."""
 
@@ -23,13 +25,18 @@ def command(
     backend: Annotated[list[str] | None, typer.Option(help="only this backend; may be repeated")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="only this rule; may be repeated")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="fewer shapes and variants")] = False,
+    dtype: Annotated[list[str] | None, typer.Option(help=f"only this type of {', '.join(TYPES)}")] = None,
+    tf32: Annotated[bool, typer.Option("--tf32", help="let float32 products on a GPU round to tf32")] = False,
     json: Annotated[Path | None, typer.Option(help="write every comparison to this file")] = None,
 ) -> None:
     """Compare every backend with the float64 reference: outputs and gradients. Exit status 1 when
     one is wrong."""
     check_device(device)
+    for name in dtype or ():
+        if name not in TYPES:
+            raise typer.BadParameter(f"got {name!r}; expected one of {', '.join(TYPES)}", param_hint="--dtype")
     try:
-        rows = run(device, backend, rule, quick)
+        rows = run(device, backend, rule, quick, dtype, tf32)
     except ValueError as error:
         raise usage(error) from error
     console.print(table(rows))
@@ -43,10 +50,13 @@ def run(
     backends: list[str] | None = None,
     rules: list[str] | None = None,
     quick: bool = False,
+    dtypes: list[str] | None = None,
+    tf32: bool = False,
 ) -> list[Row]:
     """`verify` under a progress bar."""
+    types = None if not dtypes else [TYPES[name] for name in dtypes]
     with progress_bar() as progress:
-        return verify(backends=backends, rules=rules, quick=quick, device=device, progress=progress)
+        return verify(backends, rules, types, quick, device, progress, tf32=tf32)
 
 
 def passed(rows: list[Row], backends: list[str] | None = None) -> bool:

@@ -18,7 +18,8 @@ from ..dispatch import explain_problem
 from ..testing import TOLERANCE, relative_error, to_float64
 from . import cases, timing
 from .cases import Case, Result
-from .environment import environment, peak_gflops
+from .ceilings import Ceilings, ceilings
+from .environment import environment
 from .peers import Peer, peers_of
 from .verify import Progress
 
@@ -62,6 +63,7 @@ class Row:
     gflops: float | None
     share_of_peak: float | None
     gigabytes_per_second: float | None
+    share_of_bandwidth: float | None
     peers: tuple[PeerRow, ...]
 
     @property
@@ -80,11 +82,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `bench` measured, and where. peak_gflops: of one core in float32, None on a
-    GPU."""
+    """Everything `bench` measured, and where. The peaks are measured too (ceilings.py)."""
 
     environment: dict[str, Any]
     peak_gflops: float | None
+    peak_gigabytes_per_second: float | None
     rows: tuple[Row, ...]
 
     @property
@@ -102,8 +104,8 @@ class Report:
         """For JSON."""
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
         return {
-            "environment": self.environment, "peak_gflops": self.peak_gflops, "passed": self.passed,
-            "rows": rows,
+            "environment": self.environment, "peak_gflops": self.peak_gflops,
+            "peak_gigabytes_per_second": self.peak_gigabytes_per_second, "passed": self.passed, "rows": rows,
         }  # fmt: skip
 
 
@@ -113,6 +115,7 @@ def bench(
     threads: int = 1,
     device: str = "cpu",
     progress: Progress | None = None,
+    so_far: Callable[[Report], None] | None = None,
 ) -> Report:
     """Time a suite of cases and every peer that is installed.
 
@@ -121,18 +124,17 @@ def bench(
             train, tiny, threads.
         quick: shorter sequences and fewer turns (about a minute).
         threads: torch threads of ours and of every peer.
-        device: cpu or cuda; on a GPU the inputs are bfloat16.
+        device: cpu or cuda; a GPU has suites of its own (gpu_cases.py), in bfloat16.
         progress: called with (text, done, total).
+        so_far: called with what there is after each case, so that a run that is cut off leaves something.
 
     Raises:
         ValueError: an unknown suite, or threads below 1.
     """
     if threads < 1:
         raise ValueError(f"threads: got {threads}; expected at least 1")
-    chosen = [_on_device(case, device) for case in cases.select(suite, quick)]
-    if torch.device(device).type == "cuda":
-        chosen = [case for case in chosen if case.threads is None]
-    return bench_cases(chosen, quick=quick, threads=threads, device=device, progress=progress)
+    chosen = cases.select(suite, quick, device)
+    return bench_cases(chosen, quick=quick, threads=threads, device=device, progress=progress, so_far=so_far)
 
 
 def bench_cases(
@@ -141,30 +143,24 @@ def bench_cases(
     threads: int = 1,
     device: str = "cpu",
     progress: Progress | None = None,
+    so_far: Callable[[Report], None] | None = None,
 ) -> Report:
     """`bench` on cases of your own."""
     with timing.threads(threads):
-        on_cpu = torch.device(device).type == "cpu"
-        peak = peak_gflops() if on_cpu else None
-        where = environment(device)
-        rows = []
+        best = ceilings(device)
+        report = Report(environment(device), best.gflops, best.gigabytes_per_second, ())
         for done, case in enumerate(chosen):
             if progress is not None:
                 progress(case.name, done, len(chosen))
-            rows.append(_measure(case, quick, threads, device, peak))
+            report = replace(report, rows=(*report.rows, _measure(case, quick, threads, device, best)))
+            if so_far is not None:
+                so_far(report)
     if progress is not None:
         progress("measured", len(chosen), len(chosen))
-    return Report(where, peak, tuple(rows))
+    return report
 
 
-def _on_device(case: Case, device: str) -> Case:
-    """On a GPU: bfloat16, and a batch that fills more of it."""
-    if torch.device(device).type == "cpu":
-        return case
-    return replace(case, dtype=torch.bfloat16, shape=replace(case.shape, B=2))
-
-
-def _measure(case: Case, quick: bool, threads: int, device: str, peak: float | None) -> Row:
+def _measure(case: Case, quick: bool, threads: int, device: str, best: Ceilings) -> Row:
     ours_threads = case.threads or threads
     small = case.shortened(100 if quick else CHECKED_TOKENS)
     expected = _expected(small, device)
@@ -174,7 +170,7 @@ def _measure(case: Case, quick: bool, threads: int, device: str, peak: float | N
     times: dict[str, timing.Timing] = {}
     peers: dict[str, tuple[Peer, float | None, str | None]] = {}
     if error <= tolerance:
-        for peer in peers_of(case):
+        for peer in peers_of(case, device):
             peers[peer.name] = (peer, *_check_peer(peer, small, expected, ours_threads, device))
         times = _time(
             case,
@@ -183,7 +179,7 @@ def _measure(case: Case, quick: bool, threads: int, device: str, peak: float | N
             quick,
             device,
         )
-    return _row(case, ours_threads, error, tolerance, times, peers, peak, device)
+    return _row(case, ours_threads, error, tolerance, times, peers, best, device)
 
 
 def _check_peer(
@@ -193,7 +189,10 @@ def _check_peer(
     reason = peer.why_not(small, device)
     if reason is not None:
         return None, reason
-    error = _error(lambda x: peer.prepare(small, x, threads), small, expected, device)
+    try:
+        error = _error(lambda x: peer.prepare(small, x, threads), small, expected, device)
+    except Exception as failure:  # whatever a peer raises is a note on its row, not the end of the table
+        return None, f"failed: {type(failure).__name__}: {str(failure)[:200]}"
     return error, f"wrong: relative error {error:.1e}" if not error <= PEER_WRONG else None
 
 
@@ -247,13 +246,14 @@ def _row(
     tolerance: float,
     times: dict[str, timing.Timing],
     peers: dict[str, tuple[Peer, float | None, str | None]],
-    peak: float | None,
+    best: Ceilings,
     device: str,
 ) -> Row:
     explained = explain_problem(case.problem(device))
     ours = times.get("ours")
     seconds = None if ours is None else ours.median
     gflops = None if seconds is None else case.flops / seconds * 1e-9
+    gigabytes = None if seconds is None else case.bytes / seconds * 1e-9
     return Row(
         case=case.name,
         op=case.op,
@@ -269,8 +269,11 @@ def _row(
         best_milliseconds=None if ours is None else 1e3 * ours.minimum,
         tokens_per_second=None if seconds is None else case.shape.B * case.shape.T * case.passes / seconds,
         gflops=gflops,
-        share_of_peak=None if gflops is None or peak is None else gflops / (peak * threads),
-        gigabytes_per_second=None if seconds is None else case.bytes / seconds * 1e-9,
+        share_of_peak=None if gflops is None or best.gflops is None else gflops / (best.gflops * threads),
+        gigabytes_per_second=gigabytes,
+        share_of_bandwidth=None
+        if gigabytes is None or best.gigabytes_per_second is None
+        else gigabytes / best.gigabytes_per_second,
         peers=tuple(_peer_row(name, ours, times.get(name), *rest[1:]) for name, rest in peers.items()),
     )
 

@@ -21,6 +21,10 @@ Result = tuple[Tensor | None, Tensor | None]
 
 CACHE_BYTES = 64 << 20
 """Sets of inputs are made until they exceed this, so that no cache holds them all."""
+MOST_CHECKED = 4
+"""Sequences of a case whose result is checked."""
+MOST_DRAWN = 1024
+"""Tokens of an input on a GPU that are drawn."""
 COPIES = 4
 """But at most so many sets."""
 
@@ -85,16 +89,29 @@ class Case:
         )  # fmt: skip
 
     def shortened(self, tokens: int) -> Case:
-        """The same case with at most `tokens` tokens, for the check of its result."""
-        return replace(self, shape=replace(self.shape, T=min(tokens, self.shape.T)))
+        """The same case with at most `tokens` tokens and few sequences, for the check of its result."""
+        s = self.shape
+        return replace(self, shape=replace(s, B=min(s.B, MOST_CHECKED), T=min(tokens, s.T)))
 
     def inputs(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
         """One set of inputs; `do`, the gradient of the readouts, among them for train."""
-        inputs = make_inputs(self.rule, self.shape, self.dtype, seed=seed, device=device)
+        inputs = self._drawn(seed, device)
         if self.op == "train":
             v, generator = inputs["v"], torch.Generator().manual_seed(seed)
             inputs["do"] = torch.randn(v.shape, generator=generator).to(v)
         return inputs
+
+    def _drawn(self, seed: int, device: str) -> dict[str, Any]:
+        """Random where they are few; more than MOST_DRAWN tokens repeat the first ones, for a CPU draws slowly."""
+        s = self.shape
+        times = s.T // MOST_DRAWN
+        if torch.device(device).type == "cpu" or times < 2 or s.T % MOST_DRAWN:
+            return make_inputs(self.rule, s, self.dtype, seed=seed, device=device)
+        few = make_inputs(self.rule, replace(s, T=MOST_DRAWN), self.dtype, seed=seed, device=device)
+        rows = ("q", "k", "v", "g", "beta")
+        return {
+            n: t.repeat(1, times, *[1] * (t.dim() - 2)) if n in rows and t is not None else t for n, t in few.items()
+        }
 
     def rotation(self, device: str = "cpu") -> list[dict[str, Any]]:
         """Sets of inputs to rotate through."""
@@ -186,9 +203,13 @@ QUICK: dict[str, tuple[Case, ...]] = {
 """The same suites, shortened for `demo`."""
 
 
-def select(suite: str, quick: bool) -> tuple[Case, ...]:
+def select(suite: str, quick: bool, device: str = "cpu") -> tuple[Case, ...]:
     """Cases of a suite, or of all; ValueError with the known names otherwise."""
     suites = QUICK if quick else SUITES
+    if torch.device(device).type == "cuda":
+        from . import gpu_cases
+
+        suites = gpu_cases.QUICK if quick else gpu_cases.SUITES
     if suite == "all":
         return sum(suites.values(), ())
     if suite not in suites:

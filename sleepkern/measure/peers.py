@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from ..backends import chunked
+from ..problem import Tensors
 from .cases import Case, Result, gradients, run
 
 Prepared = Callable[[], Result]
@@ -38,8 +40,10 @@ class Peer:
     threads: int | None = None
 
 
-def peers_of(case: Case) -> tuple[Peer, ...]:
+def peers_of(case: Case, device: str = "cpu") -> tuple[Peer, ...]:
     """The peers to try on a case, and ours under other settings where that is the question."""
+    if torch.device(device).type == "cuda":
+        return GPU_PEERS
     if case.threads is not None:
         return (Peer("ours, 1 thread", _always, _ours, threads=1),)
     if case.dtype != torch.float32:
@@ -212,6 +216,52 @@ def _fla(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
     return _passes(case, inputs, forward)
 
 
+# Ours in other forms, on a GPU: what a launch for all passes and a forward without readouts are worth.
+
+
+def _pass_by_pass_why_not(case: Case, device: str) -> str | None:
+    return None if case.op == "ingest" and case.passes > 1 else "one pass"
+
+
+def _pass_by_pass(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
+    once = replace(case, passes=1)
+    return _passes(case, inputs, lambda x: run(once, x))
+
+
+def _with_readouts_why_not(case: Case, device: str) -> str | None:
+    return None if case.op == "ingest" and case.passes == 1 else "has readouts"
+
+
+def _with_readouts(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
+    full = replace(case, op="forward")
+    return lambda: (None, run(full, inputs)[1])
+
+
+def _compiled_why_not(case: Case, device: str) -> str | None:
+    if case.op != "forward" or case.shape.T > COMPILED_TOKENS:
+        return f"unrolled over chunks, so only compiled for a forward of at most {COMPILED_TOKENS} tokens"
+    return None
+
+
+def _compiled(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
+    """The readable chunk form by torch.compile, for which it has to be called past the operator."""
+    forward = torch.compile(chunked.forward)
+    problem, tensors = case.problem(str(inputs["k"].device)), Tensors(*inputs.values())
+
+    def compiled() -> Result:
+        out = forward(problem, tensors)
+        return out.o, out.state
+
+    return compiled
+
+
+COMPILED_TOKENS = 2048
+GPU_PEERS = (
+    Peer("fla", _fla_why_not, _fla),
+    Peer("torch.compile", _compiled_why_not, _compiled),
+    Peer("ours, pass by pass", _pass_by_pass_why_not, _pass_by_pass),
+    Peer("ours, with readouts", _with_readouts_why_not, _with_readouts),
+)
 PEERS = (
     Peer("token loop", _always, _token_loop),
     Peer("transformers", _transformers_why_not, _transformers),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES = 3
+TF32_TOLERANCE = 2e-3
 _GRADIENTS = ("q", "k", "v", "g", "beta", "initial_state")
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -101,6 +103,7 @@ def verify(
     device: str = "cpu",
     progress: Progress | None = None,
     shapes: Sequence[str] | None = None,
+    tf32: bool = False,
 ) -> list[Row]:
     """Compare every backend with the float64 reference; one row per comparison, red ones have
     `passed` False.
@@ -111,6 +114,8 @@ def verify(
         device: where the backends run; the reference always runs on the CPU.
         progress: called with (text, done, total).
         shapes: names in testing.AWKWARD_SHAPES, default all (or a choice of them when quick).
+        tf32: let float32 products round to tf32, as torch.set_float32_matmul_precision("high") does, and ask for
+            TF32_TOLERANCE of them.
 
     Raises:
         ValueError: an unknown backend, rule or shape.
@@ -133,10 +138,22 @@ def verify(
     for done, trial in enumerate(trials):
         if progress is not None:
             progress(f"{trial.rule.name} {type_name(trial.dtype)}", done, len(trials))
-        rows += _compare(trial, names, device)
+        with products("high" if tf32 else torch.get_float32_matmul_precision()):
+            rows += _compare(trial, names, device, tf32)
     if progress is not None:
         progress("verified", len(trials), len(trials))
     return rows
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """How torch multiplies float32 matrices, and sleepkern's kernels on a GPU with it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def variant_applies(rule: Rule, variant: str) -> bool:
@@ -164,7 +181,8 @@ def _plan(classes: list[str], quick: bool) -> Iterator[tuple[str, str, str]]:
             yield "sleep", shape, first
 
 
-def _compare(trial: Trial, backends: list[str], device: str) -> list[Row]:
+def _compare(trial: Trial, backends: list[str], device: str, tf32: bool = False) -> list[Row]:
+    rounded = tf32 and trial.dtype == torch.float32
     shape = AWKWARD_SHAPES[trial.shape]
     inputs = make_inputs(trial.rule, shape, trial.dtype, device=device, **VARIANTS[trial.variant])
     upstream = _upstream(inputs, shape)
@@ -172,8 +190,9 @@ def _compare(trial: Trial, backends: list[str], device: str) -> list[Row]:
     rows = []
     for backend in backends:
         row = Row(
-            backend, trial.rule.name, type_name(trial.dtype), trial.op, trial.shape, trial.variant,
-            TOLERANCE[trial.dtype], refused=_explain(trial, inputs).reasons[backend],
+            backend, trial.rule.name, "tf32" if rounded else type_name(trial.dtype), trial.op, trial.shape,
+            trial.variant, TF32_TOLERANCE if rounded else TOLERANCE[trial.dtype],
+            refused=_explain(trial, inputs).reasons[backend],
         )  # fmt: skip
         if row.refused is None:
             if expected is None:

@@ -1,0 +1,71 @@
+"""`sleepkern verify` on a GPU, one process for each rule and type: most of the time is compiling, on one core each.
+
+    python benchmarks/gpu_verify.py FOLDER [--seconds 150]
+
+Writes FOLDER/verify-RULE-TYPE.json and FOLDER/verify.json, which has the worst error of each; 1 when one is red.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sleepkern.rules import RULES
+
+TYPES = ("bfloat16", "float16", "float32", "tf32")
+
+
+def verify(rule: str, kind: str, folder: Path, device: str, deadline: float) -> dict[str, Any]:
+    """One process; its summary."""
+    file = folder / f"verify-{rule}-{kind}.json"
+    options = ["--dtype", "float32", "--tf32"] if kind == "tf32" else ["--dtype", kind]
+    command = [
+        sys.executable, "-m", "sleepkern", "verify", "--device", device, "--backend", "triton", "--quick",
+        "--rule", rule, *options, "--json", str(file),
+    ]  # fmt: skip
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=max(deadline - begin, 1), check=False)
+        end = f"exit {done.returncode}"
+        if not file.exists():
+            end += ": " + (done.stdout + done.stderr)[-400:]
+    except subprocess.TimeoutExpired:
+        end = "out of time"
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    compared = [row for row in rows if row["refused"] is None]
+    red = [f"{row['op']} {row['shape']} {row['variant']}: {row['worst']}" for row in compared if not row["passed"]]
+    worst = max((row["worst"] for row in compared if isinstance(row["worst"], float)), default=None)
+    seconds = round(time.monotonic() - begin)
+    return {"rule": rule, "type": kind, "end": end, "compared": len(compared), "worst": worst, "red": red,
+            "seconds": seconds}  # fmt: skip
+
+
+def main() -> int:
+    """All of them, as many at a time as there are cores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + options.seconds
+    jobs = [(rule, kind, options.folder, options.device, deadline) for kind in TYPES for rule in RULES]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = list(pool.map(lambda job: verify(*job), jobs))
+    for one in found:
+        print(f"{one['rule']} {one['type']}: {one['compared']} compared, worst {one['worst']}, {one['end']}")
+        for line in one["red"]:
+            print(f"  red: {line}")
+    (options.folder / "verify.json").write_text(json.dumps({"command": "gpu_verify", "runs": found}, indent=1) + "\n")
+    return int(any(one["red"] or not one["compared"] or one["end"] != "exit 0" for one in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
