@@ -42,7 +42,7 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_on(device: str) -> str | None:
     """None, or the sentence why nothing can run on a type of device."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed"
     if device != "cuda":
         return None if _interpreted() else f"runs on a GPU, the tensors are on {device}"
@@ -148,6 +148,11 @@ def _launch() -> Any:
     from . import launch
 
     return launch
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)

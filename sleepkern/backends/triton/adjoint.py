@@ -13,6 +13,7 @@ from .tiles import (
     CHANNEL,
     HEAD,
     exp_of,
+    find_columns,
     find_sequence,
     head_decay,
     last_row,
@@ -93,9 +94,8 @@ def adjoint_kernel(
     GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr, HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(V, BV), sequences * HV). Registers: dS [KP, BV] float32. HAS_STATE: p_dstate is given."""
-    col = tl.program_id(0) * BV
-    lane = tl.program_id(1)
+    """Grid (sequences * HV * cdiv(V, BV),). Registers: dS [KP, BV] float32. HAS_STATE: p_dstate is given."""
+    lane, col = find_columns(V, BV)
     begin, total, slot = find_sequence(lane // HV, p_offsets, T, C, PACKED)
     at_state = lane.to(tl.int64) * K * V
     dS = tl.zeros([KP, BV], tl.float32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import CHANNEL, FORGET, HEAD, NORM_EPS, load_tile, store_tile
+from .tiles import CHANNEL, FORGET, HEAD, NORM_EPS, find_columns, load_tile, store_tile
 
 
 @triton.jit
@@ -32,9 +32,8 @@ def step_kernel(
     GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
     HAS_STATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(V, BV), B * HV). Registers: S [KP, BV] float32."""
-    col = tl.program_id(0) * BV
-    lane = tl.program_id(1)
+    """Grid (B * HV * cdiv(V, BV),). Registers: S [KP, BV] float32."""
+    lane, col = find_columns(V, BV)
     head = lane % HV
     row = (lane // HV).to(tl.int64) * T
     at_key = (head // GROUP) * K

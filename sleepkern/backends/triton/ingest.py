@@ -18,6 +18,7 @@ from .tiles import (
     HEAD,
     NORM_EPS,
     exp_of,
+    find_columns,
     find_sequence,
     head_decay,
     last_row,
@@ -178,12 +179,12 @@ def ingest_kernel(
     KEEP: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, PACKED: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(V, BV), sequences * HV). Registers: S [KP, BV] float32 for all chunks of all passes."""
-    lane = tl.program_id(1)
+    """Grid (sequences * HV * cdiv(V, BV),). Registers: S [KP, BV] float32 for all chunks of all passes."""
+    lane, col = find_columns(V, BV)
     begin, total, slot = find_sequence(lane // HV, p_offsets, T, C, PACKED)
     ingest_columns(
         p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_state, p_o, p_final, p_starts, p_Vn,
-        begin, total, slot, lane, tl.program_id(0) * BV, scale, passes,
+        begin, total, slot, lane, col, scale, passes,
         q_stride, k_stride, v_stride, g_stride, beta_stride,
         HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, KEEP, HAS_STATE, REPLAY,
         DT, PRECISION, WIDE,

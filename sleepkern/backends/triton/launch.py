@@ -45,7 +45,7 @@ def forward(
     with job.device():
         if p.T <= STEP_LIMIT and p.passes == 1 and not p.packed:
             tile = step_tile(p.K, p.V)
-            job.launch(step_kernel, (triton.cdiv(p.V, tile.values), lanes), tile, **given, **switches)
+            job.launch(step_kernel, (lanes * triton.cdiv(p.V, tile.values),), tile, **given, **switches)
             return o, final
         given |= job.factors(inverse=False)
         tile = job.plan.ingest
@@ -54,7 +54,7 @@ def forward(
             return o, final
         if job.prepares:
             job.launch(prepare_kernel, (job.slots, p.HV), job.plan.prepare, **given, **switches)
-        job.launch(ingest_kernel, (triton.cdiv(p.V, tile.values), lanes), tile, **given, **switches)
+        job.launch(ingest_kernel, (lanes * triton.cdiv(p.V, tile.values),), tile, **given, **switches)
     return o, final
 
 
@@ -97,11 +97,12 @@ def backward(
             if job.prepares:
                 job.launch(prepare_kernel, (job.slots, p.HV), job.plan.prepare, **given, KEEP=True)
             job.launch(
-                ingest_kernel, (triton.cdiv(p.V, walk.values), lanes), walk, **given | {"READS": False},
+                ingest_kernel, (lanes * triton.cdiv(p.V, walk.values),), walk, **given | {"READS": False},
                 KEEP=True, HAS_STATE=state is not None, REPLAY=False,
             )  # fmt: skip
-            grid = (triton.cdiv(p.V, back.values), lanes)
-            job.launch(adjoint_kernel, grid, back, **given, HAS_STATE=dstate is not None)
+            job.launch(
+                adjoint_kernel, (lanes * triton.cdiv(p.V, back.values),), back, **given, HAS_STATE=dstate is not None
+            )
             job.launch(gradient_kernel, (job.slots, p.H), job.plan.gradients, **given)
     grads = [d if d is None or t is None else d.to(t.dtype) for d, t in zip(grads, x, strict=False)]
     return [*grads, None if x.state is None else dinitial]

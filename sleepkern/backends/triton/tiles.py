@@ -64,6 +64,16 @@ def find_sequence(sequence, p_offsets, T, C: tl.constexpr, PACKED: tl.constexpr)
 
 
 @triton.jit
+def find_columns(V: tl.constexpr, BV: tl.constexpr):
+    """(lane, first value column) of a program: the columns of a lane lie side by side, so that they share what they
+    read. One axis, because the second one of a grid ends at 65535.
+    """
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    program = tl.program_id(0)
+    return program // blocks, (program % blocks) * BV
+
+
+@triton.jit
 def load_tile(p, stride, rows, col, WIDTH: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """[R, N] of a row-major matrix, columns from col on; 0 beyond `rows` rows and WIDTH columns."""
     i = tl.arange(0, R)[:, None]
