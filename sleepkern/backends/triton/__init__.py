@@ -51,6 +51,9 @@ def why_not_on(device: str) -> str | None:
     return None
 
 
+torch.compiler.assume_constant_result(why_not_on)  # marks it; Dynamo cannot trace Triton's switches
+
+
 def known_fault(version: str, capability: tuple[int, int]) -> str | None:
     """A sentence where a version of Triton is known to compile some kernels wrong for a device, else None."""
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
