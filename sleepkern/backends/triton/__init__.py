@@ -51,7 +51,9 @@ def why_not_on(device: str) -> str | None:
     return None
 
 
-torch.compiler.assume_constant_result(why_not_on)  # marks it; Dynamo cannot trace Triton's switches
+# Dynamo cannot trace Triton's switches and takes the answer for a constant. This is torch.compiler's
+# assume_constant_result, which would import Dynamo, seconds, here and now.
+why_not_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def known_fault(version: str, capability: tuple[int, int]) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -123,11 +124,7 @@ def plan_for(
     plan = TABLE.get(Key(capability, direction, operands, channel, width))
     if plan is None:
         plan = TABLE[Key(0, direction, operands, channel, width)]
-    chunk = plan.chunk
-    while chunk > 16 and chunk >= 2 * T:
-        chunk //= 2
-    tiles = (plan.prepare, plan.ingest, plan.adjoint, plan.gradients, plan.window)
-    return Plan(chunk, *(_fitted(tile, K, V, chunk) for tile in tiles))
+    return _cut_down(plan, K, V, min(T, plan.chunk))
 
 
 def step_tile(K: int, V: int) -> Tile:
@@ -163,6 +160,16 @@ def table_rows(plans: dict[Key, Plan]) -> list[dict[str, object]]:
 def _plan_from(row: dict[str, object]) -> Plan:
     tiles = {name: Tile(*value) for name, value in row.items() if isinstance(value, (list, tuple))}
     return Plan(chunk=int(str(row["chunk"])), **tiles)
+
+
+@lru_cache(maxsize=1024)
+def _cut_down(plan: Plan, K: int, V: int, T: int) -> Plan:
+    """A plan with no more rows than twice the sequence's and no wider than the heads."""
+    chunk = plan.chunk
+    while chunk > 16 and chunk >= 2 * T:
+        chunk //= 2
+    tiles = (plan.prepare, plan.ingest, plan.adjoint, plan.gradients, plan.window)
+    return Plan(chunk, *(_fitted(tile, K, V, chunk) for tile in tiles))
 
 
 def _fitted(tile: Tile, K: int, V: int, chunk: int) -> Tile:
