@@ -18,27 +18,31 @@ def errors(
     rule: Rule,
     shape: Shape,
     dtype: torch.dtype = torch.float32,
-    passes: int = 1,
+    passes: int | None = None,
     readouts: bool = True,
     upstream: str = "both",
     normalize: bool = False,
+    forget: bool = False,
     backend: str = "triton",
     **inputs: Any,
 ) -> dict[str, float]:
     """Relative errors of o, state and every gradient.
 
-    upstream: which gradients come from above, "o", "state" or "both". readouts False leaves q out. Under strong decay
-    dg is a small difference of large terms, and its error is taken relative to those.
+    passes: of sleep_ingest; None for the rule's own function. upstream: which gradients come from above, "o", "state"
+    or "both". readouts False leaves q out. forget: one token decays by -inf. Under strong decay dg is a small
+    difference of large terms, and its error is taken relative to those.
     """
     x = make_inputs(rule, shape, dtype, seed=3, **inputs)
     if normalize:
         x["q"], x["k"] = 3 * x["q"], 0.5 * x["k"]
+    if forget:
+        x["g"][:, shape.T // 2] = -torch.inf
     generator = torch.Generator().manual_seed(5)
     do = torch.randn(x["v"].shape, generator=generator).to(dtype) if upstream != "state" else None
     dstate = torch.randn(shape.sequences, shape.HV, shape.K, shape.V, generator=generator)
     if not readouts:
         x["q"], do = None, None
-    options = {"passes": passes, "normalize": normalize}
+    options: dict[str, Any] = {"passes": passes, "normalize": normalize}
     actual = results(rule, x, backend, do, dstate if upstream != "o" else None, **options)
     expected = results(rule, to_float64(x), "reference", do, dstate if upstream != "o" else None, **options)
     assert actual.keys() == expected.keys()
@@ -52,21 +56,27 @@ def errors(
 def _error(actual: Tensor, expected: Tensor) -> float:
     """relative_error, but for results too small for float32, such as gradients through exp(-200)."""
     if float(expected.norm()) < 1e-30:
-        return float(actual.norm() > 1e-30)
+        return 0.0 if float(actual.norm()) <= 1e-30 else float("inf")  # NaN is not <=
     return relative_error(actual, expected)
 
 
 def results(
-    rule: Rule, x: dict[str, Any], backend: str, do: Tensor | None, dstate: Tensor | None, passes: int, normalize: bool
+    rule: Rule,
+    x: dict[str, Any],
+    backend: str,
+    do: Tensor | None,
+    dstate: Tensor | None,
+    passes: int | None = None,
+    normalize: bool = False,
 ) -> dict[str, Tensor]:
     """o, state and the gradients of all tensors, by name; what no gradient reaches is left out."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if isinstance(t, Tensor) and n in NAMES}
     y = {**x, **leaves}
-    if passes == 1 and x["q"] is not None:
+    if passes is None and x["q"] is not None:
         o, state = call(rule, y, backend, use_qk_l2norm_in_kernel=normalize)
     else:
         slept = sleepkern.sleep_ingest(
-            **y, passes=passes, rule=rule, backend=backend, use_qk_l2norm_in_kernel=normalize
+            **y, passes=passes or 1, rule=rule, backend=backend, use_qk_l2norm_in_kernel=normalize
         )
         o, state = slept.output, slept.final_state
     assert state is not None

@@ -17,6 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import interpreter
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
+if not isinstance(tl.sum, InterpretedFunction):
+    raise pytest.UsageError("tests/triton_interpreted: triton was imported before TRITON_INTERPRET was set to 1")
 interpreter.install()
 torch.set_num_threads(1)

@@ -45,9 +45,25 @@ FAULTS: dict[str, tuple[str, str, str, Rule, dict[str, Any]]] = {
                            {"passes": 3}),
     "step without decay": ("decode.py", "S *= tl.exp(tl.maximum(tl.load(", "S *= tl.exp(0 * tl.maximum(tl.load(",
                            GATED_DELTA_RULE, {"shape": Shape(T=5, H=1, HV=1, K=16, V=16)}),
+    "adjoint does not decay": ("adjoint.py", "dS = kept * dS", "dS = 1.0 * dS", KDA, {}),
+    "gradients of another key head": (
+        "gradients.py", "p_k += first * k_stride + key_head * K", "p_k += first * k_stride", GATED_DELTA_RULE,
+        {"shape": Shape(T=20, H=2, HV=2, K=16, V=16)},
+    ),
+    "gradient of the length is left in": ("gradients.py", "d = norm[:, None] * (d - x * along[:, None])",
+                                          "d = norm[:, None] * d", GATED_DELTA_RULE, {"normalize": True}),
+    "closed form of one pass more": ("ingest.py", "tl.exp((passes - 1) * G)", "tl.exp(passes * G)", SIMPLE_GLA,
+                                     {"passes": 3}),
+    "window without dstate": ("window.py", "if HAS_DSTATE:", "if False:", GATED_DELTA_RULE,
+                              {"shape": Shape(T=12, H=1, HV=1, K=16, V=16)}),
+    "minus infinity as it is": (
+        "tiles.py", "g = tl.maximum(load_row_values(p_g, stride, rows, C), FORGET)",
+        "g = load_row_values(p_g, stride, rows, C)", GATED_DELTA_RULE, {"forget": True},
+    ),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a fault may make infinities and NaN
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(name: str, tmp_path: Path) -> None:
     file, old, new, rule, options = FAULTS[name]
@@ -66,7 +82,7 @@ def faulty(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
     copy = folder / "faulty_kernels"
     shutil.copytree(FOLDER, copy)
     text = (copy / file).read_text()
-    assert old in text, f"{file} no longer has {old!r}"
+    assert text.count(old) == 1, f"{file}: {old!r} is there {text.count(old)} times, expected once"
     (copy / file).write_text(text.replace(old, new))
     for module in copy.glob("*.py"):
         source = module.read_text().replace("from ...problem", "from sleepkern.problem")

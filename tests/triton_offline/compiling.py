@@ -30,6 +30,8 @@ from sleepkern.testing import Shape
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+TRANSPOSED_PRODUCT = r"tt\.trans [^\n]*? : tensor<[^,>\n]*, #mma"
+"""A transpose of registers that hold a product; those of loaded tiles (#blocked) are sound."""
 OPCODES = {
     "tensor": r"\b(?:HMMA|HGMMA|UTC\w*MMA)",
     "HGMMA": r"\bHGMMA",
@@ -57,7 +59,7 @@ class Launch:
 class Compiled:
     """What the machine code of one launch needs.
 
-    spills counts instructions that go to local memory; transposes are those of registers, not of shared memory, which
+    spills counts instructions that go to local memory; transposes are those of a product's registers, which
     is what Triton 3.4 to 3.7.0 makes wrong code of on Hopper when they feed a product.
     """
 
@@ -131,10 +133,11 @@ def compile_launch(one: Launch, capability: int) -> Compiled:
     )
     seconds = time.perf_counter() - begin
     registers, stack, assembly = _machine_code(made.asm["cubin"])
+    transposes = len(re.findall(TRANSPOSED_PRODUCT, made.asm["ttgir"]))
     count = {name: len(re.findall(pattern, assembly)) for name, pattern in OPCODES.items()}
     return Compiled(
         seconds, made.metadata.shared, registers, stack, getattr(made.metadata, "tmem_size", 0) or 0,
-        count["tensor"], count["HGMMA"], count["spill"], assembly.count(";"), made.asm["ttgir"].count("tt.trans "),
+        count["tensor"], count["HGMMA"], count["spill"], assembly.count(";"), transposes,
     )  # fmt: skip
 
 

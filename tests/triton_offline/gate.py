@@ -131,8 +131,8 @@ def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
         yield f"tensor memory {made.tensor_memory} > {TENSOR_MEMORY}"
     if operands != "exact" and subject.kernel != "step_kernel" and made.tensor_instructions == 0:
         yield "no tensor-core instruction"
-    if made.transposes and subject.capability == 90:  # Hopper's fault; sm_80 turns loaded tiles in registers
-        yield f"{made.transposes} transposes of registers"
+    if made.transposes and subject.capability == 90:
+        yield f"{made.transposes} transposes of products"
     if made.instructions < 100:
         yield f"an empty body ({made.instructions} instructions)"
 
