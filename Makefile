@@ -24,7 +24,7 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted
-	$(BIN)/python tests/triton_offline/gate.py
+	$(BIN)/python -m tests.triton_offline.gate
 
 bench: $(VENV)/built
 	mkdir -p out/bench
@@ -57,14 +57,14 @@ gpu-check:
 	timeout 100 $(PYTHON) setup.py --quiet build_ext --inplace
 	status=0; \
 	timeout 20 $(PYTHON) -m sleepkern info --json $(OUT)/info.json || status=$$?; \
-	timeout 30 $(PYTHON) benchmarks/gpu_checks.py launches || status=$$?; \
-	timeout 130 $(PYTHON) benchmarks/gpu_verify.py $(OUT) --seconds 120 || status=$$?; \
-	timeout 30 $(PYTHON) benchmarks/gpu_checks.py graphs --json $(OUT)/graphs.json || status=$$?; \
+	timeout 30 $(PYTHON) -m benchmarks.gpu_checks launches || status=$$?; \
+	timeout 130 $(PYTHON) -m benchmarks.gpu_verify $(OUT) --seconds 120 || status=$$?; \
+	timeout 30 $(PYTHON) -m benchmarks.gpu_checks graphs --json $(OUT)/graphs.json || status=$$?; \
 	timeout 130 $(PYTHON) -m sleepkern bench --device cuda --quick --json $(OUT)/bench.json --plot $(OUT)/bench.png \
 	  || status=$$?; \
 	for tool in memcheck racecheck; do \
 	  if [ -z "$(SANITIZER)" ]; then echo "compute-sanitizer is not here: $$tool left out"; else \
-	    timeout 20 $(SANITIZER) --tool $$tool --error-exitcode 9 $(PYTHON) benchmarks/gpu_checks.py launches \
+	    timeout 20 $(SANITIZER) --tool $$tool --error-exitcode 9 $(PYTHON) -m benchmarks.gpu_checks launches \
 	      > $(OUT)/$$tool.txt 2>&1 || status=$$?; tail -3 $(OUT)/$$tool.txt; \
 	  fi; \
 	done; \

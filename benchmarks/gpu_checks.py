@@ -1,7 +1,7 @@
 """What a GPU machine checks beside `verify` and `bench`:
 
-python benchmarks/gpu_checks.py launches          every Triton kernel once, on tiny shapes, for compute-sanitizer
-python benchmarks/gpu_checks.py graphs [--json F] CUDA graphs and torch.compile(fullgraph=True)
+python -m benchmarks.gpu_checks launches          every Triton kernel once, on tiny shapes, for compute-sanitizer
+python -m benchmarks.gpu_checks graphs [--json F] CUDA graphs and torch.compile(fullgraph=True)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`sleepkern verify` on a GPU, one process for each rule and type: most of the time is compiling, on one core each.
 
-    python benchmarks/gpu_verify.py FOLDER [--seconds 150]
+    python -m benchmarks.gpu_verify FOLDER [--seconds 150]
 
 Writes FOLDER/verify-RULE-TYPE.json and FOLDER/verify.json, which has the worst error of each; 1 when one is red.
 """

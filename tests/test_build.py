@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,15 @@ def test_import_leaves_heavy_packages_alone() -> None:
     code = "import torch, sys; before = set(sys.modules); import sleepkern; new = set(sys.modules) - before; "
     code += f"print([name for name in {heavy} if name in new])"
     assert python(code) == "[]"
+
+
+@pytest.mark.parametrize("module", ["benchmarks.gpu_checks", "benchmarks.gpu_verify", "tests.triton_offline.gate"])
+def test_programs_of_the_makefile_find_the_package(module: str) -> None:
+    """From the root of a checkout in which nothing is installed and no PYTHONPATH is set, as make runs them."""
+    pytest.importorskip("triton")
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"python -m {module}" in makefile or f"$(PYTHON) -m {module}" in makefile
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

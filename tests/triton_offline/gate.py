@@ -1,6 +1,6 @@
 """Every Triton kernel, with every row of the plan table, compiled for GPUs that are not there and held to their limits.
 
-    python tests/triton_offline/gate.py [--jobs 2] [--quick]
+    python -m tests.triton_offline.gate [--jobs 2] [--quick]
 
 Prints what each needs and exits with 1 if one exceeds a limit: shared memory and tensor memory of the architecture, a
 budget of stack (spilled registers), tensor-core instructions where products are bf16 or tf32, no transposes of products
