@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bind.h"
 #include "cpu/implementation.h"
 #include "express.h"
 #include "problem.h"
@@ -19,39 +20,6 @@ namespace py = pybind11;
 using namespace sleepkern;
 
 namespace {
-
-using View = std::tuple<uintptr_t, int64_t, int>;
-
-Rows rows(const View& view) {
-  const auto& [address, stride, type] = view;
-  return {reinterpret_cast<const void*>(address), stride, static_cast<Type>(type)};
-}
-
-// What both directions take first: sizes and inputs.
-Problem describe(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
-                 int64_t K, int64_t V, uintptr_t offsets, const View& q, const View& k, const View& v, const View& g,
-                 const View& beta, uintptr_t state) {
-  Problem problem{};
-  problem.gate = static_cast<Gate>(gate);
-  problem.delta = delta;
-  problem.normalize = normalize;
-  problem.scale = scale;
-  problem.sequences = sequences;
-  problem.T = T;
-  problem.H = H;
-  problem.HV = HV;
-  problem.K = K;
-  problem.V = V;
-  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
-  problem.q = rows(q);
-  problem.k = rows(k);
-  problem.v = rows(v);
-  problem.g = rows(g);
-  problem.beta = rows(beta);
-  problem.state = reinterpret_cast<const float*>(state);
-  problem.reads = problem.q.data != nullptr;
-  return problem;
-}
 
 void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
                  int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta, uintptr_t state,
@@ -207,4 +175,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_gflops", &peak_gflops, "GFLOP/s that one core reaches from registers, measured for some seconds.");
   m.attr("has_cuda") = HAS_CUDA;
   m.def("cuda_devices", &cuda_devices, "The GPUs that the CUDA run-time library sees.");
+#ifdef SLEEPKERN_HAS_CUDA
+  bind_cuda(m);
+#endif
 }

@@ -34,7 +34,7 @@ struct Problem {
   float* final_state;      // [sequences, HV, K, V]
 
   // First token of a sequence in the flattened batch; of `sequences`, the number of tokens.
-  int64_t first(int64_t sequence) const { return offsets ? offsets[sequence] : sequence * T; }
+  constexpr int64_t first(int64_t sequence) const { return offsets ? offsets[sequence] : sequence * T; }
   int64_t longest() const {
     int64_t most = offsets ? 0 : T;
     for (int64_t n = 0; offsets && n < sequences; ++n) {

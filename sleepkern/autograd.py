@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.tensors import Ingested
+from .backends.tensors import Ingested, step_in_pool
 from .dispatch import backend_named
-from .problem import Problem, Tensors, check_values, describe
+from .problem import Problem, Tensors, check_places, check_values, describe
 from .rules import RULES
 
 _INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor? g, Tensor? beta, "
@@ -32,7 +32,7 @@ _library.define(
     f"ingest_backward({_INPUTS}Tensor? state, {_OPTIONS}{_REPLAY}, Tensor? do, Tensor? dstate)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}) -> Tensor")
+_library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}, Tensor? places) -> Tensor")
 
 
 def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
@@ -56,15 +56,30 @@ def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
     return Ingested(o if problem.output else None, state, residual, passes)
 
 
-def step(problem: Problem, engine: ModuleType, x: Tensors) -> Tensor:
-    """Readouts [B,T,HV,V]; x.state is updated in place. Not differentiable: callers take `ingest` then."""
+def step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None = None) -> Tensor:
+    """Readouts [B,T,HV,V]; x.state is updated in place, with places [B] where they say that the states of a pool lie.
+
+    Not differentiable: callers take `ingest` then.
+    """
     if unrecorded(x):
-        check_values(problem, x)
+        return _checked_step(problem, engine, x, places)
+    return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
+        *x, problem.rule.name, engine.NAME, problem.scale, problem.normalize, places
+    )
+
+
+def _checked_step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None) -> Tensor:
+    check_values(problem, x)
+    if places is None:
         o: Tensor = engine.step(problem, x)
         return o
-    return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
-        *x, problem.rule.name, engine.NAME, problem.scale, problem.normalize
-    )
+    assert x.state is not None
+    check_places(x.state, places)
+    in_pool = getattr(engine, "step_in_pool", None)
+    if in_pool is None:
+        return step_in_pool(problem, x, places, engine.step)
+    o = in_pool(problem, x, places)
+    return o
 
 
 def wants_grad(x: Tensors) -> bool:
@@ -168,12 +183,11 @@ def _step(
     backend: str,
     scale: float,
     normalize: bool,
+    places: Tensor | None,
 ) -> Tensor:
     x = Tensors(q, k, v, g, beta, state, cu_seqlens)
     problem = describe(RULES[rule], x, scale, normalize)
-    check_values(problem, x)
-    out: Tensor = backend_named(backend).step(problem, x)
-    return out
+    return _checked_step(problem, backend_named(backend), x, places)
 
 
 def _step_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import autograd, express
 from .dispatch import Explanation, choose, explain_problem
-from .problem import Tensors, check
+from .problem import Tensors, check, check_pool
 from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 
 
@@ -173,11 +173,14 @@ def recurrent_step(
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
     backend: str | None = None,
+    state_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode: a few tokens of any rule on a state that is at hand.
 
     Args:
         state: [B,HV,K,V]; with inplace=True it is updated and returned, with inplace=False left alone.
+        state_indices: [B] int32 or int64, for a pool of states [n,HV,K,V] as serving engines keep it: row b goes on from
+            state[state_indices[b]]. No index may be there twice. A negative one marks a padded row, whose readouts are 0.
         rule: one of `sleepkern.rules`; g or beta None where the rule has none. The rest: module docstring.
 
     Returns:
@@ -185,6 +188,8 @@ def recurrent_step(
         recorded as a copy into `state`.
     """
     x = Tensors(q, k, v, g, beta, state, None)
+    if state_indices is not None:
+        return _step_in_pool(rule, x, state_indices, inplace, scale, use_qk_l2norm_in_kernel, backend)
     if inplace and (plain := express.step(rule, x, scale, use_qk_l2norm_in_kernel, backend)) is not None:
         return plain, state
     x = _cast(x)
@@ -197,6 +202,26 @@ def recurrent_step(
     out = autograd.ingest(problem, engine, x)
     assert out.o is not None
     return out.o, state.copy_(out.state) if inplace else out.state
+
+
+def _step_in_pool(
+    rule: Rule, x: Tensors, places: Tensor, inplace: bool, scale: float | None, normalize: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """recurrent_step on states that lie in a pool."""
+    x = _cast(x)
+    pool = x.state
+    problem = check(rule, x._replace(state=None), scale, normalize)
+    check_pool(problem, pool, places)
+    assert pool is not None
+    engine = choose(problem, backend)
+    pool = pool if inplace else pool.clone()
+    if not autograd.wants_grad(x):
+        return autograd.step(problem, engine, x._replace(state=pool), places), pool
+    present = places >= 0
+    out = autograd.ingest(problem, engine, x._replace(state=pool[places.clamp_min(0)]))
+    assert out.o is not None
+    o = torch.where(present[:, None, None, None], out.o, 0)
+    return o, pool.index_copy_(0, places[present].long(), out.state[present])
 
 
 def sleep_ingest(

@@ -142,6 +142,44 @@ def check_values(problem: Problem, x: Tensors) -> None:
         _check_contraction(problem, x.k, x.beta)
 
 
+def check_pool(problem: Problem, pool: Tensor | None, places: Tensor) -> None:
+    """Check the states of a decode step that lie in a pool [n,HV,K,V], and where.
+
+    Raises:
+        TypeError, ValueError: as `check`.
+    """
+    if not isinstance(pool, Tensor) or not isinstance(places, Tensor):
+        name, got = ("state", pool) if not isinstance(pool, Tensor) else ("state_indices", places)
+        raise TypeError(f"{name}: got {type(got).__name__}; expected a torch.Tensor")
+    shape = (problem.HV, problem.K, problem.V)
+    if pool.dim() != 4 or pool.shape[1:] != shape:
+        raise ValueError(f"state: got shape {list(pool.shape)}; expected {['n', *shape]}, a pool of n states")
+    if pool.dtype != problem.state_dtype:
+        raise _wrong_type("state", pool, f"{problem.state_dtype} for {problem.dtype} inputs")
+    if places.dtype not in (torch.int32, torch.int64):
+        raise _wrong_type("state_indices", places, "torch.int32 or torch.int64")
+    if places.shape != (problem.B,):
+        raise _wrong_shape("state_indices", places, (problem.B,))
+    for name, t in (("state", pool), ("state_indices", places)):
+        if t.device.type != problem.device:
+            raise ValueError(f"{name}: got device {t.device}; expected {problem.device}, where k is")
+
+
+def check_places(pool: Tensor, places: Tensor) -> None:
+    """Check what only the values of state_indices can tell: on the CPU always, on a GPU with SLEEPKERN_DEBUG=1.
+
+    Raises:
+        ValueError: an index beyond the pool, or there twice.
+    """
+    if places.device.type != "cpu" and not settings.DEBUG:
+        return
+    used = [i for i in places.tolist() if i >= 0]
+    if used and max(used) >= pool.shape[0]:
+        raise ValueError(f"state_indices: got {max(used)}; expected less than {pool.shape[0]}, the states of the pool")
+    if len(set(used)) < len(used):
+        raise ValueError(f"state_indices: got {places.tolist()}; expected every state once")
+
+
 def _check_tensors(x: Tensors, readouts: bool, state_name: str) -> None:
     names = ("q", "k", "v", "g", "beta", state_name, "cu_seqlens")
     device = x.k.device if isinstance(x.k, Tensor) else None

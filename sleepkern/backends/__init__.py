@@ -7,9 +7,11 @@ method_of(problem) -> str              the replay method it would take
 forward(problem, tensors) -> Ingested  readouts, final state, and how a replay ended
 backward(problem, tensors, do, dstate) gradients of q, k, v, g, beta and the initial state
 step(problem, tensors) -> o            a few tokens, the state updated in place
+step_in_pool(problem, tensors, places) the same on states of a pool, where a backend has it
+pieces(problem)                        one pass and its gradients, where replays of other backends take them
 """
 
-from . import chunked, cpu, reference, triton
+from . import chunked, cpu, cuda, reference, triton
 
-BACKENDS = (cpu, triton, chunked, reference)
+BACKENDS = (cuda, cpu, triton, chunked, reference)
 """Best first; `choose` takes the first that does not refuse."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..problem import Problem, Tensors
 from ..rules import Rule
+from . import replay_backward
 from .replay import Cost, affine, cheapest, closed, repeat
 from .tensors import Heads, Ingested, by_sequence, gradients, step_by
 
@@ -77,6 +78,20 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state: autograd through the chunk form."""
     return gradients(problem, x, do, dstate, forward)
+
+
+def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.OneBackward]:
+    """What the gradients of a replay are put together from, where another backend made its passes."""
+
+    def one_pass(p: Problem, x: Tensors, state: Tensor | None) -> Tensor:
+        return forward(p._replace(passes=1, output=False), x._replace(q=None, state=state)).state
+
+    def one_backward(
+        p: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
+    ) -> list[Tensor | None]:
+        return backward(p._replace(passes=1), x._replace(state=state), do, dstate)
+
+    return one_pass, one_backward
 
 
 def step(problem: Problem, x: Tensors) -> Tensor:

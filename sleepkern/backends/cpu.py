@@ -111,7 +111,12 @@ def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | N
     if problem.passes == 1:
         return _one_backward(problem, x, x.state, do, dstate)
     made = None if problem.tol is None else forward(problem._replace(output=False), x._replace(q=None)).passes
-    return replay_backward.backward(problem, x, do, dstate, made, _state_after, _one_backward)
+    return replay_backward.backward(problem, x, do, dstate, made, *pieces(problem))
+
+
+def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.OneBackward]:
+    """What the gradients of a replay are put together from."""
+    return _state_after, _one_backward
 
 
 def _state_after(problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ whichever costs the fewest flop. What is kept of the passes is their states, K V
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,46 @@ OneBackward = Callable[[Problem, Tensors, Tensor | None, Tensor | None, Tensor |
 """(problem, tensors, state, gradient of the readouts or None, of the final state or None) -> gradients of one pass"""
 
 
+class Chain(NamedTuple):
+    """The passes as powers of A, S <- A S + B, and back.
+
+    powers   (A, S_0, S_1, passes) -> S_0 ... S_(passes-1) [passes,n,HV,K,V]
+    adjoint  (A, those states, gradient of the state before the last pass, made) -> dA, dB, gradient of S_0
+    """
+
+    powers: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    adjoint: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+
+
+def powers(A: Tensor, start: Tensor, after: Tensor, passes: int) -> Tensor:
+    """S_(n+1) = S_n + d, d <- A d, from d = S_1 - S_0."""
+    states, d = [start, after], after - start
+    for _ in range(passes - 2):
+        d = A @ d
+        states.append(states[-1] + d)
+    return torch.stack(states[:passes])
+
+
+def adjoint(A: Tensor, states: Tensor, last: Tensor, made: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """lam_n = A^T lam_(n+1), dA = sum lam_(n+1) S_n^T, dB = sum lam_(n+1); a head takes part in the passes it made."""
+    lam, dA, dB = last, torch.zeros_like(A), torch.zeros_like(last)
+    for n in range(states.shape[0] - 2, -1, -1):
+        seen = lam if made is None else lam * active(made, n)
+        dA += seen @ states[n].transpose(-1, -2)
+        dB += seen
+        back = A.transpose(-1, -2) @ seen
+        lam = back if made is None else torch.where(active(made, n) > 0, back, lam)
+    return dA, dB, lam
+
+
+def active(made: Tensor, n: int) -> Tensor:
+    """1 for heads whose last pass comes after pass n (counted from 0), else 0; [sequences,HV,1,1]."""
+    return (made - 1 > n).float()[..., None, None]
+
+
+TORCH = Chain(powers, adjoint)
+
+
 def backward(
     problem: Problem,
     x: Tensors,
@@ -37,6 +78,7 @@ def backward(
     made: Tensor | None,
     one_pass: OnePass,
     one_backward: OneBackward,
+    chain: Chain = TORCH,
 ) -> Gradients:
     """Gradients of all passes; made [sequences,HV] says how many each head made, None for all of `problem.passes`."""
     types = [None if t is None else t.dtype for t in x[:6]]
@@ -47,7 +89,7 @@ def backward(
     start = x.state
     if start is None:
         start = x.k.new_zeros((problem.sequences, problem.HV, problem.K, problem.V))
-    replay = _Replay(problem._replace(passes=passes), x, start, made, one_pass, one_backward)
+    replay = _Replay(problem._replace(passes=passes), x, start, made, one_pass, one_backward, chain)
     grads = replay.gradients(None if do is None else do.float(), dstate)
     if not given:
         grads[5] = None
@@ -65,8 +107,9 @@ class _Replay:
         made: Tensor | None,
         one_pass: OnePass,
         one_backward: OneBackward,
+        chain: Chain,
     ) -> None:
-        self.problem, self.x, self.start, self.made = problem, x, start, made
+        self.problem, self.x, self.start, self.made, self.chain = problem, x, start, made, chain
         self.one_pass, self.one_backward = one_pass, one_backward
 
     def gradients(self, do: Tensor | None, dstate: Tensor | None) -> Gradients:
@@ -82,9 +125,9 @@ class _Replay:
         for n in range(self.problem.passes - 2, -1, -1):
             lam = grads[5]
             assert lam is not None
-            active = self._active(n)
-            before = self.one_backward(self.problem, self.x, states[n], None, lam if active is None else lam * active)
-            grads = _add(grads, before, active)
+            taking = None if self.made is None else active(self.made, n)
+            before = self.one_backward(self.problem, self.x, states[n], None, lam if taking is None else lam * taking)
+            grads = _add(grads, before, taking)
         return grads
 
     def _method(self) -> str:
@@ -95,14 +138,10 @@ class _Replay:
             return "affine" if affine.setup + (self.problem.passes - 1) * affine.a_pass < walk.a_pass else "walk"
         return cheapest(self.problem, walk=walk, affine=affine)
 
-    def _active(self, n: int) -> Tensor | None:
-        """Heads whose last pass comes after pass n (counted from 0), [sequences,HV,1,1]; None for all."""
-        return None if self.made is None else (self.made - 1 > n).float()[..., None, None]
-
     @staticmethod
-    def _at(states: list[Tensor], index: Tensor) -> Tensor:
-        index = index.clamp_min(0).long()[None, ..., None, None].expand(1, *states[0].shape)
-        return torch.stack(states).gather(0, index)[0]
+    def _at(states: Tensor, index: Tensor) -> Tensor:
+        index = index.clamp_min(0).long()[None, ..., None, None].expand(1, *states.shape[1:])
+        return states.gather(0, index)[0]
 
     def _transition(self) -> Tensor:
         """A [sequences,HV,K,K]: the state after a pass from the identity with values of width K that are zero."""
@@ -115,31 +154,25 @@ class _Replay:
         zero = self.x.k.new_zeros((p.B, p.T, p.HV, p.K))
         return p._replace(V=p.K), self.x._replace(v=zero, state=identity), identity
 
-    def _states(self, A: Tensor | None) -> list[Tensor]:
+    def _states(self, A: Tensor | None) -> Tensor:
         """S_0 ... S_(N-1)."""
+        passes = self.problem.passes
+        if A is not None:
+            return self.chain.powers(A, self.start, self.one_pass(self.problem, self.x, self.start), passes)
         states = [self.start]
-        B = None if A is None else self.one_pass(self.problem, self.x, None)
-        for _ in range(self.problem.passes - 1):
-            last = states[-1]
-            states.append(self.one_pass(self.problem, self.x, last) if A is None or B is None else A @ last + B)
-        return states
+        for _ in range(passes - 1):
+            states.append(self.one_pass(self.problem, self.x, states[-1]))
+        return torch.stack(states)
 
-    def _affine(self, A: Tensor, states: list[Tensor], grads: Gradients) -> Gradients:
+    def _affine(self, A: Tensor, states: Tensor, grads: Gradients) -> Gradients:
         lam = grads[5]
         assert lam is not None
-        dA, dB = torch.zeros_like(A), torch.zeros_like(lam)
-        for n in range(self.problem.passes - 2, -1, -1):
-            active = self._active(n)
-            seen = lam if active is None else lam * active
-            dA += seen @ states[n].transpose(-1, -2)
-            dB += seen
-            back = A.transpose(-1, -2) @ seen
-            lam = back if active is None else torch.where(active > 0, back, lam)
+        dA, dB, dstart = self.chain.adjoint(A, states, lam, self.made)
         problem, x, identity = self._identity()
         through_A = self.one_backward(problem, x, identity, None, dA)
         through_A[2] = None  # of the zero values
         grads = _add(_add(grads, self._from_zero(dB)), through_A)
-        grads[5] = lam
+        grads[5] = dstart
         return grads
 
     def _from_zero(self, dB: Tensor) -> Gradients:
@@ -162,10 +195,10 @@ class _Replay:
         return grads
 
 
-def _add(grads: Gradients, more: Gradients, active: Tensor | None = None) -> Gradients:
+def _add(grads: Gradients, more: Gradients, taking: Tensor | None = None) -> Gradients:
     """Gradients of q ... beta added up; that of the state is the earlier pass's, of the heads that made it."""
     total = [a if b is None else b if a is None else a + b for a, b in zip(grads[:5], more[:5], strict=True)]
     state, before = grads[5], more[5]
-    if before is not None and state is not None and active is not None:
-        before = torch.where(active > 0, before, state)
+    if before is not None and state is not None and taking is not None:
+        before = torch.where(taking > 0, before, state)
     return [*total, state if before is None else before]

@@ -62,6 +62,16 @@ def step_by(problem: Problem, x: Tensors, forward: Callable[[Problem, Tensors], 
     return out.o
 
 
+def step_in_pool(problem: Problem, x: Tensors, places: Tensor, step: Callable[[Problem, Tensors], Tensor]) -> Tensor:
+    """Readouts of a `step` on copies of the states that lie at places [B] of a pool x.state; negative ones: nowhere."""
+    assert x.state is not None
+    present = places >= 0
+    state = x.state[places.clamp_min(0)]
+    o = step(problem, x._replace(state=state))
+    x.state.index_copy_(0, places[present].long(), state[present])
+    return torch.where(present[:, None, None, None], o, 0)
+
+
 def gradients(
     problem: Problem,
     x: Tensors,

@@ -91,12 +91,16 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state."""
-    operands = operands_of(problem)
     if problem.passes == 1 or problem.T == 0:
-        return _one_backward(operands, problem, x, x.state, do, dstate)
-    operands = "tf32" if operands == "bf16" else operands  # sums over passes are kept in float32
-    one_pass, one_backward = partial(_state_after, operands), partial(_one_backward, operands)
-    return replay_backward.backward(problem, x, do, dstate, None, one_pass, one_backward)
+        return _one_backward(operands_of(problem), problem, x, x.state, do, dstate)
+    return replay_backward.backward(problem, x, do, dstate, None, *pieces(problem))
+
+
+def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.OneBackward]:
+    """What the gradients of a replay are put together from; sums over passes are kept in float32."""
+    operands = operands_of(problem)
+    operands = "tf32" if operands == "bf16" else operands
+    return partial(_state_after, operands), partial(_one_backward, operands)
 
 
 def step(problem: Problem, x: Tensors) -> Tensor:

@@ -1,4 +1,4 @@
-"""One call by the Triton backend and by the float64 reference, results and gradients side by side."""
+"""One call by a backend and by the float64 reference, results and gradients side by side."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def errors(
     normalize: bool = False,
     forget: bool = False,
     backend: str = "triton",
+    method: str = "auto",
+    tol: float | None = None,
     **inputs: Any,
 ) -> dict[str, float]:
     """Relative errors of o, state and every gradient.
@@ -42,8 +44,8 @@ def errors(
     dstate = torch.randn(shape.sequences, shape.HV, shape.K, shape.V, generator=generator)
     if not readouts:
         x["q"], do = None, None
-    options: dict[str, Any] = {"passes": passes, "normalize": normalize}
-    actual = results(rule, x, backend, do, dstate if upstream != "o" else None, **options)
+    options: dict[str, Any] = {"passes": passes, "normalize": normalize, "tol": tol}
+    actual = results(rule, x, backend, do, dstate if upstream != "o" else None, method=method, **options)
     expected = results(rule, to_float64(x), "reference", do, dstate if upstream != "o" else None, **options)
     assert actual.keys() == expected.keys()
     found = {name: _error(actual[name], expected[name]) for name in expected}
@@ -68,6 +70,8 @@ def results(
     dstate: Tensor | None,
     passes: int | None = None,
     normalize: bool = False,
+    method: str = "auto",
+    tol: float | None = None,
 ) -> dict[str, Tensor]:
     """o, state and the gradients of all tensors, by name; what no gradient reaches is left out."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if isinstance(t, Tensor) and n in NAMES}
@@ -76,7 +80,7 @@ def results(
         o, state = call(rule, y, backend, use_qk_l2norm_in_kernel=normalize)
     else:
         slept = sleepkern.sleep_ingest(
-            **y, passes=passes or 1, rule=rule, backend=backend, use_qk_l2norm_in_kernel=normalize
+            **y, passes=passes or 1, rule=rule, backend=backend, use_qk_l2norm_in_kernel=normalize, method=method, tol=tol
         )
         o, state = slept.output, slept.final_state
     assert state is not None

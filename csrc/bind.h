@@ -1,0 +1,49 @@
+// What the bindings share: tensors arrive as (address, row stride, type code), addresses as numbers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <tuple>
+
+#include "problem.h"
+
+namespace sleepkern {
+
+using View = std::tuple<uintptr_t, int64_t, int>;
+
+inline Rows rows(const View& view) {
+  const auto& [address, stride, type] = view;
+  return {reinterpret_cast<const void*>(address), stride, static_cast<Type>(type)};
+}
+
+// What every entry point takes first: sizes and inputs.
+inline Problem describe(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
+                 int64_t K, int64_t V, uintptr_t offsets, const View& q, const View& k, const View& v, const View& g,
+                 const View& beta, uintptr_t state) {
+  Problem problem{};
+  problem.gate = static_cast<Gate>(gate);
+  problem.delta = delta;
+  problem.normalize = normalize;
+  problem.scale = scale;
+  problem.sequences = sequences;
+  problem.T = T;
+  problem.H = H;
+  problem.HV = HV;
+  problem.K = K;
+  problem.V = V;
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.q = rows(q);
+  problem.k = rows(k);
+  problem.v = rows(v);
+  problem.g = rows(g);
+  problem.beta = rows(beta);
+  problem.state = reinterpret_cast<const float*>(state);
+  problem.reads = problem.q.data != nullptr;
+  return problem;
+}
+
+void bind_cuda(pybind11::module_& m);  // the launches of csrc/cuda
+
+}  // namespace sleepkern

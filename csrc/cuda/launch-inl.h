@@ -1,0 +1,79 @@
+// What the files that launch kernels share: the launch itself, and the choice of a kernel by width and mode.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launch.h"
+#include "cuda/tile.h"
+
+namespace sleepkern::cuda {
+
+struct Grid {
+  int64_t x, y;
+};
+
+inline std::string describe(const Problem& p) {
+  return "sequences = " + std::to_string(p.sequences) + ", T = " + std::to_string(p.T) +
+         ", HV = " + std::to_string(p.HV) + ", K = " + std::to_string(p.K) + ", V = " + std::to_string(p.V);
+}
+inline std::string describe(const Call& c) {
+  return describe(c.p) + ", passes = " + std::to_string(c.passes) + ", block = " + std::to_string(c.block) +
+         ", slots = " + std::to_string(c.slots);
+}
+inline std::string describe(const Steps& s) { return describe(s.p); }
+inline std::string describe(const Chain& c) {
+  return "heads = " + std::to_string(c.heads) + ", K = " + std::to_string(c.K) + ", V = " + std::to_string(c.V) +
+         ", passes = " + std::to_string(c.passes);
+}
+
+#ifdef SLEEPKERN_CUDA_ON_CPU
+template <class Arguments>
+void run(const char*, void (*kernel)(Arguments), Grid grid, int threads, int64_t shared, const Arguments& arguments,
+         void*) {
+  cuda_on_cpu::launch({static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1}, threads, shared,
+                      [&] { kernel(arguments); });
+}
+#else
+template <class Arguments>
+void run(const char* name, void (*kernel)(Arguments), Grid grid, int threads, int64_t shared, const Arguments& arguments,
+         void* stream) {
+  if (grid.x == 0 || grid.y == 0) return;
+  const auto check = [&](cudaError_t error) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // so that the next launch does not report it again
+    throw std::runtime_error(std::string("sleepkern: kernel ") + name + " (" + describe(arguments) + ", " +
+                             std::to_string(shared) + " bytes of shared memory): " + cudaGetErrorString(error));
+  };
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  }
+  void* packed[] = {const_cast<Arguments*>(&arguments)};
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads), packed, shared,
+                         static_cast<cudaStream_t>(stream)));
+}
+#endif
+
+// use(mode, width) with both as constants.
+template <Mode MODE>
+struct ModeOf {
+  static constexpr Mode value = MODE;
+};
+template <int KP>
+struct WidthOf {
+  static constexpr int value = KP;
+};
+
+template <class Use>
+void with_kernel(int mode, int64_t K, Use use) {
+  const auto with_width = [&](auto m) {
+    if (K <= 64) return use(m, WidthOf<64>());
+    if (K <= WIDEST_KEY) return use(m, WidthOf<128>());
+    throw std::runtime_error("sleepkern: no CUDA kernel for K = " + std::to_string(K));
+  };
+  if (mode == static_cast<int>(Mode::bf16)) return with_width(ModeOf<Mode::bf16>());
+  with_width(ModeOf<Mode::exact>());
+}
+
+}  // namespace sleepkern::cuda

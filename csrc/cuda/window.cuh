@@ -1,0 +1,169 @@
+// Replay of a window of one chunk, in one launch: the block prepares the chunk in its own shared memory, makes all
+// passes over it, and reads out the last one.
+//
+//   blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of the value block
+//
+// rank: the state of pass n is Gam^n S0 + Kt^T Y_n with Y_0 = 0 and Y_(n+1) = Gam Y_n + U - Gam^n W S0 - Z Y_n,
+// Z = W Kt^T: 64 x 64 products instead of 64 x K x 2.
+//
+// Shared memory: keys, -W, the decay, prepare's scratch, P; in the scratch's place -Z during rank, Qe for the last pass.
+// Registers: S^T KP / 2, U^T 32, Vn^T 32. With tol the state before a pass waits in the final state's place.
+#pragma once
+
+#include "cuda/passes.cuh"
+#include "cuda/prepare.cuh"
+
+namespace sleepkern::cuda {
+
+// -Z [CHUNK][CHUNK] = -W Kt^T.
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void transition_of_rows(const Number<MODE>* W, const Number<MODE>* keys, Number<MODE>* Z) {
+  const int warp = threadIdx.x >> 5, I = warp >> 1, half = warp & 1;
+  float acc[CHUNK / 16][4];
+  clear(acc);
+  const LeftReader<MODE, KP> left(W);
+  const RightReader<MODE, KP> right(keys);
+  for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(acc, left.load(I, step), right, step, 2, 2 * half);
+#pragma unroll
+  for (int n = 0; n < CHUNK / 16; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      put_pair<MODE>(Z, CHUNK, 16 * I + row_of(i), 32 * half + column_of(n, i), acc[n][i], acc[n][i + 1]);
+    }
+  }
+}
+
+// The state after `passes` passes in the rows of the window, from that in memory.
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void rank_passes(State<KP>& S, const Values& U, const Number<MODE>* W, const Number<MODE>* keys,
+                                  const Number<MODE>* Z, float gamma, int passes, int blocks, const float* initial, int K,
+                                  int V, int column) {
+  Values erased, Y;
+  clear(erased);
+  clear(Y);
+  load_state<KP>(S, initial, K, V, column);
+  correct<MODE, KP>(erased, S, W, blocks);
+  float power = 1.0f;
+#pragma unroll 1
+  for (int pass = 0; pass < passes; ++pass) {
+    const RightReader<MODE, CHUNK> right(Z);
+    Values next;
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) next[n][i] = gamma * Y[n][i] + U[n][i] + power * erased[n][i];
+    }
+#pragma unroll
+    for (int step = 0; step < CHUNK / STEP<MODE>; ++step) {
+      if (step * STEP<MODE> < 16 * blocks) multiply<MODE>(next, left_of<MODE>(Y, step), right, step, blocks);
+    }
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) Y[n][i] = next[n][i];
+    }
+    power *= gamma;
+  }
+  load_state<KP>(S, initial, K, V, column);  // again, so that no register holds it through the passes
+#pragma unroll
+  for (int n = 0; n < KP / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) S[n][i] *= power;
+  }
+  add_rows<MODE, KP>(S, Y, keys, blocks);
+}
+
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_KERNEL(THREADS)
+window_kernel(const Call c) {
+  const Problem& p = c.p;
+  const int lane = blockIdx.x / c.value_blocks, warp = threadIdx.x >> 5;
+  const int64_t sequence = lane / p.HV;
+  const Chunk chunk{sequence * p.T, static_cast<int>(p.T), static_cast<int>(lane % p.HV)};
+  const int first = static_cast<int>(blockIdx.x % c.value_blocks) * c.block, column = first + 16 * warp;
+  const bool active = 16 * warp < c.block && column < p.V;
+  const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), blocks = chunk.blocks();
+  const int64_t state = lane * p.K * p.V;
+  ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.reads);
+
+  prepare_chunk<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
+  // float32 has no registers for U, but a tile of v of its size; the block is then no wider than the tile.
+  constexpr bool PARKED = MODE == Mode::exact;
+  float* parked = reinterpret_cast<float*>(m.scratch.V);
+  Values U;
+  clear(U);
+  for (int start = 0; start < c.block; start += VALUES) {
+    load_tile<MODE, VALUES>(m.scratch.V, p.v, chunk, static_cast<int64_t>(chunk.head) * V + first + start,
+                            V - first - start, false, [](int, int, float x) { return x; });
+    block_barrier();
+    const int group = warp - start / 16;
+    if (group >= 0 && group < VALUES / 16) write_factor<MODE, KP, CHANNEL>(m.scratch, group, blocks, U);
+    block_barrier();
+    if (PARKED && warp < VALUES / 16) store_values(U, parked, warp);
+  }
+  finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.gamma, m.scratch.G);
+  block_barrier();
+
+  const float* initial = p.state ? p.state + state : nullptr;
+  float* final = p.final_state + state;
+  const int seen = active ? column : V;  // inactive warps have no columns
+  const bool stops = c.tol > 0.0f;
+  Stopping stopping;
+  State<KP> S;
+  int made = 0;
+  if (!CHANNEL && c.rank) {
+    transition_of_rows<MODE, KP>(m.W, m.keys, m.scratch.XE);
+    block_barrier();
+    made = c.passes - 1;
+    if (active) {
+      if (PARKED) load_values(U, parked, warp);
+      rank_passes<MODE, KP>(S, U, m.W, m.keys, m.scratch.XE, m.gamma[0], made, blocks, initial, K, V, column);
+    }
+  } else {
+    load_state<KP>(S, initial, K, V, seen);
+  }
+  bool settled = false;
+#pragma unroll 1
+  while (true) {
+    const bool read = p.reads && (stops ? settled : made == c.passes - 1);
+    if (read) {
+      block_barrier();
+      load_queries<MODE, KP, CHANNEL>(p, chunk, m.scratch.Q, m.scratch.G);
+      block_barrier();
+      if (stops) load_state<KP>(S, final, K, V, seen);  // before the last pass, which is made again
+    } else if (stops) {
+      store_state<KP>(S, final, K, V, seen);
+    }
+    if (active) {
+      Values values;
+      if (PARKED) {
+        load_values(values, parked, warp);
+      } else {
+#pragma unroll
+        for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) values[n][i] = U[n][i];
+        }
+      }
+      correct<MODE, KP>(values, S, m.W, blocks);
+      if (read) read_out<MODE, KP>(S, values, m.scratch.Q, m.P, p, chunk, column);
+      advance<MODE, KP>(S, values, m.keys, m.gamma, blocks);
+    }
+    ++made;
+    if (read) break;
+    if (stops) {
+      const float step = square_step<KP>(S, final, K, V, seen);
+      settled = stopping.stop(c.tol, m.sums, made, step, square_sum<KP>(S)) || made == c.passes;
+      if (settled && !p.reads) break;
+    } else if (made == c.passes) {
+      break;
+    }
+  }
+  if (stops && threadIdx.x == 0) {
+    c.residual[lane] = stopping.residual;
+    c.made[lane] = made - (p.reads ? 1 : 0);  // but for the one made again
+  }
+  if (active) store_state<KP>(S, final, K, V, column);
+}
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,62 @@
+"""The CUDA backend on CPU tensors: its launches go to csrc/cuda compiled for the CPU (cuda_on_cpu.h)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import building
+import torch
+
+from sleepkern.backends import cuda
+
+torch.set_num_threads(1)
+
+H100 = cuda.Device((9, 0), 232448, 4)
+A100 = cuda.Device((8, 0), 166912, 4)
+"""With few multiprocessors, so that small tests have wide blocks too."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cuda-module", help="a module that is built already, for runs under a sanitizer")
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the build without faults."""
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    building.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """The launches."""
+    given = request.config.getoption("--cuda-module")
+    return building.load(Path(given) if given else request.getfixturevalue("sound") / "cuda_on_cpu.so")
+
+
+@contextmanager
+def backend_on(
+    module: ModuleType, order: str = "forward", device: cuda.Device = H100, early_copies: bool = False, seed: int = 0
+) -> Iterator[None]:
+    """The CUDA backend takes CPU tensors and launches the module's kernels, in this order of threads."""
+    module.set_options(order, seed, 10 * device.capability[0], early_copies)
+    C = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if name.startswith("cuda_")}, has_cuda=True)
+    with mock.patch.multiple(cuda, _C=C, why_not_on=lambda device: None, device_at_hand=lambda: device):
+        with mock.patch.multiple(cuda, _REPLAY=cuda._replay_table(), _WINDOW=cuda._window_table()):
+            yield
+
+
+@pytest.fixture
+def on(module: ModuleType) -> Callable[..., object]:
+    """`backend_on` with the module."""
+    return lambda **options: backend_on(module, **options)
