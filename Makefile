@@ -35,7 +35,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 
 # Torch comes first and pinned: without it other packages would pull a build with gigabytes of CUDA.
 $(VENV)/installed: requirements.txt

@@ -19,9 +19,9 @@ inline Rows rows(const View& view) {
 }
 
 // What every entry point takes first: sizes and inputs.
-inline Problem describe(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
-                 int64_t K, int64_t V, uintptr_t offsets, const View& q, const View& k, const View& v, const View& g,
-                 const View& beta, uintptr_t state) {
+inline Problem describe(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H,
+                        int64_t HV, int64_t K, int64_t V, uintptr_t offsets, const View& q, const View& k,
+                        const View& v, const View& g, const View& beta, uintptr_t state) {
   Problem problem{};
   problem.gate = static_cast<Gate>(gate);
   problem.delta = delta;

@@ -17,10 +17,10 @@ T* at(Address address) {
 
 // One launch for a window of at most one chunk, else prepare and replay. factors: (tiles, gamma, U, queries).
 void run_replay(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
-                int64_t K, int64_t V, Address offsets, View q, View k, View v, View g, View beta, Address state, Address o,
-                Address final_state, int mode, int passes, float tol, Address residual, Address made, bool affine,
-                bool rank, Address before, int block, int slots, std::tuple<Address, Address, Address, Address> factors, bool window,
-                Address stream) {
+                int64_t K, int64_t V, Address offsets, View q, View k, View v, View g, View beta, Address state,
+                Address o, Address final_state, int mode, int passes, float tol, Address residual, Address made,
+                bool affine, bool rank, Address before, int block, int slots,
+                std::tuple<Address, Address, Address, Address> factors, bool window, Address stream) {
   cuda::Call call{};
   call.p = describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
   call.p.o = at<void>(o);

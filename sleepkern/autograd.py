@@ -11,6 +11,7 @@ backward always come from the same one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -75,11 +76,8 @@ def _checked_step(problem: Problem, engine: ModuleType, x: Tensors, places: Tens
         return o
     assert x.state is not None
     check_places(x.state, places)
-    in_pool = getattr(engine, "step_in_pool", None)
-    if in_pool is None:
-        return step_in_pool(problem, x, places, engine.step)
-    o = in_pool(problem, x, places)
-    return o
+    own: Callable[[Problem, Tensors, Tensor], Tensor] | None = getattr(engine, "step_in_pool", None)
+    return step_in_pool(problem, x, places, engine.step) if own is None else own(problem, x, places)
 
 
 def wants_grad(x: Tensors) -> bool:

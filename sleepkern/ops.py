@@ -179,8 +179,9 @@ def recurrent_step(
 
     Args:
         state: [B,HV,K,V]; with inplace=True it is updated and returned, with inplace=False left alone.
-        state_indices: [B] int32 or int64, for a pool of states [n,HV,K,V] as serving engines keep it: row b goes on from
-            state[state_indices[b]]. No index may be there twice. A negative one marks a padded row, whose readouts are 0.
+        state_indices: [B] int32 or int64, where `state` is a pool [n,HV,K,V] as serving engines keep it: row b goes on
+            from state[state_indices[b]]. No index may be there twice; a negative one marks a padded row, whose
+            readouts are 0.
         rule: one of `sleepkern.rules`; g or beta None where the rule has none. The rest: module docstring.
 
     Returns:

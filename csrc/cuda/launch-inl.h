@@ -36,8 +36,8 @@ void run(const char*, void (*kernel)(Arguments), Grid grid, int threads, int64_t
 }
 #else
 template <class Arguments>
-void run(const char* name, void (*kernel)(Arguments), Grid grid, int threads, int64_t shared, const Arguments& arguments,
-         void* stream) {
+void run(const char* name, void (*kernel)(Arguments), Grid grid, int threads, int64_t shared,
+         const Arguments& arguments, void* stream) {
   if (grid.x == 0 || grid.y == 0) return;
   const auto check = [&](cudaError_t error) {
     if (error == cudaSuccess) return;

@@ -2,8 +2,8 @@
 //
 //   Vn^T = U^T - S^T W^T      S^T <- S^T Gam + Vn^T Kt      O^T = S^T Qe^T + Vn^T P^T
 //
-// Value columns do not meet, so warps need no barrier; shared memory holds the right operands of all of them, -W, Kt, Qe
-// and P, and nothing is written there. Accumulators S^T [16][KP]: KP / 2 registers a thread; Vn^T [16][CHUNK]: 32.
+// Value columns do not meet, so warps need no barrier; shared memory holds the right operands of all of them, -W, Kt,
+// Qe and P, and nothing is written there. Accumulators S^T [16][KP]: KP / 2 registers a thread; Vn^T [16][CHUNK]: 32.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -68,7 +68,8 @@ template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void correct(Values& values, const State<KP>& S, const Number<MODE>* W, int blocks) {
   const RightReader<MODE, KP> right(W);
 #pragma unroll
-  for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(values, left_of<MODE>(S, step), right, step, blocks);
+  for (int step = 0; step < KP / STEP<MODE>; ++step)
+    multiply<MODE>(values, left_of<MODE>(S, step), right, step, blocks);
 }
 
 // d <- A d. bf16 fragments take half of the registers of d, so they are all made before it is overwritten.
@@ -172,8 +173,8 @@ SLEEPKERN_DEVICE float square_sum(const State<KP>& S) {
 struct Stopping {
   float size = 0.0f, residual = INFINITY;
 
-  // After pass number `made`, whose step and state have these sums of squares (0 from warps without columns); `sums` has
-  // room for two numbers a warp.
+  // After pass number `made`, whose step and state have these sums of squares (0 from warps without columns); `sums`
+  // has room for two numbers a warp.
   SLEEPKERN_DEVICE bool stop(float tol, float* sums, int made, float step, float state) {
     for (int mask = 16; mask > 0; mask /= 2) {
       step += shuffle_xor(step, mask);

@@ -5,10 +5,12 @@
 //   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j                            Qe_i = scale E_i q_i
 //
 // Exponents are never positive. The diagonal 16 x 16 blocks of X come from exact substitution in float32, those below
-// from products of split tf32 numbers, which keep float32's precision: powers of M would not survive keys that are alike.
+// from products of split tf32 numbers, which keep float32's precision: powers of M would not survive keys that are
+// alike.
 //
 // Shared memory, in bytes at K = 128, bf16 (float32): keys and -W 16 K each (32 K); scratch: v 8 K (16 K), M 16 K, then
-// X diag(b E) in its place; X^T 16 K and X diag(b) 8 K (16 K), before them q; gates, and G itself with channel decay, 32 K.
+// X diag(b E) in its place; X^T 16 K and X diag(b) 8 K (16 K), before them q; gates, and G itself with channel decay,
+// 32 K.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -132,9 +134,8 @@ SLEEPKERN_DEVICE void load_gates(const Problem& p, const Chunk& chunk, float* G,
   if (warp == WARPS - 1) {
     for (int j = lane; j < CHUNK; j += 32) {
       beta[j] = j >= chunk.tokens ? 0.0f
-                : p.beta.data
-                    ? load_one(p.beta.data, p.beta.type, (chunk.first + j) * p.beta.stride + chunk.head)
-                    : 1.0f;
+                : p.beta.data     ? load_one(p.beta.data, p.beta.type, (chunk.first + j) * p.beta.stride + chunk.head)
+                                  : 1.0f;
     }
   }
 }
@@ -167,8 +168,8 @@ SLEEPKERN_DEVICE void each_element(const float (&acc)[2][4], int I, int J, Eleme
 
 // M and P with one decay a token: the decay is a factor of the finished products.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void scores(const Problem& p, const Chunk& chunk, const Number<MODE>* keys, const Workspace<MODE, KP, CHANNEL>& w,
-                             Number<MODE>* P) {
+SLEEPKERN_DEVICE void scores(const Problem& p, const Chunk& chunk, const Number<MODE>* keys,
+                             const Workspace<MODE, KP, CHANNEL>& w, Number<MODE>* P) {
   const int blocks = chunk.blocks(), warp = threadIdx.x >> 5;
   const int pairs = blocks * (blocks + 1) / 2;
   for (int task = warp; task < (P ? 2 * pairs : pairs); task += WARPS) {
@@ -270,7 +271,8 @@ SLEEPKERN_DEVICE void erase_factor(const Chunk& chunk, const Number<MODE>* inver
 
 // U of 16 value columns as accumulators U^T [16][CHUNK]; group counts the groups of the tile.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void write_factor(const Workspace<MODE, KP, CHANNEL>& w, int group, int blocks, float (&U)[CHUNK / 8][4]) {
+SLEEPKERN_DEVICE void write_factor(const Workspace<MODE, KP, CHANNEL>& w, int group, int blocks,
+                                   float (&U)[CHUNK / 8][4]) {
   const TransposedReader<MODE, VALUES, false> left(w.V);
   const RightReader<MODE, CHUNK> right(w.XB);
   clear(U);
@@ -327,7 +329,8 @@ SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number
 
 // Kt in the place of k, and Gam; a barrier must follow.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void finish_keys(const Problem& p, const Chunk& chunk, Number<MODE>* keys, float* gamma, const float* G) {
+SLEEPKERN_DEVICE void finish_keys(const Problem& p, const Chunk& chunk, Number<MODE>* keys, float* gamma,
+                                  const float* G) {
   const int64_t offset = static_cast<int64_t>(chunk.head / static_cast<int>(p.HV / p.H)) * p.K;
   const Decay<KP, CHANNEL> decay{G};
   load_tile<MODE, KP>(keys, p.k, chunk, offset, p.K, p.normalize,

@@ -30,8 +30,8 @@ SLEEPKERN_DEVICE SharedAddress shared_address(const void* p) {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
 }
 
-// The same value, of which the compiler knows nothing: or it computes the addresses of a loop once, hundreds of them, and
-// keeps them in registers that there are not.
+// The same value, of which the compiler knows nothing: or it computes the addresses of a loop once, hundreds of them,
+// and keeps them in registers that there are not.
 SLEEPKERN_DEVICE uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -58,8 +58,8 @@ SLEEPKERN_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8 and receives the four bytes
-// at 4 (l % 4) of row l / 4 of each.
+// Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8 and receives the four
+// bytes at 4 (l % 4) of row l / 4 of each.
 SLEEPKERN_DEVICE void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -233,8 +233,8 @@ walk_kernel(const Call c) {
   const ReplayMemory<MODE, KP> m = replay_memory<MODE, KP>(c, p.reads);
   const bool resident = lane.chunks <= c.slots, stops = c.tol > 0.0f;
   float* final = p.final_state + lane.state(p);
-  Stream<MODE, KP> stream{c, m, first_slot(p, lane.sequence), lane.head, lane.chunks, lane.first, resident,
-                          lane.chunks * (resident ? 1 : c.passes)};
+  Stream<MODE, KP> stream{c,          m,        first_slot(p, lane.sequence),           lane.head, lane.chunks,
+                          lane.first, resident, lane.chunks * (resident ? 1 : c.passes)};
   Stopping stopping;
   State<KP> S;
   load_state<KP>(S, p.state ? p.state + lane.state(p) : nullptr, K, V, lane.seen);

@@ -165,14 +165,14 @@ template <Mode MODE, int TILES>
 SLEEPKERN_DEVICE Fragment<MODE> left_of(const float (&acc)[TILES][4], int step) {
   Fragment<MODE> f;
   if constexpr (MODE == Mode::bf16) {
-    const float(&x)[4] = acc[2 * step];
-    const float(&y)[4] = acc[2 * step + 1];
+    const float (&x)[4] = acc[2 * step];
+    const float (&y)[4] = acc[2 * step + 1];
     f.high[0] = pack_bf16(x[0], x[1]);
     f.high[1] = pack_bf16(x[2], x[3]);
     f.high[2] = pack_bf16(y[0], y[1]);
     f.high[3] = pack_bf16(y[2], y[3]);
   } else {
-    const float(&x)[4] = acc[step];
+    const float (&x)[4] = acc[step];
     const float ordered[4] = {x[0], x[2], x[1], x[3]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) f.high[i] = as_bits(ordered[i]);
@@ -193,8 +193,8 @@ SLEEPKERN_DEVICE void mma(float (&d)[4], const Fragment<MODE>& a, const Fragment
   }
 }
 
-// acc [16][8 * TILES] += left * right over one step; only the first `blocks` blocks of 16 rows of the right operand, from
-// `first` on.
+// acc [16][8 * TILES] += left * right over one step; only the first `blocks` blocks of 16 rows of the right operand,
+// from `first` on.
 template <Mode MODE, int TILES, class Right>
 SLEEPKERN_DEVICE void multiply(float (&acc)[TILES][4], const Fragment<MODE>& left, const Right& right, int step,
                                int blocks = TILES / 2, int first = 0) {

@@ -6,8 +6,8 @@
 // rank: the state of pass n is Gam^n S0 + Kt^T Y_n with Y_0 = 0 and Y_(n+1) = Gam Y_n + U - Gam^n W S0 - Z Y_n,
 // Z = W Kt^T: 64 x 64 products instead of 64 x K x 2.
 //
-// Shared memory: keys, -W, the decay, prepare's scratch, P; in the scratch's place -Z during rank, Qe for the last pass.
-// Registers: S^T KP / 2, U^T 32, Vn^T 32. With tol the state before a pass waits in the final state's place.
+// Shared memory: keys, -W, the decay, prepare's scratch, P; in the scratch's place -Z during rank, Qe for the last
+// pass. Registers: S^T KP / 2, U^T 32, Vn^T 32. With tol the state before a pass waits in the final state's place.
 #pragma once
 
 #include "cuda/passes.cuh"
@@ -36,8 +36,8 @@ SLEEPKERN_DEVICE void transition_of_rows(const Number<MODE>* W, const Number<MOD
 // The state after `passes` passes in the rows of the window, from that in memory.
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void rank_passes(State<KP>& S, const Values& U, const Number<MODE>* W, const Number<MODE>* keys,
-                                  const Number<MODE>* Z, float gamma, int passes, int blocks, const float* initial, int K,
-                                  int V, int column) {
+                                  const Number<MODE>* Z, float gamma, int passes, int blocks, const float* initial,
+                                  int K, int V, int column) {
   Values erased, Y;
   clear(erased);
   clear(Y);

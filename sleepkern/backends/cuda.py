@@ -282,11 +282,8 @@ def _plan(problem: Problem) -> Plan | None:
 def _block(heads: int, V: int, whole: bool = False, device: Device | None = None) -> int:
     """Value columns of a block: as many as leave every multiprocessor a block, at least 32."""
     device = device or device_at_hand()
-    widest = min(_C.cuda_widest_block, -(-V // 16) * 16)
-    if whole:
-        return widest
-    block = widest
-    while block > 32 and heads * -(-V // block) < device.multiprocessors:
+    block: int = min(_C.cuda_widest_block, -(-V // 16) * 16)
+    while not whole and block > 32 and heads * -(-V // block) < device.multiprocessors:
         block = max(32, block // 32 * 16)
     return block
 
@@ -320,7 +317,7 @@ def _does_not_fit(problem: Problem) -> str:
     limit = device_at_hand().shared_memory
     if problem.method == "wy" and problem.tol is not None:
         return "wy with tol needs a window whose chunks all stay in shared memory; affine does not"
-    return f"a chunk with K = {problem.K} in {_mode(problem)} needs more than the {limit} bytes of shared memory of a block"
+    return f"K = {problem.K} with {_mode(problem)} products needs more than a block's {limit} bytes of shared memory"
 
 
 def _replays(problem: Problem) -> bool:
@@ -339,7 +336,7 @@ def _chunks(problem: Problem) -> int:
 
 
 def _mode(problem: Problem) -> str:
-    """bf16 operands for bf16 inputs; float32 and float16 are split into two tf32 numbers, which keeps float32's precision."""
+    """bf16 products for bf16 inputs; others are split into two tf32 numbers, which keeps float32's precision."""
     return "bf16" if problem.dtype == torch.bfloat16 else "exact"
 
 
@@ -348,9 +345,7 @@ def _ordinary(problem: Problem) -> ModuleType:
     return next(backend for backend in ORDINARY if backend.why_not(one) is None)
 
 
-def _views(
-    problem: Problem, x: Tensors, reads: bool
-) -> tuple[list[tuple[int, int, int]], list[Tensor]]:
+def _views(problem: Problem, x: Tensors, reads: bool) -> tuple[list[tuple[int, int, int]], list[Tensor]]:
     """q, k, v, g, beta as _C takes them, and what must live while it runs."""
     p = problem
     widths = (p.H * p.K, p.H * p.K, p.HV * p.V, p.HV * p.K if p.rule.gate == "channel" else p.HV, p.HV)

@@ -50,9 +50,11 @@ def backend_on(
 ) -> Iterator[None]:
     """The CUDA backend takes CPU tensors and launches the module's kernels, in this order of threads."""
     module.set_options(order, seed, 10 * device.capability[0], early_copies)
-    C = SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if name.startswith("cuda_")}, has_cuda=True)
-    with mock.patch.multiple(cuda, _C=C, why_not_on=lambda device: None, device_at_hand=lambda: device):
-        with mock.patch.multiple(cuda, _REPLAY=cuda._replay_table(), _WINDOW=cuda._window_table()):
+    launches = {name: getattr(module, name) for name in dir(module) if name.startswith("cuda_")}
+    replaced = {"_C": SimpleNamespace(**launches, has_cuda=True), "why_not_on": lambda _: None}
+    with mock.patch.multiple(cuda, device_at_hand=lambda: device, **replaced):
+        tables = {"_REPLAY": cuda._replay_table(), "_WINDOW": cuda._window_table()}
+        with mock.patch.multiple(cuda, **tables):
             yield
 
 

@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU, for tests: what csrc/cuda/ptx.h gives on a GPU, with the threads of a block as fibers.
 //
 // A fiber runs until it waits: for a block, a warp, or a copy. Fibers that can go on wait in a queue, which is emptied
-// from the front, from the back (one warp runs far ahead of the others), or at random; so code that lacks a barrier reads
-// what is not there yet in at least one order. Copies take place as late as allowed or at once, by the same choice.
-// Shared memory starts as NaN, and under AddressSanitizer only what an Arena handed out may be touched.
+// from the front, from the back (one warp runs far ahead of the others), or at random; so code that lacks a barrier
+// reads what is not there yet in at least one order. Copies take place as late as allowed or at once, by the same
+// choice. Shared memory starts as NaN, and under AddressSanitizer only what an Arena handed out may be touched.
 //
 // What it cannot show: races within one thread order, bank conflicts, and an error in its own reading of the PTX manual
 // that the kernels share (fragments of mma and ldmatrix).
@@ -333,7 +333,10 @@ inline void mma_words(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
     using cuda_on_cpu::bf16_half, cuda_on_cpu::tf32;
     if (bf16) {
       cuda_on_cpu::product<16>(
-          w, [](auto* w, int r, int k) { return bf16_half(w[(r & 7) * 4 + (k & 7) / 2][4 + (r >> 3) + 2 * (k >> 3)], k & 1); },
+          w,
+          [](auto* w, int r, int k) {
+            return bf16_half(w[(r & 7) * 4 + (k & 7) / 2][4 + (r >> 3) + 2 * (k >> 3)], k & 1);
+          },
           [](auto* w, int k, int c) { return bf16_half(w[c * 4 + (k & 7) / 2][8 + (k >> 3)], k & 1); });
     } else {
       cuda_on_cpu::product<8>(
@@ -344,10 +347,13 @@ inline void mma_words(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
   std::memcpy(d, words, 16);
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_words(d, a, b0, b1, true); }
-inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_words(d, a, b0, b1, false); }
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma_words(d, a, b0, b1, false);
+}
 
 inline void load_matrices_of(uint32_t (&r)[4], SharedAddress row, bool transposed) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cuda_on_cpu::give_up("ldmatrix: a row that is not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    cuda_on_cpu::give_up("ldmatrix: a row that is not aligned to 16 bytes");
   uint32_t words[4] = {};
   std::memcpy(words, &row, 8);
   cuda_on_cpu::exchange(words, 4, [transposed](uint32_t (*w)[12]) {
@@ -395,8 +401,12 @@ inline uint16_t to_half(float x) {
 
 inline float decayed(float x) { return std::exp(x); }
 
-inline void block_barrier() { cuda_on_cpu::gather(cuda_on_cpu::machine.block, [] {}); }
-inline void warp_barrier() { cuda_on_cpu::gather(cuda_on_cpu::warp().here, [] {}); }
+inline void block_barrier() {
+  cuda_on_cpu::gather(cuda_on_cpu::machine.block, [] {});
+}
+inline void warp_barrier() {
+  cuda_on_cpu::gather(cuda_on_cpu::warp().here, [] {});
+}
 
 template <class Source>
 float shuffle(float x, Source source) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ SHAPES = {
     "K=96 V=256": Shape(T=100, **ONE, K=96, V=256),
     "K=V=128": Shape(T=130, **ONE, K=128, V=128),
     "window K=128 V=100": Shape(T=50, **ONE, K=128, V=100),
-    "T=1000": Shape(T=1000, **ONE, K=32, V=32),
+    "T=1000": Shape(T=1000, **ONE, K=16, V=16),
     "packed": Shape(H=1, HV=2, K=32, V=32, lengths=(1, 64, 65, 17, 0, 3)),
 }
 THREADS_COPY = H100._replace(capability=(8, 0))
@@ -45,6 +46,19 @@ ORDERS: tuple[dict[str, Any], ...] = (
 def test_replay(on, shape: str, rule, order: dict[str, Any]) -> None:
     with on(**order):
         found = errors(rule, SHAPES[shape], passes=3, backend="cuda")
+    assert max(found.values()) <= TOLERANCE[torch.float32], found
+
+
+@pytest.mark.parametrize("method", ["wy", "affine"])
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: o["order"])
+def test_long_windows(on, order: dict[str, Any], method: str) -> None:
+    """More chunks than have a place in shared memory: they stream through it."""
+    order = {**order, "device": order.get("device", H100)._replace(shared_memory=230000)}
+    with on(**order):
+        found = errors(GATED_DELTA_RULE, Shape(T=330, **ONE, K=128, V=32), passes=3, method=method, backend="cuda",
+                       gradients=False)  # fmt: skip
+        problem = Case("ingest", GATED_DELTA_RULE, Shape(T=330, **ONE, K=128, V=32), passes=3).problem()
+        assert cuda._plan(problem._replace(method=method)).slots < 6
     assert max(found.values()) <= TOLERANCE[torch.float32], found
 
 
@@ -153,7 +167,7 @@ def test_step(on, rule, dtype: torch.dtype, shape: Shape) -> None:
     x = make_inputs(rule, shape, dtype)
     x.pop("cu_seqlens")
     state = x.pop("initial_state")
-    reference = {n: t for n, t in to_float64(x).items()}
+    reference = to_float64(x)
     for normalize in (False, True):
         kept = state.clone()
         with on(order="random"):
@@ -190,25 +204,26 @@ def test_step_in_a_pool(on) -> None:
 @pytest.mark.parametrize("device", [H100, A100, cuda.Device((8, 9), 101376, 8), cuda.Device((12, 0), 101376, 170)])
 def test_plans_fit(on, device: cuda.Device) -> None:
     """Whatever is not refused fits the device's shared memory; what is refused says why."""
+    cases = (
+        (64, 64, 64, None, True), (128, 128, 4096, None, True), (128, 256, 48, None, False), (128, 128, 64, 1e-3, True),
+        (96, 96, 500, 1e-3, True),
+    )  # fmt: skip
     with on(device=device):
-        for rule in DELTA:
-            for dtype in (torch.float32, torch.bfloat16):
-                for K, V, T, tol, reads in ((64, 64, 64, None, True), (128, 128, 4096, None, True), (128, 256, 48, None, False),
-                                            (128, 128, 64, 1e-3, True), (96, 96, 500, 1e-3, True)):  # fmt: skip
-                    case = Case("ingest", rule, Shape(T=T, H=16, HV=16, K=K, V=V), passes=4, dtype=dtype)
-                    problem = case.problem()._replace(tol=tol, output=reads)
-                    why, plan = cuda.why_not(problem), cuda._plan(problem)
-                    assert (plan is None) == (why is not None)
-                    if plan is None:
-                        assert "shared memory" in why
-                        continue
-                    mode, width = cuda._mode(problem), 64 if K <= 64 else 128
-                    need = cuda._WINDOW[mode, width, reads, rule.gate == "channel"]
-                    if not plan.window:
-                        fixed, each = cuda._REPLAY[mode, width, reads, plan.block]
-                        need = max(need, fixed + each * plan.slots)
-                    assert need <= device.shared_memory
-                    assert plan.block % 16 == 0 and (tol is None or plan.block >= V)
+        for rule, dtype, (K, V, T, tol, reads) in itertools.product(DELTA, (torch.float32, torch.bfloat16), cases):
+            case = Case("ingest", rule, Shape(T=T, H=16, HV=16, K=K, V=V), passes=4, dtype=dtype)
+            problem = case.problem()._replace(tol=tol, output=reads)
+            why, plan = cuda.why_not(problem), cuda._plan(problem)
+            assert (plan is None) == (why is not None)
+            if plan is None:
+                assert "shared memory" in why
+                continue
+            mode, width = cuda._mode(problem), 64 if K <= 64 else 128
+            need = cuda._WINDOW[mode, width, reads, rule.gate == "channel"]
+            if not plan.window:
+                fixed, each = cuda._REPLAY[mode, width, reads, plan.block]
+                need = max(need, fixed + each * plan.slots)
+            assert need <= device.shared_memory
+            assert plan.block % 16 == 0 and (tol is None or plan.block >= V)
 
 
 def test_refusals(on) -> None:

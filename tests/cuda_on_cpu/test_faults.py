@@ -1,0 +1,85 @@
+"""A fault planted in a kernel turns tests red: wrong mathematics, a missing barrier or wait, and, under the sanitizers,
+
+an access beyond an array that no result would show.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from building import build, run_tests
+
+FAULTS: dict[str, tuple[str, str, str, str]] = {
+    "state does not decay": (
+        "passes.cuh", "S[n][i] *= gamma[column_of(n, i)];", "S[n][i] *= 1.0f;", "test_replay and 15",
+    ),
+    "rank erases as if no pass had gone": (
+        "window.cuh", "gamma * Y[n][i] + U[n][i] + power * erased[n][i]", "gamma * Y[n][i] + U[n][i] + erased[n][i]",
+        "test_methods and rank",
+    ),
+    "no barrier before the scores are inverted": (
+        "prepare.cuh", "  block_barrier();\n  invert<MODE", "  invert<MODE", "test_replay and 15",
+    ),
+    "no barrier before v is read": (
+        "window.cuh", "    block_barrier();\n    const int group", "    const int group", "test_replay and 15",
+    ),
+    "no barrier before a place is loaded again": (
+        "replay.cuh", "    block_barrier();  // all have read the place\n", "", "test_long_windows",
+    ),
+    "no wait for a copy": ("replay.cuh", "if (seen < asked) copy_wait(", "if (false) copy_wait(", "test_replay and 65"),
+    "wait for the wrong phase": ("replay.cuh", "seen / c.slots & 1", "0", "test_long_windows"),
+    "queries are loaded while others read them": (
+        "replay.cuh", "    block_barrier();  // all have read the chunk before\n", "", "test_long_windows",
+    ),
+    "lam does not go back through A": ("chain.cuh", "c.K, true);", "c.K, false);", "test_chain"),
+    "no barrier before lam is read": (
+        "chain.cuh", "      block_barrier();\n      if (16 * warp < KP) {", "      if (16 * warp < KP) {", "test_chain",
+    ),
+    "padded rows of a pool are written": ("step.cuh", "if (place < 0) return;", "", "pool"),
+    "a key's decay from the row after": (
+        "prepare_channel.cuh", "decayed(w.G[i * KP + d0 + d])", "decayed(w.G[(i | 1) * KP + d0 + d])",
+        "test_replay and 63 and kda",
+    ),
+}  # fmt: skip
+OVERRUNS: dict[str, tuple[str, str, str, str]] = {
+    "reads a row beyond the state": (
+        "step.cuh", "first + r < K ? valid : 0, aligned)", "first + r <= K ? valid : 0, aligned)", "test_step and 200",
+    ),
+    "a tile one number too small": (
+        "chain.cuh", "auto* R = arena.take<Number<MODE>>(KP * COLUMNS);",
+        "auto* R = arena.take<Number<MODE>>(KP * COLUMNS - 1);", "test_chain and 128",
+    ),
+}  # fmt: skip
+SANITIZED = (
+    "pool or (test_chain and 100) or (test_step and 200 and float16) or (test_replay and random and (15 or packed))"
+    " or (test_long_windows and backward)"
+)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_seen(name: str, tmp_path: Path, sound: Path) -> None:
+    file, good, bad, chosen = FAULTS[name]
+    done = run_tests(build(tmp_path, fault=(f"cuda/{file}", good, bad), sound=sound), chosen)
+    assert done.returncode == 1 or done.returncode < 0, done.stdout + done.stderr  # red, or ended by a signal
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a build under AddressSanitizer and UndefinedBehaviourSanitizer."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    build(folder, sanitize=True)
+    return folder
+
+
+def test_sanitizers_have_nothing_to_say(sanitized: Path) -> None:
+    done = run_tests(sanitized / "cuda_on_cpu.so", SANITIZED, sanitize=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", OVERRUNS)
+def test_an_overrun_is_seen(name: str, tmp_path: Path, sanitized: Path) -> None:
+    file, good, bad, chosen = OVERRUNS[name]
+    module = build(tmp_path, sanitize=True, fault=(f"cuda/{file}", good, bad), sound=sanitized)
+    done = run_tests(module, chosen, sanitize=True)
+    assert done.returncode != 0 and "AddressSanitizer" in done.stderr, done.stdout + done.stderr
