@@ -1,6 +1,6 @@
 # Each target does all its own set-up on a fresh machine with python3, g++ and make; a second call skips it.
 #   make demo       verify, bench, and a hybrid model with and without the kernels, into out/demo
-#   make test       the tests; then Triton's kernels, interpreted on the CPU and compiled for GPUs that need not be there
+#   make test       the tests; then CUDA's and Triton's kernels, run on the CPU and compiled for GPUs that need not be there
 #   make bench      the full benchmark table and plot, into out/bench
 #   make lint       ruff, mypy, clang-format
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
@@ -23,6 +23,7 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/cuda_on_cpu
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted
 	$(BIN)/python -m tests.triton_offline.gate
 

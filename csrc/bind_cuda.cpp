@@ -47,13 +47,12 @@ void run_replay(int gate, bool delta, bool normalize, float scale, int64_t seque
   }
 }
 
-cuda::Chain chain(int64_t heads, int K, int V, int passes, int mode, int block, Address A, Address states) {
+cuda::Chain chain(int64_t heads, int K, int V, int passes, int block, Address A, Address states) {
   cuda::Chain c{};
   c.heads = heads;
   c.K = K;
   c.V = V;
   c.passes = passes;
-  c.mode = mode;
   c.block = block;
   c.value_blocks = (V + block - 1) / block;
   c.A = at<float>(A);
@@ -61,18 +60,18 @@ cuda::Chain chain(int64_t heads, int K, int V, int passes, int mode, int block, 
   return c;
 }
 
-void run_powers(int64_t heads, int K, int V, int passes, int mode, int block, Address A, Address states, Address start,
+void run_powers(int64_t heads, int K, int V, int passes, int block, Address A, Address states, Address start,
                 Address after, Address stream) {
-  cuda::Chain c = chain(heads, K, V, passes, mode, block, A, states);
+  cuda::Chain c = chain(heads, K, V, passes, block, A, states);
   c.start = at<float>(start);
   c.after = at<float>(after);
   py::gil_scoped_release unlocked;
   cuda::powers(c, at<void>(stream));
 }
 
-void run_adjoint(int64_t heads, int K, int V, int passes, int mode, int block, Address A, Address states, Address made,
+void run_adjoint(int64_t heads, int K, int V, int passes, int block, Address A, Address states, Address made,
                  Address last, Address dA, Address dB, Address dstart, Address stream) {
-  cuda::Chain c = chain(heads, K, V, passes, mode, block, A, states);
+  cuda::Chain c = chain(heads, K, V, passes, block, A, states);
   c.made = at<int32_t>(made);
   c.last = at<float>(last);
   c.dA = at<float>(dA);

@@ -41,7 +41,7 @@ struct Call {
 // Powers of a transition, forward and backward: chain.cuh.
 struct Chain {
   int64_t heads;  // sequences * HV
-  int K, V, passes, mode;
+  int K, V, passes;
   int block, value_blocks;
   const float* A;       // [heads, K, K]
   const float* start;   // [heads, K, V] S_0, nullptr means 0

@@ -14,15 +14,16 @@
 
 namespace sleepkern::cuda {
 
-constexpr int COLUMNS = 64;  // value columns that are in shared memory at a time
+constexpr int COLUMNS = 64;         // value columns that are in shared memory at a time
+constexpr Mode FULL = Mode::exact;  // gradients are made in float32 whatever the inputs are
 
 // A square matrix [K][K] into a tile [KP][KP], transposed on request.
-template <Mode MODE, int KP>
-SLEEPKERN_DEVICE void load_square(Number<MODE>* tile, const float* A, int K, bool transposed) {
+template <int KP>
+SLEEPKERN_DEVICE void load_square(Number<FULL>* tile, const float* A, int K, bool transposed) {
   for (int e = threadIdx.x; e < KP * KP; e += THREADS) {
     const int i = e / KP, j = e % KP;
     const float x = i < K && j < K ? A[i * K + j] : 0.0f;
-    put<MODE>(tile, KP, transposed ? j : i, transposed ? i : j, x);
+    put<FULL>(tile, KP, transposed ? j : i, transposed ? i : j, x);
   }
 }
 
@@ -34,14 +35,14 @@ SLEEPKERN_DEVICE void add_state(const State<KP>& S, float* sum, bool first, int 
   });
 }
 
-template <Mode MODE, int KP>
-SLEEPKERN_KERNEL(THREADS)
+template <int KP>
+SLEEPKERN_KERNEL(THREADS, 1)
 powers_kernel(const Chain c) {
   const int64_t head = blockIdx.x / c.value_blocks, size = int64_t{c.K} * c.V;
   const int warp = threadIdx.x >> 5, column = static_cast<int>(blockIdx.x % c.value_blocks) * c.block + 16 * warp;
   Arena arena{shared_memory()};
-  auto* A = arena.take<Number<MODE>>(KP * KP);
-  load_square<MODE, KP>(A, c.A + head * c.K * c.K, c.K, false);
+  auto* A = arena.take<Number<FULL>>(KP * KP);
+  load_square<KP>(A, c.A + head * c.K * c.K, c.K, false);
   block_barrier();
   if (16 * warp >= c.block || column >= c.V) return;
   State<KP> S, d;
@@ -55,7 +56,7 @@ powers_kernel(const Chain c) {
   }
 #pragma unroll 1
   for (int pass = 1; pass < c.passes; ++pass) {
-    if (pass > 1) transform<MODE, KP>(d, A);
+    if (pass > 1) transform<FULL, KP>(d, A);
     // The state is read back, so that no register holds it through the product.
     load_state<KP>(S, c.states + ((pass - 1) * c.heads + head) * size, c.K, c.V, column);
 #pragma unroll
@@ -67,18 +68,18 @@ powers_kernel(const Chain c) {
   }
 }
 
-template <Mode MODE, int KP>
-SLEEPKERN_KERNEL(THREADS)
+template <int KP>
+SLEEPKERN_KERNEL(THREADS, 1)
 adjoint_kernel(const Chain c) {
   const int64_t head = blockIdx.x / c.value_blocks, size = int64_t{c.K} * c.V;
   const int part = static_cast<int>(blockIdx.x % c.value_blocks), warp = threadIdx.x >> 5;
   const int first = part * c.block, column = first + 16 * warp;
   const bool active = 16 * warp < c.block && column < c.V;
   Arena arena{shared_memory()};
-  auto* A = arena.take<Number<MODE>>(KP * KP);
-  auto* L = arena.take<Number<MODE>>(KP * COLUMNS);
-  auto* R = arena.take<Number<MODE>>(KP * COLUMNS);
-  load_square<MODE, KP>(A, c.A + head * c.K * c.K, c.K, true);
+  auto* A = arena.take<Number<FULL>>(KP * KP);
+  auto* L = arena.take<Number<FULL>>(KP * COLUMNS);
+  auto* R = arena.take<Number<FULL>>(KP * COLUMNS);
+  load_square<KP>(A, c.A + head * c.K * c.K, c.K, true);
   float* dB = c.dB + head * size;
   State<KP> lam, dA;
   load_state<KP>(lam, c.last + head * size, c.K, c.V, active ? column : c.V);
@@ -94,27 +95,27 @@ adjoint_kernel(const Chain c) {
 #pragma unroll
         for (int t = 0; t < KP / 8; ++t) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) put<MODE>(L, COLUMNS, column_of(t, i), v0 + row_of(i), lam[t][i]);
+          for (int i = 0; i < 4; ++i) put<FULL>(L, COLUMNS, column_of(t, i), v0 + row_of(i), lam[t][i]);
         }
       }
       for (int e = threadIdx.x; e < KP * COLUMNS; e += THREADS) {
         const int d = e / COLUMNS, v = first + start + e % COLUMNS;
-        put<MODE>(R, COLUMNS, d, e % COLUMNS, d < c.K && v < c.V ? S[int64_t{d} * c.V + v] : 0.0f);
+        put<FULL>(R, COLUMNS, d, e % COLUMNS, d < c.K && v < c.V ? S[int64_t{d} * c.V + v] : 0.0f);
       }
       block_barrier();
       if (16 * warp < KP) {
-        const LeftReader<MODE, COLUMNS> left(L);
-        const RightReader<MODE, COLUMNS> right(R);
+        const LeftReader<FULL, COLUMNS> left(L);
+        const RightReader<FULL, COLUMNS> right(R);
 #pragma unroll 1
-        for (int step = 0; step < COLUMNS / STEP<MODE>; ++step) multiply<MODE>(dA, left.load(warp, step), right, step);
+        for (int step = 0; step < COLUMNS / STEP<FULL>; ++step) multiply<FULL>(dA, left.load(warp, step), right, step);
       }
       if (active && v0 >= 0 && v0 < COLUMNS) {
         add_state<KP>(lam, dB, first_pass, c.K, c.V, column);
-        const TransposedReader<MODE, COLUMNS, false> left(L);
-        const RightReader<MODE, KP> right(A);
+        const TransposedReader<FULL, COLUMNS, false> left(L);
+        const RightReader<FULL, KP> right(A);
         clear(lam);
 #pragma unroll 1
-        for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(lam, left.load(v0 / 16, step), right, step);
+        for (int step = 0; step < KP / STEP<FULL>; ++step) multiply<FULL>(lam, left.load(v0 / 16, step), right, step);
       }
     }
     first_pass = false;

@@ -55,7 +55,7 @@ void run(const char* name, void (*kernel)(Arguments), Grid grid, int threads, in
 }
 #endif
 
-// use(mode, width) with both as constants.
+// A kernel is chosen by use(width) or use(mode, width), both constants.
 template <Mode MODE>
 struct ModeOf {
   static constexpr Mode value = MODE;
@@ -66,14 +66,18 @@ struct WidthOf {
 };
 
 template <class Use>
+void with_width(int64_t K, Use use) {
+  if (K <= 64) return use(WidthOf<64>());
+  if (K <= WIDEST_KEY) return use(WidthOf<128>());
+  throw std::runtime_error("sleepkern: no CUDA kernel for K = " + std::to_string(K));
+}
+
+template <class Use>
 void with_kernel(int mode, int64_t K, Use use) {
-  const auto with_width = [&](auto m) {
-    if (K <= 64) return use(m, WidthOf<64>());
-    if (K <= WIDEST_KEY) return use(m, WidthOf<128>());
-    throw std::runtime_error("sleepkern: no CUDA kernel for K = " + std::to_string(K));
-  };
-  if (mode == static_cast<int>(Mode::bf16)) return with_width(ModeOf<Mode::bf16>());
-  with_width(ModeOf<Mode::exact>());
+  with_width(K, [&](auto width) {
+    if (mode == static_cast<int>(Mode::bf16)) return use(ModeOf<Mode::bf16>(), width);
+    use(ModeOf<Mode::exact>(), width);
+  });
 }
 
 }  // namespace sleepkern::cuda

@@ -10,7 +10,7 @@ namespace sleepkern::cuda {
 // Bytes of shared memory that a block needs.
 int64_t window_memory(int mode, int K, bool reads, bool channel);  // of prepare too, which keeps the same of a chunk
 int64_t replay_memory(int mode, int K, bool reads, int block, int slots);
-int64_t chain_memory(int mode, int K, bool backward);
+int64_t chain_memory(int K, bool backward);
 
 void window(const Call& call, void* stream);
 void prepare(const Call& call, void* stream);

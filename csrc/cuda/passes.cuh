@@ -106,14 +106,20 @@ SLEEPKERN_DEVICE void add_rows(State<KP>& S, const Values& values, const Number<
   }
 }
 
+// S^T <- S^T Gam, decay(d) of row d of S.
+template <int TILES, class Decay>
+SLEEPKERN_DEVICE void scale(float (&S)[TILES][4], Decay decay) {
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) S[n][i] *= decay(column_of(n, i));
+  }
+}
+
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void advance(State<KP>& S, const Values& values, const Number<MODE>* keys, const float* gamma,
                               int blocks) {
-#pragma unroll
-  for (int n = 0; n < KP / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) S[n][i] *= gamma[column_of(n, i)];
-  }
+  scale(S, [gamma](int d) { return gamma[d]; });
   add_rows<MODE, KP>(S, values, keys, blocks);
 }
 
@@ -168,39 +174,40 @@ SLEEPKERN_DEVICE float square_sum(const State<KP>& S) {
   return sum;
 }
 
-// When a head may stop: |d| r / (1 - r) <= tol |S|, r = |d| / |d before|. All threads of the block come to the same
-// answer.
-struct Stopping {
-  float size = 0.0f, residual = INFINITY;
-
-  // After pass number `made`, whose step and state have these sums of squares (0 from warps without columns); `sums`
-  // has room for two numbers a warp.
-  SLEEPKERN_DEVICE bool stop(float tol, float* sums, int made, float step, float state) {
-    for (int mask = 16; mask > 0; mask /= 2) {
-      step += shuffle_xor(step, mask);
-      state += shuffle_xor(state, mask);
-    }
-    block_barrier();
-    if (lane_of_warp() == 0) {
-      sums[threadIdx.x >> 5] = step;
-      sums[WARPS + (threadIdx.x >> 5)] = state;
-    }
-    block_barrier();
-    step = state = 0.0f;
-    for (int warp = 0; warp < WARPS; ++warp) {
-      step += sums[warp];
-      state += sums[WARPS + warp];
-    }
-    step = sqrtf(step);
-    if (made > 1) {
-      const float ratio = step / fmaxf(size, 1e-30f);
-      float left = ratio < 1.0f ? step * ratio / fmaxf(1.0f - ratio, 1e-30f) : INFINITY;
-      if (step == 0.0f) left = 0.0f;
-      residual = left / fmaxf(sqrtf(state), 1e-30f);
-    }
-    size = step;
-    return made > 1 && residual <= tol;
+// Whether a head may stop after pass number `made`, whose step and state have these sums of squares (0 from warps
+// without columns): |d| r / (1 - r) <= tol |S|, r = |d| / |d before|. All threads of the block come to the same answer.
+// sums has room for two numbers a warp and, so that no register holds it through a pass, for two of |d|, in turns.
+SLEEPKERN_DEVICE bool settles(const Call& c, int64_t lane, float* sums, int made, float step, float state) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    step += shuffle_xor(step, mask);
+    state += shuffle_xor(state, mask);
   }
-};
+  block_barrier();
+  if (lane_of_warp() == 0) {
+    sums[threadIdx.x >> 5] = step;
+    sums[WARPS + (threadIdx.x >> 5)] = state;
+  }
+  block_barrier();
+  step = state = 0.0f;
+  for (int warp = 0; warp < WARPS; ++warp) {
+    step += sums[warp];
+    state += sums[WARPS + warp];
+  }
+  step = sqrtf(step);
+  float* sizes = sums + 2 * WARPS;
+  float residual = INFINITY;
+  if (made > 1) {
+    const float ratio = step / fmaxf(sizes[(made - 1) & 1], 1e-30f);
+    float left = ratio < 1.0f ? step * ratio / fmaxf(1.0f - ratio, 1e-30f) : INFINITY;
+    if (step == 0.0f) left = 0.0f;
+    residual = left / fmaxf(sqrtf(state), 1e-30f);
+  }
+  if (threadIdx.x == 0) {
+    sizes[made & 1] = step;
+    c.residual[lane] = residual;
+    c.made[lane] = made;
+  }
+  return residual <= c.tol;
+}
 
 }  // namespace sleepkern::cuda

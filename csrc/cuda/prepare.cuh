@@ -52,7 +52,7 @@ template <Mode MODE, int KP, bool CHANNEL>
 struct ChunkMemory {
   Arena arena;
   Number<MODE>*keys, *W;
-  float *gamma, *sums;  // decay of the chunk; room for Stopping
+  float *gamma, *sums;  // decay of the chunk; room for settles
   Workspace<MODE, KP, CHANNEL> scratch;
   Number<MODE>* P;
 
@@ -61,7 +61,7 @@ struct ChunkMemory {
         keys(arena.take<Number<MODE>>(CHUNK * KP)),
         W(arena.take<Number<MODE>>(CHUNK * KP)),
         gamma(arena.take<float>(KP)),
-        sums(arena.take<float>(2 * WARPS)),
+        sums(arena.take<float>(SUMS)),
         scratch(arena),
         P(reads ? arena.take<Number<MODE>>(CHUNK * CHUNK) : nullptr) {}
 };

@@ -12,7 +12,7 @@
 
 #define SLEEPKERN_DEVICE __device__ __forceinline__
 #define SLEEPKERN_BOTH __host__ __device__ __forceinline__
-#define SLEEPKERN_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define SLEEPKERN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace sleepkern::cuda {
 
@@ -86,12 +86,6 @@ SLEEPKERN_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
-}
-
-SLEEPKERN_DEVICE float round_tf32(float x) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
-  return __uint_as_float(rounded);
 }
 
 SLEEPKERN_DEVICE float from_half(uint16_t x) {

@@ -60,7 +60,7 @@ SLEEPKERN_DEVICE Chunk chunk_of_slot(const Problem& p, int64_t slot, int head) {
 }
 
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_KERNEL(THREADS)
+SLEEPKERN_KERNEL(THREADS, 2)
 prepare_kernel(const Call c) {
   const Problem& p = c.p;
   const Chunk chunk = chunk_of_slot(p, blockIdx.x, blockIdx.y);
@@ -112,7 +112,7 @@ struct ReplayMemory {
   Number<MODE>* queries;
 
   SLEEPKERN_BOTH ReplayMemory(char* base, int block, int slots, bool reads)
-      : arena{base}, arrivals(arena.take<Arrival>(MOST + 1)), sums(arena.take<float>(2 * WARPS)) {
+      : arena{base}, arrivals(arena.take<Arrival>(MOST + 1)), sums(arena.take<float>(SUMS)) {
     const int64_t before = arena.used;
     first = take(block);
     stride = static_cast<int>(arena.used - before);
@@ -225,7 +225,7 @@ SLEEPKERN_DEVICE ReplayMemory<MODE, KP> replay_memory(const Call& c, bool reads)
 
 // All passes by wy.
 template <Mode MODE, int KP>
-SLEEPKERN_KERNEL(THREADS)
+SLEEPKERN_KERNEL(THREADS, 1)
 walk_kernel(const Call c) {
   const Problem& p = c.p;
   const Lane lane(c);
@@ -235,15 +235,14 @@ walk_kernel(const Call c) {
   float* final = p.final_state + lane.state(p);
   Stream<MODE, KP> stream{c,          m,        first_slot(p, lane.sequence),           lane.head, lane.chunks,
                           lane.first, resident, lane.chunks * (resident ? 1 : c.passes)};
-  Stopping stopping;
   State<KP> S;
   load_state<KP>(S, p.state ? p.state + lane.state(p) : nullptr, K, V, lane.seen);
   stream.fill();
   int made = 0;
-  bool settled = false;
+  int last = stops ? -1 : c.passes - 1;  // the pass that is read out
 #pragma unroll 1
   while (true) {
-    const bool read = p.reads && (stops ? settled : made == c.passes - 1);
+    const bool read = p.reads && made == last;
     if (stops && !read) store_state<KP>(S, final, K, V, lane.seen);
     if (stops && read) load_state<KP>(S, final, K, V, lane.seen);  // before the last pass, which is made again
 #pragma unroll 1
@@ -264,15 +263,13 @@ walk_kernel(const Call c) {
     if (read) break;
     if (stops) {
       const float step = square_step<KP>(S, final, K, V, lane.seen);
-      settled = stopping.stop(c.tol, m.sums, made, step, square_sum<KP>(S)) || made == c.passes;
-      if (settled && !p.reads) break;
+      if (settles(c, lane.index, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
+        if (!p.reads) break;
+        last = made;  // it is made again: from the state before it, not counted twice
+      }
     } else if (made == c.passes) {
       break;
     }
-  }
-  if (stops && threadIdx.x == 0) {
-    c.residual[lane.index] = stopping.residual;
-    c.made[lane.index] = made - (p.reads ? 1 : 0);  // but for the one made again
   }
   if (lane.active) store_state<KP>(S, final, K, V, lane.column);
 }
@@ -280,7 +277,7 @@ walk_kernel(const Call c) {
 // All passes by affine, but not their readouts: where there are any, walk_kernel makes the last pass, from the state
 // before it, which this one leaves in call.before.
 template <Mode MODE, int KP>
-SLEEPKERN_KERNEL(THREADS)
+SLEEPKERN_KERNEL(THREADS, 1)
 affine_kernel(const Call c) {
   const Problem& p = c.p;
   const Lane lane(c);
@@ -333,11 +330,10 @@ affine_kernel(const Call c) {
     for (int i = 0; i < 4; ++i) d[n][i] = S[n][i] - d[n][i];
   }
   constexpr bool PARKED = MODE == Mode::exact;  // S waits in memory while d is transformed
-  Stopping stopping;
   int made = 1;
 #pragma unroll 1
   for (;; ++made) {
-    if (stops && stopping.stop(c.tol, m.sums, made, square_sum<KP>(d), square_sum<KP>(S))) break;
+    if (stops && settles(c, lane.index, m.sums, made, square_sum<KP>(d), square_sum<KP>(S))) break;
     if (made == passes) break;
     if (PARKED) store_state<KP>(S, final, K, V, lane.seen);
     if (lane.active) transform<MODE, KP>(d, A);
@@ -347,10 +343,6 @@ affine_kernel(const Call c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) S[n][i] += d[n][i];
     }
-  }
-  if (stops && threadIdx.x == 0) {
-    c.residual[lane.index] = stopping.residual;
-    c.made[lane.index] = made;
   }
   const float back = stops && p.reads ? 1.0f : 0.0f;  // the last pass is made again, with its readouts
 #pragma unroll

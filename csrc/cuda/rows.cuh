@@ -25,7 +25,8 @@ SLEEPKERN_BOTH int64_t slots_of(const Problem& p) {
 
 SLEEPKERN_BOTH int groups_of(const Problem& p) { return static_cast<int>((p.V + 15) / 16); }
 
-constexpr float NORM_EPS = 1e-6f;  // q, k normalisation: x / sqrt(|x|^2 + eps)
+constexpr int SUMS = 2 * WARPS + 2;  // numbers that settles (passes.cuh) keeps in shared memory
+constexpr float NORM_EPS = 1e-6f;    // q, k normalisation: x / sqrt(|x|^2 + eps)
 
 SLEEPKERN_DEVICE float load_one(const void* data, Type type, int64_t i) {
   if (type == Type::float32) return static_cast<const float*>(data)[i];

@@ -46,7 +46,9 @@ SLEEPKERN_DEVICE void load_rows(float (&x)[8], const Rows& rows, int64_t token, 
 }
 
 template <int ROWS>
-SLEEPKERN_KERNEL(STEP_THREADS)
+SLEEPKERN_KERNEL(STEP_THREADS, ROWS <= 8    ? 4
+                               : ROWS <= 16 ? 3
+                                            : 2)
 step_kernel(const Steps s) {
   const Problem& p = s.p;
   const int64_t sequence = blockIdx.x / p.HV;
@@ -78,9 +80,10 @@ step_kernel(const Steps s) {
       const float a = p.gate == Gate::head ? decayed(load_one(p.g.data, p.g.type, token * p.g.stride + head)) : 1.0f;
 #pragma unroll
       for (int r = 0; r < ROWS; r += 8) {
-        load_rows(k, p.k, token, key, first + r, K);
-        load_rows(q, p.q, token, key, first + r, K);
-        if (p.gate == Gate::channel) load_rows(g, p.g, token, static_cast<int64_t>(head) * K, first + r, K);
+        const int row = opaque(first + r);  // or numbers of all rows are loaded ahead, for which there are no registers
+        load_rows(k, p.k, token, key, row, K);
+        load_rows(q, p.q, token, key, row, K);
+        if (p.gate == Gate::channel) load_rows(g, p.g, token, static_cast<int64_t>(head) * K, row, K);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float decay = p.gate == Gate::channel ? decayed(g[i]) : a;

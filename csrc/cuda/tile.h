@@ -87,14 +87,17 @@ struct Fragment {
   uint32_t low[MODE == Mode::exact ? 4 : 1];
 };
 
+// x = high + low up to 2^-21 of x. high is rounded by integer arithmetic (cvt.rna is a dozen instructions on some
+// architectures), which turns a NaN into 0; low is cut off, and keeps it.
 template <Mode MODE>
 SLEEPKERN_DEVICE void split(Fragment<MODE>& f) {
   if constexpr (MODE == Mode::exact) {
+    constexpr uint32_t TF32 = 0xffffe000;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float x = from_bits(f.high[i]), high = round_tf32(x);
-      f.high[i] = as_bits(high);
-      f.low[i] = as_bits(round_tf32(x - high));
+      const float x = from_bits(opaque(f.high[i]));
+      f.high[i] = (as_bits(x) + 0x1000) & TF32;
+      f.low[i] = as_bits(x - from_bits(f.high[i])) & TF32;
     }
   }
 }

@@ -3,8 +3,8 @@
 //
 //   blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of the value block
 //
-// rank: the state of pass n is Gam^n S0 + Kt^T Y_n with Y_0 = 0 and Y_(n+1) = Gam Y_n + U - Gam^n W S0 - Z Y_n,
-// Z = W Kt^T: 64 x 64 products instead of 64 x K x 2.
+// rank: the state after pass n is Gam^n S0 + Kt^T Y_n with Y_0 = 0 and Y_(n+1) = Gam Y_n + U - Gam^n W S0 - Z Y_n,
+// Z = W Kt^T: 64 x 64 products instead of 64 x K x 2. All passes but the last are made in the first turn of the loop.
 //
 // Shared memory: keys, -W, the decay, prepare's scratch, P; in the scratch's place -Z during rank, Qe for the last
 // pass. Registers: S^T KP / 2, U^T 32, Vn^T 32. With tol the state before a pass waits in the final state's place.
@@ -33,25 +33,27 @@ SLEEPKERN_DEVICE void transition_of_rows(const Number<MODE>* W, const Number<MOD
   }
 }
 
-// The state after `passes` passes in the rows of the window, from that in memory.
-template <Mode MODE, int KP>
-SLEEPKERN_DEVICE void rank_passes(State<KP>& S, const Values& U, const Number<MODE>* W, const Number<MODE>* keys,
-                                  const Number<MODE>* Z, float gamma, int passes, int blocks, const float* initial,
-                                  int K, int V, int column) {
-  Values erased, Y;
-  clear(erased);
-  clear(Y);
-  load_state<KP>(S, initial, K, V, column);
-  correct<MODE, KP>(erased, S, W, blocks);
-  float power = 1.0f;
+// Y after `passes` passes, in the place of U - W S0, with which it starts; returns Gam^passes. reload gives U.
+template <Mode MODE, class Reload>
+SLEEPKERN_DEVICE float rank_passes(Values& Y, const Number<MODE>* Z, float gamma, int passes, int blocks,
+                                   Reload reload) {
+  Values erased, U;
+  reload(U);
+#pragma unroll
+  for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) erased[n][i] = Y[n][i] - U[n][i];
+  }
+  float power = gamma;
 #pragma unroll 1
-  for (int pass = 0; pass < passes; ++pass) {
+  for (int pass = 1; pass < passes; ++pass) {
     const RightReader<MODE, CHUNK> right(Z);
     Values next;
+    reload(next);
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) next[n][i] = gamma * Y[n][i] + U[n][i] + power * erased[n][i];
+      for (int i = 0; i < 4; ++i) next[n][i] += gamma * Y[n][i] + power * erased[n][i];
     }
 #pragma unroll
     for (int step = 0; step < CHUNK / STEP<MODE>; ++step) {
@@ -64,25 +66,19 @@ SLEEPKERN_DEVICE void rank_passes(State<KP>& S, const Values& U, const Number<MO
     }
     power *= gamma;
   }
-  load_state<KP>(S, initial, K, V, column);  // again, so that no register holds it through the passes
-#pragma unroll
-  for (int n = 0; n < KP / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) S[n][i] *= power;
-  }
-  add_rows<MODE, KP>(S, Y, keys, blocks);
+  return power;
 }
 
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_KERNEL(THREADS)
+SLEEPKERN_KERNEL(THREADS, 1)
 window_kernel(const Call c) {
   const Problem& p = c.p;
   const int lane = blockIdx.x / c.value_blocks, warp = threadIdx.x >> 5;
   const int64_t sequence = lane / p.HV;
   const Chunk chunk{sequence * p.T, static_cast<int>(p.T), static_cast<int>(lane % p.HV)};
-  const int first = static_cast<int>(blockIdx.x % c.value_blocks) * c.block, column = first + 16 * warp;
-  const bool active = 16 * warp < c.block && column < p.V;
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), blocks = chunk.blocks();
+  const int first = static_cast<int>(blockIdx.x % c.value_blocks) * c.block;
+  const int column = 16 * warp < c.block ? first + 16 * warp : V;  // V: none
   const int64_t state = lane * p.K * p.V;
   ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.reads);
 
@@ -104,66 +100,67 @@ window_kernel(const Call c) {
   finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.gamma, m.scratch.G);
   block_barrier();
 
+  const auto reload = [&](Values& values) {
+    if constexpr (PARKED) {
+      load_values(values, parked, warp);
+    } else {
+#pragma unroll
+      for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[n][i] = U[n][i];
+      }
+    }
+  };
   const float* initial = p.state ? p.state + state : nullptr;
   float* final = p.final_state + state;
-  const int seen = active ? column : V;  // inactive warps have no columns
   const bool stops = c.tol > 0.0f;
-  Stopping stopping;
   State<KP> S;
-  int made = 0;
-  if (!CHANNEL && c.rank) {
+  const bool rank = !CHANNEL && c.rank;
+  if (rank) {
     transition_of_rows<MODE, KP>(m.W, m.keys, m.scratch.XE);
     block_barrier();
-    made = c.passes - 1;
-    if (active) {
-      if (PARKED) load_values(U, parked, warp);
-      rank_passes<MODE, KP>(S, U, m.W, m.keys, m.scratch.XE, m.gamma[0], made, blocks, initial, K, V, column);
-    }
-  } else {
-    load_state<KP>(S, initial, K, V, seen);
   }
-  bool settled = false;
+  load_state<KP>(S, initial, K, V, column);
+  int made = 0;
+  int last = stops ? -1 : c.passes - 1;  // the pass that is read out
 #pragma unroll 1
   while (true) {
-    const bool read = p.reads && (stops ? settled : made == c.passes - 1);
+    const bool read = p.reads && made == last;
     if (read) {
       block_barrier();
       load_queries<MODE, KP, CHANNEL>(p, chunk, m.scratch.Q, m.scratch.G);
       block_barrier();
-      if (stops) load_state<KP>(S, final, K, V, seen);  // before the last pass, which is made again
+      if (stops) load_state<KP>(S, final, K, V, column);  // before the last pass, which is made again
     } else if (stops) {
-      store_state<KP>(S, final, K, V, seen);
+      store_state<KP>(S, final, K, V, column);
     }
-    if (active) {
+    if (column < V) {
       Values values;
-      if (PARKED) {
-        load_values(values, parked, warp);
-      } else {
-#pragma unroll
-        for (int n = 0; n < CHUNK / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) values[n][i] = U[n][i];
-        }
-      }
+      reload(values);
       correct<MODE, KP>(values, S, m.W, blocks);
       if (read) read_out<MODE, KP>(S, values, m.scratch.Q, m.P, p, chunk, column);
-      advance<MODE, KP>(S, values, m.keys, m.gamma, blocks);
+      if (rank && made == 0) {
+        const float power = rank_passes<MODE>(values, m.scratch.XE, m.gamma[0], c.passes - 1, blocks, reload);
+        load_state<KP>(S, initial, K, V, column);  // again, so that no register holds it through the passes
+        scale(S, [power](int) { return power; });
+      } else {
+        scale(S, [&](int d) { return m.gamma[d]; });
+      }
+      add_rows<MODE, KP>(S, values, m.keys, blocks);
     }
-    ++made;
+    made += rank && made == 0 ? c.passes - 1 : 1;
     if (read) break;
     if (stops) {
-      const float step = square_step<KP>(S, final, K, V, seen);
-      settled = stopping.stop(c.tol, m.sums, made, step, square_sum<KP>(S)) || made == c.passes;
-      if (settled && !p.reads) break;
+      const float step = square_step<KP>(S, final, K, V, column);
+      if (settles(c, lane, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
+        if (!p.reads) break;
+        last = made;  // it is made again: from the state before it, not counted twice
+      }
     } else if (made == c.passes) {
       break;
     }
   }
-  if (stops && threadIdx.x == 0) {
-    c.residual[lane] = stopping.residual;
-    c.made[lane] = made - (p.reads ? 1 : 0);  // but for the one made again
-  }
-  if (active) store_state<KP>(S, final, K, V, column);
+  if (column < V) store_state<KP>(S, final, K, V, column);
 }
 
 }  // namespace sleepkern::cuda

@@ -152,7 +152,8 @@ def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | N
     if problem.tol is not None:
         made = forward(problem._replace(output=False), x._replace(q=None)).passes
     one_pass, one_backward = ordinary.pieces(problem)
-    chain = replay_backward.Chain(powers, adjoint)
+    fits = _C.cuda_chain_memory(problem.K, True) <= device_at_hand().shared_memory
+    chain = replay_backward.Chain(powers, adjoint) if fits else replay_backward.TORCH
     return replay_backward.backward(problem, x, do, dstate, made, one_pass, one_backward, chain)
 
 
@@ -173,7 +174,7 @@ def powers(A: Tensor, start: Tensor, after: Tensor, passes: int) -> Tensor:
     states = start.new_empty((passes, n, HV, K, V))
     with _current(start):
         _C.cuda_powers(
-            n * HV, K, V, passes, _MODES["exact"], _block(n * HV, V), A.data_ptr(), states.data_ptr(),
+            n * HV, K, V, passes, _block(n * HV, V), A.data_ptr(), states.data_ptr(),
             start.data_ptr(), after.data_ptr(), _stream(start),
         )  # fmt: skip
     return states
@@ -189,7 +190,7 @@ def adjoint(A: Tensor, states: Tensor, last: Tensor, made: Tensor | None) -> tup
     dB, dstart = torch.empty_like(last), torch.empty_like(last)
     with _current(last):
         _C.cuda_adjoint(
-            n * HV, K, V, passes, _MODES["exact"], block, A.data_ptr(), states.data_ptr(), _address(made),
+            n * HV, K, V, passes, block, A.data_ptr(), states.data_ptr(), _address(made),
             last.data_ptr(), dA.data_ptr(), dB.data_ptr(), dstart.data_ptr(), _stream(last),
         )  # fmt: skip
     return dA.sum(0), dB, dstart

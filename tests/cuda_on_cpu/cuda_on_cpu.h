@@ -29,7 +29,7 @@
 
 #define SLEEPKERN_DEVICE inline
 #define SLEEPKERN_BOTH inline
-#define SLEEPKERN_KERNEL(threads) inline void
+#define SLEEPKERN_KERNEL(threads, blocks) inline void
 
 struct uint4 {
   uint32_t x, y, z, w;
@@ -383,9 +383,6 @@ inline uint32_t round_bits(float x, int dropped) {  // to nearest, ties to even
 }
 inline uint32_t pack_bf16(float low, float high) {
   return (round_bits(low, 16) >> 16) | (round_bits(high, 16) & 0xffff0000u);
-}
-inline float round_tf32(float x) {  // ties away from zero
-  return x != x ? x : from_bits((as_bits(x) + 0x1000u) & 0xffffe000u);
 }
 inline float from_half(uint16_t bits) {
   _Float16 x;

@@ -12,10 +12,10 @@ from building import build, run_tests
 
 FAULTS: dict[str, tuple[str, str, str, str]] = {
     "state does not decay": (
-        "passes.cuh", "S[n][i] *= gamma[column_of(n, i)];", "S[n][i] *= 1.0f;", "test_replay and 15",
+        "passes.cuh", "S[n][i] *= decay(column_of(n, i));", "S[n][i] *= 1.0f;", "test_replay and 15",
     ),
     "rank erases as if no pass had gone": (
-        "window.cuh", "gamma * Y[n][i] + U[n][i] + power * erased[n][i]", "gamma * Y[n][i] + U[n][i] + erased[n][i]",
+        "window.cuh", "gamma * Y[n][i] + power * erased[n][i]", "gamma * Y[n][i] + erased[n][i]",
         "test_methods and rank",
     ),
     "no barrier before the scores are inverted": (
@@ -47,8 +47,8 @@ OVERRUNS: dict[str, tuple[str, str, str, str]] = {
         "step.cuh", "first + r < K ? valid : 0, aligned)", "first + r <= K ? valid : 0, aligned)", "test_step and 200",
     ),
     "a tile one number too small": (
-        "chain.cuh", "auto* R = arena.take<Number<MODE>>(KP * COLUMNS);",
-        "auto* R = arena.take<Number<MODE>>(KP * COLUMNS - 1);", "test_chain and 128",
+        "chain.cuh", "auto* R = arena.take<Number<FULL>>(KP * COLUMNS);",
+        "auto* R = arena.take<Number<FULL>>(KP * COLUMNS - 1);", "test_chain and 128",
     ),
 }  # fmt: skip
 SANITIZED = (
