@@ -74,12 +74,14 @@ SLEEPKERN_KERNEL(THREADS, 1)
 window_kernel(const Call c) {
   const Problem& p = c.p;
   const int lane = blockIdx.x / c.value_blocks, warp = threadIdx.x >> 5;
-  const int64_t sequence = lane / p.HV;
-  const Chunk chunk{sequence * p.T, static_cast<int>(p.T), static_cast<int>(lane % p.HV)};
+  const int HV = static_cast<int>(p.HV), T = static_cast<int>(p.T);
+  const Chunk chunk{static_cast<int64_t>(lane / HV) * T, T, lane % HV};
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), blocks = chunk.blocks();
   const int first = static_cast<int>(blockIdx.x % c.value_blocks) * c.block;
   const int column = 16 * warp < c.block ? first + 16 * warp : V;  // V: none
-  const int64_t state = lane * p.K * p.V;
+  // No register is free through a pass: what is needed once in it is computed there.
+  const auto again = [&] { return Chunk{static_cast<int64_t>(opaque(lane) / HV) * T, T, opaque(lane) % HV}; };
+  const auto state = [&](auto* base) { return base + static_cast<int64_t>(opaque(lane)) * p.K * p.V; };
   ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.reads);
 
   prepare_chunk<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
@@ -111,8 +113,6 @@ window_kernel(const Call c) {
       }
     }
   };
-  const float* initial = p.state ? p.state + state : nullptr;
-  float* final = p.final_state + state;
   const bool stops = c.tol > 0.0f;
   State<KP> S;
   const bool rank = !CHANNEL && c.rank;
@@ -120,7 +120,7 @@ window_kernel(const Call c) {
     transition_of_rows<MODE, KP>(m.W, m.keys, m.scratch.XE);
     block_barrier();
   }
-  load_state<KP>(S, initial, K, V, column);
+  load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V, column);
   int made = 0;
   int last = stops ? -1 : c.passes - 1;  // the pass that is read out
 #pragma unroll 1
@@ -128,20 +128,21 @@ window_kernel(const Call c) {
     const bool read = p.reads && made == last;
     if (read) {
       block_barrier();
-      load_queries<MODE, KP, CHANNEL>(p, chunk, m.scratch.Q, m.scratch.G);
+      load_queries<MODE, KP, CHANNEL>(p, again(), m.scratch.Q, m.scratch.G);
       block_barrier();
-      if (stops) load_state<KP>(S, final, K, V, column);  // before the last pass, which is made again
+      if (stops) load_state<KP>(S, state(p.final_state), K, V, column);  // before the last pass, which is made again
     } else if (stops) {
-      store_state<KP>(S, final, K, V, column);
+      store_state<KP>(S, state(p.final_state), K, V, column);
     }
     if (column < V) {
       Values values;
       reload(values);
       correct<MODE, KP>(values, S, m.W, blocks);
-      if (read) read_out<MODE, KP>(S, values, m.scratch.Q, m.P, p, chunk, column);
+      if (read) read_out<MODE, KP>(S, values, m.scratch.Q, m.P, p, again(), column);
       if (rank && made == 0) {
         const float power = rank_passes<MODE>(values, m.scratch.XE, m.gamma[0], c.passes - 1, blocks, reload);
-        load_state<KP>(S, initial, K, V, column);  // again, so that no register holds it through the passes
+        load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V,
+                       column);  // again, so that no register holds it through the passes
         scale(S, [power](int) { return power; });
       } else {
         scale(S, [&](int d) { return m.gamma[d]; });
@@ -151,7 +152,7 @@ window_kernel(const Call c) {
     made += rank && made == 0 ? c.passes - 1 : 1;
     if (read) break;
     if (stops) {
-      const float step = square_step<KP>(S, final, K, V, column);
+      const float step = square_step<KP>(S, state(p.final_state), K, V, column);
       if (settles(c, lane, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
         if (!p.reads) break;
         last = made;  // it is made again: from the state before it, not counted twice
@@ -160,7 +161,7 @@ window_kernel(const Call c) {
       break;
     }
   }
-  if (column < V) store_state<KP>(S, final, K, V, column);
+  if (column < V) store_state<KP>(S, state(p.final_state), K, V, column);
 }
 
 }  // namespace sleepkern::cuda

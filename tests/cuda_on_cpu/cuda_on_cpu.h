@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU, for tests: what csrc/cuda/ptx.h gives on a GPU, with the threads of a block as fibers.
 //
-// A fiber runs until it waits: for a block, a warp, or a copy. Fibers that can go on wait in a queue, which is emptied
-// from the front, from the back (one warp runs far ahead of the others), or at random; so code that lacks a barrier
-// reads what is not there yet in at least one order. Copies take place as late as allowed or at once, by the same
-// choice. Shared memory starts as NaN, and under AddressSanitizer only what an Arena handed out may be touched.
+// A fiber runs until it waits: for a block, a warp, or a copy. Of those that can go on the first, the last (so one warp
+// runs far ahead of the others), or any goes on; so code that lacks a barrier reads what is not there yet in at least
+// one order. Copies take place as late as allowed or at once, by choice. Shared memory starts as NaN, and under
+// AddressSanitizer only what an Arena handed out may be touched.
 //
 // What it cannot show: races within one thread order, bank conflicts, and an error in its own reading of the PTX manual
 // that the kernels share (fragments of mma and ldmatrix).
@@ -81,10 +81,38 @@ struct Fiber {
   void* stack_pointer = nullptr;
   int thread = 0;
 };
+class Ready {  // a set of threads
+ public:
+  bool empty() const { return count_ == 0; }
+  void insert(int thread) {
+    words_[thread / 64] |= uint64_t{1} << thread % 64;
+    ++count_;
+  }
+  void erase(int thread) {
+    words_[thread / 64] &= ~(uint64_t{1} << thread % 64);
+    --count_;
+  }
+  int first_from(int start) const {  // and on from 0
+    uint64_t word = words_[start / 64] & ~uint64_t{0} << start % 64;
+    int i = start / 64;
+    while (word == 0) word = words_[i = (i + 1) % WORDS];
+    return 64 * i + __builtin_ctzll(word);
+  }
+  int last() const {
+    int i = WORDS - 1;
+    while (words_[i] == 0) --i;
+    return 64 * i + 63 - __builtin_clzll(words_[i]);
+  }
+
+ private:
+  static constexpr int WORDS = 1024 / 64;
+  uint64_t words_[WORDS] = {};
+  int count_ = 0;
+};
 struct Machine {
   std::vector<char> shared, stacks;
   std::vector<Fiber> fibers;
-  std::vector<Fiber*> ready;
+  Ready ready;
   std::vector<Exchange> warps;
   Gathering block;
   std::unordered_map<void*, Phase> phases;
@@ -115,6 +143,16 @@ cuda_on_cpu_switch:
   std::abort();
 }
 
+// Of the fibers that can go on, the next one.
+inline Fiber* choose() {
+  Machine& m = machine;
+  const int start = options.order == Order::random ? static_cast<int>(m.random() % m.fibers.size()) : 0;
+  m.current = &m.fibers[options.order == Order::backward ? m.ready.last() : m.ready.first_from(start)];
+  m.ready.erase(m.current->thread);
+  m.thread_index.x = m.current->thread;
+  return m.current;
+}
+
 // Leave this fiber for one that can go on, or for the launch when all are done.
 inline void leave(Fiber* from) {
   Machine& m = machine;
@@ -123,18 +161,12 @@ inline void leave(Fiber* from) {
     return;
   }
   if (m.ready.empty()) give_up("deadlock: every thread waits; a barrier in a branch, or a copy nobody asked for");
-  size_t next = 0;
-  if (options.order == Order::backward) next = m.ready.size() - 1;
-  if (options.order == Order::random) next = m.random() % m.ready.size();
-  Fiber* to = m.ready[next];
-  m.ready.erase(m.ready.begin() + next);
-  m.current = to;
-  m.thread_index.x = to->thread;
+  Fiber* to = choose();
   if (to != from) cuda_on_cpu_switch(&from->stack_pointer, to->stack_pointer);
 }
 
 inline void release(std::vector<Fiber*>& waiting) {
-  machine.ready.insert(machine.ready.end(), waiting.begin(), waiting.end());
+  for (const Fiber* fiber : waiting) machine.ready.insert(fiber->thread);
   waiting.clear();
 }
 
@@ -204,7 +236,7 @@ inline void run_block(int threads, size_t shared) {
   for (Exchange& w : m.warps) w.here.expected = 32;
   m.block = {threads, {}};
   m.phases.clear();
-  m.ready.clear();
+  m.ready = {};
   m.alive = threads;
   for (int i = 0; i < threads; ++i) {
     m.fibers[i].thread = i;
@@ -213,18 +245,9 @@ inline void run_block(int threads, size_t shared) {
     *--p = reinterpret_cast<void*>(&entry);
     for (int saved = 0; saved < 6; ++saved) *--p = nullptr;
     m.fibers[i].stack_pointer = p;
-    m.ready.push_back(&m.fibers[i]);
+    m.ready.insert(i);
   }
-  Fiber start;
-  start.stack_pointer = nullptr;
-  const int alive = m.alive;
-  m.alive = alive;
-  size_t first = options.order == Order::backward ? m.ready.size() - 1 : 0;
-  if (options.order == Order::random) first = m.random() % m.ready.size();
-  m.current = m.ready[first];
-  m.ready.erase(m.ready.begin() + first);
-  m.thread_index.x = m.current->thread;
-  cuda_on_cpu_switch(&m.main_stack, m.current->stack_pointer);
+  cuda_on_cpu_switch(&m.main_stack, choose()->stack_pointer);
 }
 
 inline void launch(Index grid, int threads, size_t shared, std::function<void()> body) {

@@ -30,7 +30,7 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
     "no wait for a copy": ("replay.cuh", "if (seen < asked) copy_wait(", "if (false) copy_wait(", "test_replay and 65"),
     "wait for the wrong phase": ("replay.cuh", "seen / c.slots & 1", "0", "test_long_windows"),
     "queries are loaded while others read them": (
-        "replay.cuh", "    block_barrier();  // all have read the chunk before\n", "", "test_long_windows",
+        "replay.cuh", "    block_barrier();  // all have read the chunk before\n", "", "test_replay and 65",
     ),
     "lam does not go back through A": ("chain.cuh", "c.K, true);", "c.K, false);", "test_chain"),
     "no barrier before lam is read": (
