@@ -60,16 +60,18 @@ gpu-check:
 	status=0; \
 	timeout 20 $(PYTHON) -m sleepkern info --json $(OUT)/info.json || status=$$?; \
 	timeout 30 $(PYTHON) -m benchmarks.gpu_checks launches || status=$$?; \
-	timeout 130 $(PYTHON) -m benchmarks.gpu_verify $(OUT) --seconds 120 || status=$$?; \
+	timeout 40 $(PYTHON) -m benchmarks.gpu_checks replays --json $(OUT)/replays.json > $(OUT)/replays.txt \
+	  || { status=$$?; grep -v ": ok" $(OUT)/replays.txt; }; \
+	timeout 80 $(PYTHON) -m benchmarks.gpu_verify $(OUT) --seconds 70 || status=$$?; \
 	timeout 30 $(PYTHON) -m benchmarks.gpu_checks graphs --json $(OUT)/graphs.json || status=$$?; \
-	timeout 130 $(PYTHON) -m sleepkern bench --device cuda --quick --json $(OUT)/bench.json --plot $(OUT)/bench.png \
+	timeout 120 $(PYTHON) -m sleepkern bench --device cuda --quick --json $(OUT)/bench.json --plot $(OUT)/bench.png \
 	  || status=$$?; \
-	for tool in memcheck racecheck; do \
+	for tool in memcheck racecheck; do for of in cuda triton; do \
 	  if [ -z "$(SANITIZER)" ]; then echo "compute-sanitizer is not here: $$tool left out"; else \
-	    timeout 20 $(SANITIZER) --tool $$tool --error-exitcode 9 $(PYTHON) -m benchmarks.gpu_checks launches \
-	      > $(OUT)/$$tool.txt 2>&1 || status=$$?; tail -3 $(OUT)/$$tool.txt; \
+	    timeout 15 $(SANITIZER) --tool $$tool --error-exitcode 9 $(PYTHON) -m benchmarks.gpu_checks launches --of $$of \
+	      > $(OUT)/$$tool-$$of.txt 2>&1 || status=$$?; tail -3 $(OUT)/$$tool-$$of.txt; \
 	  fi; \
-	done; \
+	done; done; \
 	exit $$status
 
 clean:

@@ -1,7 +1,8 @@
 """What a GPU machine checks beside `verify` and `bench`:
 
-python -m benchmarks.gpu_checks launches          every Triton kernel once, on tiny shapes, for compute-sanitizer
-python -m benchmarks.gpu_checks graphs [--json F] CUDA graphs and torch.compile(fullgraph=True)
+python -m benchmarks.gpu_checks launches [--of cuda]   every kernel once, on tiny shapes, for compute-sanitizer
+python -m benchmarks.gpu_checks replays [--json F]    every CUDA kernel in every mode against the float64 reference
+python -m benchmarks.gpu_checks graphs [--json F]     CUDA graphs and torch.compile(fullgraph=True)
 """
 
 from __future__ import annotations
@@ -21,13 +22,19 @@ from sleepkern.measure.environment import environment
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
+from .cuda_calls import LONG, STEPS, WINDOWS, Call, calls
+
 ONE = {"H": 1, "HV": 2, "K": 32, "V": 32}
 SHAPES = (Shape(T=1, **ONE), Shape(T=24, **ONE), Shape(T=150, **ONE), Shape(**ONE, lengths=(3, 0, 70)))
 """The step, one chunk in one launch, several chunks, packed."""
 
+Results = tuple[Tensor | None, Tensor | None]
+Found = Iterator[tuple[str, str | None]]
+"""(what, None or what is wrong) of each check."""
 
-def launches(device: str) -> None:
-    """Forward, backward and replay of every rule and kernel."""
+
+def triton_launches(device: str) -> None:
+    """Forward, backward and replay of every rule and Triton kernel."""
     for rule in RULES.values():
         for shape in SHAPES:
             x = make_inputs(rule, shape, torch.bfloat16, device=device)
@@ -35,49 +42,74 @@ def launches(device: str) -> None:
             o, state = call(rule, {**x, **leaves}, "triton")
             assert state is not None
             torch.autograd.grad([o.float().sum() + state.sum()], list(leaves.values()))
-        slept = sleepkern.sleep_ingest(**make_inputs(rule, SHAPES[1], device=device), passes=3, rule=rule)
+        slept = sleepkern.sleep_ingest(
+            **make_inputs(rule, SHAPES[1], device=device), passes=3, rule=rule, backend="triton"
+        )
         assert slept.output is not None
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
-def graphs(device: str = "cuda") -> Iterator[tuple[str, str | None]]:
-    """(what, None or what is wrong) of each check."""
+def cuda_launches(device: str) -> None:
+    """Every CUDA kernel, those of a replay's backward among them."""
+    for one in calls(small=True):
+        one.run(one.inputs(device))
+    for shape in (SHAPES[1], Shape(T=24, H=1, HV=1, K=128, V=128)):
+        x = make_inputs(GATED_DELTA_RULE, shape, device=device)
+        leaves = {n: t.requires_grad_() for n, t in x.items() if t is not None}
+        state = sleepkern.sleep_ingest(**leaves, passes=3, backend="cuda").final_state
+        torch.autograd.grad(state.sum(), [t for n, t in leaves.items() if n != "q"])
+
+
+LAUNCHES = {"triton": triton_launches, "cuda": cuda_launches}
+
+
+def replays(device: str = "cuda", small: bool = False) -> Found:
+    """Every CUDA kernel in every mode against the float64 reference."""
+    for one in calls(small):
+        yield one.name, _attempt(lambda one=one: one.error(device), one.tolerance)
+
+
+def graphs(device: str = "cuda") -> Found:
+    """Capture on some inputs, replay on others; then torch.compile."""
     for rule in (GATED_DELTA_RULE, KDA):
-        for shape in (SHAPES[2], SHAPES[3]):
+        for shape in (SHAPES[0], SHAPES[2], SHAPES[3]):
             name = f"graph of {rule.name} T={shape.T}{' packed' * (shape.lengths is not None)}"
-            yield name, _attempt(lambda rule=rule, shape=shape: _captured(rule, shape, device))
-        yield f"graph of {rule.name} decode", _attempt(lambda rule=rule: _captured(rule, SHAPES[0], device))
+            inputs = [make_inputs(rule, shape, torch.bfloat16, seed=seed, device=device) for seed in (0, 1)]
+            yield name, _attempt(lambda rule=rule, inputs=inputs: _captured(lambda x: call(rule, x, "triton"), *inputs))
+        for one in (
+            Call(rule, WINDOWS[1], torch.bfloat16),
+            Call(rule, LONG[0], torch.bfloat16, method="wy"),
+            Call(rule, LONG[3], torch.bfloat16, method="affine"),
+            Call(rule, STEPS[0], torch.bfloat16, passes=None),
+        ):
+            inputs = [one.inputs(device, seed) for seed in (0, 1)]
+            yield f"graph of cuda {one.name}", _attempt(lambda one=one, inputs=inputs: _captured(one.run, *inputs))
         yield f"compile of {rule.name}", _attempt(lambda rule=rule: _compiled(rule, device))
 
 
-def _attempt(check: Callable[[], float]) -> str | None:
+def _attempt(check: Callable[[], float], tolerance: float = 0.0) -> str | None:
     try:
         difference = check()
     except Exception as error:  # the next check is still worth making
         return f"{type(error).__name__}: {str(error)[:300]}"
-    return None if difference == 0 else f"differs by {difference:.1e}"
+    return None if difference <= tolerance else f"differs by {difference:.1e}"
 
 
-def _captured(rule: Rule, shape: Shape, device: str) -> float:
-    """Capture on some inputs, replay on others, against an eager call on those."""
-    first, second = (make_inputs(rule, shape, torch.bfloat16, seed=seed, device=device) for seed in (0, 1))
-    call(rule, first, "triton")  # compiles
+def _captured(run: Callable[[dict[str, Any]], Results], first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Difference between a graph captured on `first`, replayed on `second`, and an eager call on that."""
+    run(first)  # compiles
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        call(rule, first, "triton")
+        run(first)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o, state = call(rule, first, "triton")
+        captured = run(first)
     for name, t in second.items():
         if isinstance(t, Tensor):
             first[name].copy_(t)
     graph.replay()
-    expected_o, expected_state = call(rule, second, "triton")
-    assert state is not None
-    assert expected_state is not None
-    return max(relative_error(o, expected_o), relative_error(state, expected_state))
+    expected = run(second)
+    return max(relative_error(a, e) for a, e in zip(captured, expected, strict=True) if a is not None and e is not None)
 
 
 def _compiled(rule: Rule, device: str) -> float:
@@ -90,18 +122,22 @@ def _compiled(rule: Rule, device: str) -> float:
 def main() -> int:
     """Run what is asked for; 1 when a check is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("launches", "graphs"))
+    parser.add_argument("what", choices=("launches", "replays", "graphs"))
+    parser.add_argument("--of", choices=LAUNCHES, help="backend whose kernels are launched  [default: both]")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch sees no CUDA device here")
         return 1
     if options.what == "launches":
-        launches("cuda")
+        for name, launch in LAUNCHES.items():
+            if options.of in (None, name):
+                launch("cuda")
+        torch.cuda.synchronize()
         print("every kernel was launched")
         return 0
     found: dict[str, Any] = {}
-    for name, fault in graphs():
+    for name, fault in replays() if options.what == "replays" else graphs():
         found[name] = fault or "ok"
         print(f"{name}: {found[name]}")
     if options.json is not None:

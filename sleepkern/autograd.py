@@ -33,7 +33,7 @@ _library.define(
     f"ingest_backward({_INPUTS}Tensor? state, {_OPTIONS}{_REPLAY}, Tensor? do, Tensor? dstate)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}, Tensor? places) -> Tensor")
+_library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}, Tensor? places=None) -> Tensor")
 
 
 def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
@@ -181,7 +181,7 @@ def _step(
     backend: str,
     scale: float,
     normalize: bool,
-    places: Tensor | None,
+    places: Tensor | None = None,
 ) -> Tensor:
     x = Tensors(q, k, v, g, beta, state, cu_seqlens)
     problem = describe(RULES[rule], x, scale, normalize)

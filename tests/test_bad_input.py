@@ -118,7 +118,7 @@ def test_bad_packing(case: tuple[type[Exception], str, Change]) -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match=r"backend: got 'gpu'; expected one of cpu, triton, chunked, reference"):
+    with pytest.raises(ValueError, match=r"backend: got 'gpu'; expected one of cuda, cpu, triton, chunked, reference"):
         call(RULE, make_inputs(RULE, SHAPE), backend="gpu")
 
 

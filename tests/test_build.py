@@ -58,7 +58,10 @@ def test_import_leaves_heavy_packages_alone() -> None:
     assert python(code) == "[]"
 
 
-@pytest.mark.parametrize("module", ["benchmarks.gpu_checks", "benchmarks.gpu_verify", "tests.triton_offline.gate"])
+@pytest.mark.parametrize(
+    "module",
+    ["benchmarks.gpu_checks", "benchmarks.gpu_verify", "tests.triton_offline.gate", "tests.cuda_offline.gate"],
+)
 def test_programs_of_the_makefile_find_the_package(module: str) -> None:
     """From the root of a checkout in which nothing is installed and no PYTHONPATH is set, as make runs them."""
     pytest.importorskip("triton")

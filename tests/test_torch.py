@@ -35,7 +35,8 @@ def test_opcheck(rule: Rule, backend: str) -> None:
         options = (rule.name, backend, 0.3, True, 3 if tol else 1, tol, "auto")
         torch.library.opcheck(torch.ops.sleepkern.ingest.default, (*arguments, *options))
     plain = [t if t is None else t.detach() for t in tensors]
-    torch.library.opcheck(torch.ops.sleepkern.step.default, (*plain, rule.name, backend, 0.3, True))
+    for places in ((), (torch.arange(len(plain[1])),)):
+        torch.library.opcheck(torch.ops.sleepkern.step.default, (*plain, rule.name, backend, 0.3, True, *places))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

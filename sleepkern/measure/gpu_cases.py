@@ -32,7 +32,13 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "heads": tuple(_case(op, 8192, groups=groups) for groups in (16, 8) for op in _BOTH),
     "rules": tuple(_case(op, 8192, rule=rule) for rule in _RULES for op in _BOTH),
     "state": tuple(_case("ingest", 8192, lanes) for lanes in (32, 128)),
-    "replay": tuple(_case("ingest", T, lanes, passes=8) for T in (64, 512) for lanes in (32, 128)),
+    "replay": tuple(
+        _case("ingest", T, lanes, passes=passes)
+        for T in (64, 512, 2048)
+        for passes in (4, 8, 16)
+        for lanes in (32, 128)
+    )
+    + tuple(_case("ingest", T, rule=KDA, passes=8) for T in (64, 512)),
     "decode": tuple(_case("decode", 1, lanes) for lanes in (16, 128, 1024)) + (_case("decode", 1, 128, rule=KDA),),
     "tiny": tuple(
         Case(op, GATED_DELTA_RULE, Shape(B=256, T=24, H=4, HV=4, K=64, V=64), torch.bfloat16) for op in _BOTH
@@ -50,8 +56,8 @@ QUICK: dict[str, tuple[Case, ...]] = {
         _case("forward", 8192, rule=SIMPLE_GLA),
     ),
     "state": (_case("ingest", 8192),),
-    "replay": (_case("ingest", 64, passes=8), _case("ingest", 512, passes=8)),
+    "replay": (_case("ingest", 64, passes=8), _case("ingest", 512, passes=8), _case("ingest", 2048, passes=16)),
     "decode": (_case("decode", 1, 16), _case("decode", 1, 1024)),
     "tiny": SUITES["tiny"],
 }
-"""The same questions in 19 cases, for `make gpu-check`: about three minutes."""
+"""The same questions in 20 cases, for `make gpu-check`: about three minutes."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..backends import chunked
+from ..backends import chunked, triton
 from ..problem import Tensors
 from .cases import Case, Result, gradients, run
 
@@ -216,7 +216,8 @@ def _fla(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
     return _passes(case, inputs, forward)
 
 
-# Ours in other forms, on a GPU: what a launch for all passes and a forward without readouts are worth.
+# Ours in other forms, on a GPU. Of a replay: N calls; chunks prepared once by Triton, then a launch a pass; all passes
+# in one launch of Triton's. Of one pass: with readouts.
 
 
 def _pass_by_pass_why_not(case: Case, device: str) -> str | None:
@@ -226,6 +227,23 @@ def _pass_by_pass_why_not(case: Case, device: str) -> str | None:
 def _pass_by_pass(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
     once = replace(case, passes=1)
     return _passes(case, inputs, lambda x: run(once, x))
+
+
+def _triton_why_not(case: Case, device: str) -> str | None:
+    reason = triton.why_not(case.problem(device))
+    return reason or _pass_by_pass_why_not(case, device)
+
+
+def _triton(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
+    return lambda: run(case, inputs, backend="triton")
+
+
+def _relaunched(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
+    from ..backends.triton import launch  # imports Triton
+
+    problem, tensors = case.problem(str(inputs["k"].device)), Tensors(*inputs.values())
+    operands = triton.operands_of(problem)
+    return lambda: (None, launch.relaunched(problem, tensors, operands))
 
 
 def _with_readouts_why_not(case: Case, device: str) -> str | None:
@@ -260,6 +278,8 @@ GPU_PEERS = (
     Peer("fla", _fla_why_not, _fla),
     Peer("torch.compile", _compiled_why_not, _compiled),
     Peer("ours, pass by pass", _pass_by_pass_why_not, _pass_by_pass),
+    Peer("ours, prepared once", _triton_why_not, _relaunched),
+    Peer("ours, Triton", _triton_why_not, _triton),
     Peer("ours, with readouts", _with_readouts_why_not, _with_readouts),
 )
 PEERS = (

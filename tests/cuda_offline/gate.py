@@ -10,6 +10,7 @@ to do so.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -182,6 +183,7 @@ def _tool(name: str, *arguments: str, cwd: str | None = None) -> str:
 
 def main() -> int:
     """Print the table, return 1 if a kernel is faulty or a planted spill goes unseen."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console = Console(width=150)
     if not _C.has_cuda:
         console.print("sleepkern._C was built without CUDA: no kernels to check")
@@ -190,7 +192,7 @@ def main() -> int:
     for column in ("kernel", "products", "K to", "decay", "sm", "registers", "stack", "shared", "mma", "instructions"):
         table.add_column(column, justify="left" if column in ("kernel", "products", "decay") else "right")
     table.add_column("fault")
-    module, faulty, found = Path(_C.__file__), 0, {}
+    module, faulty = Path(_C.__file__), 0
     found = take_apart(module)
     for kernel in expected():
         for capability in SHARED:

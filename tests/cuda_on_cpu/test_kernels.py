@@ -11,6 +11,7 @@ from checking import errors
 from conftest import A100, H100
 
 import sleepkern
+from benchmarks import gpu_checks
 from sleepkern.backends import cuda
 from sleepkern.measure.cases import Case
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, RULES, SIMPLE_GLA
@@ -242,3 +243,11 @@ def test_refusals(on) -> None:
         assert "wy with tol" in (why(shape=Shape(T=4000), method="wy", tol=1e-3) or "")
         assert "8 tokens" in (why(passes=1, output=True) or "")
         assert "heads of at most 256" in (why(passes=1, T=1, K=300, output=True) or "")
+
+
+def test_what_a_gpu_machine_checks(on) -> None:
+    """`make gpu-check` makes the same calls there."""
+    with on():
+        gpu_checks.cuda_launches("cpu")
+        found = dict(gpu_checks.replays("cpu", small=True))
+    assert len(found) > 60 and not any(found.values()), {name: fault for name, fault in found.items() if fault}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-from sleepkern.rules import KDA
-
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_checks.py"
+import sleepkern
+from benchmarks import gpu_checks as checks
+from sleepkern.measure import peers
+from sleepkern.measure.cases import Case
+from sleepkern.rules import GATED_DELTA_RULE, KDA, Rule
+from sleepkern.testing import Shape, relative_error
 
 
 def test_every_kernel_is_launched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("gpu_checks", FILE)
-    assert spec is not None and spec.loader is not None
-    checks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(checks)
     from sleepkern.backends.triton.launch import Job
 
     seen: set[str] = set()
@@ -28,6 +24,17 @@ def test_every_kernel_is_launched_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Job, "launch", note)
     monkeypatch.setattr(checks, "RULES", {"kda": KDA})
-    checks.launches("cpu")
+    checks.triton_launches("cpu")
     stages = ("prepare", "ingest", "adjoint", "gradient", "step", "window", "window_gradient")
     assert seen == {f"{stage}_kernel" for stage in stages}
+
+
+@pytest.mark.parametrize("rule", [GATED_DELTA_RULE, KDA], ids=lambda r: r.name)
+@pytest.mark.parametrize("T", [24, 90])
+def test_the_baseline_of_replay_is_a_replay(rule: Rule, T: int) -> None:
+    """bench's "prepared once": a launch a pass."""
+    case = Case("ingest", rule, Shape(T=T, H=2, HV=2, K=32, V=32), passes=3)
+    x = case.inputs()
+    _, state = peers._relaunched(case, x, 1)()
+    expected = sleepkern.sleep_ingest(**{**x, "q": None}, passes=3, rule=rule, backend="reference").final_state
+    assert relative_error(state, expected) <= 2e-5
