@@ -281,10 +281,10 @@ def _plan(problem: Problem) -> Plan | None:
 
 
 def _block(heads: int, V: int, whole: bool = False, device: Device | None = None) -> int:
-    """Value columns of a block: as many as leave every multiprocessor a block, at least 32."""
+    """Value columns of a block: as many as give three of four multiprocessors a block, at least 32."""
     device = device or device_at_hand()
     block: int = min(_C.cuda_widest_block, -(-V // 16) * 16)
-    while not whole and block > 32 and heads * -(-V // block) < device.multiprocessors:
+    while not whole and block > 32 and 4 * heads * -(-V // block) < 3 * device.multiprocessors:
         block = max(32, block // 32 * 16)
     return block
 
