@@ -23,8 +23,8 @@ demo: $(VENV)/built
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest tests/cuda_on_cpu
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted
+	$(BIN)/python -m pytest tests/cuda_on_cpu -n auto --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -n auto
 	$(BIN)/python -m tests.cuda_offline.gate
 	$(BIN)/python -m tests.triton_offline.gate
 
