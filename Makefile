@@ -40,11 +40,13 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 
 # Torch comes first and pinned: without it other packages would pull a build with gigabytes of CUDA.
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-fla.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the packages of requirements.txt into $(VENV): a few minutes, once"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	rm -rf $(VENV)/fla
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/fla -r requirements-fla.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/installed $(SOURCES) pyproject.toml

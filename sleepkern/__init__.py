@@ -3,6 +3,7 @@
 from . import rules
 from .backends.triton.plan import use_plans
 from .dispatch import Explanation
+from .integrations.transformers import patch, unpatch
 from .measure import bench, verify
 from .ops import (
     SleepResult,
@@ -28,11 +29,13 @@ __all__ = [
     "gated_delta_rule",
     "gla",
     "kda",
+    "patch",
     "recurrent_step",
     "rules",
     "simple_gla",
     "sleep_ingest",
     "ssd",
+    "unpatch",
     "use_plans",
     "verify",
 ]

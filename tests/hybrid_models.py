@@ -38,6 +38,56 @@ SIZES = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+}
+_LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_local_experts": 4}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "kimi_linear": {
+        **_LATENT,
+        "num_key_value_heads": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 2,
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    },
+    "bailing_hybrid": {
+        **_LATENT,
+        "num_key_value_heads": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "layer_group_size": 4,
+        "num_mtp_layers": 0,
+    },
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 16},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mamba", "mamba"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+    },
+    "granitemoehybrid": {
+        **_MAMBA,
+        "layer_types": ["mamba", "attention", "mamba", "mamba"],
+        "num_local_experts": 4,
+        "shared_intermediate_size": 16,
+    },
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "mamba"],
+        "n_mamba_heads": 4,
+        "mamba_d_state": 16,
+        "mamba_ngroups": 2,
+        "chunk_size": 16,
+        "num_key_value_heads": 2,
+    },
+}
 CLOSE = 1e-5
 """Relative, float32 logits after four layers; stock itself moves by 2e-6 when read in pieces."""
 
@@ -45,12 +95,27 @@ CLOSE = 1e-5
 def build(family: str, **changes: Any) -> nn.Module:
     """A tiny random model that remembers: random gates forget within a token and hide faults."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[MODEL_TYPES.get(family, family)](**{**SIZES, **changes})
+    sizes = {**SIZES, **OWN_SIZES.get(family, {}), **changes}
+    if family == "nemotron_h":
+        del sizes["num_hidden_layers"]  # it counts its layers' types
+    config = CONFIG_MAPPING[MODEL_TYPES.get(family, family)](**sizes)
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):
             nn.init.constant_(parameter, -3.0)
     return model
+
+
+def many_of(family: str) -> str:
+    """The sleepkern function that stands for many tokens of a family."""
+    if family in ("kimi_linear", "bailing_hybrid"):
+        return "kda"
+    return "simple_gla" if family in OWN_SIZES else "gated_delta_rule"
+
+
+def layers_of(model: nn.Module) -> int:
+    """Layers with a recurrence."""
+    return sum(name.endswith("A_log") for name, _ in model.named_parameters())
 
 
 def globals_of(family: str) -> ModuleType:
@@ -87,6 +152,6 @@ def spy_on_sleepkern(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(name)
         return run(*args, **kwargs)
 
-    for name in ("gated_delta_rule", "recurrent_step"):
+    for name in ("gated_delta_rule", "kda", "simple_gla", "recurrent_step"):
         monkeypatch.setattr(sleepkern, name, functools.partial(spy, name, getattr(sleepkern, name)))
     return seen

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CHUNK, CLOSE, STEP, arguments, build, globals_of, spy_on_sleepkern, tokens
+from hybrid_models import (
+    CHUNK,
+    CLOSE,
+    STEP,
+    arguments,
+    build,
+    globals_of,
+    layers_of,
+    many_of,
+    spy_on_sleepkern,
+    tokens,
+)
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from transformers import DynamicCache
@@ -26,12 +38,15 @@ def read(
     between: Callable[[Any], None] | None = None,
 ) -> Tensor:
     """Logits of the text read piece by piece with a cache; `between` may tamper with the cache."""
-    cache = DynamicCache(config=model.config)
-    logits = []
+    taken = inspect.signature(model.forward).parameters
+    cache = {"cache_params" if "cache_params" in taken else "past_key_values": DynamicCache(config=model.config)}
+    logits, done = [], 0
     for piece in ids.split(list(pieces), dim=1):
-        logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+        at = {"position_ids": torch.arange(done, done + piece.shape[1])[None]} if "position_ids" in taken else {}
+        logits.append(model(piece, **cache, **at, use_cache=True).logits)
+        done += piece.shape[1]
         if between is not None:
-            between(cache)
+            between(*cache.values())
     return torch.cat(logits, dim=1)
 
 
@@ -58,14 +73,44 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_reads_and_continues_as_stock(family: str, calls: list[str]) -> None:
-    model, ids = build(family), tokens(2, 48)
+    """Mamba-2 keeps its own step of one token."""
+    model, ids, many = build(family), tokens(2, 48), many_of(family)
+    layers = layers_of(model)
     stock = read(model, ids, (48,))
     with patch(family):
         assert relative_error(read(model, ids, (48,)), stock) < CLOSE
-        assert calls == ["gated_delta_rule"] * 3  # the three linear layers
+        assert calls == [many] * layers
         assert relative_error(read(model, ids, (20, 28)), stock) < CLOSE
         assert relative_error(read(model, ids, (20, 1, 1, 26)), stock) < CLOSE
-        assert calls.count("recurrent_step") == 6
+        assert calls.count("recurrent_step") == (0 if many == "simple_gla" else 2 * layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_the_same_tokens(family: str, calls: list[str]) -> None:
+    model, ids = build(family), tokens(2, 20)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    stock = model.generate(ids, **options)
+    with patch(family):
+        assert torch.equal(model.generate(ids, **options), stock)
+    assert many_of(family) in calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_same_gradients(family: str, calls: list[str]) -> None:
+    model, ids = build(family), tokens(2, 30)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    stock = gradients()
+    with patch(family):
+        patched = gradients()
+    assert many_of(family) in calls and patched.keys() == stock.keys()
+    worst = {name: relative_error(patched[name], stock[name]) for name in stock if stock[name].norm() > 0}
+    assert max(worst.values()) < 1e-4, worst
+    assert any("A_log" in name and g.abs().max() > 0 for name, g in patched.items())
 
 
 def test_the_state_matters(model: nn.Module) -> None:
@@ -81,12 +126,13 @@ def test_the_state_matters(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype, calls: list[str]) -> None:
-    model, ids = build("qwen3_next").to(dtype), tokens(2, 40)
+@pytest.mark.parametrize("family", ["qwen3_next", "bailing_hybrid", "bamba"])
+def test_half_precision(family: str, dtype: torch.dtype, calls: list[str]) -> None:
+    model, ids = build(family).to(dtype), tokens(2, 40)
     stock = read(model, ids, (39, 1))
-    with patch():
+    with patch(family):
         patched = read(model, ids, (39, 1))
-    assert patched.dtype == dtype and set(calls) == {"gated_delta_rule", "recurrent_step"}
+    assert patched.dtype == dtype and many_of(family) in calls
     assert relative_error(patched, stock) < 4 * torch.finfo(dtype).eps
 
 
@@ -111,24 +157,6 @@ def test_generates_the_same_tokens(model: nn.Module, beams: int, calls: list[str
     with patch():
         assert torch.equal(model.generate(ids, **options), stock)
     assert set(calls) >= {"gated_delta_rule"}
-
-
-def test_gradients(model: nn.Module, calls: list[str]) -> None:
-    ids = tokens(2, 30)
-
-    def gradients() -> dict[str, Tensor]:
-        model.zero_grad()
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    stock = gradients()
-    with patch():
-        patched = gradients()
-    model.zero_grad()
-    assert calls and patched.keys() == stock.keys()
-    worst = {name: relative_error(patched[name], stock[name]) for name in stock}
-    assert max(worst.values()) < 1e-4, worst
-    assert any("A_log" in name and g.abs().max() > 0 for name, g in patched.items())
 
 
 def test_compiled_mixer(model: nn.Module) -> None:

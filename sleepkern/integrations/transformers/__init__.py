@@ -1,0 +1,27 @@
+"""Hybrid models of Hugging Face transformers on sleepkern's kernels.
+
+    from sleepkern.integrations.transformers import patch, unpatch
+
+    with patch():                 # Qwen3-Next, every model of the process, also those already built
+        model.generate(...)
+    patch("qwen3_5", "kimi_linear", "bamba")
+    patch(model)                  # the families that this model is made of
+    unpatch()
+
+The modeling files call module-level functions for the recurrence of many tokens and of one, and for the short
+convolution before it. `patch` puts functions over `sleepkern.gated_delta_rule`, `kda`, `simple_gla` and
+`recurrent_step`, and a convolution that suits them, in their place. Weights and code stay as they are. Layers of
+transformers 4.57 to 5.10 keep the functions that they found when they were built: there, patch before building, or
+`patch(model)`, which also sets them in the model's layers.
+
+Each call is looked at on its own: what sleepkern does not do (float64, torch.export, a device
+without a kernel) goes to the original function, with the reason in the debug log.
+
+New with the patch: packed sequences on the CPU, but for Mamba-2. Pass `cu_seq_lens_q`, `position_ids` that restart
+with each sequence and `use_cache=False`, as for flash attention; the short convolution then stops
+at the borders too. Without the patch such a call raises.
+"""
+
+from .families import FAMILIES, patch, unpatch
+
+__all__ = ["FAMILIES", "patch", "unpatch"]

@@ -1,0 +1,109 @@
+"""Which attributes of which modeling files and layers are replaced, and by what."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+from types import ModuleType
+
+from torch import nn
+
+from sleepkern.rules import KDA
+
+from ..patching import Make, Patch, Registry, Target
+from .convolution import short_convolution
+from .delta import many_tokens, one_token
+from .mamba2 import scan
+
+FAMILIES = (
+    "qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid",  # gated delta rule
+    "kimi_linear", "bailing_hybrid",  # KDA
+    "mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2",  # Mamba-2
+)  # fmt: skip
+"""Patched by name: transformers.models.<family>.modeling_<family>."""
+
+_registry = Registry()
+
+
+def patch(*families: str | nn.Module) -> Patch:
+    """Let models of these families compute with sleepkern until `unpatch` or the with-block's end.
+
+    Args:
+        families: names out of `FAMILIES`, default "qwen3_next"; or models, which stand for the
+            families that they are made of.
+
+    Returns:
+        A `Patch`, usable as a with-block. Patches nest and repeat; each takes back what it claimed.
+
+    Raises:
+        ImportError: transformers is not installed, or too old for the family.
+        ValueError: an unknown family, or a model without a recurrence that could be replaced.
+    """
+    targets = [target for family in families or ("qwen3_next",) for target in _targets(family)]
+    return _registry.claim(targets)
+
+
+def unpatch() -> None:
+    """Put all original functions back, whatever patches are open."""
+    _registry.release_all()
+
+
+_GATED_DELTA: dict[str, Make] = {
+    "torch_chunk_gated_delta_rule": many_tokens,
+    "torch_recurrent_gated_delta_rule": one_token,
+}
+_KINDS: tuple[dict[str, Make], ...] = (
+    _GATED_DELTA,
+    {
+        "chunk_kimi_delta_attention": partial(many_tokens, rule=KDA),
+        "recurrent_kimi_delta_attention": partial(one_token, rule=KDA),
+    },
+    {"mamba2_chunk_scan": scan},
+)
+"""What a modeling file that we know defines, by kind of recurrence."""
+_BESIDE: dict[str, Make] = {"causal_conv1d_fn": short_convolution}
+_OLDER: dict[str, Make] = {  # of transformers 4.57 to 5.10, from the package fla; None without it
+    "chunk_gated_delta_rule": many_tokens,
+    "fused_recurrent_gated_delta_rule": one_token,
+}
+_ATTRIBUTES = {  # of a layer, transformers 4.57 to 5.10
+    "chunk_gated_delta_rule": many_tokens,
+    "recurrent_gated_delta_rule": one_token,
+}
+
+
+def _targets(family: str | nn.Module) -> list[Target]:
+    if isinstance(family, nn.Module):
+        return _targets_of_model(family)
+    if family not in FAMILIES:
+        raise ValueError(f"families: got {family!r}; expected a model or one of {', '.join(FAMILIES)}")
+    try:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"families: {family!r} needs a transformers that has it: {error}") from error
+    return _targets_of_module(module)
+
+
+def _targets_of_model(model: nn.Module) -> list[Target]:
+    names = {type(layer).__module__ for layer in model.modules()}
+    modules = [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    targets = [target for module in modules for target in _targets_of_module(module)]
+    for layer in model.modules():
+        present = (name for name in _ATTRIBUTES if callable(vars(layer).get(name)))
+        targets += [Target(layer, name, _ATTRIBUTES[name]) for name in present]
+    if not targets:
+        raise ValueError(f"families: got a {type(model).__name__}; expected a model with a recurrence that is ours")
+    return targets
+
+
+def _targets_of_module(module: ModuleType) -> list[Target]:
+    """The globals to replace; none unless the file defines the functions of a kind."""
+    defined = vars(module)
+    makes: dict[str, Make] = {}
+    for kind in _KINDS:
+        if defined.keys() >= kind.keys():
+            makes |= kind | (_OLDER if kind is _GATED_DELTA else {})
+    if makes and "is_fast_path_available" not in defined:  # in older versions the convolution has other arguments
+        makes |= _BESIDE
+    return [Target(module, name, makes[name]) for name in sorted(makes) if callable(defined.get(name))]

@@ -1,0 +1,5 @@
+"""Sleep: running a model's blocks N times over a window before its attention cache is dropped (arXiv 2605.26099)."""
+
+from .session import SleepReport, SleepSession
+
+__all__ = ["SleepReport", "SleepSession"]

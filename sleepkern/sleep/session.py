@@ -1,0 +1,298 @@
+"""A session: a text of any length goes in; each window is slept over, then its attention cache is dropped."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .transformers_stack import Call, Fast, Memory, Slow, Stack
+
+Eviction = Literal["hard", "sliding"]
+Feedback = Literal["raw", "reinject"]
+ConvState = Literal["rewind", "carry"]
+CHOICES = {"eviction": ("hard", "sliding"), "feedback": ("raw", "reinject"), "conv_state": ("rewind", "carry")}
+
+
+class SleepReport(NamedTuple):
+    """One sleep.
+
+    first    position of the window's first token
+    tokens   of the window
+    changes  for each pass the norm of what it changed in the fast weights, relative to their norm after it
+    seconds  it took
+    """
+
+    first: int
+    tokens: int
+    changes: tuple[float, ...]
+    seconds: float
+
+
+class SleepSession:
+    """A hybrid model that sleeps.
+
+    Windows of `window` tokens go through the model's blocks; those of `blocks` run `passes` times, each on what the one
+    before left, with the fast weights carried from pass to pass. Then keys and values of the window are dropped: memory
+    does not grow with the text. Answers read the fast weights in one ordinary pass (arXiv 2605.26099).
+
+    Args:
+        model: a causal language model of transformers that has layers with a recurrence. Its weights are not changed.
+        window: tokens between two sleeps.
+        passes: N, runs of the blocks over a window; 1 is reading with eviction.
+        eviction: "hard" drops all keys and values after each sleep; "sliding" keeps those of the last window, so that
+            the next one sees it.
+        blocks: which blocks run N times, default all; the others run once.
+        feedback: what a pass starts from: "raw", what the pass before left (the paper's formula), or "reinject", that
+            normalised, plus what the first pass started from.
+        conv_state: what the short convolutions see before the window in a pass after the first: "rewind", what preceded
+            the window, or "carry", the window's own end.
+        checkpoint: under autograd keep only what lies between passes, and run each again in the backward.
+
+    Raises:
+        ValueError: an argument out of range, or a model without such layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        window: int,
+        passes: int = 1,
+        eviction: Eviction = "hard",
+        blocks: slice | None = None,
+        feedback: Feedback = "raw",
+        conv_state: ConvState = "rewind",
+        checkpoint: bool = False,
+    ) -> None:
+        given = {"eviction": eviction, "feedback": feedback, "conv_state": conv_state}
+        for name, choices in CHOICES.items():
+            if given[name] not in choices:
+                raise ValueError(f"{name}: got {given[name]!r}; expected one of {', '.join(choices)}")
+        for name, number in (("window", window), ("passes", passes)):
+            if number < 1:
+                raise ValueError(f"{name}: got {number}; expected at least 1")
+        self.stack = Stack(model)
+        self.looped = range(len(self.stack))[blocks or slice(None)]
+        if self.looped.step != 1 or len(self.looped) == 0:
+            raise ValueError(f"blocks: got {blocks}; expected neighbours out of {len(self.stack)} blocks")
+        self.model, self.window, self.passes = model, window, passes
+        self.eviction, self.feedback, self.conv_state = eviction, feedback, conv_state
+        self.checkpoint = checkpoint
+        self.memory = Memory(model)
+        if not self.memory.recurrent:
+            raise ValueError(f"model: got a {type(model).__name__}; expected one with layers that have a recurrence")
+        self.position = 0
+        self.waiting: Tensor | None = None
+        self.waiting_mask: Tensor | None = None
+        self.reports: list[SleepReport] = []
+
+    def ingest(self, ids: Tensor, attention_mask: Tensor | None = None) -> SleepSession:
+        """Take in tokens [B,T] of any length; whole windows are slept over, the rest waits for more.
+
+        attention_mask [B,T]: 0 where a row is padded, on the left of its text.
+        """
+        self._check(ids, attention_mask)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        if self.waiting is not None and self.waiting_mask is not None:
+            ids, mask = torch.cat([self.waiting, ids], dim=1), torch.cat([self.waiting_mask, mask], dim=1)
+        whole = ids.shape[1] // self.window * self.window
+        for start in range(0, whole, self.window):
+            self._sleep(ids[:, start : start + self.window], mask[:, start : start + self.window])
+        self.waiting, self.waiting_mask = ids[:, whole:], mask[:, whole:]
+        return self
+
+    def sleep(self) -> SleepSession:
+        """Sleep over the tokens that wait, though they do not fill a window."""
+        if self.waiting is not None and self.waiting_mask is not None and self.waiting.shape[1] > 0:
+            self._sleep(self.waiting, self.waiting_mask)
+            self.waiting = self.waiting_mask = None
+        return self
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Logits [B,T,vocabulary] of tokens after all that was ingested, in one pass; the session does not change."""
+        self._check(ids, None)
+        ids, mask = self._with_waiting(ids)
+        memory = self._copy_of_memory(own=True)
+        h, calls = self._open(ids, mask, memory)
+        for call in calls:
+            h = call(h)
+        return self.stack.logits(h)[:, -(ids.shape[1] - self._waiting()) :]
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, **options: Any) -> Tensor:
+        """The model's own `generate` after all that was ingested; returns ids [B,T] and what follows them.
+
+        The session does not change, so many questions can be asked of one text.
+        """
+        self._check(ids, None)
+        full, mask = self._with_waiting(ids)
+        cache = self._copy_of_memory(own=False).cache
+        made: Tensor = self.model.generate(  # type: ignore[operator]
+            full, attention_mask=mask, position_ids=self._positions(full), past_key_values=cache, **options
+        )
+        return made[:, self._waiting() :]
+
+    def fork(self) -> SleepSession:
+        """A session that goes on from here on its own; the model is shared, memory is copied when it changes."""
+        other = object.__new__(SleepSession)
+        other.__dict__ |= self.__dict__
+        other.reports = list(self.reports)
+        other.memory = self._copy_of_memory(own=True)
+        return other
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the session remembers, as tensors (for safetensors); not the model, not the settings."""
+        found = {"position": torch.tensor(self.position)}
+        for i, fast in self.memory.fast().items():
+            found |= {f"{i}.conv": fast.conv.contiguous(), f"{i}.state": fast.state.contiguous()}
+        for i, slow in self.memory.slow().items():
+            found |= {f"{i}.keys": slow.keys.contiguous(), f"{i}.values": slow.values.contiguous()}
+        if self.waiting is not None and self.waiting_mask is not None:
+            found |= {"waiting": self.waiting.contiguous(), "waiting_mask": self.waiting_mask.contiguous()}
+        return found
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave, of a session with the same model and settings."""
+        layers = {int(name.split(".")[0]) for name in state if "." in name}
+        unknown = layers - {*self.memory.recurrent, *self.memory.attention}
+        if "position" not in state or unknown:
+            raise ValueError(f"state: got layers {sorted(unknown)}; expected the state_dict of a session of this model")
+        self.memory = Memory(self.model)
+        self.memory.set_fast({i: Fast(state[f"{i}.conv"], state[f"{i}.state"]) for i in layers if f"{i}.conv" in state})
+        self.memory.set_slow(
+            {i: Slow(state[f"{i}.keys"], state[f"{i}.values"]) for i in layers if f"{i}.keys" in state}
+        )
+        self.position = int(state["position"])
+        self.waiting, self.waiting_mask = state.get("waiting"), state.get("waiting_mask")
+
+    def _sleep(self, ids: Tensor, mask: Tensor) -> None:
+        began, memory = time.perf_counter(), self.memory
+        before, kept = memory.fast(), memory.slow()
+        h, calls = self._open(ids, mask, memory)
+        low, high = self.looped[0], self.looped[-1] + 1
+        for call in calls[:low]:
+            h = call(h)
+        start, changes = h, []
+        for done in range(self.passes):
+            if done > 0:
+                self._start_pass(before, kept)
+                h = h if self.feedback == "raw" else _normalised(h) + start
+            fast = {i: x for i, x in memory.fast().items() if i in self.looped}
+            h = self._run(calls[low:high], h)
+            changes.append(_change(fast, memory.fast(), self.looped))
+        for call in calls[high:]:
+            h = call(h)
+        self._evict(ids.shape[1])
+        self.reports.append(SleepReport(self.position, ids.shape[1], tuple(changes), time.perf_counter() - began))
+        self.position += ids.shape[1]
+
+    def _run(self, calls: list[Call], h: Tensor) -> Tensor:
+        """The looped blocks once."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return self._run_checkpointed(calls, h)
+        for call in calls:
+            h = call(h)
+        return h
+
+    def _run_checkpointed(self, calls: list[Call], h: Tensor) -> Tensor:
+        """The same as a function of h and the fast weights, which gives both anew and leaves memory as it was.
+
+        The backward calls it again, when memory has long gone on.
+        """
+        memory, fast, slow = self.memory, self.memory.fast(), self.memory.slow()
+        before = sorted(i for i in fast if i in self.looped)
+        after = [i for i in memory.recurrent if i in self.looped]
+        kept = [i for i in memory.attention if i in self.looped and self.eviction == "sliding"]
+
+        def once(h: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            aside = memory.fast(), memory.slow()
+            memory.set_fast({i: Fast(*states[2 * n : 2 * n + 2]) for n, i in enumerate(before)})
+            memory.set_slow(slow)
+            for call in calls:
+                h = call(h)
+            made = [*(memory.fast()[i] for i in after), *(memory.slow()[i] for i in kept)]
+            memory.set_fast(aside[0])
+            memory.set_slow(aside[1])
+            return (h, *(t for pair in made for t in pair))
+
+        h, *made = checkpoint(once, h, *(t for i in before for t in fast[i]), use_reentrant=False)
+        pairs = list(zip(made[::2], made[1::2], strict=True))
+        memory.set_fast(fast | {i: Fast(*pair) for i, pair in zip(after, pairs, strict=False)})
+        memory.set_slow(slow | {i: Slow(*pair) for i, pair in zip(kept, pairs[len(after) :], strict=True)})
+        return h
+
+    def _start_pass(self, before: dict[int, Fast], kept: dict[int, Slow]) -> None:
+        """Attention starts a pass from what it had before the window, in the looped blocks; so may convolutions."""
+        slow = {i: x for i, x in self.memory.slow().items() if i not in self.looped}
+        self.memory.set_slow(slow | {i: x for i, x in kept.items() if i in self.looped})
+        if self.conv_state == "rewind":
+            fast = self.memory.fast()
+            for i in fast.keys() & set(self.looped):
+                conv = before[i].conv if i in before else torch.zeros_like(fast[i].conv)
+                fast[i] = Fast(conv, fast[i].state)
+            self.memory.set_fast(fast)
+
+    def _evict(self, tokens: int) -> None:
+        if self.eviction == "hard":
+            self.memory.set_slow({})
+            return
+        last = {i: Slow(*(t[..., -tokens:, :] for t in slow)) for i, slow in self.memory.slow().items()}
+        self.memory.set_slow(last)
+
+    def _open(self, ids: Tensor, mask: Tensor, memory: Memory) -> tuple[Tensor, list[Call]]:
+        padding = None if bool(mask.all()) else self._mask_with_kept(mask, memory)
+        return self.stack.open(ids, self._positions(ids), memory, padding)
+
+    def _mask_with_kept(self, mask: Tensor, memory: Memory) -> Tensor:
+        """Kept keys are of whole windows behind the padding, or the padding is still all there was."""
+        kept = max((x.keys.shape[-2] for x in memory.slow().values()), default=0)
+        return torch.cat([mask[:, :1].expand(-1, kept), mask], dim=1)
+
+    def _positions(self, ids: Tensor) -> Tensor:
+        first = self.position
+        return torch.arange(first, first + ids.shape[1], device=ids.device)[None].expand(ids.shape[0], -1)
+
+    def _with_waiting(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        mask = torch.ones_like(ids)
+        if self.waiting is None or self.waiting_mask is None:
+            return ids, mask
+        return torch.cat([self.waiting, ids], dim=1), torch.cat([self.waiting_mask, mask], dim=1)
+
+    def _waiting(self) -> int:
+        return 0 if self.waiting is None else self.waiting.shape[1]
+
+    def _copy_of_memory(self, own: bool) -> Memory:
+        memory = Memory(self.model, own)
+        memory.set_fast(self.memory.fast())
+        memory.set_slow(self.memory.slow())
+        return memory
+
+    def _check(self, ids: Tensor, mask: Tensor | None) -> None:
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError(f"ids: got {ids.dtype} {list(ids.shape)}; expected integers [B,T]")
+        rows = next((x.state.shape[0] for x in self.memory.fast().values()), None)
+        rows = self.waiting.shape[0] if rows is None and self.waiting is not None else rows
+        if rows not in (None, ids.shape[0]):
+            raise ValueError(f"ids: got {ids.shape[0]} rows; expected {rows}, as before")
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"attention_mask: got {list(mask.shape)}; expected {list(ids.shape)}, as ids")
+        if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise ValueError("attention_mask: got padding behind text; expected it on the left")
+
+
+def _normalised(h: Tensor) -> Tensor:
+    return nn.functional.rms_norm(h, h.shape[-1:])
+
+
+def _change(before: dict[int, Fast], after: dict[int, Fast], looped: range) -> float:
+    """|S_n - S_(n-1)| / |S_n| over all looped layers; 1 where there was no state before."""
+    step = size = 0.0
+    for i, fast in after.items():
+        if i in looped:
+            state = fast.state.detach()
+            step += float((state - before[i].state.detach() if i in before else state).square().sum())
+            size += float(state.square().sum())
+    return (step / size) ** 0.5 if size > 0 else 0.0

@@ -1,0 +1,268 @@
+"""Sleep over models of transformers: against one masked forward, and against loops written out here."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import CLOSE, build, tokens
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from sleepkern.integrations.transformers import patch
+from sleepkern.sleep import SleepSession
+from sleepkern.testing import relative_error
+
+FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear", "bailing_hybrid")
+L = 24
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    with patch(*FAMILIES):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return build("qwen3_next")
+
+
+def masked(model: nn.Module, ids: Tensor, seen: int) -> tuple[Tensor, Any]:
+    """Logits and cache of one forward in which a token attends to its window and `seen` windows before."""
+    t = torch.arange(ids.shape[1])
+    ahead = t[:, None] // L - t // L
+    allowed = (ahead >= 0) & (ahead <= seen) & (t[:, None] >= t)
+    bias = torch.zeros(1, 1, len(t), len(t)).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    cache = DynamicCache(config=model.config)
+    masks = {"full_attention": bias, "linear_attention": None}
+    return model(ids, attention_mask=masks, past_key_values=cache, use_cache=True).logits, cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_is_one_forward_with_a_mask(family: str, eviction: str) -> None:
+    model, ids = build(family), tokens(2, 3 * L)
+    expected, cache = masked(model, ids, seen=int(eviction == "sliding"))
+    session = SleepSession(model, L, eviction=eviction)
+    logits = []
+    for window in ids.split(L, dim=1):
+        logits.append(session.read(window))
+        session.ingest(window)
+    assert relative_error(torch.cat(logits, dim=1), expected) < CLOSE
+    states = {i: x.recurrent_states[0] for i, x in enumerate(cache.layers) if isinstance(x, LinearAttentionLayer)}
+    found = session.memory.fast()
+    assert found.keys() == states.keys() and len(states) == 3
+    assert max(relative_error(found[i].state, states[i]) for i in states) < CLOSE
+    assert (session.memory.slow() == {}) == (eviction == "hard")
+    wrong, _ = masked(model, ids, seen=2)
+    assert relative_error(wrong, expected) > 1e-3  # what was evicted matters
+
+
+@torch.no_grad()
+def looped(
+    model: nn.Module, ids: Tensor, passes: int, low: int, high: int, carry: bool = False, reinject: bool = False
+) -> tuple[list[Tensor], Tensor]:
+    """States after each window, and what the last block leaves of the last: written out, a cache for every pass."""
+    base, states, convs = model.model, {}, {}
+    for window in range(ids.shape[1] // L):
+        part = slice(window * L, (window + 1) * L)
+        h, positions = base.embed_tokens(ids[:, part]), torch.arange(part.start, part.stop)[None]
+        rotary = base.rotary_emb(h, positions) if hasattr(base, "rotary_emb") else None
+        bias = torch.full((L, L), torch.finfo(h.dtype).min).triu(1)[None, None]
+        first_convs = dict(convs)
+
+        def run(i: int, h: Tensor, rotary=rotary, bias=bias, positions=positions) -> Tensor:
+            cache, layer = DynamicCache(config=model.config), base.layers[i]
+            mine = cache.layers[i]
+            if i in states:
+                mine.update_conv_state(convs[i])
+                mine.update_recurrent_state(states[i])
+            attends = type(mine) is DynamicLayer
+            options = {} if rotary is None else {"position_embeddings": rotary}
+            out: Tensor = layer(
+                h, attention_mask=bias if attends else None, position_ids=positions, past_key_values=cache,
+                use_cache=True, **options,
+            )  # fmt: skip
+            if not attends:
+                convs[i], states[i] = mine.conv_states[0].clone(), mine.recurrent_states[0].clone()
+            return out
+
+        for i in range(low):
+            h = run(i, h)
+        start = h
+        for n in range(passes):
+            if n > 0 and not carry:
+                for i in range(low, high):
+                    if i in convs:
+                        convs[i] = first_convs.get(i, torch.zeros_like(convs[i]))
+            if n > 0 and reinject:
+                h = h / (h.square().mean(-1, keepdim=True) + torch.finfo(h.dtype).eps).sqrt() + start
+            for i in range(low, high):
+                h = run(i, h)
+        for i in range(high, len(base.layers)):
+            h = run(i, h)
+    return [states[i] for i in sorted(states)], h
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_passes_are_a_loop(family: str) -> None:
+    model, ids = build(family), tokens(2, 2 * L)
+    expected, _ = looped(model, ids, 3, 0, 4)
+    with torch.no_grad():
+        session = SleepSession(model, L, passes=3).ingest(ids)
+    found = [x.state for _, x in sorted(session.memory.fast().items())]
+    assert max(map(relative_error, found, expected)) < CLOSE
+    once, _ = looped(model, ids, 1, 0, 4)
+    assert min(map(relative_error, once, expected)) > 0.01  # passes matter
+
+
+@pytest.mark.parametrize(
+    "options", [{"conv_state": "carry"}, {"feedback": "reinject"}, {"blocks": slice(1, 3)}], ids=str
+)
+def test_options_of_a_pass(model: nn.Module, options: dict[str, Any]) -> None:
+    ids, blocks = tokens(2, 2 * L), options.get("blocks", slice(0, 4))
+    carry, reinject = "conv_state" in options, "feedback" in options
+    expected, _ = looped(model, ids, 3, blocks.start, blocks.stop, carry, reinject)
+    plain, _ = looped(model, ids, 3, 0, 4)
+    with torch.no_grad():
+        session = SleepSession(model, L, passes=3, **options).ingest(ids)
+    found = [x.state for _, x in sorted(session.memory.fast().items())]
+    assert max(map(relative_error, found, expected)) < CLOSE
+    assert max(map(relative_error, found, plain)) > 1e-3
+
+
+@torch.no_grad()
+def test_text_may_come_in_any_pieces(model: nn.Module) -> None:
+    ids, question = tokens(2, 70), tokens(2, 5, seed=4)
+    at_once = SleepSession(model, L, passes=2).ingest(ids)
+    session = SleepSession(model, L, passes=2)
+    for piece in ids.split([1, 30, 2, 37], dim=1):
+        session.ingest(piece)
+    assert [r.first for r in session.reports] == [0, L] and session.waiting.shape[1] == 70 - 2 * L
+    assert relative_error(session.read(question), at_once.read(question)) < CLOSE
+    asleep = session.fork().sleep()
+    assert asleep.position == 70 and asleep.waiting is None and asleep.reports[-1].tokens == 22
+    assert session.position == 2 * L  # a fork goes on alone
+    assert relative_error(asleep.read(question), session.read(question)) > 1e-3
+
+
+@torch.no_grad()
+def test_generates_what_reading_says(model: nn.Module) -> None:
+    """Greedy, token by token through read; and asking leaves the session as it was."""
+    session, question = SleepSession(model, L, passes=2).ingest(tokens(2, 60)), tokens(2, 5, seed=4)
+    before = {name: t.clone() for name, t in session.state_dict().items()}
+    answer = session.generate(question, max_new_tokens=6, do_sample=False)
+    manual = question
+    for _ in range(6):
+        manual = torch.cat([manual, session.read(manual)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(answer, manual)
+    after = session.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    forgetful = SleepSession(model, L).generate(question, max_new_tokens=6, do_sample=False)
+    assert not torch.equal(forgetful, answer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_to_disk_and_back(model: nn.Module, eviction: str, tmp_path: Path) -> None:
+    session, more = SleepSession(model, L, passes=2, eviction=eviction).ingest(tokens(2, 60)), tokens(2, 40, seed=5)
+    save_file(session.state_dict(), tmp_path / "session.safetensors")
+    other = SleepSession(model, L, passes=2, eviction=eviction)
+    other.load_state_dict(load_file(tmp_path / "session.safetensors"))
+    first, second = session.ingest(more).state_dict(), other.ingest(more).state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ValueError, match=r"state: got layers \[9\]; expected"):
+        other.load_state_dict({"position": torch.tensor(0), "9.state": torch.zeros(1)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_left_padded_batch(model: nn.Module, eviction: str) -> None:
+    """A padded row ends as it does alone; positions are relative, so its own may start later."""
+    text, question = tokens(1, 40), tokens(1, 5, seed=4)
+    alone = SleepSession(model, L, eviction=eviction).ingest(torch.cat([tokens(1, 32, seed=7), text], dim=1))
+    ids = torch.cat([torch.zeros(1, 32, dtype=torch.long), text], dim=1)
+    batch = torch.cat([ids, torch.cat([tokens(1, 32, seed=7), text], dim=1)])
+    mask = torch.ones_like(batch)
+    mask[0, :32] = 0
+    session = SleepSession(model, L, eviction=eviction).ingest(batch, attention_mask=mask)
+    read = session.read(question.expand(2, -1))
+    assert relative_error(read[1], alone.read(question)[0]) < CLOSE
+    unpadded, base = SleepSession(model, L, eviction=eviction), ids[:, L:]
+    unpadded.position = L
+    short = torch.ones_like(base)
+    short[:, : 32 - L] = 0
+    unpadded.ingest(base, attention_mask=short)
+    assert relative_error(read[0], unpadded.read(question)[0]) < CLOSE
+
+
+@pytest.mark.parametrize("blocks", [None, slice(1, 3)])
+def test_gradients_through_passes(blocks: slice | None) -> None:
+    """In float64 against differences (norms inside are float32); by the kernels in float32 against that."""
+    model, ids = build("qwen3_5"), tokens(1, 2 * L)
+    name = "model.layers.1.linear_attn.in_proj_qkv.weight"
+
+    def loss(checkpoint: bool = False) -> Tensor:
+        session = SleepSession(model, L, passes=3, blocks=blocks, checkpoint=checkpoint).ingest(ids)
+        return torch.stack([x.state.square().sum() for x in session.memory.fast().values()]).sum()
+
+    found = [torch.autograd.grad(loss(c), model.get_parameter(name))[0] for c in (False, True)]
+    weight = model.double().get_parameter(name)
+    (exact,) = torch.autograd.grad(loss(), weight)
+    direction = exact / exact.norm()
+    with torch.no_grad():
+        values, step = [], 1e-3
+        for sign in (1, -1):
+            weight += sign * step * direction
+            values.append(float(loss()))
+            weight -= sign * step * direction
+    assert float(exact.norm()) == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-3)
+    assert max(relative_error(g, exact) for g in found) < 1e-4
+
+
+@torch.no_grad()
+def test_memory_does_not_grow_with_the_text() -> None:
+    model = build("qwen3_next", num_hidden_layers=4)
+    session = SleepSession(model, window=2000)
+    sizes, resident = [], []
+    for _ in range(20):
+        session.ingest(torch.randint(1, 64, (1, 10_000)))
+        sizes.append(sum(t.numel() for t in session.state_dict().values()))
+        resident.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert session.position == 200_000 and len(set(sizes)) == 1
+    assert resident[-1] - resident[4] < 20 << 10  # KiB
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window: got 0; expected at least 1"),
+        ({"passes": 0}, "passes: got 0; expected at least 1"),
+        ({"eviction": "soft"}, "eviction: got 'soft'; expected one of hard, sliding"),
+        ({"blocks": slice(0, 4, 2)}, "blocks: got .*; expected neighbours out of 4 blocks"),
+        ({"blocks": slice(4, 9)}, "blocks: got .*; expected neighbours"),
+    ],
+)
+def test_bad_options(model: nn.Module, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SleepSession(model, **{"window": L, **options})
+
+
+def test_bad_input(model: nn.Module) -> None:
+    session = SleepSession(model, L)
+    with pytest.raises(ValueError, match=r"ids: got torch.float32 \[2, 3\]; expected integers \[B,T\]"):
+        session.ingest(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="attention_mask: got padding behind text; expected it on the left"):
+        session.ingest(tokens(1, 3), attention_mask=torch.tensor([[1, 1, 0]]))
+    session.ingest(tokens(2, 3))
+    with pytest.raises(ValueError, match="ids: got 1 rows; expected 2, as before"):
+        session.ingest(tokens(1, 3))
+    with pytest.raises(ValueError, match="model: got a Linear without layers, norm, lm_head"):
+        SleepSession(nn.Linear(2, 2), L)
