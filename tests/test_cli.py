@@ -153,20 +153,31 @@ DROPIN = {
 }
 
 
+SLEEP = {
+    "tokens": 20,
+    "window": 10,
+    "rows": [{"passes": 2, "tokens_per_second": 1234.0, "memory_bytes": [10, 10], "overhead": 0.03}],
+    "kept_bytes": 4000000,
+}
+
+
 @pytest.fixture
 def dropin(monkeypatch):
-    module = importlib.import_module("sleepkern.cli.dropin")
-    monkeypatch.setattr(module, "run_dropin", lambda text, progress=None: DROPIN)
+    for name, result in (("dropin", DROPIN), ("asleep", SLEEP)):
+        module = importlib.import_module(f"sleepkern.cli.{name}")
+        function = {"dropin": "run_dropin", "asleep": "run_sleep"}[name]
+        monkeypatch.setattr(module, function, lambda text, progress=None, result=result: result)
 
 
-def test_demo_shows_all_three_parts_and_writes_them(tiny, dropin, tmp_path):
+def test_demo_shows_all_parts_and_writes_them(tiny, dropin, tmp_path):
     (tmp_path / "text").write_bytes(b"words")
     result = invoke("demo", "--out", tmp_path / "out", "--text", tmp_path / "text")
     assert result.exit_code == 0, result.output
     assert "2.50x" in result.output
     assert "a model" in result.output
+    assert "1234" in result.output and "+3 %" in result.output and "4.0 MB" in result.output
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"verify.json", "bench.json", "bench.png", "dropin.json"}
+    assert written == {"verify.json", "bench.json", "bench.png", "dropin.json", "sleep.json"}
 
 
 def test_demo_exits_1_on_a_planted_fault(tiny, dropin, fault, tmp_path):

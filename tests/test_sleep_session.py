@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
+from sleepkern.cli.asleep import run_sleep
 from sleepkern.integrations.transformers import patch
 from sleepkern.sleep import SleepSession
 from sleepkern.testing import relative_error
@@ -266,3 +267,14 @@ def test_bad_input(model: nn.Module) -> None:
         session.ingest(tokens(1, 3))
     with pytest.raises(ValueError, match="model: got a Linear without layers, norm, lm_head"):
         SleepSession(nn.Linear(2, 2), L)
+
+
+def test_sleep_of_the_demo() -> None:
+    lines: list[str] = []
+    result = run_sleep(b"words", lines.append, tokens=96, window=32)
+    assert [row["passes"] for row in result["rows"]] == [1, 2, 4] and lines
+    for row in result["rows"]:
+        assert row["tokens_per_second"] > 0 and len(set(row["memory_bytes"])) == 1 and row["overhead"] > -1
+    assert result["kept_bytes"] == 96 * 2 * 256 * 4
+    with pytest.raises(ValueError, match="text: got 0 bytes"):
+        run_sleep(b"")

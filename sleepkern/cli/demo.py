@@ -1,4 +1,4 @@
-"""`sleepkern demo`: right, fast, and in a model, in about two minutes."""
+"""`sleepkern demo`: right, fast, in a model, and asleep, in two to three minutes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def command(
     out: Annotated[Path, typer.Option(help="folder for JSON and PNG files")] = Path("out/demo"),
     text: Annotated[Path, typer.Option(help="what the model reads")] = Path("README.md"),
 ) -> None:
-    """Verify and bench (quick), then a model with and without sleepkern. Exit status 1 when red."""
+    """Verify and bench (quick), a model with and without sleepkern, and sleep. Exit status 1 when red."""
     if not text.is_file():
         raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
     console.rule("1. Is it right?")
@@ -38,6 +38,9 @@ def command(
     console.rule("3. In a model")
     result = _run_dropin(text)
     write_json(out / "dropin.json", {"command": "dropin", "environment": environment(), **result})
+    console.rule("4. Asleep")
+    slept = _run_sleep(text)
+    write_json(out / "sleep.json", {"command": "sleep", "environment": environment(), **slept})
     finish(verify_command.passed(rows) and report.passed)
 
 
@@ -63,4 +66,28 @@ def dropin_table(result: dict[str, Any], source: str) -> Table:
     difference, relative = result["max_logit_difference"], result["relative_logit_difference"]
     table.add_row("largest difference of logits", "", f"{difference:.1e}", f"{relative:.1e} of the largest")
     table.add_row("same bytes generated", "", "yes" if result["same_tokens"] else "no", "")
+    return table
+
+
+def _run_sleep(text: Path) -> dict[str, Any]:
+    from .asleep import run_sleep
+
+    with console.status("building the model") as status:
+        result = run_sleep(text.read_bytes(), progress=status.update)
+    console.print(sleep_table(result, text.name))
+    return result
+
+
+def sleep_table(result: dict[str, Any], source: str) -> Table:
+    """Tokens per second and memory for each number of passes."""
+    tokens, window = result["tokens"], result["window"]
+    table = Table(
+        title=f"sleep over {tokens} bytes of {source}, {window} at a time, {torch.get_num_threads()} thread(s)"
+    )
+    for heading in ("passes", "tokens/s", "memory after a quarter", "at the end", "over N plain forwards"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        memory = (f"{size / 1e6:.2f} MB" for size in row["memory_bytes"])
+        table.add_row(str(row["passes"]), f"{row['tokens_per_second']:.0f}", *memory, f"{100 * row['overhead']:+.0f} %")
+    table.caption = f"keys and values of the whole text would take {result['kept_bytes'] / 1e6:.1f} MB"
     return table

@@ -71,9 +71,9 @@ def run_dropin(text: bytes, progress: Callable[[str], None] | None = None, token
     if not text or tokens < 1:
         raise ValueError(f"text: got {len(text)} bytes, {tokens} to read; expected at least 1")
     say = progress or (lambda line: None)
-    with _quiet_transformers():
+    with quiet_transformers():
         say("building the model")
-        model = _model()
+        model = hybrid_model()
         ids = torch.tensor([list(text[:tokens])])
         _sessions(model, ids[:, :64])  # warm up
         pairs = []
@@ -90,7 +90,8 @@ def run_dropin(text: bytes, progress: Callable[[str], None] | None = None, token
     }
 
 
-def _model() -> nn.Module:
+def hybrid_model() -> nn.Module:
+    """What MODEL describes; the same weights each time."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -144,7 +145,7 @@ def _difference(stock: _Session, patched: _Session) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without its advice, once a function, to install packages for speed."""
     from transformers.utils import logging as advice
 

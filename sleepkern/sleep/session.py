@@ -22,13 +22,13 @@ class SleepReport(NamedTuple):
 
     first    position of the window's first token
     tokens   of the window
-    changes  for each pass the norm of what it changed in the fast weights, relative to their norm after it
-    seconds  it took
+    changes  [N] for each pass the norm of what it changed in the fast weights, relative to their norm after it
+    seconds  until all of it was done, or on a GPU handed to the device, which nothing here waits for
     """
 
     first: int
     tokens: int
-    changes: tuple[float, ...]
+    changes: Tensor
     seconds: float
 
 
@@ -186,7 +186,7 @@ class SleepSession:
         for call in calls[high:]:
             h = call(h)
         self._evict(ids.shape[1])
-        self.reports.append(SleepReport(self.position, ids.shape[1], tuple(changes), time.perf_counter() - began))
+        self.reports.append(SleepReport(self.position, ids.shape[1], torch.stack(changes), time.perf_counter() - began))
         self.position += ids.shape[1]
 
     def _run(self, calls: list[Call], h: Tensor) -> Tensor:
@@ -287,12 +287,13 @@ def _normalised(h: Tensor) -> Tensor:
     return nn.functional.rms_norm(h, h.shape[-1:])
 
 
-def _change(before: dict[int, Fast], after: dict[int, Fast], looped: range) -> float:
-    """|S_n - S_(n-1)| / |S_n| over all looped layers; 1 where there was no state before."""
-    step = size = 0.0
-    for i, fast in after.items():
-        if i in looped:
-            state = fast.state.detach()
-            step += float((state - before[i].state.detach() if i in before else state).square().sum())
-            size += float(state.square().sum())
-    return (step / size) ** 0.5 if size > 0 else 0.0
+@torch.no_grad()
+def _change(before: dict[int, Fast], after: dict[int, Fast], looped: range) -> Tensor:
+    """|S_n - S_(n-1)| / |S_n| over all looped layers; 1 where there was no state before, 0 where there is none."""
+    states = [(fast.state, before[i].state if i in before else None) for i, fast in after.items() if i in looped]
+    if not states:
+        return torch.zeros(())
+    steps = [torch.linalg.vector_norm(S) if old is None else torch.dist(S, old) for S, old in states]
+    sizes = [torch.linalg.vector_norm(S) for S, _ in states]
+    change: Tensor = torch.stack(steps).norm() / torch.stack(sizes).norm().clamp_min(1e-30)
+    return change

@@ -37,11 +37,11 @@ class _FastWeights(LinearAttentionLayer):
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **unused: Any
     ) -> Tensor:
         width = conv_kernel_size or conv_states.shape[-1]
-        past = self.conv_states[state_idx]
-        if past is not None and self.has_previous_state[state_idx]:
-            full = torch.cat([past, conv_states], dim=-1)
-        else:
-            full = nn.functional.pad(conv_states, (max(0, width - conv_states.shape[-1]), 0))
+        past, rows = self.conv_states[state_idx], conv_states.transpose(1, 2)
+        if past is None or not self.has_previous_state[state_idx]:
+            past = conv_states.new_zeros((*conv_states.shape[:-1], max(0, width - conv_states.shape[-1])))
+        # Channels stay side by side, as projections leave them and the kernels after want them.
+        full = torch.cat([past.transpose(1, 2), rows], dim=1).transpose(1, 2)
         self.conv_states[state_idx] = full[..., -width:]
         self.conv_kernel_size[state_idx] = width
         self.is_conv_states_initialized[state_idx] = self.has_previous_state[state_idx] = True
