@@ -14,7 +14,8 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 def test_examples_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     assert len(blocks) == 3
-    names = {"model": build("qwen3_next"), "ids": torch.randint(1, 64, (1, 1100)), "question": torch.tensor([[1, 2, 3]])}
+    names = {"model": build("qwen3_next"), "ids": torch.randint(1, 64, (1, 1100))}
+    names["question"] = torch.tensor([[1, 2, 3]])
     for block in blocks:
         exec(block, names)
     assert names["session"].position == 1024 and names["r"].final_state.shape == names["S"].shape
