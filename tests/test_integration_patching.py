@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from hybrid_models import (
 from torch import nn
 
 from sleepkern.integrations.transformers import patch, unpatch
-from sleepkern.testing import relative_error
+from sleepkern.rules import GATED_DELTA_RULE
+from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +118,49 @@ def test_somebody_elses_later_patch_is_left_alone(monkeypatch: pytest.MonkeyPatc
 def test_importing_does_not_import_transformers() -> None:
     code = "import sys, sleepkern.integrations.transformers; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_remote_code_on_fla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jet-Nemotron's call pattern: fla's functions as globals of a file that transformers loads under a name of its
+    own, by keyword, with an argument of its own copy of fla; K = 96 and V = 256 as there."""
+
+    def chunk_gated_delta_rule(**given: Any) -> None:
+        raise RuntimeError("0 active drivers")
+
+    def fused_recurrent_gated_delta_rule(**given: Any) -> None:
+        raise RuntimeError("0 active drivers")
+
+    for function in (chunk_gated_delta_rule, fused_recurrent_gated_delta_rule):
+        function.__module__ = "fla.ops.gated_delta_rule"
+    source = """
+from torch import nn
+
+class JetBlock(nn.Module):
+    def forward(self, q, k, v, g, beta, state):
+        options = {} if q.shape[1] <= 64 else {"autotune_interval": None}
+        rule = fused_recurrent_gated_delta_rule if q.shape[1] <= 64 else chunk_gated_delta_rule
+        return rule(
+            q=q, k=k, v=v, g=g, beta=beta, initial_state=state, output_final_state=True, cu_seqlens=None,
+            use_qk_l2norm_in_kernel=True, **options,
+        )
+"""
+    module = ModuleType("transformers_modules.jet.jet_block")
+    vars(module).update(
+        chunk_gated_delta_rule=chunk_gated_delta_rule,
+        fused_recurrent_gated_delta_rule=fused_recurrent_gated_delta_rule,
+    )
+    exec(source, vars(module))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    model = nn.Sequential(module.JetBlock())
+    for T in (9, 70):
+        x = make_inputs(GATED_DELTA_RULE, Shape(T=T, H=3, HV=3, K=96, V=256))
+        given = [x[name] for name in ("q", "k", "v", "g", "beta", "initial_state")]
+        with pytest.raises(RuntimeError, match="0 active drivers"):
+            model[0](*given)
+        with patch(model):
+            o, state = model[0](*given)
+            with pytest.raises(RuntimeError, match="0 active drivers"):  # a device without kernels stays fla's
+                model[0](*(t.to("meta") for t in given))
+        expected = call(GATED_DELTA_RULE, to_float64(x), "reference", use_qk_l2norm_in_kernel=True)
+        assert relative_error(o, expected[0]) < CLOSE and relative_error(state, expected[1]) < CLOSE
+    assert module.chunk_gated_delta_rule is chunk_gated_delta_rule

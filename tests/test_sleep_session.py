@@ -155,9 +155,11 @@ def test_text_may_come_in_any_pieces(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_generates_what_reading_says(model: nn.Module) -> None:
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_generates_what_reading_says(model: nn.Module, eviction: str) -> None:
     """Greedy, token by token through read; and asking leaves the session as it was."""
-    session, question = SleepSession(model, L, passes=2).ingest(tokens(2, 60)), tokens(2, 5, seed=4)
+    session = SleepSession(model, L, passes=2, eviction=eviction).ingest(tokens(2, 60))
+    question = tokens(2, 5, seed=4)
     before = {name: t.clone() for name, t in session.state_dict().items()}
     answer = session.generate(question, max_new_tokens=6, do_sample=False)
     manual = question
@@ -186,22 +188,34 @@ def test_to_disk_and_back(model: nn.Module, eviction: str, tmp_path: Path) -> No
 @torch.no_grad()
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_left_padded_batch(model: nn.Module, eviction: str) -> None:
-    """A padded row ends as it does alone; positions are relative, so its own may start later."""
-    text, question = tokens(1, 40), tokens(1, 5, seed=4)
-    alone = SleepSession(model, L, eviction=eviction).ingest(torch.cat([tokens(1, 32, seed=7), text], dim=1))
-    ids = torch.cat([torch.zeros(1, 32, dtype=torch.long), text], dim=1)
-    batch = torch.cat([ids, torch.cat([tokens(1, 32, seed=7), text], dim=1)])
+    """A row behind a window of padding ends as alone; so does the row beside it."""
+    text, other, question = tokens(1, 60), tokens(1, 60 + L, seed=7), tokens(1, 5, seed=4)
+    batch = torch.cat([torch.cat([torch.zeros(1, L, dtype=torch.long), text], dim=1), other])
     mask = torch.ones_like(batch)
-    mask[0, :32] = 0
-    session = SleepSession(model, L, eviction=eviction).ingest(batch, attention_mask=mask)
-    read = session.read(question.expand(2, -1))
-    assert relative_error(read[1], alone.read(question)[0]) < CLOSE
-    unpadded, base = SleepSession(model, L, eviction=eviction), ids[:, L:]
-    unpadded.position = L
-    short = torch.ones_like(base)
-    short[:, : 32 - L] = 0
-    unpadded.ingest(base, attention_mask=short)
-    assert relative_error(read[0], unpadded.read(question)[0]) < CLOSE
+    mask[0, :L] = 0
+    session = SleepSession(model, L, passes=2, eviction=eviction).ingest(batch, attention_mask=mask)
+    for row, alone in enumerate((text, other)):
+        expected = SleepSession(model, L, passes=2, eviction=eviction).ingest(alone)
+        expected = expected.read(question)
+        assert relative_error(session.read(question.expand(2, -1))[row], expected[0]) < CLOSE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_padding_within_a_window(model: nn.Module, eviction: str) -> None:
+    """One pass over a row padded by less than a window is a forward of the padded row with the masks of its windows."""
+    ids, question = tokens(1, 2 * L), tokens(1, L, seed=4)
+    mask = torch.ones_like(ids)
+    mask[:, :7] = 0
+    session = SleepSession(model, L, eviction=eviction).ingest(ids, attention_mask=mask)
+    full = torch.cat([ids, question], dim=1)
+    t = torch.arange(3 * L)
+    ahead = t[:, None] // L - t // L
+    allowed = (ahead >= 0) & (ahead <= int(eviction == "sliding")) & (t[:, None] >= t) & (t >= 7)
+    bias = torch.zeros(1, 1, 3 * L, 3 * L).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    linear = torch.cat([mask, torch.ones_like(question)], dim=1)
+    expected = model(full, attention_mask={"full_attention": bias, "linear_attention": linear}, use_cache=False).logits
+    assert relative_error(session.read(question), expected[:, -L:]) < CLOSE
 
 
 @pytest.mark.parametrize("blocks", [None, slice(1, 3)])

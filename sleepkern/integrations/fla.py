@@ -12,11 +12,13 @@ would change the result and is not done here raises a ValueError that names it: 
 return_intermediate_states.
 
 `register` reaches the functions that fla dispatches: chunk_gated_delta_rule, chunk_kda, fused_recurrent_simple_gla. One
-registration serves fla's layers and all models built on them.
+registration serves fla's layers and all models built on them. `sleepkern.patch(model)` reaches all functions of fla
+that the files of a model's layers import: of fla's own layers, and of remote code such as Jet-Nemotron's.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch.nn import functional as F
 import sleepkern
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 
-from .falling_back import why_not_here
+from .falling_back import left_to_original, why_not_here
 
 Result = tuple[Tensor, Tensor | None]
 _CHANGING = ("gv", "reverse", "cp_context", "return_intermediate_states", "head_first")
@@ -299,6 +301,22 @@ def register() -> None:
     backends.register("gated_delta_rule")(backend("chunk_gated_delta_rule", chunk_gated_delta_rule))
     for theirs, ours in ((fla_chunk_kda, chunk_kda), (fla_fused_recurrent_simple_gla, fused_recurrent_simple_gla)):
         backends.register(theirs)(backend(ours.__name__, ours))
+
+
+def stands_for(original: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Ours for a function of fla.ops, which keeps the calls that are not ours; None where there is none."""
+    name = getattr(original, "__name__", "")
+    ours = globals().get(name) if name.startswith(("chunk_", "fused_recurrent_")) else None
+    if ours is None or not getattr(original, "__module__", "").startswith("fla.ops"):
+        return None
+
+    @functools.wraps(original)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if left_to_original(_takes(*args, **kwargs)[1]):
+            return original(*args, **kwargs)
+        return ours(*args, **kwargs)
+
+    return function
 
 
 def _takes(*args: Any, **kwargs: Any) -> tuple[bool, str | None]:

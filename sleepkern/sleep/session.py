@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .transformers_stack import Call, Fast, Memory, Slow, Stack
+from .memory import Fast, Memory, Slow, copied, stack_of
 
 Eviction = Literal["hard", "sliding"]
 Feedback = Literal["raw", "reinject"]
@@ -40,7 +40,8 @@ class SleepSession:
     does not grow with the text. Answers read the fast weights in one ordinary pass (arXiv 2605.26099).
 
     Args:
-        model: a causal language model of transformers that has layers with a recurrence. Its weights are not changed.
+        model: a SleepLM (sleepkern.nn), or a causal language model of transformers that has layers with a recurrence.
+            Its weights are not changed.
         window: tokens between two sleeps.
         passes: N, runs of the blocks over a window; 1 is reading with eviction.
         eviction: "hard" drops all keys and values after each sleep; "sliding" keeps those of the last window, so that
@@ -74,19 +75,20 @@ class SleepSession:
         for name, number in (("window", window), ("passes", passes)):
             if number < 1:
                 raise ValueError(f"{name}: got {number}; expected at least 1")
-        self.stack = Stack(model)
+        self.stack = stack_of(model)
         self.looped = range(len(self.stack))[blocks or slice(None)]
         if self.looped.step != 1 or len(self.looped) == 0:
             raise ValueError(f"blocks: got {blocks}; expected neighbours out of {len(self.stack)} blocks")
         self.model, self.window, self.passes = model, window, passes
         self.eviction, self.feedback, self.conv_state = eviction, feedback, conv_state
         self.checkpoint = checkpoint
-        self.memory = Memory(model)
+        self.memory: Memory = self.stack.memory()
         if not self.memory.recurrent:
             raise ValueError(f"model: got a {type(model).__name__}; expected one with layers that have a recurrence")
         self.position = 0
         self.waiting: Tensor | None = None
         self.waiting_mask: Tensor | None = None
+        self.kept_mask: Tensor | None = None
         self.reports: list[SleepReport] = []
 
     def ingest(self, ids: Tensor, attention_mask: Tensor | None = None) -> SleepSession:
@@ -115,32 +117,30 @@ class SleepSession:
         """Logits [B,T,vocabulary] of tokens after all that was ingested, in one pass; the session does not change."""
         self._check(ids, None)
         ids, mask = self._with_waiting(ids)
-        memory = self._copy_of_memory(own=True)
+        memory = copied(self.stack, self.memory)
         h, calls = self._open(ids, mask, memory)
         for call in calls:
             h = call(h)
         return self.stack.logits(h)[:, -(ids.shape[1] - self._waiting()) :]
 
-    @torch.no_grad()
     def generate(self, ids: Tensor, **options: Any) -> Tensor:
-        """The model's own `generate` after all that was ingested; returns ids [B,T] and what follows them.
+        """ids [B,T] and what follows them after all that was ingested, in one pass.
 
-        The session does not change, so many questions can be asked of one text.
+        options go to the model's own `generate`; SleepLM has max_new_tokens, do_sample and temperature. The session
+        does not change, so many questions can be asked of one text.
         """
         self._check(ids, None)
         full, mask = self._with_waiting(ids)
-        cache = self._copy_of_memory(own=False).cache
-        made: Tensor = self.model.generate(  # type: ignore[operator]
-            full, attention_mask=mask, position_ids=self._positions(full), past_key_values=cache, **options
-        )
-        return made[:, self._waiting() :]
+        return self.stack.generate(full, self._mask_with_kept(mask), self.position, self.memory, **options)[
+            :, self._waiting() :
+        ]
 
     def fork(self) -> SleepSession:
         """A session that goes on from here on its own; the model is shared, memory is copied when it changes."""
         other = object.__new__(SleepSession)
         other.__dict__ |= self.__dict__
         other.reports = list(self.reports)
-        other.memory = self._copy_of_memory(own=True)
+        other.memory = copied(self.stack, self.memory)
         return other
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -150,9 +150,8 @@ class SleepSession:
             found |= {f"{i}.conv": fast.conv.contiguous(), f"{i}.state": fast.state.contiguous()}
         for i, slow in self.memory.slow().items():
             found |= {f"{i}.keys": slow.keys.contiguous(), f"{i}.values": slow.values.contiguous()}
-        if self.waiting is not None and self.waiting_mask is not None:
-            found |= {"waiting": self.waiting.contiguous(), "waiting_mask": self.waiting_mask.contiguous()}
-        return found
+        masks = {"waiting": self.waiting, "waiting_mask": self.waiting_mask, "kept_mask": self.kept_mask}
+        return found | {name: t.contiguous() for name, t in masks.items() if t is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` gave, of a session with the same model and settings."""
@@ -160,13 +159,14 @@ class SleepSession:
         unknown = layers - {*self.memory.recurrent, *self.memory.attention}
         if "position" not in state or unknown:
             raise ValueError(f"state: got layers {sorted(unknown)}; expected the state_dict of a session of this model")
-        self.memory = Memory(self.model)
+        self.memory = self.stack.memory()
         self.memory.set_fast({i: Fast(state[f"{i}.conv"], state[f"{i}.state"]) for i in layers if f"{i}.conv" in state})
         self.memory.set_slow(
             {i: Slow(state[f"{i}.keys"], state[f"{i}.values"]) for i in layers if f"{i}.keys" in state}
         )
         self.position = int(state["position"])
         self.waiting, self.waiting_mask = state.get("waiting"), state.get("waiting_mask")
+        self.kept_mask = state.get("kept_mask")
 
     def _sleep(self, ids: Tensor, mask: Tensor) -> None:
         began, memory = time.perf_counter(), self.memory
@@ -185,11 +185,11 @@ class SleepSession:
             changes.append(_change(fast, memory.fast(), self.looped))
         for call in calls[high:]:
             h = call(h)
-        self._evict(ids.shape[1])
+        self._evict(mask)
         self.reports.append(SleepReport(self.position, ids.shape[1], torch.stack(changes), time.perf_counter() - began))
         self.position += ids.shape[1]
 
-    def _run(self, calls: list[Call], h: Tensor) -> Tensor:
+    def _run(self, calls: list[Any], h: Tensor) -> Tensor:
         """The looped blocks once."""
         if self.checkpoint and torch.is_grad_enabled():
             return self._run_checkpointed(calls, h)
@@ -197,7 +197,7 @@ class SleepSession:
             h = call(h)
         return h
 
-    def _run_checkpointed(self, calls: list[Call], h: Tensor) -> Tensor:
+    def _run_checkpointed(self, calls: list[Any], h: Tensor) -> Tensor:
         """The same as a function of h and the fast weights, which gives both anew and leaves memory as it was.
 
         The backward calls it again, when memory has long gone on.
@@ -235,25 +235,21 @@ class SleepSession:
                 fast[i] = Fast(conv, fast[i].state)
             self.memory.set_fast(fast)
 
-    def _evict(self, tokens: int) -> None:
+    def _evict(self, mask: Tensor) -> None:
         if self.eviction == "hard":
             self.memory.set_slow({})
             return
-        last = {i: Slow(*(t[..., -tokens:, :] for t in slow)) for i, slow in self.memory.slow().items()}
-        self.memory.set_slow(last)
+        tokens = mask.shape[1]
+        self.memory.set_slow({i: Slow(*(t[..., -tokens:, :] for t in x)) for i, x in self.memory.slow().items()})
+        self.kept_mask = mask
 
-    def _open(self, ids: Tensor, mask: Tensor, memory: Memory) -> tuple[Tensor, list[Call]]:
-        padding = None if bool(mask.all()) else self._mask_with_kept(mask, memory)
-        return self.stack.open(ids, self._positions(ids), memory, padding)
+    def _open(self, ids: Tensor, mask: Tensor, memory: Memory) -> tuple[Tensor, list[Any]]:
+        mask = self._mask_with_kept(mask)
+        return self.stack.open(ids, self.position, memory, None if bool(mask.all()) else mask)
 
-    def _mask_with_kept(self, mask: Tensor, memory: Memory) -> Tensor:
-        """Kept keys are of whole windows behind the padding, or the padding is still all there was."""
-        kept = max((x.keys.shape[-2] for x in memory.slow().values()), default=0)
-        return torch.cat([mask[:, :1].expand(-1, kept), mask], dim=1)
-
-    def _positions(self, ids: Tensor) -> Tensor:
-        first = self.position
-        return torch.arange(first, first + ids.shape[1], device=ids.device)[None].expand(ids.shape[0], -1)
+    def _mask_with_kept(self, mask: Tensor) -> Tensor:
+        """[B, kept keys + T]."""
+        return mask if self.kept_mask is None else torch.cat([self.kept_mask, mask], dim=1)
 
     def _with_waiting(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         mask = torch.ones_like(ids)
@@ -263,12 +259,6 @@ class SleepSession:
 
     def _waiting(self) -> int:
         return 0 if self.waiting is None else self.waiting.shape[1]
-
-    def _copy_of_memory(self, own: bool) -> Memory:
-        memory = Memory(self.model, own)
-        memory.set_fast(self.memory.fast())
-        memory.set_slow(self.memory.slow())
-        return memory
 
     def _check(self, ids: Tensor, mask: Tensor | None) -> None:
         if ids.ndim != 2 or ids.is_floating_point():

@@ -15,19 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-
-class Fast(NamedTuple):
-    """What a layer with a recurrence remembers: its last inputs of the short convolution, and the fast weight."""
-
-    conv: Tensor
-    state: Tensor
-
-
-class Slow(NamedTuple):
-    """Keys and values of an attention layer, [B,heads,tokens,width]."""
-
-    keys: Tensor
-    values: Tensor
+from .memory import Fast, Memory, Slow
 
 
 class _FastWeights(LinearAttentionLayer):
@@ -53,7 +41,7 @@ class _FastWeights(LinearAttentionLayer):
         return recurrent_states
 
 
-class Memory:
+class TransformersMemory:
     """A cache whose fast weights and attention can be taken out and put back, layer by layer."""
 
     def __init__(self, model: nn.Module, own: bool = True) -> None:
@@ -67,12 +55,10 @@ class Memory:
         self.attention = [i for i, x in enumerate(self.cache.layers) if isinstance(x, DynamicLayer)]
 
     def fast(self) -> dict[int, Fast]:
-        """By layer; empty before the first window."""
         layers = ((i, self.cache.layers[i]) for i in self.recurrent)
         return {i: Fast(x.conv_states[0], x.recurrent_states[0]) for i, x in layers if x.has_previous_state[0]}
 
     def set_fast(self, fast: dict[int, Fast]) -> None:
-        """In the place of all that there are; what is not named starts from nothing."""
         for i in self.recurrent:
             layer = self.cache.layers[i] = type(self.cache.layers[i])()
             if i in fast:
@@ -80,12 +66,10 @@ class Memory:
                 layer.update_recurrent_state(fast[i].state)
 
     def slow(self) -> dict[int, Slow]:
-        """By layer; empty after an eviction."""
         layers = ((i, self.cache.layers[i]) for i in self.attention)
         return {i: Slow(x.keys, x.values) for i, x in layers if x.get_seq_length() > 0}
 
     def set_slow(self, slow: dict[int, Slow]) -> None:
-        """In the place of everything that attention has; what is not named is dropped."""
         for i in self.attention:
             layer = self.cache.layers[i]
             DynamicLayer.reset(layer)
@@ -105,7 +89,7 @@ class Call(NamedTuple):
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
 
-class Stack:
+class TransformersStack:
     """The blocks of a causal language model."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -126,20 +110,39 @@ class Stack:
     def __len__(self) -> int:
         return len(self.base.layers)
 
-    def open(
-        self, ids: Tensor, positions: Tensor, memory: Memory, mask: Tensor | None = None
-    ) -> tuple[Tensor, list[Call]]:
-        """Embedded tokens [B,T,d], and how the blocks are to be called; mask [B,T] has 0 where there is padding."""
-        calls: list[Call] = []
+    def memory(self) -> TransformersMemory:
+        return TransformersMemory(self.model)
+
+    def open(self, ids: Tensor, first: int, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
+        assert isinstance(memory, TransformersMemory)
+        calls: list[Any] = []
         with self._recorded(calls):
             h = self.base(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=memory.cache, use_cache=True
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=_positions(ids, first),
+                past_key_values=memory.cache,
+                use_cache=True,
             )
         return h[0], calls
 
     def logits(self, h: Tensor) -> Tensor:
-        """Of what the last block leaves."""
         return self.model.lm_head(self.base.norm(h))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
+        """By the model's own `generate`, with its options."""
+        answering = TransformersMemory(self.model, own=False)
+        answering.set_fast(memory.fast())
+        answering.set_slow(memory.slow())
+        made: Tensor = self.model.generate(
+            ids,
+            attention_mask=mask,
+            position_ids=_positions(ids, first),
+            past_key_values=answering.cache,
+            **options,
+        )
+        return made
 
     @contextmanager
     def _recorded(self, calls: list[Call]) -> Iterator[None]:
@@ -150,6 +153,10 @@ class Stack:
             yield
         finally:
             self.base.layers, self.base.norm = blocks, norm
+
+
+def _positions(ids: Tensor, first: int) -> Tensor:
+    return torch.arange(first, first + ids.shape[1], device=ids.device)[None].expand(ids.shape[0], -1)
 
 
 class _Recorder(nn.Module):

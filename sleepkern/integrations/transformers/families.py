@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 from sleepkern.rules import KDA
 
+from ..fla import stands_for
 from ..patching import Make, Patch, Registry, Target
 from .convolution import short_convolution
 from .delta import many_tokens, one_token
@@ -88,13 +91,22 @@ def _targets(family: str | nn.Module) -> list[Target]:
 def _targets_of_model(model: nn.Module) -> list[Target]:
     names = {type(layer).__module__ for layer in model.modules()}
     modules = [sys.modules[name] for name in sorted(names) if name in sys.modules]
-    targets = [target for module in modules for target in _targets_of_module(module)]
+    targets = [target for module in modules for target in (_targets_of_module(module) or _targets_on_fla(module))]
     for layer in model.modules():
         present = (name for name in _ATTRIBUTES if callable(vars(layer).get(name)))
         targets += [Target(layer, name, _ATTRIBUTES[name]) for name in present]
     if not targets:
         raise ValueError(f"families: got a {type(model).__name__}; expected a model with a recurrence that is ours")
     return targets
+
+
+def _targets_on_fla(module: ModuleType) -> list[Target]:
+    """Globals of a modeling file that are functions of flash-linear-attention, as remote code and fla's layers have."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return stands_for(original) or original
+
+    return [Target(module, name, make) for name, x in sorted(vars(module).items()) if callable(x) and stands_for(x)]
 
 
 def _targets_of_module(module: ModuleType) -> list[Target]:

@@ -1,0 +1,72 @@
+"""Gated DeltaNet as a module (arXiv 2412.06464)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sleepkern
+
+from ..sleep.memory import Fast
+from .layers import GatedRMSNorm, ShortConvolution
+
+
+class GatedDeltaNet(nn.Module):
+    """Projections, short convolution, gated delta rule, gated norm, projection.
+
+    Args:
+        width: d of the residual stream.
+        heads: H, of keys. value_heads: HV, a multiple of H, default H.
+        key_width, value_width: K and V of a head, default width / heads, and K.
+        convolution: width of the short convolution of q, k and v.
+        decay_bias: added before the sigmoid of the decay: 4 keeps .982 of the state a token at the start, which has to
+            last for window x passes tokens.
+        negative: write strengths to 2 instead of 1, so that the transition may have negative eigenvalues.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        value_heads: int | None = None,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        convolution: int = 4,
+        decay_bias: float = 4.0,
+        negative: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads, self.value_heads = heads, value_heads or heads
+        self.key_width = key_width or width // heads
+        self.value_width = value_width or self.key_width
+        if self.value_heads % heads:
+            raise ValueError(f"value_heads: got {self.value_heads}; expected a multiple of heads = {heads}")
+        self.decay_bias, self.strength = decay_bias, 2.0 if negative else 1.0
+        keys, values = heads * self.key_width, self.value_heads * self.value_width
+        self.split = (keys, keys, values)
+        self.qkv = nn.Linear(width, 2 * keys + values, bias=False)
+        self.gate = nn.Linear(width, values, bias=False)
+        self.rates = nn.Linear(width, 2 * self.value_heads, bias=False)
+        self.convolution = ShortConvolution(2 * keys + values, convolution)
+        self.norm = GatedRMSNorm(self.value_width)
+        self.out = nn.Linear(values, width, bias=False)
+
+    def forward(self, x: Tensor, before: Fast | None = None, mask: Tensor | None = None) -> tuple[Tensor, Fast]:
+        """x [B,T,d] after `before`; mask [B,T] has 0 where there is padding, which writes nothing."""
+        x = x if mask is None else x * mask[..., None].to(x.dtype)
+        conv, state = (None, None) if before is None else before
+        qkv, conv = self.convolution(self.qkv(x), conv)
+        q, k, v = qkv.split(self.split, dim=-1)
+        q, k = q.unflatten(-1, (-1, self.key_width)), k.unflatten(-1, (-1, self.key_width))
+        v = v.unflatten(-1, (-1, self.value_width))
+        decay, strength = self.rates(x).float().chunk(2, dim=-1)
+        g, beta = F.logsigmoid(decay + self.decay_bias), self.strength * torch.sigmoid(strength)
+        if mask is not None:
+            g, beta = g * mask[..., None], beta * mask[..., None]
+        o, state = sleepkern.gated_delta_rule(
+            q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+        assert state is not None
+        gate = self.gate(x).unflatten(-1, (-1, self.value_width))
+        return self.out(self.norm(o, gate).flatten(-2)), Fast(conv, state)

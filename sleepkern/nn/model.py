@@ -1,0 +1,88 @@
+"""A small language model that sleeps: attention and gated DeltaNet in turns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .attention import WindowAttention
+from .block import HybridBlock
+from .mixer import GatedDeltaNet
+
+
+class SleepLM(nn.Module):
+    """Embedding, blocks by a pattern, head. `SleepSession` runs it, window by window.
+
+    Positions are learned and count from the start of a window: after an eviction nothing else is left to count from.
+    The head starts at 0, projections back into the residual stream at 1 / sqrt(2 blocks) of the others, so that N
+    passes over the blocks start near the identity.
+
+    Args:
+        vocabulary: tokens.
+        width: d. heads: of every mixer. blocks: how many.
+        window: longest window.
+        pattern: repeated over the blocks, "A" attention, "G" gated DeltaNet.
+        factor: of the MLP.
+        mixer: further arguments of GatedDeltaNet.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int = 64,
+        heads: int = 2,
+        blocks: int = 2,
+        window: int = 512,
+        pattern: str = "AG",
+        factor: int = 2,
+        mixer: dict[str, object] | None = None,
+    ) -> None:
+        super().__init__()
+        if not pattern or set(pattern) - set("AG") or "G" not in pattern[:blocks]:
+            raise ValueError(f"pattern: got {pattern!r}; expected letters A and G, a G among the first {blocks}")
+        self.window = window
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(window, width)
+        kinds = (pattern[i % len(pattern)] for i in range(blocks))
+        self.layers = nn.ModuleList(
+            HybridBlock(
+                width,
+                GatedDeltaNet(width, heads, **(mixer or {})) if kind == "G" else WindowAttention(width, heads),  # type: ignore[arg-type]
+                factor,
+            )
+            for kind in kinds
+        )
+        self.norm = nn.RMSNorm(width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self._initialise()
+
+    def embed(self, ids: Tensor, first: int = 0) -> Tensor:
+        """ids [B,T], the first at place `first` of its window, to h [B,T,d]."""
+        if first + ids.shape[1] > self.window:
+            raise ValueError(f"ids: got {first + ids.shape[1]} tokens of a window; expected at most {self.window}")
+        places = torch.arange(first, first + ids.shape[1], device=ids.device)
+        return self.tokens(ids) + self.positions(places)  # type: ignore[no-any-return]
+
+    def blocks(self) -> list[HybridBlock]:
+        """The layers in order."""
+        return [block for block in self.layers if isinstance(block, HybridBlock)]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h [B,T,d] of the last block to [B,T,vocabulary]."""
+        return self.lm_head(self.norm(h))  # type: ignore[no-any-return]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of one window, without memory of others."""
+        h = self.embed(ids)
+        for block in self.blocks():
+            h, _ = block(h)
+        return self.logits(h)
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.startswith(("tokens", "positions")):
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.ndim == 2 and "convolution" not in name:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+                if name.endswith("out.weight"):
+                    parameter.data *= (2 * len(self.layers)) ** -0.5
+        nn.init.zeros_(self.lm_head.weight)

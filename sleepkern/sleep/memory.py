@@ -1,0 +1,95 @@
+"""What a model keeps between windows, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Fast(NamedTuple):
+    """Of a layer with a recurrence: the last inputs of its short convolution, and the fast weight [B,HV,K,V]."""
+
+    conv: Tensor
+    state: Tensor
+
+
+class Slow(NamedTuple):
+    """Of an attention layer: keys and values [B,heads,tokens,width]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Memory(Protocol):
+    """Fast weights and attention of all layers; what is taken out is not changed by later windows."""
+
+    @property
+    def recurrent(self) -> list[int]:
+        """Layers with a fast weight."""
+
+    @property
+    def attention(self) -> list[int]:
+        """Layers with keys and values."""
+
+    def fast(self) -> dict[int, Fast]:
+        """By layer; empty before the first window."""
+
+    def set_fast(self, fast: dict[int, Fast]) -> None:
+        """In the place of all that there are; what is not named starts from nothing."""
+
+    def slow(self) -> dict[int, Slow]:
+        """By layer; empty after an eviction."""
+
+    def set_slow(self, slow: dict[int, Slow]) -> None:
+        """In the place of everything that attention has; what is not named is dropped."""
+
+
+class Block(Protocol):
+    """One block on one window: h [B,T,d] to h, and what it remembers goes into the memory it was opened with."""
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Run it."""
+
+
+class Stack(Protocol):
+    """The blocks of a language model, to be run one by one."""
+
+    def __len__(self) -> int:
+        """Blocks."""
+
+    def memory(self) -> Memory:
+        """An empty one."""
+
+    def open(self, ids: Tensor, first: int, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
+        """Embedded tokens [B,T,d] and the blocks as they are to be called.
+
+        first: position of the first token in the whole text. mask [B, kept keys + T]: 0 for padding.
+        """
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Of what the last block leaves."""
+
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
+        """ids [B,T] and what follows them, after `memory`, which stays as it is."""
+
+
+def stack_of(model: nn.Module) -> Stack:
+    """The blocks of a SleepLM, or of a causal language model of transformers."""
+    from ..nn import SleepLM
+
+    if isinstance(model, SleepLM):
+        from .own_stack import OwnStack
+
+        return OwnStack(model)
+    from .transformers_stack import TransformersStack
+
+    return TransformersStack(model)
+
+
+def copied(stack: Stack, memory: Memory) -> Memory:
+    """A memory that goes on from here on its own."""
+    copy = stack.memory()
+    copy.set_fast(memory.fast())
+    copy.set_slow(memory.slow())
+    return copy

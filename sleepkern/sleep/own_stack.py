@@ -1,0 +1,91 @@
+"""Our own SleepLM, block by block."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn import HybridBlock, SleepLM
+from .memory import Fast, Memory, Slow, copied
+
+
+class OwnMemory:
+    """Memory as two dictionaries: blocks return what they remember."""
+
+    def __init__(self, model: SleepLM) -> None:
+        kinds = [block.recurrent for block in model.blocks()]
+        self.recurrent = [i for i, recurrent in enumerate(kinds) if recurrent]
+        self.attention = [i for i, recurrent in enumerate(kinds) if not recurrent]
+        self._kept: dict[int, Any] = {}
+
+    def fast(self) -> dict[int, Fast]:
+        return {i: self._kept[i] for i in self.recurrent if i in self._kept}
+
+    def set_fast(self, fast: dict[int, Fast]) -> None:
+        self._kept = self.slow() | fast
+
+    def slow(self) -> dict[int, Slow]:
+        return {i: self._kept[i] for i in self.attention if i in self._kept}
+
+    def set_slow(self, slow: dict[int, Slow]) -> None:
+        self._kept = self.fast() | slow
+
+    def run(self, i: int, block: HybridBlock, mask: Tensor | None, h: Tensor) -> Tensor:
+        """Block number i, from what it remembers to what it will."""
+        if mask is not None and i in self.recurrent:
+            mask = mask[:, -h.shape[1] :]
+        h, self._kept[i] = block(h, self._kept.get(i), mask)
+        return h
+
+
+class OwnStack:
+    """The blocks of a SleepLM. A window's places count from its own start, whatever `first` is."""
+
+    def __init__(self, model: SleepLM) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return len(self.model.layers)
+
+    def memory(self) -> OwnMemory:
+        return OwnMemory(self.model)
+
+    def open(
+        self, ids: Tensor, first: int, memory: Memory, mask: Tensor | None = None, place: int = 0
+    ) -> tuple[Tensor, list[Any]]:
+        assert isinstance(memory, OwnMemory)
+        blocks = [partial(memory.run, i, block, mask) for i, block in enumerate(self.model.blocks())]
+        return self.model.embed(ids, place), blocks
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.model.logits(h)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        first: int,
+        memory: Memory,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        **unknown: Any,
+    ) -> Tensor:
+        """Greedy, or drawn at a temperature; at most what is left of a window."""
+        if unknown:
+            raise ValueError(f"options: got {', '.join(unknown)}; expected max_new_tokens, do_sample or temperature")
+        memory, made, new, padding = copied(self, memory), ids, ids, None if bool(mask.all()) else mask
+        for _ in range(max_new_tokens):
+            h, blocks = self.open(new, first, memory, padding, made.shape[1] - new.shape[1])
+            for block in blocks:
+                h = block(h)
+            logits = self.logits(h[:, -1])
+            drawn = torch.multinomial((logits / temperature).softmax(-1), 1) if do_sample else None
+            new = logits.argmax(-1, keepdim=True) if drawn is None else drawn
+            made = torch.cat([made, new], dim=1)
+            padding = None if padding is None else torch.cat([padding, torch.ones_like(new)], dim=1)
+        return made

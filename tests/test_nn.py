@@ -1,0 +1,212 @@
+"""Our own modules against loops written out, and SleepLM asleep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sleepkern.nn import GatedDeltaNet, GatedRMSNorm, HybridBlock, ShortConvolution, SleepLM, WindowAttention
+from sleepkern.sleep import SleepSession
+from sleepkern.testing import relative_error
+
+CLOSE = 1e-5
+L = 12
+
+
+def normal(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def awake(**changes: Any) -> SleepLM:
+    """A SleepLM whose head says something."""
+    model = SleepLM(20, **{"width": 32, "blocks": 4, "window": 40, **changes})
+    torch.nn.init.normal_(model.lm_head.weight)
+    torch.nn.init.normal_(model.positions.weight)
+    return model
+
+
+def test_short_convolution() -> None:
+    conv, x = ShortConvolution(6, width=4), normal(2, 9, 6)
+    y, past = conv(x)
+    for t in range(9):
+        total = sum(conv.weight[j] * x[:, t - j] for j in range(4) if t >= j)
+        assert relative_error(y[:, t], F.silu(total)) < CLOSE
+    first, state = conv(x[:, :2])
+    second, state = conv(x[:, 2:], state)
+    assert relative_error(torch.cat([first, second], dim=1), y) < CLOSE and torch.equal(state, past)
+
+
+def test_gated_norm() -> None:
+    norm, x, gate = GatedRMSNorm(8), normal(3, 8), normal(3, 8, seed=1)
+    expected = x / x.square().mean(-1, keepdim=True).sqrt() * gate * gate.sigmoid()
+    assert relative_error(norm(x, gate), expected) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"value_heads": 4, "value_width": 6, "negative": True, "key_width": 5}], ids=str
+)
+def test_mixer_is_a_token_loop(options: dict[str, Any]) -> None:
+    mixer, x = GatedDeltaNet(16, heads=2, **options), normal(2, 11, 16)
+    y, (_, state) = mixer(x)
+    H, HV, K, V = mixer.heads, mixer.value_heads, mixer.key_width, mixer.value_width
+    qkv, _ = mixer.convolution(mixer.qkv(x))
+    q, k, v = qkv.double().split([H * K, H * K, HV * V], dim=-1)
+    q, k = (F.normalize(t.view(2, 11, H, K), dim=-1).repeat_interleave(HV // H, dim=2) for t in (q, k))
+    v = v.view(2, 11, HV, V)
+    a, b = mixer.rates(x).double().chunk(2, dim=-1)
+    S, outs = torch.zeros(2, HV, K, V, dtype=torch.float64), []
+    for t in range(11):
+        S = S * torch.sigmoid(a[:, t] + 4)[..., None, None]
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
+        strength = torch.sigmoid(b[:, t]) * (2 if options.get("negative") else 1)
+        S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], error * strength[..., None])
+        outs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]) * K**-0.5)
+    expected = mixer.norm(torch.stack(outs, dim=1).float(), mixer.gate(x).view(2, 11, HV, V))
+    assert relative_error(y, mixer.out(expected.flatten(-2))) < CLOSE and relative_error(state, S) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["mixer", "attention"])
+def test_text_may_be_cut_anywhere(kind: str) -> None:
+    module = GatedDeltaNet(16, heads=2) if kind == "mixer" else WindowAttention(16, heads=2)
+    x, memory, parts = normal(2, 11, 16), None, []
+    whole, _ = module(x)
+    for part in x.split([1, 4, 6], dim=1):
+        y, memory = module(part, memory)
+        parts.append(y)
+    assert relative_error(torch.cat(parts, dim=1), whole) < CLOSE
+    assert relative_error(module(x[:, 5:])[0], whole[:, 5:]) > 0.01  # what came before matters
+
+
+def test_attention_is_softmax() -> None:
+    attention, x = WindowAttention(16, heads=2), normal(2, 7, 16)
+    q, k, v = (t.view(2, 7, 2, 8).transpose(1, 2) for t in attention.qkv(x).chunk(3, dim=-1))
+    scores = attention.q_norm(q) @ attention.k_norm(k).transpose(-1, -2) * 8**-0.5
+    weights = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).softmax(-1)
+    expected = attention.out((weights @ v).transpose(1, 2).flatten(-2))
+    assert relative_error(attention(x)[0], expected) < CLOSE
+
+
+@torch.no_grad()
+def looped(model: SleepLM, ids: Tensor, passes: int, reinject: bool = False) -> list[Any]:
+    """What the recurrent blocks remember after each window's passes, written out."""
+    memory: list[Any] = [None] * len(model.layers)
+    for window in ids.split(L, dim=1):
+        h = start = model.embed(window)
+        first = list(memory)
+        for n in range(passes):
+            if n > 0 and reinject:
+                h = F.rms_norm(h, h.shape[-1:]) + start
+            for i, block in enumerate(model.blocks()):
+                before = memory[i] if block.recurrent else None
+                if block.recurrent and n > 0:  # the convolution sees again what preceded the window
+                    conv = torch.zeros_like(memory[i].conv) if first[i] is None else first[i].conv
+                    before = memory[i]._replace(conv=conv)
+                h, memory[i] = block(h, before)
+    return [m.state for m, block in zip(memory, model.blocks(), strict=True) if block.recurrent]
+
+
+@pytest.mark.parametrize("feedback", ["raw", "reinject"])
+def test_sleep_is_a_loop(feedback: str) -> None:
+    model, ids = awake(), torch.randint(0, 20, (3, 3 * L))
+    expected = looped(model, ids, 3, feedback == "reinject")
+    with torch.no_grad():
+        session = SleepSession(model, L, passes=3, feedback=feedback).ingest(ids)
+    found = [x.state for _, x in sorted(session.memory.fast().items())]
+    assert len(found) == 2 and max(map(relative_error, found, expected)) < CLOSE
+    assert min(map(relative_error, looped(model, ids, 1), expected)) > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_a_session_answers_goes_to_disk_and_forks(eviction: str) -> None:
+    model, ids, question = awake(), torch.randint(0, 20, (2, 2 * L + 5)), torch.randint(0, 20, (2, 3))
+    session = SleepSession(model, L, passes=2, eviction=eviction).ingest(ids)
+    manual = question
+    for _ in range(6):
+        manual = torch.cat([manual, session.read(manual)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(session.generate(question, max_new_tokens=6), manual)
+    other = SleepSession(model, L, passes=2, eviction=eviction)
+    other.load_state_dict(session.state_dict())
+    assert torch.equal(other.read(question), session.read(question))
+    session.fork().sleep()
+    assert torch.equal(other.read(question), session.read(question))
+    with pytest.raises(ValueError, match="options: got num_beams; expected max_new_tokens"):
+        session.generate(question, num_beams=2)
+    with pytest.raises(ValueError, match="ids: got 65 tokens of a window; expected at most 40"):
+        session.read(torch.zeros(2, 60, dtype=torch.long))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_padding_writes_nothing(eviction: str) -> None:
+    """A row behind a window of padding ends as alone; so does one padded within its first window."""
+    model, question = awake(), torch.randint(0, 20, (1, 3))
+    text = torch.randint(0, 20, (1, 2 * L))
+    alone = SleepSession(model, L, passes=2, eviction=eviction).ingest(text)
+    batch = torch.cat([torch.cat([torch.zeros(1, L, dtype=torch.long), text], dim=1), torch.randint(0, 20, (1, 3 * L))])
+    mask = torch.ones_like(batch)
+    mask[0, :L] = 0
+    session = SleepSession(model, L, passes=2, eviction=eviction).ingest(batch, attention_mask=mask)
+    assert relative_error(session.read(question.expand(2, -1))[0], alone.read(question)[0]) < CLOSE
+    h, padding = model.embed(text[:, :L]), torch.ones(1, L, dtype=torch.long)
+    padding[:, :5] = 0
+    block = HybridBlock(32, WindowAttention(32, 2))
+    assert relative_error(block(h, None, padding)[0][:, 5:], block(h[:, 5:])[0]) < CLOSE
+
+
+def test_gradients_with_and_without_checkpoints() -> None:
+    model, ids = awake(), torch.randint(0, 20, (2, 2 * L))
+
+    def gradients(dtype: torch.dtype, checkpoint: bool, eviction: str) -> list[Tensor]:
+        same = awake().to(dtype)
+        same.load_state_dict(model.state_dict())
+        session = SleepSession(same, L, passes=3, checkpoint=checkpoint, eviction=eviction).ingest(ids)
+        loss = F.cross_entropy(session.read(ids[:, :5]).flatten(0, 1), ids[:, 1:6].flatten())
+        return list(torch.autograd.grad(loss, list(same.parameters())))
+
+    for eviction in ("hard", "sliding"):
+        exact = gradients(torch.float64, False, eviction)
+        for checkpoint in (False, True):
+            found = gradients(torch.float32, checkpoint, eviction)
+            assert max(map(relative_error, found, exact)) < 1e-4
+
+
+def test_starts_near_the_identity_and_learns() -> None:
+    model = SleepLM(20, width=32, blocks=4, window=40)
+    assert not model.lm_head.weight.any()
+    out, up = model.layers[0].mlp.out.weight, model.layers[0].mlp.up.weight
+    ratio = float((out.std() * out.shape[1] ** 0.5 / (up.std() * up.shape[1] ** 0.5)).detach())
+    assert ratio == pytest.approx(8**-0.5, rel=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids, losses = torch.randint(0, 20, (16, L)), []
+    for _ in range(30):  # say again what was slept over
+        session = SleepSession(model, L, passes=2, feedback="reinject").ingest(ids)
+        loss = F.cross_entropy(session.read(ids[:, :6]).flatten(0, 1), ids[:, 1:7].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(float(torch.tensor(20.0).log()), rel=1e-3) and losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SleepLM(20, pattern="AX"), "pattern: got 'AX'; expected letters A and G"),
+        (lambda: SleepLM(20, pattern="A"), "pattern: got 'A'; expected .* a G among the first 2"),
+        (lambda: GatedDeltaNet(16, 2, value_heads=3), "value_heads: got 3; expected a multiple of heads = 2"),
+        (lambda: WindowAttention(15, 2), "width: got 15; expected a multiple of heads = 2"),
+    ],
+)
+def test_bad_arguments(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
