@@ -22,7 +22,8 @@ demo: $(VENV)/built
 	$(BIN)/python -m sleepkern demo --out out/demo
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not alone" -n auto
+	$(BIN)/python -m pytest -m alone
 	$(BIN)/python -m pytest tests/cuda_on_cpu -n auto --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -n auto
 	$(BIN)/python -m tests.cuda_offline.gate

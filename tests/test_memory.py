@@ -46,6 +46,8 @@ measure(64)  # loads the libraries
 print(measure(T))
 """
 
+pytestmark = pytest.mark.alone
+
 
 def extra(rule: Rule, T: int, passes: int) -> int:
     """Bytes a backward takes beyond inputs and gradients, at H = HV = 1, K = V = 128, float32, on one thread."""

@@ -137,6 +137,7 @@ def test_calls_from_several_threads_agree(rule: Rule) -> None:
     assert len(results) == 4 and all(torch.equal(r, expected) for r in results)
 
 
+@pytest.mark.alone
 def test_call_overhead() -> None:
     """A plain call costs what some 7 of torch's own additions cost, a decode step 5, the long way 32.
 
