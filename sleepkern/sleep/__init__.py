@@ -1,5 +1,10 @@
 """Sleep: running a model's blocks N times over a window before its attention cache is dropped (arXiv 2605.26099)."""
 
+from .inserted import InsertedMixer, retrofit
+from .memory import Fast, Memory, Slow, Stack
+from .recorded import RecordedStack
 from .session import SleepReport, SleepSession
 
-__all__ = ["SleepReport", "SleepSession"]
+__all__ = [
+    "Fast", "InsertedMixer", "Memory", "RecordedStack", "SleepReport", "SleepSession", "Slow", "Stack", "retrofit",
+]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .memory import Fast, Memory, Slow, copied, stack_of
+from .memory import Fast, Memory, Slow, Stack, copied, stack_of
 
 Eviction = Literal["hard", "sliding"]
 Feedback = Literal["raw", "reinject"]
@@ -40,8 +40,8 @@ class SleepSession:
     does not grow with the text. Answers read the fast weights in one ordinary pass (arXiv 2605.26099).
 
     Args:
-        model: a SleepLM (sleepkern.nn), or a causal language model of transformers that has layers with a recurrence.
-            Its weights are not changed.
+        model: a SleepLM (sleepkern.nn), a causal language model of transformers that has layers with a recurrence (or
+            was given some by `retrofit`), or a Stack of any other (docs/models.md). Its weights are not changed.
         window: tokens between two sleeps.
         passes: N, runs of the blocks over a window; 1 is reading with eviction.
         eviction: "hard" drops all keys and values after each sleep; "sliding" keeps those of the last window, so that
@@ -59,7 +59,7 @@ class SleepSession:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Stack,
         window: int,
         passes: int = 1,
         eviction: Eviction = "hard",
