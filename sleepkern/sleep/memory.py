@@ -55,6 +55,9 @@ class Block(Protocol):
 class Stack(Protocol):
     """The blocks of a language model, to be run one by one."""
 
+    replays: bool
+    """Whether a block takes `replays`, passes of its recurrence over the same keys, values and gates."""
+
     def __len__(self) -> int:
         """Blocks."""
 

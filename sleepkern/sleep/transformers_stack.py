@@ -92,6 +92,8 @@ class Call(NamedTuple):
 class TransformersStack:
     """The blocks of a causal language model."""
 
+    replays = False
+
     def __init__(self, model: nn.Module) -> None:
         """
         Raises:
