@@ -56,6 +56,9 @@ class Block(Protocol):
 class Stack(Protocol):
     """The blocks of a language model, to be run one by one; docs/models.md says how to write one."""
 
+    replays: bool
+    """Whether a block takes `replays`, passes of its recurrence over the same keys, values and gates."""
+
     def __len__(self) -> int:
         """Blocks."""
 

@@ -33,16 +33,18 @@ class OwnMemory:
     def set_slow(self, slow: dict[int, Slow]) -> None:
         self._kept = self.fast() | slow
 
-    def run(self, i: int, block: HybridBlock, mask: Tensor | None, h: Tensor) -> Tensor:
-        """Block number i, from what it remembers to what it will."""
+    def run(self, i: int, block: HybridBlock, mask: Tensor | None, h: Tensor, replays: int = 1) -> Tensor:
+        """Block number i, from what it remembers to what it will; replays: passes of its recurrence alone."""
         if mask is not None and i in self.recurrent:
             mask = mask[:, -h.shape[1] :]
-        h, self._kept[i] = block(h, self._kept.get(i), mask)
+        h, self._kept[i] = block(h, self._kept.get(i), mask, replays)
         return h
 
 
 class OwnStack:
     """The blocks of a SleepLM. A window's places count from its own start, whatever `first` is."""
+
+    replays = True
 
     def __init__(self, model: SleepLM) -> None:
         self.model = model

@@ -34,6 +34,7 @@ class RecordedStack:
 
     tuples = False
     """Whether the model expects tuples from its layers."""
+    replays = False
 
     def __init__(self, model: nn.Module) -> None:
         """
