@@ -19,7 +19,10 @@ from torch import Tensor
 
 import sleepkern
 from sleepkern.measure.environment import environment
+from sleepkern.nn import SleepLM
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
+from sleepkern.sleep import SleepSession
+from sleepkern.sleep.session import Eviction
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
 from .cuda_calls import LONG, STEPS, WINDOWS, Call, calls
@@ -84,6 +87,8 @@ def graphs(device: str = "cuda") -> Found:
             inputs = [one.inputs(device, seed) for seed in (0, 1)]
             yield f"graph of cuda {one.name}", _attempt(lambda one=one, inputs=inputs: _captured(one.run, *inputs))
         yield f"compile of {rule.name}", _attempt(lambda rule=rule: _compiled(rule, device))
+    for eviction in ("hard", "sliding"):
+        yield f"graph of a sleep, {eviction}", _attempt(lambda eviction=eviction: _slept(eviction, device), 1e-5)
 
 
 def _attempt(check: Callable[[], float], tolerance: float = 0.0) -> str | None:
@@ -110,6 +115,18 @@ def _captured(run: Callable[[dict[str, Any]], Results], first: dict[str, Any], s
     graph.replay()
     expected = run(second)
     return max(relative_error(a, e) for a, e in zip(captured, expected, strict=True) if a is not None and e is not None)
+
+
+@torch.no_grad()
+def _slept(eviction: Eviction, device: str) -> float:
+    """Difference of fast weights after four windows, captured and not."""
+    model = SleepLM(256, width=128, blocks=4, window=64).to(device)
+    ids = torch.randint(256, (2, 256), device=device)
+    found, expected = (
+        SleepSession(model, 64, passes=3, eviction=eviction, capture=capture).ingest(ids).memory.fast()
+        for capture in (True, False)
+    )
+    return max(relative_error(found[i].state, expected[i].state) for i in expected)
 
 
 def _compiled(rule: Rule, device: str) -> float:

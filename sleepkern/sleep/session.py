@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .capture import Captures
 from .memory import Fast, Memory, Slow, Stack, copied, stack_of
 
 Eviction = Literal["hard", "sliding"]
@@ -60,6 +61,8 @@ class SleepSession:
         settled: end a sleep after the first pass that changed the fast weights by less than this (see SleepReport), all
             rows of the batch together; on a GPU the host then waits for each pass. Default: always N passes.
         checkpoint: under autograd keep only what lies between passes, and run each again in the backward.
+        capture: on a CUDA device, and without gradients and padding, record a sleep over a whole window as a CUDA graph
+            and replay it for the windows after (`Captures` says when not). The model's weights have to stay in place.
 
     Raises:
         ValueError: an argument out of range, or a model without such layers.
@@ -76,6 +79,7 @@ class SleepSession:
         conv_state: ConvState = "rewind",
         settled: float | None = None,
         checkpoint: bool = False,
+        capture: bool = False,
     ) -> None:
         given = {"eviction": eviction, "feedback": feedback, "conv_state": conv_state}
         for name, choices in CHOICES.items():
@@ -91,6 +95,7 @@ class SleepSession:
         self.model, self.window, self.passes = model, window, passes
         self.eviction, self.feedback, self.conv_state = eviction, feedback, conv_state
         self.settled, self.checkpoint = settled, checkpoint
+        self.captures = Captures() if capture else None
         self.memory: Memory = self.stack.memory()
         if not self.memory.recurrent:
             raise ValueError(f"model: got a {type(model).__name__}; expected one with layers that have a recurrence")
@@ -134,7 +139,7 @@ class SleepSession:
         self._check(ids, None)
         ids, mask = self._with_waiting(ids)
         memory = copied(self.stack, self.memory)
-        h, calls = self._open(ids, mask, memory)
+        h, calls = self._open(ids, mask, memory, self.position)
         for call in calls:
             h = call(h)
         return self.stack.logits(h)[:, -(ids.shape[1] - self._waiting()) :]
@@ -185,9 +190,19 @@ class SleepSession:
         self.kept_mask = state.get("kept_mask")
 
     def _sleep(self, ids: Tensor, mask: Tensor | None) -> None:
-        began, memory = time.perf_counter(), self.memory
+        began = time.perf_counter()
+        if self.captures is not None and self.captures.why_not(self, ids, mask) is None:
+            changes = self.captures.sleep(self, ids)
+        else:
+            changes = self.pass_through(ids, mask, self.position)
+        self.reports.append(SleepReport(self.position, ids.shape[1], changes, time.perf_counter() - began))
+        self.position += ids.shape[1]
+
+    def pass_through(self, ids: Tensor, mask: Tensor | None, first: int | Tensor) -> Tensor:
+        """A sleep as far as it concerns memory; changes [N]. first: position of the first token."""
+        memory = self.memory
         before, kept = memory.fast(), memory.slow()
-        h, calls = self._open(ids, mask, memory)
+        h, calls = self._open(ids, mask, memory, first)
         low, high = self.looped[0], self.looped[-1] + 1
         for call in calls[:low]:
             h = call(h)
@@ -207,8 +222,7 @@ class SleepSession:
         for call in calls[high:]:
             h = call(h)
         self._evict(ids.shape[1], mask)
-        self.reports.append(SleepReport(self.position, ids.shape[1], torch.stack(changes), time.perf_counter() - began))
-        self.position += ids.shape[1]
+        return torch.stack(changes)
 
     def _run(self, calls: list[Any], h: Tensor) -> Tensor:
         """The looped blocks once."""
@@ -263,10 +277,10 @@ class SleepSession:
         self.memory.set_slow({i: Slow(*(t[..., -tokens:, :] for t in x)) for i, x in self.memory.slow().items()})
         self.kept_mask = mask
 
-    def _open(self, ids: Tensor, mask: Tensor | None, memory: Memory) -> tuple[Tensor, list[Any]]:
+    def _open(self, ids: Tensor, mask: Tensor | None, memory: Memory, first: int | Tensor) -> tuple[Tensor, list[Any]]:
         mask = self._mask_with_kept(ids, mask)
         mask = None if mask is None or bool(mask.all()) else mask
-        return self.stack.open(ids, self.position, memory, mask)
+        return self.stack.open(ids, first, memory, mask)
 
     def _mask_with_kept(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
         """[B, kept keys + T]; None where nothing is padded, so that a GPU need not be asked."""

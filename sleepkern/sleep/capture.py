@@ -1,0 +1,144 @@
+"""A sleep as one CUDA graph: recorded once for windows of a form, replayed for all others of that form.
+
+N passes over a model's blocks are thousands of small launches out of Python; a graph launches them at once. What
+differs between two sleeps goes in and out by tensors that stay where they are: ids, the position of the first, fast
+weights, keys and values that were kept. The model's weights are read where they lay when the graph was recorded, by the
+kernels that were there then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .memory import Fast, Slow
+
+if TYPE_CHECKING:
+    from .session import SleepSession
+
+WARM_UP = 2
+"""Runs before the recording, in which kernels are compiled and work space is found."""
+
+
+class Recorder(Protocol):
+    """What makes graphs."""
+
+    device: str
+    """Type of device whose work it records."""
+
+    def record(self, run: Callable[[], Slept]) -> tuple[Callable[[], None], Slept]:
+        """A function that does what `run` did once more, on the same tensors, and the results that it writes anew."""
+
+
+class CudaRecorder:
+    """By torch.cuda.graph. What the model does may not wait for the device, as some mixtures of experts do."""
+
+    device = "cuda"
+
+    def record(self, run: Callable[[], Slept]) -> tuple[Callable[[], None], Slept]:
+        aside: Any = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = run()
+        return graph.replay, made
+
+
+class Slept(NamedTuple):
+    """What a sleep gives: changes [N] of its passes, and what is remembered after it."""
+
+    changes: Tensor
+    fast: dict[int, Fast]
+    slow: dict[int, Slow]
+
+
+class _Given(NamedTuple):
+    """What a sleep takes: ids [B,T], the position of the first as a tensor [], and what is remembered before it."""
+
+    ids: Tensor
+    first: Tensor
+    fast: dict[int, Fast]
+    slow: dict[int, Slow]
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, in one order."""
+        pairs = [pair for kept in (self.fast, self.slow) for _, pair in sorted(kept.items())]  # type: ignore[attr-defined]
+        return [self.ids, self.first, *(t for pair in pairs for t in pair)]
+
+    def form(self) -> tuple[Any, ...]:
+        """What two sleeps have to share to share a graph."""
+        names = (tuple(sorted(self.fast)), tuple(sorted(self.slow)))
+        return (*names, *((tuple(t.shape), t.dtype, t.device) for t in self.tensors()))
+
+
+class _Graph(NamedTuple):
+    given: _Given
+    replay: Callable[[], None]
+    made: Slept
+
+
+class Captures:
+    """The graphs of a session and its forks, by form of the window."""
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.recorder: Recorder = recorder or CudaRecorder()
+        self.graphs: dict[tuple[Any, ...], _Graph] = {}
+
+    def why_not(self, session: SleepSession, ids: Tensor, mask: Tensor | None) -> str | None:
+        """None where the sleep over this window can be a graph, else the sentence why it runs as it is."""
+        if ids.device.type != self.recorder.device:
+            return f"tokens on {ids.device}, graphs are of {self.recorder.device}"
+        if torch.is_grad_enabled():
+            return "gradients may be wanted; torch.no_grad() says that they are not"
+        if ids.shape[1] != session.window:
+            return f"a window of {ids.shape[1]} tokens instead of {session.window}"
+        if mask is not None or session.kept_mask is not None:
+            return "padding"
+        if session.settled is not None:
+            return "whether another pass follows depends on numbers (settled)"
+        return None
+
+    def sleep(self, session: SleepSession, ids: Tensor) -> Tensor:
+        """Let the session's memory go through a window; changes [N]."""
+        first = ids.new_full((), session.position)
+        given = _Given(ids, first, session.memory.fast(), session.memory.slow())
+        form = given.form()
+        if form not in self.graphs:
+            self.graphs[form] = self._recorded(session, given)
+        graph = self.graphs[form]
+        for own, new in zip(graph.given.tensors(), given.tensors(), strict=True):
+            own.copy_(new)
+        graph.replay()
+        made = _apart(graph.made)
+        session.memory.set_fast(made.fast)
+        session.memory.set_slow(made.slow)
+        return made.changes
+
+    def _recorded(self, session: SleepSession, given: _Given) -> _Graph:
+        own = _Given(given.ids.clone(), given.first.clone(), *(_cloned(kept) for kept in given[2:]))
+        sleeper = session.fork()
+
+        def run() -> Slept:
+            sleeper.memory = sleeper.stack.memory()
+            sleeper.memory.set_fast(own.fast)
+            sleeper.memory.set_slow(own.slow)
+            changes = sleeper.pass_through(own.ids, None, own.first)
+            return Slept(changes, sleeper.memory.fast(), sleeper.memory.slow())
+
+        return _Graph(own, *self.recorder.record(run))
+
+
+def _apart(made: Slept) -> Slept:
+    """Copies, for the next replay writes into the originals."""
+    return Slept(made.changes.clone(), _cloned(made.fast), _cloned(made.slow))
+
+
+def _cloned(kept: dict[int, Any]) -> dict[int, Any]:
+    return {i: type(pair)(*(t.clone() for t in pair)) for i, pair in kept.items()}
