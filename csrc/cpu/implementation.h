@@ -1,6 +1,7 @@
 // What an ISA file offers, and how one is chosen.
 #pragma once
 
+#include "mixer.h"
 #include "problem.h"
 
 namespace sleepkern {
@@ -18,6 +19,16 @@ struct Implementation {
   void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end);
   // Heads [begin, end) of the sequences * HV of a problem.
   void (*replay)(const Problem&, const Replay&, int64_t begin, int64_t end);
+  // Tokens [begin, end) of the flattened batch.
+  void (*convolve)(const Convolution&, int64_t begin, int64_t end);
+  // `channels` of all tokens from `channel` on, at most a block.
+  void (*convolve_backward)(const Convolution&, const ConvolutionGradients&, int64_t channel, int64_t channels);
+  // Rows [begin, end) of the batch.
+  void (*convolve_step)(const ConvolutionStep&, int64_t begin, int64_t end);
+  // Tokens [begin, end).
+  void (*gated_norm)(const GatedNorm&, int64_t begin, int64_t end);
+  // One of the parts of the tokens.
+  void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int64_t part);
   // Floating-point operations a second that one core reaches from registers, measured for some seconds.
   double (*peak)(double seconds);
 };

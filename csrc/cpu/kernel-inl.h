@@ -7,6 +7,7 @@
 #include <cstring>
 #include <ctime>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "implementation.h"
@@ -32,6 +33,9 @@ namespace {
 #include "adjoint-inl.h"
 #include "backward-inl.h"
 #include "replay-inl.h"
+#include "activation-inl.h"
+#include "convolution-inl.h"
+#include "norm-inl.h"
 
 // Token by token, on the state as the caller keeps it; unit = sequence * HV + head.
 SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int64_t begin, int64_t end) {
@@ -124,7 +128,18 @@ double peak(double seconds) {
 bool supported() { return SLEEPKERN_SUPPORTED; }
 extern const Implementation table;
 const Implementation table = {
-    SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_units, backward_heads, replay_heads, peak};
+    SLEEPKERN_STRING(SLEEPKERN_ISA),
+    supported,
+    forward_units,
+    backward_heads,
+    replay_heads,
+    convolve,
+    convolve_backward,
+    convolve_step,
+    gated_norm,
+    gated_norm_backward,
+    peak,
+};
 
 }  // namespace SLEEPKERN_ISA
 }  // namespace sleepkern
