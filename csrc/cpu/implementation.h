@@ -1,6 +1,7 @@
 // What an ISA file offers, and how one is chosen.
 #pragma once
 
+#include "blocks.h"
 #include "mixer.h"
 #include "problem.h"
 
@@ -29,6 +30,11 @@ struct Implementation {
   void (*gated_norm)(const GatedNorm&, int64_t begin, int64_t end);
   // One of the parts of the tokens.
   void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int64_t part);
+  // Sequences of a stack of blocks through all passes; shared: the threads share each step of it. changes [passes][2].
+  void (*run_group)(const Blocks&, int64_t first, int64_t sequences, bool shared, double* changes);
+  // Weights of a product in panels of panel_width outputs.
+  void (*pack_weight)(const float* matrix, int64_t n, int64_t depth, const float* scale, float* packed);
+  int64_t panel_width;
   // Floating-point operations a second that one core reaches from registers, measured for some seconds.
   double (*peak)(double seconds);
 };
@@ -43,6 +49,9 @@ bool set_implementation(const char* name);
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 const char* thread_source();
 int64_t thread_count();
+
+// The last inputs of each sequence to `last`.
+void keep_last(const Convolution& convolution);
 
 void forward(const Problem& problem);
 void backward(const Problem& problem, const Gradients& gradients);

@@ -36,6 +36,8 @@ namespace {
 #include "activation-inl.h"
 #include "convolution-inl.h"
 #include "norm-inl.h"
+#include "product-inl.h"
+#include "attention-inl.h"
 
 // Token by token, on the state as the caller keeps it; unit = sequence * HV + head.
 SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int64_t begin, int64_t end) {
@@ -93,6 +95,8 @@ void forward_units(const Problem& p, int64_t blocks, int64_t begin, int64_t end)
   }
 }
 
+#include "blocks-inl.h"
+
 double seconds_now() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
@@ -138,6 +142,9 @@ const Implementation table = {
     convolve_step,
     gated_norm,
     gated_norm_backward,
+    run_group,
+    pack_matrix,
+    PANEL,
     peak,
 };
 

@@ -21,6 +21,8 @@ void over(int64_t n, int64_t numbers_each, Run run) {
 
 int64_t bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
+}  // namespace
+
 // The last W - 1 inputs of each sequence: tokens, and of what was past where these are too few.
 void keep_last(const Convolution& c) {
   const int64_t kept = c.W - 1, row = c.D * bytes_of(c.x.type);
@@ -39,8 +41,6 @@ void keep_last(const Convolution& c) {
     }
   }
 }
-
-}  // namespace
 
 void convolve(const Convolution& c) {
   const Implementation& isa = implementation();
