@@ -67,7 +67,7 @@ struct Group {
 
   template <Finish FINISH>
   void multiply(const float* x, const float* weight, int64_t width, int64_t depth, float* y, int64_t stride) const {
-    const Product p{x, weight, a.padded, round_up(width, PANEL), depth, y, stride};
+    const Product p{x, weight, a.rows, a.padded, round_up(width, PANEL), depth, y, stride};
     team.each(p.width / PANEL, 4, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) multiply_panel<FINISH>(p, panel);
     });

@@ -6,7 +6,7 @@
 // in panels, ready to be the next product's x.
 //
 // A panel of weights, DEPTH deep, stays in L1 (16 KB with 8 lanes) while the panels of x, of which a group of rows has
-// a handful, come past it from L2.
+// a handful, come past it from L2. The weights after it, which follow in memory, are asked for meanwhile.
 
 constexpr int64_t DEPTH = 256;
 
@@ -17,9 +17,9 @@ enum class Finish {
 };
 
 struct Product {
-  const float* x;              // panels of `rows` rows
-  const float* weight;         // panels of `width` outputs
-  int64_t rows, width, depth;  // rows, width: multiples of PANEL
+  const float* x;                      // panels of `rows` rows
+  const float* weight;                 // panels of `width` outputs
+  int64_t rows, padded, width, depth;  // rows, and those up to a whole panel; width: of whole panels, too
   float* y;
   int64_t stride;  // of row-major y
 };
@@ -45,11 +45,16 @@ SLEEPKERN_STAGE void multiply_panel(const Product& p, int64_t panel) {
   constexpr bool TURNED = FINISH == Finish::squared_relu;
   for (int64_t first = 0; first < p.depth; first += DEPTH) {
     const int64_t depth = min_of(DEPTH, p.depth - first);
+    const int64_t tiles = TURNED ? p.padded / ROWS : (p.rows + ROWS - 1) / ROWS, share = depth * PANEL / tiles;
     const bool last = first + depth == p.depth;
     const float* w = p.weight + (panel * p.depth + first) * PANEL;
-    for (int64_t row = 0; row < p.rows; row += PANEL) {
+    const float* ahead = w + depth * PANEL;
+    for (int64_t row = 0; row < p.padded; row += PANEL) {
       const float* x = p.x + row * p.depth + first * PANEL;
-      for (int64_t i = 0; i < PANEL; i += ROWS) {
+      for (int64_t i = 0; i < (TURNED ? PANEL : min_of(PANEL, p.rows - row)); i += ROWS) {
+        for (int64_t n = 0; n < share; n += 64 / sizeof(float), ahead += 64 / sizeof(float)) {
+          __builtin_prefetch(ahead, 0, 2);
+        }
         const Place y = TURNED ? Place{p.y + row * p.width + (panel * PANEL + i) * PANEL, PANEL}
                                : Place{p.y + (row + i) * p.stride + panel * PANEL, p.stride};
         Tile t;

@@ -1,6 +1,6 @@
 """N passes of a stack of hybrid blocks over a window, in one call (arXiv 2605.26099).
 
-    h(0) = h;   (h(n), S(n)) = Blocks(h(n-1), S(n-1)),  n = 1..N
+h(0) = h;   (h(n), S(n)) = Blocks(h(n-1), S(n-1)),  n = 1..N
 """
 
 from __future__ import annotations
@@ -169,7 +169,13 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, blocks: Sequence[HybridBlock], states: list[State], how: _How, changes: Tensor, h: Tensor, *rest: Tensor
+        ctx: Any,
+        blocks: Sequence[HybridBlock],
+        states: list[State],
+        how: _How,
+        changes: Tensor,
+        h: Tensor,
+        *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         start, now, kept = h, list(states), []
         for n in range(how.passes):
