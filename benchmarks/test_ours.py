@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from sleepkern.measure.cases import run, select
+from sleepkern.measure.cases import Case, run, select
 
-CASES = [case for case in select("all", quick=False) if case.threads is None]
+CASES = [case for case in select("all", quick=False) if isinstance(case, Case) and case.threads is None]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -73,7 +73,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_reads_and_continues_as_stock(family: str, calls: list[str]) -> None:
-    """Mamba-2 keeps its own step of one token."""
     model, ids, many = build(family), tokens(2, 48), many_of(family)
     layers = layers_of(model)
     stock = read(model, ids, (48,))
@@ -82,7 +81,7 @@ def test_every_family_reads_and_continues_as_stock(family: str, calls: list[str]
         assert calls == [many] * layers
         assert relative_error(read(model, ids, (20, 28)), stock) < CLOSE
         assert relative_error(read(model, ids, (20, 1, 1, 26)), stock) < CLOSE
-        assert calls.count("recurrent_step") == (0 if many == "simple_gla" else 2 * layers)
+        assert calls.count("recurrent_step") == 2 * layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)

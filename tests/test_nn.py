@@ -126,6 +126,45 @@ def test_sleep_is_a_loop(feedback: str) -> None:
 
 
 @torch.no_grad()
+def test_replay_repeats_the_recurrences_alone() -> None:
+    """Against a loop over passes of each mixer's own tokens; blocks that are not looped do not repeat."""
+    model, ids = awake(), torch.randint(0, 20, (3, 2 * L))
+    memory: list[Any] = [None] * len(model.layers)
+    for window in ids.split(L, dim=1):
+        h = model.embed(window)
+        for i, block in enumerate(model.blocks()):
+            before = memory[i] if block.recurrent else None
+            out, memory[i] = block(h, before)
+            for _ in range(2 if i == 1 else 0):  # the same input, from the state that the pass before left
+                conv = torch.zeros_like(memory[i].conv) if before is None else before.conv
+                out, memory[i] = block(h, memory[i]._replace(conv=conv))
+            h = out
+    session = SleepSession(model, L, passes=3, feedback="replay", blocks=slice(0, 3)).ingest(ids)
+    found = session.memory.fast()
+    assert max(relative_error(found[i].state, memory[i].state) for i in (1, 3)) < CLOSE
+    once = SleepSession(model, L).ingest(ids).memory.fast()
+    assert min(relative_error(once[i].state, memory[i].state) for i in (1, 3)) > 0.01
+    assert len(session.reports[0].changes) == 1
+
+
+def test_a_sleep_ends_when_the_fast_weights_have_settled() -> None:
+    model, ids = awake(), torch.randint(0, 20, (3, 2 * L))
+    changes = SleepSession(model, L, passes=6, feedback="reinject").ingest(ids[:, :L]).reports[0].changes
+    assert bool((changes[1:] < changes[:-1]).all())
+    limit = float((changes[2] + changes[3]) / 2)
+    session = SleepSession(model, L, passes=6, feedback="reinject", settled=limit).ingest(ids[:, :L])
+    expected = SleepSession(model, L, passes=4, feedback="reinject").ingest(ids[:, :L])
+    assert len(session.reports[0].changes) == 4
+    for mine, other in zip(session.memory.fast().values(), expected.memory.fast().values(), strict=True):
+        assert torch.equal(mine.state, other.state)
+    weight = model.layers[1].mixer.out.weight
+    pair = [torch.autograd.grad(s.read(ids[:, :4]).square().sum(), weight)[0] for s in (session, expected)]
+    assert torch.equal(*pair)
+    never = SleepSession(model, L, passes=3, settled=0.0).ingest(ids[:, :L])
+    assert len(never.reports[0].changes) == 3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
 def test_a_session_answers_goes_to_disk_and_forks(eviction: str) -> None:
     model, ids, question = awake(), torch.randint(0, 20, (2, 2 * L + 5)), torch.randint(0, 20, (2, 3))
@@ -204,6 +243,8 @@ def test_starts_near_the_identity_and_learns() -> None:
         (lambda: SleepLM(20, pattern="AX"), "pattern: got 'AX'; expected letters A and G"),
         (lambda: SleepLM(20, pattern="A"), "pattern: got 'A'; expected .* a G among the first 2"),
         (lambda: GatedDeltaNet(16, 2, value_heads=3), "value_heads: got 3; expected a multiple of heads = 2"),
+        (lambda: SleepSession(awake(), L, settled=-1.0), "settled: got -1.0 with feedback 'raw'; expected >= 0"),
+        (lambda: SleepSession(awake(), L, settled=0.1, feedback="replay"), "settled: got 0.1 with feedback 'replay'"),
         (lambda: WindowAttention(15, 2), "width: got 15; expected a multiple of heads = 2"),
     ],
 )

@@ -262,6 +262,7 @@ def test_memory_does_not_grow_with_the_text() -> None:
         ({"passes": 0}, "passes: got 0; expected at least 1"),
         ({"eviction": "soft"}, "eviction: got 'soft'; expected one of hard, sliding"),
         ({"blocks": slice(0, 4, 2)}, "blocks: got .*; expected neighbours out of 4 blocks"),
+        ({"feedback": "replay"}, "feedback: got 'replay' for a Qwen3NextForCausalLM; expected a SleepLM"),
         ({"blocks": slice(4, 9)}, "blocks: got .*; expected neighbours"),
     ],
 )

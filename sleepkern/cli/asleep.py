@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.transformers import patch
-from .dropin import hybrid_model, quiet_transformers
+from ..measure.models import hybrid_model, quiet_transformers
 
 WINDOW = 512
 PASSES = (1, 2, 4)

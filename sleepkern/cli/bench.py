@@ -110,11 +110,11 @@ def table(report: Report) -> Table:
 
 
 def _figures(row: Row) -> tuple[str, ...]:
-    if row.milliseconds is None or row.gflops is None:
+    if row.milliseconds is None:
         return "[red]wrong[/]", "", ""
     share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
     digits = ".0f" if row.milliseconds >= 100 else ".3g"
-    return f"{row.milliseconds:{digits}}", f"{row.gflops:.1f}", share
+    return f"{row.milliseconds:{digits}}", "" if row.gflops is None else f"{row.gflops:.1f}", share
 
 
 def _ratio(row: Row, names: list[str]) -> str:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ..dispatch import explain_problem
-from ..testing import TOLERANCE, relative_error, to_float64
-from . import cases, timing
+from ..testing import TOLERANCE, Shape, relative_error, to_float64
+from . import cases, models, timing
 from .cases import Case, Result
 from .ceilings import Ceilings, ceilings
 from .environment import environment
+from .models import ModelCase
 from .peers import Peer, peers_of
 from .verify import Progress
 
@@ -45,7 +46,7 @@ class PeerRow:
 @dataclass(frozen=True)
 class Row:
     """A case. Times are per call; the rest is None when the check is red, share_of_peak also where
-    no peak is known."""
+    no peak is known, and operations and bytes of a whole model are not counted."""
 
     case: str
     op: str
@@ -121,7 +122,7 @@ def bench(
 
     Args:
         suite: all, or one of measure.cases.SUITES: forward, heads, types, rules, decode, ingest,
-            train, tiny, threads.
+            train, tiny, threads, model (models.py).
         quick: shorter sequences and fewer turns (about a minute).
         threads: torch threads of ours and of every peer.
         device: cpu or cuda; a GPU has suites of its own (gpu_cases.py), in bfloat16.
@@ -138,7 +139,7 @@ def bench(
 
 
 def bench_cases(
-    chosen: Sequence[Case],
+    chosen: Sequence[Case | ModelCase],
     quick: bool = False,
     threads: int = 1,
     device: str = "cpu",
@@ -152,7 +153,11 @@ def bench_cases(
         for done, case in enumerate(chosen):
             if progress is not None:
                 progress(case.name, done, len(chosen))
-            report = replace(report, rows=(*report.rows, _measure(case, quick, threads, device, best)))
+            if isinstance(case, ModelCase):
+                row = _measure_model(case, quick, threads)
+            else:
+                row = _measure(case, quick, threads, device, best)
+            report = replace(report, rows=(*report.rows, row))
             if so_far is not None:
                 so_far(report)
     if progress is not None:
@@ -292,4 +297,40 @@ def _peer_row(
         ratio=timing.ratio(ours, theirs) if compared else None,  # type: ignore[arg-type]
         error=error,
         note=note,
+    )
+
+
+def _measure_model(case: ModelCase, quick: bool, threads: int) -> Row:
+    """A whole model, patched, and stock as the peer whose logits and tokens it has to have."""
+    with timing.threads(threads), models.quiet_transformers():
+        model = models.hybrid_model()
+        error, times = models.check(model, case), {}
+        if error <= models.CLOSE:
+            pair = zip(("ours", "transformers"), models.calls(model, case), strict=True)
+            candidates = {name: timing.Candidate([call], threads) for name, call in pair}
+            times = timing.time_in_turns(candidates, seconds=4.0 if quick else 24.0)
+    T = case.tokens if case.op == "read" else 1
+    inside = Case("forward", case.rule, Shape(T=T, H=16, HV=32, K=128, V=128))
+    explained = explain_problem(inside.problem())
+    ours = times.get("ours")
+    peers = (_peer_row("transformers", ours, times["transformers"], None, None),) if times else ()
+    return Row(
+        case=case.name,
+        op=case.op,
+        rule=case.rule.name,
+        dtype=cases.type_name(case.dtype),
+        tokens=case.timed_tokens,
+        threads=threads,
+        backend=explained.chosen or "none",
+        kernel=explained.kernel,
+        error=error,
+        tolerance=models.CLOSE,
+        milliseconds=None if ours is None else 1e3 * ours.median,
+        best_milliseconds=None if ours is None else 1e3 * ours.minimum,
+        tokens_per_second=None if ours is None else case.timed_tokens / ours.median,
+        gflops=None,
+        share_of_peak=None,
+        gigabytes_per_second=None,
+        share_of_bandwidth=None,
+        peers=peers,
     )

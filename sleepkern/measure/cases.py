@@ -3,6 +3,7 @@ case."""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from ..problem import Problem
 from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from ..testing import Shape, call, make_inputs
 from . import flops
+from .models import ModelCase
 
 Op = Literal["forward", "train", "decode", "ingest"]
 Result = tuple[Tensor | None, Tensor | None]
@@ -165,7 +167,7 @@ def _cases(op: Op, *tokens: int, rule: Rule = GATED_DELTA_RULE, H: int = 16, K: 
 _BOTH: tuple[Op, ...] = ("forward", "train")
 _RULES = (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)
 
-SUITES: dict[str, tuple[Case, ...]] = {
+SUITES: dict[str, tuple[Case | ModelCase, ...]] = {
     "forward": _cases("forward", 512, 2048, 8192),
     "heads": _cases("forward", 2048, K=64, V=64) + _cases("forward", 2048, K=96, V=256),
     "types": _cases("forward", 2048, dtype=torch.bfloat16),
@@ -185,11 +187,12 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "threads": (
         _cases("forward", 2048, threads=2) + _cases("forward", 2048, H=1, threads=2) + _cases("train", 2048, threads=2)
     ),
+    "model": (ModelCase("read", 2048), ModelCase("generate", 2048)),
 }
 """Suites of `bench`. H = 16 and K = V = 128 are the heads of Qwen3-Next, Kimi-Linear and OLMo-
 Hybrid."""
 
-QUICK: dict[str, tuple[Case, ...]] = {
+QUICK: dict[str, tuple[Case | ModelCase, ...]] = {
     "forward": _cases("forward", 512, 2048),
     "heads": _cases("forward", 1024, K=64, V=64) + _cases("forward", 512, K=96, V=256),
     "types": _cases("forward", 1024, dtype=torch.bfloat16),
@@ -199,19 +202,27 @@ QUICK: dict[str, tuple[Case, ...]] = {
     "train": _cases("train", 512),
     "tiny": (Case("train", GATED_DELTA_RULE, Shape(B=64, T=24, H=4, HV=4, K=64, V=64)),),
     "threads": _cases("forward", 2048, threads=2),
+    "model": (ModelCase("read", 512), ModelCase("generate", 512)),
 }
 """The same suites, shortened for `demo`."""
 
 
-def select(suite: str, quick: bool, device: str = "cpu") -> tuple[Case, ...]:
-    """Cases of a suite, or of all; ValueError with the known names otherwise."""
+def select(suite: str, quick: bool, device: str = "cpu") -> tuple[Case | ModelCase, ...]:
+    """Cases of a suite, or of all; those of a model only where transformers is installed.
+
+    Raises:
+        ValueError: an unknown suite, or of a model without transformers.
+    """
     suites = QUICK if quick else SUITES
     if torch.device(device).type == "cuda":
         from . import gpu_cases
 
         suites = gpu_cases.QUICK if quick else gpu_cases.SUITES
-    if suite == "all":
-        return sum(suites.values(), ())
-    if suite not in suites:
+    if suite != "all" and suite not in suites:
         raise ValueError(f"suite: got {suite!r}; expected all or one of {', '.join(suites)}")
-    return suites[suite]
+    chosen = sum(suites.values(), ()) if suite == "all" else suites[suite]
+    if importlib.util.find_spec("transformers") is None:
+        chosen = tuple(case for case in chosen if isinstance(case, Case))
+        if not chosen:
+            raise ValueError(f"suite: got {suite!r}, for which transformers is not installed")
+    return chosen

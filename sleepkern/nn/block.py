@@ -37,8 +37,11 @@ class HybridBlock(nn.Module):
         """Whether its memory is a fast weight; attention's is keys and values."""
         return isinstance(self.mixer, GatedDeltaNet)
 
-    def forward(self, h: Tensor, before: Any = None, mask: Tensor | None = None) -> tuple[Tensor, Any]:
-        """h [B,T,d] and the mixer's memory to both after it."""
-        mixed, after = self.mixer(self.mixer_norm(h), before, mask)
+    def forward(
+        self, h: Tensor, before: Any = None, mask: Tensor | None = None, replays: int = 1
+    ) -> tuple[Tensor, Any]:
+        """h [B,T,d] and the mixer's memory to both after it; replays: passes of a recurrence over the same input."""
+        options = {"replays": replays} if self.recurrent else {}
+        mixed, after = self.mixer(self.mixer_norm(h), before, mask, **options)
         h = h + mixed
         return h + self.mlp(self.mlp_norm(h)), after

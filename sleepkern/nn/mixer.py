@@ -53,8 +53,13 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(self.value_width)
         self.out = nn.Linear(values, width, bias=False)
 
-    def forward(self, x: Tensor, before: Fast | None = None, mask: Tensor | None = None) -> tuple[Tensor, Fast]:
-        """x [B,T,d] after `before`; mask [B,T] has 0 where there is padding, which writes nothing."""
+    def forward(
+        self, x: Tensor, before: Fast | None = None, mask: Tensor | None = None, replays: int = 1
+    ) -> tuple[Tensor, Fast]:
+        """x [B,T,d] after `before`; mask [B,T] has 0 where there is padding, which writes nothing.
+
+        replays: passes of the recurrence over the same keys, values and gates; readouts are those of the last.
+        """
         x = x if mask is None else x * mask[..., None].to(x.dtype)
         conv, state = (None, None) if before is None else before
         qkv, conv = self.convolution(self.qkv(x), conv)
@@ -65,9 +70,22 @@ class GatedDeltaNet(nn.Module):
         g, beta = F.logsigmoid(decay + self.decay_bias), self.strength * torch.sigmoid(strength)
         if mask is not None:
             g, beta = g * mask[..., None], beta * mask[..., None]
+        o, state = self._recur(q, k, v, g, beta, state, replays)
+        gate = self.gate(x).unflatten(-1, (-1, self.value_width))
+        return self.out(self.norm(o, gate).flatten(-2)), Fast(conv, state)
+
+    @staticmethod
+    def _recur(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, replays: int
+    ) -> tuple[Tensor, Tensor]:
+        if replays > 1:
+            slept = sleepkern.sleep_ingest(
+                k, v, g, beta, passes=replays, q=q, initial_state=state, use_qk_l2norm_in_kernel=True
+            )
+            assert slept.output is not None
+            return slept.output, slept.final_state
         o, state = sleepkern.gated_delta_rule(
             q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
         )
         assert state is not None
-        gate = self.gate(x).unflatten(-1, (-1, self.value_width))
-        return self.out(self.norm(o, gate).flatten(-2)), Fast(conv, state)
+        return o, state

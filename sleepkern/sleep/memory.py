@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -52,8 +52,12 @@ class Block(Protocol):
         """Run it."""
 
 
+@runtime_checkable
 class Stack(Protocol):
-    """The blocks of a language model, to be run one by one."""
+    """The blocks of a language model, to be run one by one; docs/models.md says how to write one."""
+
+    replays: bool
+    """Whether a block takes `replays`, passes of its recurrence over the same keys, values and gates."""
 
     def __len__(self) -> int:
         """Blocks."""
@@ -61,10 +65,11 @@ class Stack(Protocol):
     def memory(self) -> Memory:
         """An empty one."""
 
-    def open(self, ids: Tensor, first: int, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
+    def open(self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
         """Embedded tokens [B,T,d] and the blocks as they are to be called.
 
-        first: position of the first token in the whole text. mask [B, kept keys + T]: 0 for padding.
+        first: position of the first token in the whole text, or that as a tensor [].
+        mask [B, kept keys + T]: 0 for padding.
         """
 
     def logits(self, h: Tensor) -> Tensor:
@@ -74,10 +79,12 @@ class Stack(Protocol):
         """ids [B,T] and what follows them, after `memory`, which stays as it is."""
 
 
-def stack_of(model: nn.Module) -> Stack:
-    """The blocks of a SleepLM, or of a causal language model of transformers."""
+def stack_of(model: nn.Module | Stack) -> Stack:
+    """The blocks of a SleepLM, or of a causal language model of transformers; a Stack is what it is."""
     from ..nn import SleepLM
 
+    if isinstance(model, Stack):
+        return model
     if isinstance(model, SleepLM):
         from .own_stack import OwnStack
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..nn import HybridBlock, SleepLM
 from .memory import Fast, Memory, Slow, copied
+from .writing import written
 
 
 class OwnMemory:
@@ -33,16 +33,18 @@ class OwnMemory:
     def set_slow(self, slow: dict[int, Slow]) -> None:
         self._kept = self.fast() | slow
 
-    def run(self, i: int, block: HybridBlock, mask: Tensor | None, h: Tensor) -> Tensor:
-        """Block number i, from what it remembers to what it will."""
+    def run(self, i: int, block: HybridBlock, mask: Tensor | None, h: Tensor, replays: int = 1) -> Tensor:
+        """Block number i, from what it remembers to what it will; replays: passes of its recurrence alone."""
         if mask is not None and i in self.recurrent:
             mask = mask[:, -h.shape[1] :]
-        h, self._kept[i] = block(h, self._kept.get(i), mask)
+        h, self._kept[i] = block(h, self._kept.get(i), mask, replays)
         return h
 
 
 class OwnStack:
     """The blocks of a SleepLM. A window's places count from its own start, whatever `first` is."""
+
+    replays = True
 
     def __init__(self, model: SleepLM) -> None:
         self.model = model
@@ -54,7 +56,7 @@ class OwnStack:
         return OwnMemory(self.model)
 
     def open(
-        self, ids: Tensor, first: int, memory: Memory, mask: Tensor | None = None, place: int = 0
+        self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None = None, place: int = 0
     ) -> tuple[Tensor, list[Any]]:
         assert isinstance(memory, OwnMemory)
         blocks = [partial(memory.run, i, block, mask) for i, block in enumerate(self.model.blocks())]
@@ -63,29 +65,9 @@ class OwnStack:
     def logits(self, h: Tensor) -> Tensor:
         return self.model.logits(h)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        first: int,
-        memory: Memory,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        **unknown: Any,
-    ) -> Tensor:
-        """Greedy, or drawn at a temperature; at most what is left of a window."""
-        if unknown:
-            raise ValueError(f"options: got {', '.join(unknown)}; expected max_new_tokens, do_sample or temperature")
-        memory, made, new, padding = copied(self, memory), ids, ids, None if bool(mask.all()) else mask
-        for _ in range(max_new_tokens):
-            h, blocks = self.open(new, first, memory, padding, made.shape[1] - new.shape[1])
-            for block in blocks:
-                h = block(h)
-            logits = self.logits(h[:, -1])
-            drawn = torch.multinomial((logits / temperature).softmax(-1), 1) if do_sample else None
-            new = logits.argmax(-1, keepdim=True) if drawn is None else drawn
-            made = torch.cat([made, new], dim=1)
-            padding = None if padding is None else torch.cat([padding, torch.ones_like(new)], dim=1)
-        return made
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
+        """Greedy, or drawn at a temperature (`written`); at most what is left of a window."""
+        memory = copied(self, memory)
+        return written(
+            lambda new, place, padding: self.open(new, first, memory, padding, place), self.logits, ids, mask, **options
+        )

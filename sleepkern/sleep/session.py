@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .memory import Fast, Memory, Slow, copied, stack_of
+from .memory import Fast, Memory, Slow, Stack, copied, stack_of
 
 Eviction = Literal["hard", "sliding"]
-Feedback = Literal["raw", "reinject"]
+Feedback = Literal["raw", "reinject", "replay"]
 ConvState = Literal["rewind", "carry"]
-CHOICES = {"eviction": ("hard", "sliding"), "feedback": ("raw", "reinject"), "conv_state": ("rewind", "carry")}
+CHOICES = {
+    "eviction": ("hard", "sliding"),
+    "feedback": ("raw", "reinject", "replay"),
+    "conv_state": ("rewind", "carry"),
+}
 
 
 class SleepReport(NamedTuple):
@@ -22,7 +27,7 @@ class SleepReport(NamedTuple):
 
     first    position of the window's first token
     tokens   of the window
-    changes  [N] for each pass the norm of what it changed in the fast weights, relative to their norm after it
+    changes  for each pass made the norm of what it changed in the fast weights, relative to their norm after it
     seconds  until all of it was done, or on a GPU handed to the device, which nothing here waits for
     """
 
@@ -40,17 +45,20 @@ class SleepSession:
     does not grow with the text. Answers read the fast weights in one ordinary pass (arXiv 2605.26099).
 
     Args:
-        model: a SleepLM (sleepkern.nn), or a causal language model of transformers that has layers with a recurrence.
-            Its weights are not changed.
+        model: a SleepLM (sleepkern.nn), a causal language model of transformers that has layers with a recurrence (or
+            was given some by `retrofit`), or a Stack of any other (docs/models.md). Its weights are not changed.
         window: tokens between two sleeps.
         passes: N, runs of the blocks over a window; 1 is reading with eviction.
         eviction: "hard" drops all keys and values after each sleep; "sliding" keeps those of the last window, so that
             the next one sees it.
         blocks: which blocks run N times, default all; the others run once.
-        feedback: what a pass starts from: "raw", what the pass before left (the paper's formula), or "reinject", that
-            normalised, plus what the first pass started from.
+        feedback: what a pass starts from: "raw", what the pass before left (the paper's formula); "reinject", that
+            normalised, plus what the first pass started from; "replay", the same input as the first: blocks run once,
+            and only their recurrences make N passes, over the keys, values and gates of the first (SleepLM only).
         conv_state: what the short convolutions see before the window in a pass after the first: "rewind", what preceded
             the window, or "carry", the window's own end.
+        settled: end a sleep after the first pass that changed the fast weights by less than this (see SleepReport), all
+            rows of the batch together; on a GPU the host then waits for each pass. Default: always N passes.
         checkpoint: under autograd keep only what lies between passes, and run each again in the backward.
 
     Raises:
@@ -59,13 +67,14 @@ class SleepSession:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Stack,
         window: int,
         passes: int = 1,
         eviction: Eviction = "hard",
         blocks: slice | None = None,
         feedback: Feedback = "raw",
         conv_state: ConvState = "rewind",
+        settled: float | None = None,
         checkpoint: bool = False,
     ) -> None:
         given = {"eviction": eviction, "feedback": feedback, "conv_state": conv_state}
@@ -81,10 +90,17 @@ class SleepSession:
             raise ValueError(f"blocks: got {blocks}; expected neighbours out of {len(self.stack)} blocks")
         self.model, self.window, self.passes = model, window, passes
         self.eviction, self.feedback, self.conv_state = eviction, feedback, conv_state
-        self.checkpoint = checkpoint
+        self.settled, self.checkpoint = settled, checkpoint
         self.memory: Memory = self.stack.memory()
         if not self.memory.recurrent:
             raise ValueError(f"model: got a {type(model).__name__}; expected one with layers that have a recurrence")
+        if feedback == "replay" and not self.stack.replays:
+            raise ValueError(
+                f"feedback: got 'replay' for a {type(model).__name__}; expected a SleepLM, whose blocks can repeat "
+                "their recurrence alone"
+            )
+        if settled is not None and (settled < 0 or feedback == "replay"):
+            raise ValueError(f"settled: got {settled} with feedback {feedback!r}; expected >= 0 and raw or reinject")
         self.position = 0
         self.waiting: Tensor | None = None
         self.waiting_mask: Tensor | None = None
@@ -97,18 +113,18 @@ class SleepSession:
         attention_mask [B,T]: 0 where a row is padded, on the left of its text.
         """
         self._check(ids, attention_mask)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-        if self.waiting is not None and self.waiting_mask is not None:
-            ids, mask = torch.cat([self.waiting, ids], dim=1), torch.cat([self.waiting_mask, mask], dim=1)
+        ids, mask = self._with_waiting(ids, attention_mask)
         whole = ids.shape[1] // self.window * self.window
         for start in range(0, whole, self.window):
-            self._sleep(ids[:, start : start + self.window], mask[:, start : start + self.window])
-        self.waiting, self.waiting_mask = ids[:, whole:], mask[:, whole:]
+            part = slice(start, start + self.window)
+            self._sleep(ids[:, part], None if mask is None else mask[:, part])
+        self.waiting, self.waiting_mask = ids[:, whole:], None if mask is None else mask[:, whole:]
         return self
 
     def sleep(self) -> SleepSession:
         """Sleep over the tokens that wait, though they do not fill a window."""
-        if self.waiting is not None and self.waiting_mask is not None and self.waiting.shape[1] > 0:
+        if self._waiting() > 0:
+            assert self.waiting is not None
             self._sleep(self.waiting, self.waiting_mask)
             self.waiting = self.waiting_mask = None
         return self
@@ -131,9 +147,9 @@ class SleepSession:
         """
         self._check(ids, None)
         full, mask = self._with_waiting(ids)
-        return self.stack.generate(full, self._mask_with_kept(mask), self.position, self.memory, **options)[
-            :, self._waiting() :
-        ]
+        mask = self._mask_with_kept(full, torch.ones_like(full) if mask is None else mask)
+        assert mask is not None
+        return self.stack.generate(full, mask, self.position, self.memory, **options)[:, self._waiting() :]
 
     def fork(self) -> SleepSession:
         """A session that goes on from here on its own; the model is shared, memory is copied when it changes."""
@@ -168,24 +184,29 @@ class SleepSession:
         self.waiting, self.waiting_mask = state.get("waiting"), state.get("waiting_mask")
         self.kept_mask = state.get("kept_mask")
 
-    def _sleep(self, ids: Tensor, mask: Tensor) -> None:
+    def _sleep(self, ids: Tensor, mask: Tensor | None) -> None:
         began, memory = time.perf_counter(), self.memory
         before, kept = memory.fast(), memory.slow()
         h, calls = self._open(ids, mask, memory)
         low, high = self.looped[0], self.looped[-1] + 1
         for call in calls[:low]:
             h = call(h)
+        looped, passes = calls[low:high], self.passes
+        if self.feedback == "replay":
+            looped, passes = [partial(call, replays=passes) for call in looped], 1
         start, changes = h, []
-        for done in range(self.passes):
+        for done in range(passes):
             if done > 0:
                 self._start_pass(before, kept)
                 h = h if self.feedback == "raw" else _normalised(h) + start
             fast = {i: x for i, x in memory.fast().items() if i in self.looped}
-            h = self._run(calls[low:high], h)
+            h = self._run(looped, h)
             changes.append(_change(fast, memory.fast(), self.looped))
+            if self.settled is not None and float(changes[-1]) < self.settled:
+                break
         for call in calls[high:]:
             h = call(h)
-        self._evict(mask)
+        self._evict(ids.shape[1], mask)
         self.reports.append(SleepReport(self.position, ids.shape[1], torch.stack(changes), time.perf_counter() - began))
         self.position += ids.shape[1]
 
@@ -235,27 +256,27 @@ class SleepSession:
                 fast[i] = Fast(conv, fast[i].state)
             self.memory.set_fast(fast)
 
-    def _evict(self, mask: Tensor) -> None:
+    def _evict(self, tokens: int, mask: Tensor | None) -> None:
         if self.eviction == "hard":
             self.memory.set_slow({})
             return
-        tokens = mask.shape[1]
         self.memory.set_slow({i: Slow(*(t[..., -tokens:, :] for t in x)) for i, x in self.memory.slow().items()})
         self.kept_mask = mask
 
-    def _open(self, ids: Tensor, mask: Tensor, memory: Memory) -> tuple[Tensor, list[Any]]:
-        mask = self._mask_with_kept(mask)
-        return self.stack.open(ids, self.position, memory, None if bool(mask.all()) else mask)
+    def _open(self, ids: Tensor, mask: Tensor | None, memory: Memory) -> tuple[Tensor, list[Any]]:
+        mask = self._mask_with_kept(ids, mask)
+        mask = None if mask is None or bool(mask.all()) else mask
+        return self.stack.open(ids, self.position, memory, mask)
 
-    def _mask_with_kept(self, mask: Tensor) -> Tensor:
-        """[B, kept keys + T]."""
-        return mask if self.kept_mask is None else torch.cat([self.kept_mask, mask], dim=1)
+    def _mask_with_kept(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """[B, kept keys + T]; None where nothing is padded, so that a GPU need not be asked."""
+        kept = next((slow.keys.shape[-2] for slow in self.memory.slow().values()), 0)
+        return _joined(ids.new_ones(ids.shape[0], kept), self.kept_mask, ids, mask)
 
-    def _with_waiting(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        mask = torch.ones_like(ids)
-        if self.waiting is None or self.waiting_mask is None:
+    def _with_waiting(self, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.waiting is None:
             return ids, mask
-        return torch.cat([self.waiting, ids], dim=1), torch.cat([self.waiting_mask, mask], dim=1)
+        return torch.cat([self.waiting, ids], dim=1), _joined(self.waiting, self.waiting_mask, ids, mask)
 
     def _waiting(self) -> int:
         return 0 if self.waiting is None else self.waiting.shape[1]
@@ -271,6 +292,14 @@ class SleepSession:
             raise ValueError(f"attention_mask: got {list(mask.shape)}; expected {list(ids.shape)}, as ids")
         if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
             raise ValueError("attention_mask: got padding behind text; expected it on the left")
+
+
+def _joined(first: Tensor, first_mask: Tensor | None, second: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask of tokens [B,T1] and [B,T2] one after the other; None means that none is padded."""
+    if first_mask is None and mask is None:
+        return None
+    pairs = ((first, first_mask), (second, mask))
+    return torch.cat([torch.ones_like(ids) if mask is None else mask for ids, mask in pairs], dim=1)
 
 
 def _normalised(h: Tensor) -> Tensor:

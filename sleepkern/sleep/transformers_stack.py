@@ -1,21 +1,17 @@
-"""Models of Hugging Face transformers, block by block, and the memory they keep between windows.
-
-A model's own forward knows embeddings, masks and rotary angles; it is called once a window with recorders in the place
-of its layers, which note how each would have been called. Then the layers run, as often as wanted.
-"""
+"""Models of Hugging Face transformers, block by block, and the memory they keep between windows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
+from .inserted import beside_attention, inserted_in, put_fast
 from .memory import Fast, Memory, Slow
+from .recorded import RecordedStack, positions
 
 
 class _FastWeights(LinearAttentionLayer):
@@ -51,6 +47,10 @@ class TransformersMemory:
         layers: list[Any] = self.cache.layers
         if own:
             self.cache.layers = [_FastWeights() if type(x) is LinearAttentionLayer else x for x in layers]
+        base: Any = model.base_model
+        self._inserted = inserted_in(base.layers)
+        for i in self._inserted:
+            self.cache.layers[i] = beside_attention(self.cache.layers[i])
         self.recurrent = [i for i, x in enumerate(self.cache.layers) if isinstance(x, LinearAttentionLayer)]
         self.attention = [i for i, x in enumerate(self.cache.layers) if isinstance(x, DynamicLayer)]
 
@@ -59,7 +59,9 @@ class TransformersMemory:
         return {i: Fast(x.conv_states[0], x.recurrent_states[0]) for i, x in layers if x.has_previous_state[0]}
 
     def set_fast(self, fast: dict[int, Fast]) -> None:
-        for i in self.recurrent:
+        for i in self._inserted:
+            put_fast(self.cache.layers[i], fast.get(i))
+        for i in [i for i in self.recurrent if i not in self._inserted]:
             layer = self.cache.layers[i] = type(self.cache.layers[i])()
             if i in fast:
                 layer.update_conv_state(fast[i].conv, conv_kernel_size=fast[i].conv.shape[-1])
@@ -77,57 +79,11 @@ class TransformersMemory:
                 layer.update(*slow[i])
 
 
-class Call(NamedTuple):
-    """A block and what its model would have called it with."""
-
-    block: nn.Module
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    def __call__(self, h: Tensor) -> Tensor:
-        out = self.block(h, *self.arguments, **self.options)
-        return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
-
-
-class TransformersStack:
-    """The blocks of a causal language model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """
-        Raises:
-            ValueError: the model has not the parts that are needed: a base model with layers and norm, and lm_head.
-        """
-        self.model: Any = model
-        self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
-        parts = ((self.base, "layers"), (self.base, "norm"), (self.model, "lm_head"))
-        missing = [name for holder, name in parts if not isinstance(getattr(holder, name, None), nn.Module)]
-        if missing:
-            raise ValueError(
-                f"model: got a {type(model).__name__} without {', '.join(missing)}; expected a causal language model "
-                "of transformers, a base model with layers and norm, and lm_head"
-            )
-
-    def __len__(self) -> int:
-        return len(self.base.layers)
+class TransformersStack(RecordedStack):
+    """The blocks of a causal language model of transformers."""
 
     def memory(self) -> TransformersMemory:
         return TransformersMemory(self.model)
-
-    def open(self, ids: Tensor, first: int, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
-        assert isinstance(memory, TransformersMemory)
-        calls: list[Any] = []
-        with self._recorded(calls):
-            h = self.base(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=_positions(ids, first),
-                past_key_values=memory.cache,
-                use_cache=True,
-            )
-        return h[0], calls
-
-    def logits(self, h: Tensor) -> Tensor:
-        return self.model.lm_head(self.base.norm(h))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
@@ -138,38 +94,8 @@ class TransformersStack:
         made: Tensor = self.model.generate(
             ids,
             attention_mask=mask,
-            position_ids=_positions(ids, first),
+            position_ids=positions(ids, first),
             past_key_values=answering.cache,
             **options,
         )
         return made
-
-    @contextmanager
-    def _recorded(self, calls: list[Call]) -> Iterator[None]:
-        blocks, norm = self.base.layers, self.base.norm
-        try:
-            self.base.layers = nn.ModuleList(_Recorder(block, calls) for block in blocks)
-            self.base.norm = nn.Identity()
-            yield
-        finally:
-            self.base.layers, self.base.norm = blocks, norm
-
-
-def _positions(ids: Tensor, first: int) -> Tensor:
-    return torch.arange(first, first + ids.shape[1], device=ids.device)[None].expand(ids.shape[0], -1)
-
-
-class _Recorder(nn.Module):
-    """Stands for a block, notes how it is called, and lets h through."""
-
-    def __init__(self, block: nn.Module, calls: list[Call]) -> None:
-        super().__init__()
-        object.__setattr__(self, "block", block)  # not a submodule: nothing of it is to be seen or moved
-        object.__setattr__(self, "calls", calls)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
-
-    def forward(self, h: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        self.calls.append(Call(self.block, arguments, options))
-        return h

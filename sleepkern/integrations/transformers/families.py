@@ -17,7 +17,7 @@ from ..fla import stands_for
 from ..patching import Make, Patch, Registry, Target
 from . import convolution, gated_norm
 from .delta import many_tokens, one_token
-from .mamba2 import scan
+from .mamba2 import fused_scan, one_step, scan
 
 FAMILIES = (
     "qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid",  # gated delta rule
@@ -62,7 +62,8 @@ _KINDS: tuple[dict[str, Make], ...] = (
         "chunk_kimi_delta_attention": partial(many_tokens, rule=KDA),
         "recurrent_kimi_delta_attention": partial(one_token, rule=KDA),
     },
-    {"mamba2_chunk_scan": scan},
+    {"mamba2_chunk_scan": scan, "mamba2_selective_state_update": one_step},
+    {"mamba_chunk_scan_combined": fused_scan},  # transformers 4.57 to 5.10, from mamba_ssm; None without it
 )
 """What a modeling file that we know defines, by kind of recurrence."""
 _BESIDE: dict[str, Make] = {
@@ -88,7 +89,10 @@ def _targets(family: str | nn.Module) -> list[Target]:
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     except ModuleNotFoundError as error:
         raise ImportError(f"families: {family!r} needs a transformers that has it: {error}") from error
-    return _targets_of_module(module)
+    targets = _targets_of_module(module)
+    if not targets:
+        raise ImportError(f"families: {family!r} of this version of transformers has no function to replace")
+    return targets
 
 
 def _targets_of_model(model: nn.Module) -> list[Target]:

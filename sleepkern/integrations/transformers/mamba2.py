@@ -1,9 +1,12 @@
-"""The scan of many tokens that Mamba-2 models of transformers call, over sleepkern's simple GLA.
+"""What Mamba-2 models of transformers call: the scan of many tokens over sleepkern's simple GLA, and the step of one.
 
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T      y_t = S_t^T C_t + D x_t
 
-(Mamba-2, arXiv 2405.21060): key B, query C, value x, log decay dt A, write strength dt. The models keep S^T. Their step
-of one token, which updates S^T in place, stays their own.
+(Mamba-2, arXiv 2405.21060): key B, query C, value x, log decay dt A, write strength dt. The models keep S^T.
+
+Before transformers 5.16 (4.57 to 5.10 were looked at) the torch path computes this inline in the mixer's forward: on a
+CPU nothing can be replaced and the models stay stock. On a GPU with mamba_ssm they call its mamba_chunk_scan_combined
+through their file, which is replaced; its step of one token is not.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sleepkern
+from sleepkern.rules import SIMPLE_GLA
 
 from ..falling_back import left_to_original, why_not_here
 
@@ -38,6 +42,7 @@ class _Scan(NamedTuple):
     limit: tuple[float, float]
     returns_state: bool
     seq_idx: Tensor | None
+    cu_seqlens: Tensor | None
     z: Tensor | None
 
 
@@ -55,10 +60,11 @@ def _scan_call(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
     seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     z: Tensor | None = None,
     **unused: Any,
 ) -> _Scan:
-    options = (dt_softplus, dt_limit, return_final_states, seq_idx, z)
+    options = (dt_softplus, dt_limit, return_final_states, seq_idx, cu_seqlens, z)
     return _Scan(hidden_states, dt, A, B, C, D, dt_bias, initial_states, *options)
 
 
@@ -73,6 +79,116 @@ def scan(original: Callable[..., Any]) -> Callable[..., Any]:
         return _ingest(call)
 
     return chunk_scan
+
+
+def fused_scan(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for mamba_ssm's mamba_chunk_scan_combined as older files call it: readouts have the type of x."""
+
+    @functools.wraps(original)
+    def mamba_chunk_scan_combined(*args: Any, **kwargs: Any) -> Any:
+        call = _scan_call(*args, **kwargs)
+        if left_to_original(_why_not(call)):
+            return original(*args, **kwargs)
+        out = _ingest(call)
+        return (out[0].to(call.x.dtype), out[1]) if isinstance(out, tuple) else out.to(call.x.dtype)
+
+    return mamba_chunk_scan_combined
+
+
+def one_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for mamba2_selective_state_update, whose state [B,H,P,N] is updated where it lies; on the CPU.
+
+    By recurrent_step where S rather than S^T lies in rows, which is how `scan` leaves it in a cache: 8 to 31 times as
+    fast as stock, which copies the state (one token, six models' shapes, one thread). Else by torch's own operators in
+    place, 2.5 to 24 times as fast; recurrent_step with x for key and B for value, so that S^T may stay, takes longer
+    than those, and with a copy of the state longer still.
+    """
+
+    @functools.wraps(original)
+    def selective_state_update(*args: Any, **kwargs: Any) -> Any:
+        call = _step_call(*args, **kwargs)
+        if left_to_original(_why_no_step(call)):
+            return original(*args, **kwargs)
+        return _step(call)
+
+    return selective_state_update
+
+
+class _Step(NamedTuple):
+    """One call: state [B,H,P,N], x [B,H,P], dt [B,H,P], A [H,P,N], B and C [B,G,N], D and dt_bias [H,P], z as x."""
+
+    state: Tensor
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    softplus: bool
+    z: Tensor | None
+
+
+def _step_call(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **unused: Any,
+) -> _Step:
+    return _Step(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z)
+
+
+def _step(call: _Step) -> Tensor:
+    dt = call.dt[..., 0].float()  # [B,H]: the same for a whole head, and so is A
+    dt = dt if call.dt_bias is None else dt + call.dt_bias[:, 0].float()
+    dt = F.softplus(dt) if call.softplus else dt
+    g, x = dt * call.A[:, 0, 0].float(), call.x.float()
+    if call.state.transpose(-1, -2).is_contiguous():
+        q, k, v, g, beta = (t[:, None] for t in (call.C, call.B, call.x, g, dt))
+        S = call.state.transpose(-1, -2)
+        o, _ = sleepkern.recurrent_step(q, k, v, g, beta, S, rule=SIMPLE_GLA, scale=1.0)
+        y = o[:, 0].float()
+    else:
+        y = _step_transposed(call, x, g, dt)
+    y = y if call.D is None else torch.addcmul(y, x, call.D.float())
+    y = y if call.z is None else y * F.silu(call.z.float())
+    return y.to(call.x.dtype)
+
+
+def _step_transposed(call: _Step, x: Tensor, g: Tensor, dt: Tensor) -> Tensor:
+    """The same on S^T in rows."""
+    rows, H, P, N = call.state.shape
+    G = call.B.shape[1]
+    written = call.B.float().repeat_interleave(H // G, dim=1)[:, :, None]
+    call.state.mul_(g.exp()[..., None, None]).addcmul_((x * dt[..., None])[..., None], written)
+    return (call.state.view(rows * G, H // G * P, N) @ call.C.float().reshape(rows * G, N, 1)).view(rows, H, P)
+
+
+def _why_no_step(call: _Step) -> str | None:
+    """None, or the sentence why a step is left to the function that was there before."""
+    reason = why_not_here(call.x)
+    if reason is not None:
+        return reason
+    if call.x.device.type != "cpu":
+        return "the step of one token is replaced on the CPU only"
+    if torch.compiler.is_compiling():
+        return "a compiled graph, whose compiler plans the memory"
+    in_rows = call.state.is_contiguous() or call.state.transpose(-1, -2).is_contiguous()
+    if call.state.dtype != torch.float32 or not in_rows:
+        return f"a state of {call.state.dtype} with strides {call.state.stride()}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call if isinstance(t, Tensor)):
+        return "gradients through a step that writes its state"
+    whole = call.dt.stride(-1) == 0 and call.A.stride()[-2:] == (0, 0)
+    if not whole or (call.dt_bias is not None and call.dt_bias.stride(-1) != 0):
+        return "decay that differs within a head"
+    return None
 
 
 def _ingest(call: _Scan) -> Tensor | tuple[Tensor, Tensor]:
@@ -108,8 +224,8 @@ def _why_not(call: _Scan) -> str | None:
         return f"x, B and C have the types {call.x.dtype}, {call.B.dtype}, {call.C.dtype}"
     if call.x.numel() == 0:
         return "no tokens"
-    if call.seq_idx is not None:
-        return "packed sequences by seq_idx"
+    if call.seq_idx is not None or call.cu_seqlens is not None:
+        return "packed sequences"
     if call.z is not None:
         return "a gate z inside the scan"
     return None

@@ -1,0 +1,17 @@
+"""A Qwen3-Next-shaped model, patched and stock: pytest benchmarks/ --benchmark-only -k model"""
+
+import pytest
+
+from sleepkern.measure import models
+from sleepkern.measure.cases import SUITES
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("side", ["patched", "stock"])
+@pytest.mark.parametrize("case", SUITES["model"], ids=lambda case: case.name)
+def test_model(benchmark, case, side):
+    with models.quiet_transformers():
+        patched, stock = models.calls(models.hybrid_model(), case)
+        benchmark.extra_info.update(tokens=case.timed_tokens)
+        benchmark.pedantic(patched if side == "patched" else stock, rounds=5, warmup_rounds=1)

@@ -1,0 +1,143 @@
+"""Fast weights for a model that has none: gated DeltaNet mixers put before blocks of an attention-only model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .memory import Fast
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class InsertedMixer(nn.Module):
+    """h <- h + mixer(norm h) with a sleepkern.nn.GatedDeltaNet; at first the identity, for its last projection is 0.
+
+    Args:
+        index: number of the block that it stands before.
+        width: d of the residual stream.
+        heads: of the mixer.
+        mixer: further arguments of GatedDeltaNet.
+    """
+
+    def __init__(self, index: int, width: int, heads: int, **mixer: Any) -> None:
+        from ..nn import GatedDeltaNet
+
+        super().__init__()
+        self.index = index
+        self.norm = nn.RMSNorm(width)
+        self.mixer = GatedDeltaNet(width, heads, **mixer)
+        nn.init.zeros_(self.mixer.out.weight)
+
+    def forward(self, h: Tensor, before: Fast | None = None, mask: Tensor | None = None) -> tuple[Tensor, Fast]:
+        """h [B,T,d] after `before`; mask [B,T] has 0 for padding, which writes nothing."""
+        mixed, after = self.mixer(self.norm(h), before, mask)
+        return h + mixed, after
+
+    def before_block(
+        self, block: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook of a block of transformers: the same on its h, with the fast weight in its cache."""
+        h = arguments[0] if arguments else options["hidden_states"]
+        cache, mask = options.get("past_key_values"), _without_padding(options.get("attention_mask"), h.shape[1])
+        layer = None if cache is None else _layer_of(cache, self.index)
+        h, after = self(h, None if layer is None else fast_of(layer), mask)
+        if layer is not None:
+            put_fast(layer, after)
+        return ((h, *arguments[1:]), options) if arguments else (arguments, {**options, "hidden_states": h})
+
+
+def retrofit(model: Model, layers: Iterable[int], heads: int | None = None, **mixer: Any) -> Model:
+    """Put an InsertedMixer before each of the blocks named, in place.
+
+    The model computes what it did before until it is trained: as before without a session, the fast weights starting
+    from 0 with each text and carried by its cache. `state_dict` has the names that it had, and those of the mixers
+    beside them (model.layers.7.inserted.*); load it into a model that was retrofitted alike.
+
+    Args:
+        model: an attention-only causal language model of transformers.
+        layers: numbers of blocks.
+        heads: of the mixers, default those of the model's attention.
+        mixer: further arguments of sleepkern.nn.GatedDeltaNet, such as key_width and decay_bias.
+
+    Raises:
+        ValueError: a model without layers, a number out of range, or a block that has a mixer already.
+    """
+    base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    blocks: Any = getattr(base, "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(f"model: got a {type(model).__name__} without layers; expected a model of transformers")
+    named = sorted(set(layers))
+    wrong = [i for i in named if not 0 <= i < len(blocks)]
+    if wrong or not named:
+        raise ValueError(f"layers: got {wrong or 'none'}; expected numbers of the {len(blocks)} blocks")
+    twice = [i for i in named if i in inserted_in(blocks)]
+    if twice:
+        raise ValueError(f"layers: got {twice}, which have mixers already")
+    config: Any = model.config
+    config = config.get_text_config()
+    for i in named:
+        like = next(blocks[i].parameters())
+        new = InsertedMixer(i, config.hidden_size, heads or config.num_attention_heads, **mixer)
+        blocks[i].inserted = new.to(like.device, like.dtype).train(blocks[i].training)
+        blocks[i].register_forward_pre_hook(new.before_block, with_kwargs=True)
+    return model
+
+
+def inserted_in(blocks: Iterable[nn.Module]) -> dict[int, InsertedMixer]:
+    """The mixers that were put before blocks, by number."""
+    found = {i: getattr(block, "inserted", None) for i, block in enumerate(blocks)}
+    return {i: x for i, x in found.items() if isinstance(x, InsertedMixer)}
+
+
+def fast_of(layer: Any) -> Fast | None:
+    """What a mixer left in its layer of a cache."""
+    return Fast(layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
+
+
+def put_fast(layer: Any, fast: Fast | None) -> None:
+    """Into a layer of a cache, as new tensors: those before may still be wanted."""
+    layer.conv_states[0], layer.recurrent_states[0] = (None, None) if fast is None else fast
+    for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state):
+        flags[0] = fast is not None
+
+
+def beside_attention(layer: Any = None) -> Any:
+    """A layer of a cache for keys and values, and for a fast weight beside them, with what `layer` has.
+
+    Raises:
+        ValueError: a layer that keeps keys and values in another way, such as a sliding window.
+    """
+    from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+    if isinstance(layer, LinearAttentionAndFullAttentionLayer):
+        return layer
+    if layer is not None and type(layer) is not DynamicLayer:
+        raise ValueError(f"past_key_values: got a {type(layer).__name__}; before it no mixer can stand")
+    both = LinearAttentionAndFullAttentionLayer()
+    vars(both).update({} if layer is None else vars(layer))
+    return both
+
+
+def _layer_of(cache: Any, index: int) -> Any:
+    """That layer of a cache of transformers, made to hold a fast weight."""
+    layers = getattr(cache, "layers", None)
+    if not isinstance(layers, list):
+        raise ValueError(f"past_key_values: got a {type(cache).__name__}; expected a cache of transformers with layers")
+    while len(layers) <= index:  # a cache that was made without a config grows as it is used
+        layers.append(cache.layer_class_to_replicate())
+    layers[index] = beside_attention(layers[index])
+    return layers[index]
+
+
+def _without_padding(mask: Any, tokens: int) -> Tensor | None:
+    """[B,T] with 0 for padding, out of the mask of an attention: padding does not even see itself."""
+    if mask is None or not isinstance(mask, torch.Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask[:, -tokens:]
+    own = mask[:, 0, :, -tokens:].diagonal(dim1=-2, dim2=-1)
+    return own.long() if own.dtype == torch.bool else (own == 0).long()

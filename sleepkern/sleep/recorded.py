@@ -1,0 +1,119 @@
+"""Any causal language model built like those of transformers, block by block.
+
+A model's own forward knows embeddings, masks and rotary angles; it is called once a window with recorders in the place
+of its layers, which note how each would have been called. Then the layers run, as often as wanted. Nothing of
+transformers is imported here, so that models of older versions can be adapted too (docs/models.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .memory import Memory, copied
+from .writing import written
+
+
+class Call(NamedTuple):
+    """A block and what its model would have called it with."""
+
+    block: nn.Module
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return _tensor(self.block(h, *self.arguments, **self.options))
+
+
+class RecordedStack:
+    """The blocks of a causal language model; a subclass says what its memory is, a Memory with the model's `cache`."""
+
+    tuples = False
+    """Whether the model expects tuples from its layers."""
+    replays = False
+
+    def __init__(self, model: nn.Module) -> None:
+        """
+        Raises:
+            ValueError: the model has not the parts that are needed: a base model with layers and norm, and lm_head.
+        """
+        self.model: Any = model
+        self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        parts = ((self.base, "layers"), (self.base, "norm"), (self.model, "lm_head"))
+        missing = [name for holder, name in parts if not isinstance(getattr(holder, name, None), nn.Module)]
+        if missing:
+            raise ValueError(
+                f"model: got a {type(model).__name__} without {', '.join(missing)}; expected a causal language model "
+                "of transformers, a base model with layers and norm, and lm_head"
+            )
+
+    def __len__(self) -> int:
+        return len(self.base.layers)
+
+    def memory(self) -> Memory:
+        """An empty one."""
+        raise NotImplementedError
+
+    def open(self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
+        calls: list[Any] = []
+        with self._recorded(calls):
+            out = self.base(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions(ids, first),
+                past_key_values=memory.cache,  # type: ignore[attr-defined]
+                use_cache=True,
+            )
+        return _tensor(out), calls
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.model.lm_head(self.base.norm(h))  # type: ignore[no-any-return]
+
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
+        """Greedy or drawn, with max_new_tokens, do_sample and temperature."""
+        memory = copied(self, memory)
+        return written(
+            lambda new, done, padding: self.open(new, first + done, memory, padding), self.logits, ids, mask, **options
+        )
+
+    @contextmanager
+    def _recorded(self, calls: list[Call]) -> Iterator[None]:
+        blocks, norm = self.base.layers, self.base.norm
+        try:
+            self.base.layers = nn.ModuleList(_Recorder(block, calls, self.tuples) for block in blocks)
+            self.base.norm = nn.Identity()
+            yield
+        finally:
+            self.base.layers, self.base.norm = blocks, norm
+
+
+def positions(ids: Tensor, first: int | Tensor) -> Tensor:
+    """[B,T] from `first`."""
+    return (first + torch.arange(ids.shape[1], device=ids.device))[None].expand(ids.shape[0], -1)
+
+
+def _tensor(out: Any) -> Tensor:
+    """The first of what a model or block gives."""
+    while not isinstance(out, Tensor):
+        out = out[0]
+    return out
+
+
+class _Recorder(nn.Module):
+    """Stands for a block, notes how it is called, and lets h through."""
+
+    def __init__(self, block: nn.Module, calls: list[Call], tuples: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not a submodule: nothing of it is to be seen or moved
+        self.calls, self.tuples = calls, tuples
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+    def forward(self, h: Tensor, *arguments: Any, **options: Any) -> Any:
+        self.calls.append(Call(self.block, arguments, options))
+        return (h,) if self.tuples else h

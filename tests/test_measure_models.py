@@ -1,0 +1,85 @@
+"""The bench of a whole model: its rows, and that a wrong model gets no time."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import build
+
+import sleepkern
+from sleepkern.cli.bench import table
+from sleepkern.measure import bench_cases, models
+from sleepkern.measure.cases import QUICK, SUITES, Case, select
+from sleepkern.measure.models import ModelCase
+
+READ, GENERATE = ModelCase("read", 40, generated=3), ModelCase("generate", 40, generated=3)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen3_next")
+    monkeypatch.setattr(models, "hybrid_model", lambda: model)
+    monkeypatch.setattr(models, "_text", lambda tokens: torch.randint(64, (1, tokens)))
+
+
+def test_rows_of_a_model() -> None:
+    report = bench_cases([READ, GENERATE], quick=True)
+    assert report.passed and report.peer_names == ["transformers"]
+    for row, tokens in zip(report.rows, (40, 3), strict=True):
+        assert row.rule == "gated_delta_rule" and row.gflops is None and 0 < row.error < 1e-5
+        assert row.milliseconds is not None and row.tokens_per_second == pytest.approx(tokens / row.milliseconds * 1e3)
+        assert row.peers[0].ratio is not None and row.peers[0].ratio > 0
+    assert report.to_dict()["rows"][1]["case"] == "model generate T=40 +3"
+    shown = table(report)
+    assert shown.row_count == 2 and len(shown.columns) == 5
+
+
+@pytest.mark.parametrize("wrong", ["logits", "tokens"])
+def test_a_model_that_differs_gets_no_time(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readouts 1 % off; or right logits from which other tokens are made."""
+    run = sleepkern.gated_delta_rule
+
+    def spoiled(*args: Any, **options: Any) -> Any:
+        o, S = run(*args, **options)
+        return 1.01 * o, S
+
+    stock_session, sessions = models._session, []
+
+    def other_tokens(*args: Any) -> models.Session:
+        sessions.append(stock_session(*args))
+        made = sessions[-1]
+        return made if len(sessions) == 1 else made._replace(generated=made.generated + 1)
+
+    if wrong == "logits":
+        monkeypatch.setattr(sleepkern, "gated_delta_rule", spoiled)
+    else:
+        monkeypatch.setattr(models, "_session", other_tokens)
+    (row,) = bench_cases([READ], quick=True).rows
+    assert not row.passed and row.milliseconds is None and row.peers == ()
+    assert row.error == float("inf") or wrong == "logits"
+
+
+def test_generating_attends_to_as_many_keys_every_time() -> None:
+    lengths: list[int] = []
+    model = build("qwen3_next")
+    patched, _ = models.calls(model, GENERATE)
+    attention = model.model.layers[3].self_attn
+    attention.register_forward_hook(
+        lambda module, args, options, out: lengths.append(options["past_key_values"].get_seq_length()), with_kwargs=True
+    )
+    for _ in range(3):
+        patched()
+    assert lengths == [41, 42, 43] * 3
+
+
+def test_without_transformers_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert select("model", quick=False) == SUITES["model"] and select("model", quick=True) == QUICK["model"]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    assert all(isinstance(case, Case) for case in select("all", quick=False))
+    with pytest.raises(ValueError, match="suite: got 'model', for which transformers is not installed"):
+        select("model", quick=False)

@@ -1,0 +1,202 @@
+"""Attention-only models of transformers with inserted fast weights: the same at first, asleep, trained, saved."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hybrid_models import CLOSE, build, tokens
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from sleepkern.sleep import SleepSession, retrofit
+from sleepkern.testing import relative_error
+
+L, LAYERS = 16, (1, 2)
+FAMILIES = ("llama", "qwen3")
+
+
+def original(family: str = "llama") -> nn.Module:
+    return build(family)
+
+
+def retrofitted(family: str = "llama", awake: bool = True) -> nn.Module:
+    """With mixers that do something, unless not awake."""
+    model = retrofit(original(family), layers=LAYERS, heads=2)
+    if awake:
+        for i in LAYERS:
+            nn.init.normal_(model.model.layers[i].inserted.mixer.out.weight, std=0.3)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_starts_as_the_original(family: str) -> None:
+    plain, model, ids = original(family), retrofitted(family, awake=False), tokens(2, 20)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=5), plain.generate(ids, max_new_tokens=5))
+    added = model.state_dict().keys() - plain.state_dict().keys()
+    assert plain.state_dict().keys() <= model.state_dict().keys()
+    assert added and all(name.split(".")[2] in "12" and ".inserted." in name for name in added)
+    assert relative_error(retrofitted(family)(ids).logits, plain(ids).logits) > 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_session_the_cache_carries_the_state(family: str) -> None:
+    model, ids = retrofitted(family), tokens(2, 30)
+    at_once = model(ids, use_cache=False).logits
+    for cache in (DynamicCache(config=model.config), DynamicCache()):
+        pieces = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([9, 1, 20], dim=1)]
+        assert relative_error(torch.cat(pieces, dim=1), at_once) < CLOSE
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :9], past_key_values=cache)
+    cache.layers[1].recurrent_states[0] = torch.zeros_like(cache.layers[1].recurrent_states[0])
+    assert relative_error(model(ids[:, 9:], past_key_values=cache).logits, at_once[:, 9:]) > 1e-3  # it matters
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generates_with_and_without_a_cache(beams: int) -> None:
+    """A beam takes the fast weights of the beam that it goes on from."""
+    model, ids = retrofitted(), tokens(2, 12)
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def masked(model: nn.Module, ids: Tensor, seen: int) -> Tensor:
+    """Logits of one forward in which a token attends to its window and `seen` windows before."""
+    t = torch.arange(ids.shape[1])
+    ahead = t[:, None] // L - t // L
+    allowed = (ahead >= 0) & (ahead <= seen) & (t[:, None] >= t)
+    bias = torch.zeros(1, 1, len(t), len(t)).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return model(ids, attention_mask=bias.expand(len(ids), -1, -1, -1), use_cache=False).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_one_pass_is_one_forward_with_a_mask(eviction: str) -> None:
+    model, ids = retrofitted(), tokens(2, 3 * L)
+    session, logits = SleepSession(model, L, eviction=eviction), []
+    assert session.memory.recurrent == list(LAYERS) and session.memory.attention == [0, 1, 2, 3]
+    for window in ids.split(L, dim=1):
+        logits.append(session.read(window))
+        session.ingest(window)
+    expected = masked(model, ids, seen=int(eviction == "sliding"))
+    assert relative_error(torch.cat(logits, dim=1), expected) < CLOSE
+    assert relative_error(masked(model, ids, seen=2), expected) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [slice(0, 4), slice(1, 3)])
+def test_three_passes_are_a_loop(blocks: slice) -> None:
+    """Written out: mixer and original block by turns, a new cache for every block."""
+    model, plain, ids = retrofitted(), original(), tokens(2, 2 * L)
+    fast: dict[int, Any] = {}
+    for start in (0, L):
+        h, positions = plain.model.embed_tokens(ids[:, start : start + L]), torch.arange(start, start + L)[None]
+        bias = torch.full((L, L), torch.finfo(h.dtype).min).triu(1)[None, None].expand(2, -1, -1, -1)
+        options = {"attention_mask": bias, "position_ids": positions}
+        options["position_embeddings"] = plain.model.rotary_emb(h, positions)
+        before = dict(fast)
+        for n in range(3):
+            if n > 0:  # convolutions rewind
+                conv = {i: before[i].conv if i in before else torch.zeros_like(x.conv) for i, x in fast.items()}
+                fast = {i: x._replace(conv=conv[i]) for i, x in fast.items()}
+            for i in range(0 if n == 0 else blocks.start, blocks.stop):
+                if i in LAYERS:
+                    h, fast[i] = model.model.layers[i].inserted(h, fast.get(i))
+                h = plain.model.layers[i](h, **options)
+    session = SleepSession(model, L, passes=3, blocks=blocks).ingest(ids)
+    found = session.memory.fast()
+    assert found.keys() == fast.keys() == set(LAYERS)
+    assert max(relative_error(found[i].state, fast[i].state) for i in fast) < CLOSE
+    once = SleepSession(model, L).ingest(ids).memory.fast()
+    assert min(relative_error(once[i].state, fast[i].state) for i in fast) > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+def test_generates_what_reading_says(eviction: str) -> None:
+    model, question = retrofitted(), tokens(2, 5, seed=4)
+    session = SleepSession(model, L, passes=2, eviction=eviction).ingest(tokens(2, 40))
+    before = {name: t.clone() for name, t in session.state_dict().items()}
+    answer, manual = session.generate(question, max_new_tokens=6, do_sample=False), question
+    for _ in range(6):
+        manual = torch.cat([manual, session.read(manual)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(answer, manual)
+    assert all(torch.equal(t, before[name]) for name, t in session.state_dict().items())
+    forgetful = SleepSession(model, L).read(question)
+    assert relative_error(forgetful, session.read(question)) > 1e-3
+
+
+@torch.no_grad()
+def test_padding_writes_nothing() -> None:
+    model, ids, question = retrofitted(), tokens(2, 2 * L), tokens(2, 5, seed=4)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    alone = model(ids[:1, 7:]).logits
+    assert relative_error(model(ids, attention_mask=mask).logits[:1, 7:], alone) < CLOSE
+    batch = torch.cat([torch.cat([torch.zeros_like(ids[:1, :L]), ids[:1]], dim=1), tokens(1, 3 * L, seed=5)])
+    mask = torch.ones_like(batch)
+    mask[0, :L] = 0
+    session = SleepSession(model, L, passes=2).ingest(batch, attention_mask=mask)
+    expected = SleepSession(model, L, passes=2).ingest(ids[:1])
+    assert relative_error(session.read(question)[:1], expected.read(question[:1])) < CLOSE
+
+
+@torch.no_grad()
+def test_to_disk_and_back(tmp_path: Path) -> None:
+    model, ids, question = retrofitted(), tokens(2, 40), tokens(2, 5, seed=4)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    again = retrofit(original(), layers=LAYERS, heads=2)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    session = SleepSession(model, L, passes=2, eviction="sliding").ingest(ids)
+    save_file(session.state_dict(), tmp_path / "session.safetensors")
+    other = SleepSession(again, L, passes=2, eviction="sliding")
+    other.load_state_dict(load_file(tmp_path / "session.safetensors"))
+    assert torch.equal(other.read(question), session.read(question))
+    copied = copy.deepcopy(model)
+    nn.init.zeros_(copied.model.layers[1].inserted.mixer.out.weight)  # a copy has mixers of its own
+    assert relative_error(copied(ids).logits, model(ids).logits) > 1e-3
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_half_precision_and_checkpointing() -> None:
+    model = retrofitted().to(torch.bfloat16)
+    with torch.no_grad():
+        session = SleepSession(model, L, passes=2).ingest(tokens(2, 2 * L))
+        assert session.read(tokens(2, 3)).dtype == torch.bfloat16
+        assert session.memory.fast()[1].state.dtype == torch.float32
+    model, weight = retrofitted(), "model.layers.1.inserted.mixer.qkv.weight"
+
+    def gradient(checkpoint: bool) -> Tensor:
+        slept = SleepSession(model, L, passes=2, checkpoint=checkpoint).ingest(tokens(2, 2 * L))
+        return torch.autograd.grad(slept.read(tokens(2, 3)).square().sum(), model.get_parameter(weight))[0]
+
+    assert relative_error(gradient(True), gradient(False)) < CLOSE and float(gradient(False).abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [([4], r"layers: got \[4\]; expected numbers of the 4 blocks"), ([], "layers: got none"), ([-1], r"got \[-1\]")],
+)
+def test_wrong_layers(layers: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        retrofit(original(), layers=layers)
+
+
+def test_wrong_models() -> None:
+    with pytest.raises(ValueError, match=r"layers: got \[1\], which have mixers already"):
+        retrofit(retrofitted(), layers=[1, 3])
+    with pytest.raises(ValueError, match="model: got a Linear without layers"):
+        retrofit(nn.Linear(2, 2), layers=[0])
+    with pytest.raises(ValueError, match="model: got a LlamaForCausalLM; expected one with layers"):
+        SleepSession(original(), L)
+    sliding = build("qwen3", use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 4)
+    with pytest.raises(ValueError, match="past_key_values: got a DynamicSlidingWindowLayer"):
+        SleepSession(retrofit(sliding, layers=[1]), L)
