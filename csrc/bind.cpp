@@ -167,6 +167,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("replay", &run_replay);
   m.attr("head_limit") = HEAD_LIMIT;
   m.attr("rank_limit") = RANK_LIMIT;
+  bind_mixer(m);
+  bind_blocks(m);
   m.def("step_limit", [] { return STEP_LIMIT; }, "Sequences of at most this many tokens are stepped one by one.");
   m.def("isa", [] { return std::string(implementation().name); }, "The instruction set in use.");
   m.def("isas", &isa_names, "Those this machine runs, best first.");

@@ -38,7 +38,7 @@ def test_short_convolution() -> None:
     conv, x = ShortConvolution(6, width=4), normal(2, 9, 6)
     y, past = conv(x)
     for t in range(9):
-        total = sum(conv.weight[j] * x[:, t - j] for j in range(4) if t >= j)
+        total = sum(conv.weight[:, 3 - j] * x[:, t - j] for j in range(4) if t >= j)
         assert relative_error(y[:, t], F.silu(total)) < CLOSE
     first, state = conv(x[:, :2])
     second, state = conv(x[:, 2:], state)

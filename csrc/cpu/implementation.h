@@ -1,6 +1,8 @@
 // What an ISA file offers, and how one is chosen.
 #pragma once
 
+#include "blocks.h"
+#include "mixer.h"
 #include "problem.h"
 
 namespace sleepkern {
@@ -18,6 +20,21 @@ struct Implementation {
   void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end);
   // Heads [begin, end) of the sequences * HV of a problem.
   void (*replay)(const Problem&, const Replay&, int64_t begin, int64_t end);
+  // Tokens [begin, end) of the flattened batch.
+  void (*convolve)(const Convolution&, int64_t begin, int64_t end);
+  // `channels` of all tokens from `channel` on, at most a block.
+  void (*convolve_backward)(const Convolution&, const ConvolutionGradients&, int64_t channel, int64_t channels);
+  // Rows [begin, end) of the batch.
+  void (*convolve_step)(const ConvolutionStep&, int64_t begin, int64_t end);
+  // Tokens [begin, end).
+  void (*gated_norm)(const GatedNorm&, int64_t begin, int64_t end);
+  // One of the parts of the tokens.
+  void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int64_t part);
+  // Sequences of a stack of blocks through all passes; shared: the threads share each step of it. changes [passes][2].
+  void (*run_group)(const Blocks&, int64_t first, int64_t sequences, bool shared, double* changes);
+  // Weights of a product in panels of panel_width outputs.
+  void (*pack_weight)(const float* matrix, int64_t n, int64_t depth, const float* scale, float* packed);
+  int64_t panel_width;
   // Floating-point operations a second that one core reaches from registers, measured for some seconds.
   double (*peak)(double seconds);
 };
@@ -32,6 +49,9 @@ bool set_implementation(const char* name);
 void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 const char* thread_source();
 int64_t thread_count();
+
+// The last inputs of each sequence to `last`.
+void keep_last(const Convolution& convolution);
 
 void forward(const Problem& problem);
 void backward(const Problem& problem, const Gradients& gradients);

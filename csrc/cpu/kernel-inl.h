@@ -7,6 +7,7 @@
 #include <cstring>
 #include <ctime>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "implementation.h"
@@ -32,6 +33,11 @@ namespace {
 #include "adjoint-inl.h"
 #include "backward-inl.h"
 #include "replay-inl.h"
+#include "activation-inl.h"
+#include "convolution-inl.h"
+#include "norm-inl.h"
+#include "product-inl.h"
+#include "attention-inl.h"
 
 // Token by token, on the state as the caller keeps it; unit = sequence * HV + head.
 SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int64_t begin, int64_t end) {
@@ -89,6 +95,8 @@ void forward_units(const Problem& p, int64_t blocks, int64_t begin, int64_t end)
   }
 }
 
+#include "blocks-inl.h"
+
 double seconds_now() {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
@@ -124,7 +132,21 @@ double peak(double seconds) {
 bool supported() { return SLEEPKERN_SUPPORTED; }
 extern const Implementation table;
 const Implementation table = {
-    SLEEPKERN_STRING(SLEEPKERN_ISA), supported, forward_units, backward_heads, replay_heads, peak};
+    SLEEPKERN_STRING(SLEEPKERN_ISA),
+    supported,
+    forward_units,
+    backward_heads,
+    replay_heads,
+    convolve,
+    convolve_backward,
+    convolve_step,
+    gated_norm,
+    gated_norm_backward,
+    run_group,
+    pack_matrix,
+    PANEL,
+    peak,
+};
 
 }  // namespace SLEEPKERN_ISA
 }  // namespace sleepkern

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 import sleepkern
 
 from ..sleep.memory import Fast
-from .layers import GatedRMSNorm, ShortConvolution
+from .gated_norm import GatedRMSNorm
+from .short_convolution import ShortConvolution
 
 
 class GatedDeltaNet(nn.Module):

@@ -9,11 +9,11 @@
     unpatch()
 
 The modeling files call module-level functions for the recurrence of many tokens and of one, and for the short
-convolution before it. `patch` puts functions over `sleepkern.gated_delta_rule`, `kda`, `simple_gla` and
-`recurrent_step`, and a convolution that suits them, in their place. Weights and code stay as they are. Layers of
-transformers 4.57 to 5.10 keep the functions that they found when they were built: there, patch before building, or
-`patch(model)`, which also sets them in the model's layers. Those versions' Mamba-2 families compute inline and stay
-stock, but for the scan on a GPU with mamba_ssm (mamba2.py).
+convolution before it. `patch` puts functions over `sleepkern.gated_delta_rule`, `kda`, `simple_gla`, `recurrent_step`
+and `sleepkern.nn.short_convolution` in their place, and `gated_rms_norm` into the class of the norm after it. Weights
+and code stay as they are. Layers of transformers 4.57 to 5.10 keep the functions that they found when they were built:
+there, patch before building, or `patch(model)`, which also sets them in the model's layers. Those versions' Mamba-2
+families compute inline and stay stock, but for the scan on a GPU with mamba_ssm (mamba2.py).
 
 Each call is looked at on its own: what sleepkern does not do (float64, torch.export, a device
 without a kernel) goes to the original function, with the reason in the debug log.

@@ -1,4 +1,4 @@
-"""Which attributes of which modeling files and layers are replaced, and by what."""
+"""Which attributes of which modeling files, classes and layers are replaced, and by what."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sleepkern.rules import KDA
 
 from ..fla import stands_for
 from ..patching import Make, Patch, Registry, Target
-from .convolution import short_convolution
+from . import convolution, gated_norm
 from .delta import many_tokens, one_token
 from .mamba2 import fused_scan, one_step, scan
 
@@ -66,7 +66,10 @@ _KINDS: tuple[dict[str, Make], ...] = (
     {"mamba_chunk_scan_combined": fused_scan},  # transformers 4.57 to 5.10, from mamba_ssm; None without it
 )
 """What a modeling file that we know defines, by kind of recurrence."""
-_BESIDE: dict[str, Make] = {"causal_conv1d_fn": short_convolution}
+_BESIDE: dict[str, Make] = {
+    "causal_conv1d_fn": convolution.many_tokens,
+    "causal_conv1d_update": convolution.one_token,
+}
 _OLDER: dict[str, Make] = {  # of transformers 4.57 to 5.10, from the package fla; None without it
     "chunk_gated_delta_rule": many_tokens,
     "fused_recurrent_gated_delta_rule": one_token,
@@ -122,4 +125,5 @@ def _targets_of_module(module: ModuleType) -> list[Target]:
             makes |= kind | (_OLDER if kind is _GATED_DELTA else {})
     if makes and "is_fast_path_available" not in defined:  # in older versions the convolution has other arguments
         makes |= _BESIDE
-    return [Target(module, name, makes[name]) for name in sorted(makes) if callable(defined.get(name))]
+    functions = [Target(module, name, makes[name]) for name in sorted(makes) if callable(defined.get(name))]
+    return functions + gated_norm.targets(module) if functions else []

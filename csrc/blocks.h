@@ -1,0 +1,61 @@
+// A stack of hybrid blocks, run several times over a window: the C++ face of sleepkern/sleep/blocks.py, where all is
+// checked. Weights are packed once (pack_weight), the norm before a product multiplied into it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "mixer.h"
+
+namespace sleepkern {
+
+// h <- h + mixer(norm h);  h <- h + down relu(up (norm h))^2
+struct Layer {
+  bool recurrent;      // gated DeltaNet, else attention
+  const float* into;   // packed [d -> into_width]: q, k, v, then of gated DeltaNet gate, decay, strength
+  int64_t into_width;  // before padding
+  const float* out;    // packed [mixed -> d]
+  const float* up;     // packed [d -> hidden]
+  const float* down;   // packed [hidden -> d]
+  int64_t hidden;
+  float mixer_eps, mlp_eps;
+  int64_t H;  // heads
+
+  // Gated DeltaNet.
+  int64_t HV, K, V, W;
+  float decay_bias, strength;  // g = log sigmoid(decay + decay_bias), beta = strength sigmoid(.)
+  Array taps;                  // [2 H K + HV V, W] short convolution
+  Array gain;                  // [V] gated norm
+  float gain_eps;
+  const float* past;  // [B, W - 1, 2 H K + HV V] inputs of the convolution before the window
+  float* last;        // the same after it
+  float* state;       // [B, HV, K, V] fast weights, in place
+
+  // Attention.
+  const float *q_gain, *k_gain;  // [d / H] norms of q and k
+  float q_eps, k_eps;
+  int64_t kept;                  // tokens before the window whose keys and values are still there
+  const float *keys, *values;    // [B, H, kept, d / H]
+  float *all_keys, *all_values;  // [B, H, kept + L, d / H] those and the window's, after the last pass
+
+  int64_t channels() const { return 2 * H * K + HV * V; }
+};
+
+struct Blocks {
+  int64_t B, L, d;
+  int64_t passes;
+  bool reinject;  // a pass starts from rmsnorm(h) + what the first one started from, else from h
+  bool carry;     // convolutions of a later pass see the window's own end before it, else what preceded the window
+  std::vector<Layer> layers;
+  float* h;         // [B, L, d], in place
+  double* changes;  // [passes][2] sums of squares over all states: of a pass's change, and after it
+};
+
+void sleep_blocks(const Blocks& blocks);
+
+// A matrix [n, depth], times scale [depth] unless that is null, as the weights of a product: outputs rounded up to
+// whole panels of panel_width(), [panels, depth, panel_width()].
+int64_t panel_width();
+void pack_weight(const float* matrix, int64_t n, int64_t depth, const float* scale, float* packed);
+
+}  // namespace sleepkern

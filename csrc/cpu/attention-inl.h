@@ -1,0 +1,133 @@
+// Causal attention of one head over a window and what was kept before it, with q and k normalised.
+//
+// Scores are made turned, keys down and PANEL queries across: so the softmax runs over rows, all queries at once, and
+// what it leaves is the left operand of the product with the values.
+//
+//   s = k^T q / sqrt(D);  p = exp(s - max s);  o = p v / sum p
+
+struct AttentionArrays {
+  float* queries;  // [L / PANEL][D][PANEL]
+  float* keys;     // [S / PANEL][D][PANEL], S = kept + L
+  float* values;   // [D / PANEL][S][PANEL]
+  float* scores;   // [S][PANEL]
+  float* row;      // [LANES][D] rows being packed
+};
+
+static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, Taker& take) {
+  a.queries = take(round_up(L, PANEL) * D);
+  a.keys = take(round_up(S, PANEL) * D);
+  a.values = take(round_up(D, PANEL) * round_up(S, ROWS));
+  a.scores = take(round_up(S, PANEL) * PANEL);
+  a.row = take(LANES * round_up(D, LANES));
+}
+
+struct Head {
+  const float *q, *k, *v;  // [L, .] rows of the window, `stride` apart
+  int64_t stride, L, D, kept;
+  const float *keys, *values;    // [kept, D] before it
+  float *all_keys, *all_values;  // [kept + L, D], nullptr when not wanted
+  const float *q_gain, *k_gain;
+  float q_eps, k_eps;
+  float* o;  // [L, .] rows, `o_stride` apart
+  int64_t o_stride;
+};
+
+// A row times its norm's factor and gain.
+static void normalise_row(const float* from, const float* gain, float eps, int64_t D, float* to) {
+  const float factor = rms_factor(from, D, eps);
+  for (int64_t d = 0; d < D; ++d) to[d] = from[d] * factor * gain[d];
+}
+
+// Rows [0, n) of `row_of`, which writes one to where it is told, to panels; zero rows beyond.
+template <class RowOf>
+SLEEPKERN_INLINE void pack_head(AttentionArrays& a, int64_t n, int64_t D, float scale, float* panels, RowOf row_of) {
+  alignas(64) float factor[LANES];
+  for (int l = 0; l < LANES; ++l) factor[l] = scale;
+  for (int64_t t = 0; t < round_up(n, PANEL); t += LANES) {
+    for (int64_t l = 0; l < LANES; ++l) {
+      if (t + l < n) {
+        row_of(t + l, a.row + l * D);
+      } else {
+        std::memset(a.row + l * D, 0, D * sizeof(float));
+      }
+    }
+    pack_rows(a.row, D, D, factor, panels, t);
+  }
+}
+
+SLEEPKERN_STAGE void pack_attention(const Head& h, AttentionArrays& a) {
+  const int64_t S = h.kept + h.L, D = h.D, bytes = D * sizeof(float);
+  pack_head(a, h.L, D, 1 / std::sqrt(static_cast<float>(D)), a.queries,
+            [&](int64_t t, float* to) { normalise_row(h.q + t * h.stride, h.q_gain, h.q_eps, D, to); });
+  pack_head(a, S, D, 1.0f, a.keys, [&](int64_t s, float* to) {
+    if (s < h.kept) {
+      std::memcpy(to, h.keys + s * D, bytes);
+    } else {
+      normalise_row(h.k + (s - h.kept) * h.stride, h.k_gain, h.k_eps, D, to);
+    }
+    if (h.all_keys) std::memcpy(h.all_keys + s * D, to, bytes);
+  });
+  const int64_t depth = round_up(S, ROWS);
+  for (int64_t s = 0; s < depth; ++s) {
+    const float* from = s < h.kept ? h.values + s * D : h.v + (s - h.kept) * h.stride;
+    for (int64_t d = 0; d < round_up(D, PANEL); ++d) {
+      a.values[column_at(d, depth) + s * PANEL] = s < S && d < D ? from[d] : 0.0f;
+    }
+    if (s < S && h.all_values) std::memcpy(h.all_values + s * D, from, bytes);
+  }
+}
+
+// Turned scores of PANEL queries from `first` on to their exponentials; `sums` of each query's. Keys [0, keys), of
+// which query t sees those up to kept + t.
+SLEEPKERN_STAGE void softmax(const Head& h, const AttentionArrays& a, int64_t first, int64_t keys, float* sums) {
+  alignas(64) float index[LANES];
+  for (int l = 0; l < LANES; ++l) index[l] = static_cast<float>(l);
+  SLEEPKERN_EACH_VEC(n) {
+    const Vec seen = load(index) + static_cast<float>(h.kept + first + n * LANES);  // last key that a query sees
+    float* column = a.scores + n * LANES;
+    Vec most = load(column), total{};
+    for (int64_t s = 0; s < keys; ++s) {
+      const Vec x = load(column + s * PANEL);
+      const BitVec larger =
+          reinterpret_cast<BitVec>(x > most) & reinterpret_cast<BitVec>(seen >= static_cast<float>(s));
+      most = reinterpret_cast<Vec>(select(larger, reinterpret_cast<BitVec>(x), reinterpret_cast<BitVec>(most)));
+    }
+    for (int64_t s = 0; s < keys; ++s) {
+      const BitVec visible = reinterpret_cast<BitVec>(seen >= static_cast<float>(s));
+      const Vec p = exp_nonpositive(load(column + s * PANEL) - most);
+      const Vec kept = reinterpret_cast<Vec>(visible & reinterpret_cast<BitVec>(p));
+      store(column + s * PANEL, kept);
+      total += kept;
+    }
+    store(sums + n * LANES, total);
+  }
+}
+
+SLEEPKERN_STAGE void attend(const Head& h) {
+  const int64_t S = h.kept + h.L, depth = round_up(S, ROWS);
+  AttentionArrays& a = thread_local_arrays<AttentionArrays>(h.L, S, h.D);
+  pack_attention(h, a);
+  alignas(64) float sums[PANEL], rows[ROWS * PANEL];
+  for (int64_t first = 0; first < h.L; first += PANEL) {
+    const int64_t keys = min_of(depth, round_up(h.kept + first + PANEL, ROWS));
+    for (int64_t s = 0; s < keys; s += ROWS) {
+      Tile t;
+      clear(t);
+      multiply_add<1>(t, a.keys + column_at(s, h.D), a.queries + first * h.D, h.D);
+      store(t, a.scores + s * PANEL);
+    }
+    softmax(h, a, first, keys, sums);
+    for (int64_t i = 0; i < min_of(PANEL, h.L - first); i += ROWS) {
+      for (int64_t d = 0; d < h.D; d += PANEL) {
+        Tile t;
+        clear(t);
+        multiply_add<1>(t, a.scores + i, a.values + d * depth, keys);
+        store(t, rows);
+        for (int64_t r = 0; r < min_of(ROWS, h.L - first - i); ++r) {
+          float* o = h.o + (first + i + r) * h.o_stride + d;
+          for (int64_t c = 0; c < min_of(PANEL, h.D - d); ++c) o[c] = rows[r * PANEL + c] / sums[i + r];
+        }
+      }
+    }
+  }
+}

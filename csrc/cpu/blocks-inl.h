@@ -1,0 +1,254 @@
+// A group of sequences through all passes and layers, from h to h without leaving the caches.
+//
+//   per layer   x = norm h, packed -> into -> mixer -> packed -> h += out -> x = norm h, packed -> up, relu^2 -> h +=
+//   down
+//
+// A group has at most GROUP_ROWS rows: at d = 512 h takes 200 KB and the widest product (4 d) 800 KB, while each weight
+// that comes by is used GROUP_ROWS times.
+
+struct BlockArrays {
+  float* h;         // [rows][d_padded]
+  float* start;     // same: what the first pass started from
+  float* x;         // panels: normalised h, then what leaves the mixer
+  float* wide;      // rows out of `into`, then panels out of `up`
+  float* mixed;     // [rows][mixed] out of the recurrence or attention
+  float* normed;    // [rows][mixed] after the gated norm
+  float* conv;      // [rows][channels]
+  float *g, *beta;  // [rows][HV]
+  float* before;    // states before a pass
+  double sums[2];
+  int64_t rows, padded, d_padded;
+};
+
+static void lay_out(BlockArrays& a, const Blocks& b, int64_t sequences, Taker& take) {
+  int64_t wide = 0, mixed = 0, channels = 0, heads = 0, state = 0, x = b.d;
+  for (const Layer& l : b.layers) {
+    wide = max_of(wide, max_of(round_up(l.into_width, PANEL), round_up(l.hidden, PANEL)));
+    mixed = max_of(mixed, l.recurrent ? l.HV * l.V : b.d);
+    x = max_of(x, mixed);
+    if (!l.recurrent) continue;
+    channels = max_of(channels, l.channels());
+    heads = max_of(heads, l.HV);
+    state = max_of(state, l.HV * l.K * l.V);
+  }
+  a.rows = sequences * b.L;
+  a.padded = round_up(a.rows, PANEL);
+  a.d_padded = round_up(b.d, PANEL);
+  a.h = take(a.padded * a.d_padded);
+  a.start = take(b.reinject ? a.padded * a.d_padded : 0);
+  a.x = take(a.padded * x);
+  a.wide = take(a.padded * wide);
+  a.mixed = take((a.padded + LANES) * round_up(mixed, LANES));
+  a.normed = take((a.padded + LANES) * round_up(mixed, LANES));
+  a.conv = take(a.padded * channels + LANES);
+  a.g = take(a.rows * heads);
+  a.beta = take(a.rows * heads);
+  a.before = take(sequences * state);
+}
+
+// Shares work out among torch's threads, or does it all itself where groups are what the threads share.
+struct Team {
+  bool shared;
+
+  template <class Body>
+  void each(int64_t n, int64_t grain, Body body) const {
+    if (!shared) return body(0, n);
+    parallel_for(
+        n, grain, [](int64_t begin, int64_t end, void* self) { (*static_cast<Body*>(self))(begin, end); }, &body);
+  }
+};
+
+// Sequences [first, first + sequences) of a call.
+struct Group {
+  const Blocks& b;
+  BlockArrays& a;
+  Team team;
+  int64_t first, sequences;
+
+  template <Finish FINISH>
+  void multiply(const float* x, const float* weight, int64_t width, int64_t depth, float* y, int64_t stride) const {
+    const Product p{x, weight, a.rows, a.padded, round_up(width, PANEL), depth, y, stride};
+    team.each(p.width / PANEL, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) multiply_panel<FINISH>(p, panel);
+    });
+  }
+
+  // Rows to panels; zeros beyond the last one. With eps: over their root mean square.
+  void pack(const float* rows, int64_t stride, int64_t n, const float* eps) const {
+    team.each(a.padded / LANES, 2, [&](int64_t begin, int64_t end) {
+      alignas(64) float factor[LANES];
+      for (int64_t block = begin; block < end; ++block) {
+        for (int64_t l = 0; l < LANES; ++l) {
+          const int64_t row = block * LANES + l;
+          factor[l] = row >= a.rows ? 0.0f : eps ? rms_factor(rows + row * stride, n, *eps) : 1.0f;
+        }
+        pack_rows(rows + block * LANES * stride, stride, n, factor, a.x, block * LANES);
+      }
+    });
+  }
+
+  void run(double* changes) const;
+  void run_pass(int64_t pass) const;
+  void mix_recurrent(const Layer& l, int64_t pass) const;
+  void convolve_inputs(const Layer& l, int64_t pass) const;
+  void rates(const Layer& l) const;
+  void ingest(const Layer& l) const;
+  void attend_window(const Layer& l, int64_t pass) const;
+};
+
+void Group::convolve_inputs(const Layer& l, int64_t pass) const {
+  const int64_t kept = first * (l.W - 1) * l.channels();
+  Convolution c{};
+  c.sequences = sequences;
+  c.T = b.L;
+  c.D = l.channels();
+  c.W = l.W;
+  c.silu = true;
+  c.x = {a.wide, round_up(l.into_width, PANEL), Type::float32};
+  c.weight = l.taps;
+  c.past = b.carry && pass > 0 ? l.last + kept : l.past + kept;
+  c.y = a.conv;
+  c.last = l.last + kept;
+  team.each(a.rows, 16, [&](int64_t begin, int64_t end) { convolve(c, begin, end); });
+  if (b.carry || pass + 1 == b.passes) keep_last(c);
+}
+
+// g = log sigmoid(decay + bias), beta = strength sigmoid(.)
+void Group::rates(const Layer& l) const {
+  const int64_t stride = round_up(l.into_width, PANEL);
+  const float* from = a.wide + l.channels() + l.HV * l.V;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    for (int64_t h = 0; h < l.HV; ++h) {
+      const float decay = from[row * stride + h] + l.decay_bias, strength = from[row * stride + l.HV + h];
+      a.g[row * l.HV + h] = (decay < 0 ? decay : 0) - std::log1p(std::exp(-std::fabs(decay)));
+      a.beta[row * l.HV + h] = l.strength / (1 + std::exp(-strength));
+    }
+  }
+}
+
+void Group::ingest(const Layer& l) const {
+  const int64_t size = l.HV * l.K * l.V, count = sequences * size;
+  float* state = l.state + first * size;
+  std::memcpy(a.before, state, count * sizeof(float));
+  Problem p{};
+  p.gate = Gate::head;
+  p.delta = p.normalize = p.reads = true;
+  p.scale = 1 / std::sqrt(static_cast<float>(l.K));
+  p.sequences = sequences;
+  p.T = b.L;
+  p.H = l.H;
+  p.HV = l.HV;
+  p.K = l.K;
+  p.V = l.V;
+  p.q = {a.conv, l.channels(), Type::float32};
+  p.k = {a.conv + l.H * l.K, l.channels(), Type::float32};
+  p.v = {a.conv + 2 * l.H * l.K, l.channels(), Type::float32};
+  p.g = {a.g, l.HV, Type::float32};
+  p.beta = {a.beta, l.HV, Type::float32};
+  p.state = p.final_state = state;
+  p.o = a.mixed;
+  team.each(sequences * l.HV, 1, [&](int64_t begin, int64_t end) { forward_units(p, 1, begin, end); });
+  double change = 0, after = 0;
+  for (int64_t i = 0; i < count; i += 4096) {  // long sums as sums of short ones
+    float part_change = 0, part_after = 0;
+    for (int64_t j = i; j < min_of(i + 4096, count); ++j) {
+      part_change += (state[j] - a.before[j]) * (state[j] - a.before[j]);
+      part_after += state[j] * state[j];
+    }
+    change += part_change;
+    after += part_after;
+  }
+  a.sums[0] += change;
+  a.sums[1] += after;
+}
+
+void Group::mix_recurrent(const Layer& l, int64_t pass) const {
+  convolve_inputs(l, pass);
+  rates(l);
+  ingest(l);
+  GatedNorm norm{};
+  norm.tokens = a.rows;
+  norm.heads = l.HV;
+  norm.V = l.V;
+  norm.silu = true;
+  norm.eps = l.gain_eps;
+  norm.x = {a.mixed, l.HV * l.V, Type::float32};
+  norm.gate = {a.wide + l.channels(), round_up(l.into_width, PANEL), Type::float32};
+  norm.weight = l.gain;
+  norm.y = a.normed;
+  team.each(a.rows, 16, [&](int64_t begin, int64_t end) { gated_norm(norm, begin, end); });
+  pack(a.normed, l.HV * l.V, l.HV * l.V, nullptr);
+}
+
+void Group::attend_window(const Layer& l, int64_t pass) const {
+  const int64_t D = b.d / l.H, S = l.kept + b.L;
+  const bool last = pass + 1 == b.passes;
+  team.each(sequences * l.H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / l.H, head = unit % l.H, at = (first + n) * l.H + head;
+      const int64_t stride = round_up(l.into_width, PANEL);
+      const float* row = a.wide + n * b.L * stride + head * D;
+      Head h{};
+      h.q = row;
+      h.k = row + b.d;
+      h.v = row + 2 * b.d;
+      h.stride = stride;
+      h.L = b.L;
+      h.D = D;
+      h.kept = l.kept;
+      h.keys = l.keys + at * l.kept * D;
+      h.values = l.values + at * l.kept * D;
+      h.all_keys = last ? l.all_keys + at * S * D : nullptr;
+      h.all_values = last ? l.all_values + at * S * D : nullptr;
+      h.q_gain = l.q_gain;
+      h.k_gain = l.k_gain;
+      h.q_eps = l.q_eps;
+      h.k_eps = l.k_eps;
+      h.o = a.mixed + n * b.L * b.d + head * D;
+      h.o_stride = b.d;
+      attend(h);
+    }
+  });
+  pack(a.mixed, b.d, b.d, nullptr);
+}
+
+void Group::run_pass(int64_t pass) const {
+  a.sums[0] = a.sums[1] = 0;
+  for (const Layer& l : b.layers) {
+    pack(a.h, a.d_padded, b.d, &l.mixer_eps);
+    multiply<Finish::rows>(a.x, l.into, l.into_width, b.d, a.wide, round_up(l.into_width, PANEL));
+    l.recurrent ? mix_recurrent(l, pass) : attend_window(l, pass);
+    multiply<Finish::rows_added>(a.x, l.out, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
+    pack(a.h, a.d_padded, b.d, &l.mlp_eps);
+    multiply<Finish::squared_relu>(a.x, l.up, l.hidden, b.d, a.wide, 0);
+    multiply<Finish::rows_added>(a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
+  }
+}
+
+// changes [passes][2]: sums of squares over the group's states, of a pass's change, and after it.
+void Group::run(double* changes) const {
+  float* h = b.h + first * b.L * b.d;
+  const size_t row_bytes = b.d * sizeof(float);
+  std::memset(a.h, 0, a.padded * a.d_padded * sizeof(float));
+  for (int64_t row = 0; row < a.rows; ++row) std::memcpy(a.h + row * a.d_padded, h + row * b.d, row_bytes);
+  if (b.reinject) std::memcpy(a.start, a.h, a.padded * a.d_padded * sizeof(float));
+  for (int64_t pass = 0; pass < b.passes; ++pass) {
+    if (pass > 0 && b.reinject) {
+      constexpr float EPS = 1.1920929e-07f;  // torch's for float32
+      for (int64_t row = 0; row < a.rows; ++row) {
+        float *to = a.h + row * a.d_padded, *start = a.start + row * a.d_padded;
+        const float factor = rms_factor(to, b.d, EPS);
+        for (int64_t d = 0; d < b.d; ++d) to[d] = to[d] * factor + start[d];
+      }
+    }
+    run_pass(pass);
+    changes[2 * pass] = a.sums[0];
+    changes[2 * pass + 1] = a.sums[1];
+  }
+  for (int64_t row = 0; row < a.rows; ++row) std::memcpy(h + row * b.d, a.h + row * a.d_padded, row_bytes);
+}
+
+void run_group(const Blocks& b, int64_t first, int64_t sequences, bool shared, double* changes) {
+  BlockArrays& arrays = thread_local_arrays<BlockArrays>(b, sequences);
+  Group{b, arrays, Team{shared}, first, sequences}.run(changes);
+}

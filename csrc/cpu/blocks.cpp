@@ -1,0 +1,46 @@
+// A stack of blocks over a batch of windows: which sequences go together, and what the threads share.
+#include "blocks.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "implementation.h"
+
+namespace sleepkern {
+
+// Rows that go through all layers together. At d = 512 their h takes 200 KB and the widest product (4 d) 800 KB, while
+// each weight that comes by is used that often.
+constexpr int64_t GROUP_ROWS = 96;
+
+void sleep_blocks(const Blocks& b) {
+  const Implementation& isa = implementation();
+  const int64_t threads = std::max<int64_t>(thread_count(), 1), fit = std::max<int64_t>(GROUP_ROWS / b.L, 1);
+  // As many groups as fill all threads to the end; where there are fewer, the threads share the steps of each.
+  int64_t groups = (b.B + fit - 1) / fit;
+  groups = std::min(b.B, (groups + threads - 1) / threads * threads);
+  const bool shared = groups < threads;
+  std::vector<double> changes(groups * b.passes * 2);
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = b.B * group / groups, after = b.B * (group + 1) / groups;
+      isa.run_group(b, first, after - first, shared, changes.data() + group * b.passes * 2);
+    }
+  };
+  using Run = decltype(run);
+  if (shared) {
+    run(0, groups);
+  } else {
+    parallel_for(
+        groups, 1, [](int64_t begin, int64_t end, void* self) { (*static_cast<Run*>(self))(begin, end); }, &run);
+  }
+  std::fill(b.changes, b.changes + b.passes * 2, 0.0);
+  for (size_t i = 0; i < changes.size(); ++i) b.changes[i % (b.passes * 2)] += changes[i];
+}
+
+int64_t panel_width() { return implementation().panel_width; }
+
+void pack_weight(const float* matrix, int64_t n, int64_t depth, const float* scale, float* packed) {
+  implementation().pack_weight(matrix, n, depth, scale, packed);
+}
+
+}  // namespace sleepkern

@@ -1,0 +1,243 @@
+"""The short causal convolution before a mixer's recurrence.
+
+    z_t = bias + sum_j w_{W-1-j} x_{t-j}, j < W;   y_t = silu(z_t) or z_t      each channel for itself
+
+On the CPU one C++ pass over memory forward and one backward (csrc/cpu/convolution-inl.h); elsewhere torch's operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import native
+
+_C: Any = native._C
+_library = torch.library.Library("sleepkern", "FRAGMENT")
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? cu_seqlens, bool silu"
+_library.define(f"convolve({_INPUTS}) -> (Tensor, Tensor)")
+_library.define(f"convolve_backward({_INPUTS}, Tensor? dy, Tensor? dlast) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    past: Tensor | None = None,
+    activation: str | None = "silu",
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolve tokens with the W - 1 before each, those of its own sequence only.
+
+    Args:
+        x: [B,T,D] of any float type; channels side by side are read in place.
+        weight: [D,W], the token's own last, as torch's conv1d has it.
+        bias: [D].
+        past: [n,W-1,D] inputs before the first token of each of the n sequences, default zeros.
+        activation: "silu" or None.
+        cu_seqlens: [n+1] where packed sequences start and end, with B = 1; default one sequence a row.
+
+    Returns:
+        y [B,T,D] in x's type, and the last W - 1 inputs [n,W-1,D], `past` of a call that goes on. Differentiable in
+        x, weight, bias and past.
+
+    Raises:
+        ValueError: a shape or activation that does not fit.
+    """
+    _check(x, weight, bias, past, activation, cu_seqlens)
+    silu = activation == "silu"
+    past = past if past is None else past.to(x.dtype)
+    tensors = (x, weight, bias, past)
+    if not native.usable(*tensors) or weight.shape[1] > _C.convolution_limit:
+        return _by_torch(x, weight, bias, past, cu_seqlens, silu)
+    if native.unrecorded(*tensors):
+        return _convolve(x, weight, bias, past, cu_seqlens, silu)
+    y, last = torch.ops.sleepkern.convolve.default(x, weight, bias, past, cu_seqlens, silu)
+    return y, last
+
+
+def short_convolution_step(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = "silu"
+) -> Tensor:
+    """One token after those that the state holds; the state moves on in place. Not differentiable.
+
+    Args:
+        x: [B,D].
+        state: [B,D,W] last W inputs of each channel, the newest last.
+        weight, bias, activation: as above.
+
+    Returns:
+        y [B,D] in x's type.
+    """
+    _check(x[:, None], weight, bias, None, activation, None)
+    B, D, W = (*x.shape, weight.shape[1])
+    if state.shape != (B, D, W):
+        raise ValueError(f"state: got {list(state.shape)}; expected [B,D,W] = {[B, D, W]}")
+    silu = activation == "silu"
+    fits = native.usable(x, state, weight, bias) and native.unrecorded(x, state, weight, bias)
+    if not fits or W > _C.convolution_limit or state.dtype != x.dtype or not state.is_contiguous():
+        state.copy_(torch.cat([state[..., 1:], x[..., None].to(state.dtype)], dim=-1))
+        z = (state.to(weight.dtype) * weight).sum(-1)
+        z = z if bias is None else z + bias
+        return (F.silu(z) if silu else z).to(x.dtype)
+    x, view = native.rows(x[:, None], D)  # type: ignore[assignment]
+    (_alive, weights), (_alive_too, biases) = native.array(weight), native.array(bias)
+    y = torch.empty((B, D), dtype=x.dtype)
+    _C.convolve_step(B, D, W, silu, view, weights, biases, state.data_ptr(), y.data_ptr())
+    return y
+
+
+class ShortConvolution(nn.Module):
+    """`short_convolution` with weights of its own, silu, without bias.
+
+    Args:
+        channels: D.
+        width: W, tokens that an output sees.
+    """
+
+    def __init__(self, channels: int, width: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B,T,D] and the width - 1 inputs before it [B,width-1,D] to (y [B,T,D], the last width - 1 inputs)."""
+        return short_convolution(x, self.weight, past=past)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    activation: str | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"x: got {x.dtype} {list(x.shape)}; expected floats [B,T,D]")
+    B, _, D = x.shape
+    if weight.ndim != 2 or weight.shape[0] != D:
+        raise ValueError(f"weight: got {list(weight.shape)}; expected [D,W] with D = {D}")
+    if bias is not None and bias.shape != (D,):
+        raise ValueError(f"bias: got {list(bias.shape)}; expected [D] = {[D]}")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation: got {activation!r}; expected 'silu' or None")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"x: got B = {B}; expected 1 with cu_seqlens")
+    n = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if past is not None and past.shape != (n, weight.shape[1] - 1, D):
+        raise ValueError(f"past: got {list(past.shape)}; expected [n,W-1,D] = {[n, weight.shape[1] - 1, D]}")
+
+
+def _arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[tuple[object, ...], int, list[Tensor | None]]:
+    """What both entry points of _C take first, the number of sequences, and the tensors that must live meanwhile."""
+    B, T, D = x.shape
+    offsets = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous()
+    sequences = B if offsets is None else len(offsets) - 1
+    tokens, view = native.rows(x, D)
+    (weight_alive, weights), (bias_alive, biases) = native.array(weight), native.array(bias)
+    past = past if past is None else past.contiguous()
+    arguments = (
+        sequences, T, D, weight.shape[1], native.address(offsets), silu, view, weights, biases, native.address(past),
+    )  # fmt: skip
+    return arguments, sequences, [offsets, tokens, weight_alive, bias_alive, past]
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    arguments, sequences, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
+    y, last = torch.empty(x.shape, dtype=x.dtype), x.new_empty((sequences, weight.shape[1] - 1, x.shape[2]))
+    _C.convolve(*arguments, y.data_ptr(), last.data_ptr())
+    return y, last
+
+
+def _convolve_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty((sequences, weight.shape[1] - 1, x.shape[2]))
+
+
+def _convolve_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    past: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    dy: Tensor | None,
+    dlast: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments, _, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
+    dy, view = native.rows(torch.zeros_like(x) if dy is None else dy, x.shape[2])
+    dlast = dlast if dlast is None else dlast.contiguous()
+    dx, dpast = torch.empty(x.shape, dtype=x.dtype), _empty_like(past)
+    dweight = torch.empty(weight.shape, dtype=torch.float32)
+    dbias = torch.empty(0 if bias is None else len(bias), dtype=torch.float32)
+    _C.convolve_backward(
+        *arguments, view, native.address(dlast), dx.data_ptr(), 0 if past is None else dpast.data_ptr(),
+        dweight.data_ptr(), 0 if bias is None else dbias.data_ptr(),
+    )  # fmt: skip
+    return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype), dpast
+
+
+def _convolve_backward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dbias = x.new_empty(0, dtype=torch.float32) if bias is None else torch.empty_like(bias)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, _empty_like(past)
+
+
+def _empty_like(t: Tensor | None) -> Tensor:
+    """An operator's results are all tensors."""
+    return torch.empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.silu = inputs[5]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Any, ...]:
+    x, weight, bias, past, cu_seqlens = ctx.saved_tensors
+    if dy is None and dlast is None:
+        return (None,) * 6
+    dx, dweight, dbias, dpast = torch.ops.sleepkern.convolve_backward.default(
+        x, weight, bias, past, cu_seqlens, ctx.silu, dy, dlast
+    )
+    return dx, dweight, None if bias is None else dbias, None if past is None else dpast, None, None
+
+
+def _by_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        parts = [
+            _by_torch(x[:, a:b], weight, bias, None if past is None else past[i : i + 1], None, silu)
+            for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))
+        ]
+        return torch.cat([y for y, _ in parts], dim=1), torch.cat([last for _, last in parts])
+    W, T = weight.shape[1], x.shape[1]
+    if past is None:
+        past = x.new_zeros(x.shape[0], W - 1, x.shape[2])
+    full = torch.cat([past, x], dim=1)
+    z = full[:, W - 1 :] * weight[:, W - 1]
+    for j in range(1, W):
+        z = torch.addcmul(z, full[:, W - 1 - j : W - 1 - j + T], weight[:, W - 1 - j])
+    z = z if bias is None else z + bias
+    return (F.silu(z) if silu else z).to(x.dtype), full[:, T:]
+
+
+_library.impl("convolve", _convolve, "CPU")
+_library.impl("convolve_backward", _convolve_backward, "CPU")
+torch.library.register_fake("sleepkern::convolve", _convolve_fake, lib=_library)
+torch.library.register_fake("sleepkern::convolve_backward", _convolve_backward_fake, lib=_library)
+torch.library.register_autograd("sleepkern::convolve", _differentiate, setup_context=_save, lib=_library)

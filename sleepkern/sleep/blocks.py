@@ -1,0 +1,285 @@
+"""N passes of a stack of hybrid blocks over a window, in one call (arXiv 2605.26099).
+
+h(0) = h;   (h(n), S(n)) = Blocks(h(n-1), S(n-1)),  n = 1..N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import settings
+from . import packed as native
+from .memory import Fast, Slow
+from .packed import State
+
+if TYPE_CHECKING:
+    from ..nn import HybridBlock
+
+
+class Slept(NamedTuple):
+    """Result of `sleep_blocks`.
+
+    h        [B,L,d] after the last pass
+    states   what each block remembers: Fast(conv, state) of gated DeltaNet, Slow(keys, values) of attention
+    changes  [N] for each pass the norm of what it changed in the fast weights, relative to their norm after it
+    """
+
+    h: Tensor
+    states: list[Fast | Slow]
+    changes: Tensor
+
+
+def sleep_blocks(
+    h: Tensor,
+    blocks: Sequence[HybridBlock],
+    states: Sequence[State] | None = None,
+    passes: int = 1,
+    feedback: Literal["raw", "reinject"] = "raw",
+    conv_state: Literal["rewind", "carry"] = "rewind",
+) -> Slept:
+    """Run blocks `passes` times over a window, exactly as the modules do one by one.
+
+    Args:
+        h: [B,L,d] the window, embedded.
+        blocks: of `sleepkern.nn`, one after the other.
+        states: what each block remembers from before the window, default nothing. Attention sees its part in every
+            pass; fast weights go on from pass to pass.
+        passes: N.
+        feedback: a pass after the first starts from "raw", what the one before left, or "reinject", that normalised,
+            plus h.
+        conv_state: before the window, the short convolutions of a pass after the first see "rewind", what preceded the
+            window, or "carry", the window's own end.
+
+    On the CPU all of it is one call of C++: groups of sequences go through all passes and blocks without leaving the
+    caches. With gradients h and the fast weights are kept between passes only, and each pass is run again in the
+    backward. What `why_not` names runs module by module.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    states = [None] * len(blocks) if states is None else list(states)
+    _check(h, blocks, states, passes, feedback, conv_state)
+    how = _How(passes, feedback == "reinject", conv_state == "carry")
+    if why_not(h, blocks) is not None:
+        return _one_by_one(h, blocks, states, how)
+    tensors = [t for state in states if state is not None for t in state]
+    parameters = [p for block in blocks for p in block.parameters()]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors, *parameters)):
+        changes = torch.empty(passes)
+        made = _Recorded.apply(blocks, states, how, changes, h, *tensors, *parameters)
+        return Slept(made[0], _paired(blocks, made[1:]), changes)
+    return _run(h, blocks, states, how)
+
+
+def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
+    """None where `sleep_blocks` is one call of C++, else the sentence why it runs module by module."""
+    from ..nn import GatedDeltaNet, HybridBlock, WindowAttention
+
+    if native._C is None:
+        return "the compiled module sleepkern._C is not there"
+    if settings.BACKEND not in (None, "cpu"):
+        return f"backend {settings.BACKEND} was asked for"
+    if h.device.type != "cpu" or h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"one call for {h.dtype} on {h.device} is not there, only for at most 32 bits on the CPU"
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return "a compiled graph and autocast want to see the operators"
+    for block in blocks:
+        if type(block) is not HybridBlock or type(block.mixer) not in (GatedDeltaNet, WindowAttention):
+            return f"a {type(block).__name__} with {type(getattr(block, 'mixer', None)).__name__} is not ours"
+        if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
+            return "a module has hooks, which want to be called"
+        if isinstance(block.mixer, GatedDeltaNet):
+            mixer = block.mixer
+            if max(mixer.key_width, mixer.value_width) > native._C.head_limit:
+                return f"heads of at most {native._C.head_limit}"
+            if mixer.convolution.weight.shape[1] > native._C.convolution_limit:
+                return f"short convolutions of at most {native._C.convolution_limit} tokens"
+    return None
+
+
+class _How(NamedTuple):
+    passes: int
+    reinject: bool
+    carry: bool
+
+
+def _run(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], how: _How) -> Slept:
+    """By C++, in float32 whatever the types; results in those that the modules leave."""
+    out, after, changes = native.packed(blocks).run(h.float(), states, *how)
+    return Slept(out.to(h.dtype), [_like(x, h.dtype) for x in after], changes)
+
+
+def _like(x: Fast | Slow, dtype: torch.dtype) -> Fast | Slow:
+    if isinstance(x, Fast):
+        return Fast(x.conv.to(dtype), x.state)
+    return Slow(x.keys.to(dtype), x.values.to(dtype))
+
+
+def _one_by_one(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], how: _How) -> Slept:
+    start, now, changes = h, list(states), []
+    for n in range(how.passes):
+        if n > 0:
+            h = normalised(h) + start if how.reinject else h
+            now = [_before_pass(old, new, how.carry) for old, new in zip(states, now, strict=True)]
+        before = now
+        h, now = _one_pass(h, blocks, before)
+        changes.append(_change(before, now))
+    return Slept(h, now, torch.stack(changes))  # type: ignore[arg-type]
+
+
+def _one_pass(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State]) -> tuple[Tensor, list[State]]:
+    after: list[State] = []
+    for block, state in zip(blocks, states, strict=True):
+        h, kept = block(h, state)
+        after.append(kept)
+    return h, after
+
+
+def _before_pass(old: State, new: State, carry: bool) -> State:
+    """What a block sees before the window in a pass after the first: the fast weight of the pass before."""
+    if not isinstance(new, Fast):
+        return old
+    if carry:
+        return new
+    return Fast(torch.zeros_like(new.conv) if old is None else old[0], new.state)
+
+
+def normalised(h: Tensor) -> Tensor:
+    """Over its root mean square, without weights."""
+    return nn.functional.rms_norm(h, h.shape[-1:])
+
+
+@torch.no_grad()
+def _change(before: Sequence[State], after: Sequence[State]) -> Tensor:
+    pairs = [(old, new.state) for old, new in zip(before, after, strict=True) if isinstance(new, Fast)]
+    if not pairs:
+        return torch.zeros(())
+    steps = [torch.linalg.vector_norm(S) if old is None else torch.dist(S, old[1]) for old, S in pairs]
+    sizes = [torch.linalg.vector_norm(S) for _, S in pairs]
+    change: Tensor = torch.stack(steps).norm() / torch.stack(sizes).norm().clamp_min(1e-30)
+    return change
+
+
+class _Recorded(torch.autograd.Function):
+    """Passes by C++, of which only h and what blocks remember between them is kept; each is run again backwards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        blocks: Sequence[HybridBlock],
+        states: list[State],
+        how: _How,
+        changes: Tensor,
+        h: Tensor,
+        *rest: Tensor,
+    ) -> tuple[Tensor, ...]:
+        start, now, kept = h, list(states), []
+        for n in range(how.passes):
+            if n > 0:
+                now = [_before_pass(old, new, how.carry) for old, new in zip(states, now, strict=True)]
+            kept.append((h, now))
+            entry = normalised(h) + start if how.reinject and n > 0 else h
+            h, after, change = _run(entry, blocks, now, how._replace(passes=1))
+            now = list(after)
+            changes[n] = change[0]
+        ctx.blocks, ctx.states, ctx.how, ctx.kept = blocks, states, how, kept
+        return (h, *(t for state in now if state is not None for t in state))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (None, None, None, None, *_differentiate(ctx.blocks, ctx.states, ctx.how, ctx.kept, grads))
+
+
+def _differentiate(
+    blocks: Sequence[HybridBlock],
+    states: list[State],
+    how: _How,
+    kept: list[tuple[Tensor, list[State]]],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients of h, of all tensors in states, and of all parameters."""
+    parameters = [p for block in blocks for p in block.parameters()]
+    wanted = [p for p in parameters if p.requires_grad]
+    start = kept[0][0]
+    dstart, dparameters = torch.zeros_like(start), [torch.zeros_like(p) for p in wanted]
+    dstates = [None if s is None else [torch.zeros_like(t) for t in s] for s in states]
+    dh, dafter = grads[0], list(grads[1:])
+    for n in reversed(range(how.passes)):
+        h, before = kept[n]
+        leaves = [h, start, *(t for s in before if s is not None for t in s)]
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        with torch.enable_grad():
+            entry = normalised(leaves[0]) + leaves[1] if how.reinject and n > 0 else leaves[0]
+            out, after = _one_pass(entry, blocks, _filled(before, leaves[2:]))
+        made = [out, *(t for s in after if s is not None for t in s)]
+        found = torch.autograd.grad(made, [*leaves, *wanted], [dh, *dafter], allow_unused=True)
+        dparameters = [a if b is None else a + b for a, b in zip(dparameters, found[len(leaves) :], strict=True)]
+        dh = torch.zeros_like(h) if found[0] is None else found[0]
+        dstart = dstart if found[1] is None else dstart + found[1]
+        dafter = _pass_on(before, found[2 : len(leaves)], after, states, dstates, n, how.carry)
+    by_parameter = iter(dparameters)
+    return [
+        dh + dstart,
+        *(t for s in dstates if s is not None for t in s),
+        *(next(by_parameter) if p.requires_grad else None for p in parameters),
+    ]
+
+
+def _filled(states: Sequence[State], tensors: list[Tensor]) -> list[State]:
+    """The same states with other tensors in them."""
+    fresh = iter(tensors)
+    return [None if s is None else type(s)(next(fresh), next(fresh)) for s in states]
+
+
+def _pass_on(
+    before: Sequence[State],
+    found: Sequence[Tensor | None],
+    after: Sequence[State],
+    states: Sequence[State],
+    dstates: list[list[Tensor] | None],
+    n: int,
+    carry: bool,
+) -> list[Tensor]:
+    """Gradients of what a pass began with: to what the pass before left, and to what there was before the window."""
+    grads, earlier = iter(found), []
+    for i, (began, made) in enumerate(zip(before, after, strict=True)):
+        pair = [None, None] if began is None else [next(grads), next(grads)]
+        fast = isinstance(made, Fast)
+        # From the pass before: the fast weight, and with `carry` the convolution's inputs; the rest from the window's.
+        theirs = [n > 0 and fast and carry, n > 0 and fast]
+        own = dstates[i]
+        assert made is not None
+        for place in range(2):
+            found_here = pair[place]
+            if not theirs[place] and own is not None and found_here is not None:
+                own[place] += found_here
+            passed = found_here if theirs[place] else None
+            earlier.append(torch.zeros_like(made[place]) if passed is None else passed)
+    return earlier
+
+
+def _paired(blocks: Sequence[HybridBlock], tensors: Sequence[Tensor]) -> list[Fast | Slow]:
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return [Fast(*pair) if block.recurrent else Slow(*pair) for block, pair in zip(blocks, pairs, strict=True)]
+
+
+def _check(
+    h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], passes: int, feedback: str, conv_state: str
+) -> None:
+    if h.ndim != 3 or not h.is_floating_point() or 0 in h.shape:
+        raise ValueError(f"h: got {h.dtype} {list(h.shape)}; expected floats [B,L,d], none of them 0")
+    if not blocks or len(states) != len(blocks):
+        raise ValueError(f"states: got {len(states)} for {len(blocks)} blocks; expected one each, at least one")
+    if passes < 1:
+        raise ValueError(f"passes: got {passes}; expected at least 1")
+    if feedback not in ("raw", "reinject"):
+        raise ValueError(f"feedback: got {feedback!r}; expected 'raw' or 'reinject'")
+    if conv_state not in ("rewind", "carry"):
+        raise ValueError(f"conv_state: got {conv_state!r}; expected 'rewind' or 'carry'")
+    for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        if state is not None and isinstance(state, Fast) != block.recurrent:
+            raise ValueError(f"states: got {type(state).__name__} for block {i}; expected that of its mixer")

@@ -1,0 +1,162 @@
+"""Hybrid blocks as the native module takes them: weights packed once, and again when they have changed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .memory import Fast, Slow
+
+if TYPE_CHECKING:
+    from ..nn import GatedDeltaNet, HybridBlock, WindowAttention
+
+try:
+    _C: Any = importlib.import_module("sleepkern._C")
+except ImportError:
+    _C = None
+
+State = Fast | Slow | None
+_packed: WeakKeyDictionary[HybridBlock, Packed] = WeakKeyDictionary()
+
+
+class Packed:
+    """Weights of a stack of blocks, each norm multiplied into the product after it; see csrc/blocks.h."""
+
+    def __init__(self, blocks: Sequence[HybridBlock]) -> None:
+        self.blocks = list(blocks)
+        self.width: int = blocks[0].mixer_norm.weight.shape[0]
+        self.version = _version(blocks)
+        self.alive: list[Tensor] = []
+        self.layers = [self._layer(block) for block in blocks]
+
+    def _layer(self, block: HybridBlock) -> dict[str, Any]:
+        mlp, norm = block.mlp, block.mlp_norm
+        # Outputs of `up` come in whole panels, which `down` then reads.
+        panel = _C.panel_width()
+        hidden = -(-mlp.up.weight.shape[0] // panel) * panel
+        down = torch.nn.functional.pad(mlp.out.weight.detach(), (0, hidden - mlp.up.weight.shape[0]))
+        layer = {
+            "recurrent": block.recurrent,
+            "out": self._weight(block.mixer.out.weight),
+            "up": self._weight(mlp.up.weight, norm.weight),
+            "down": self._weight(down),
+            "hidden": hidden,
+            "mixer_eps": _eps(block.mixer_norm),
+            "mlp_eps": _eps(norm),
+            "H": block.mixer.heads,
+        }
+        mixer: Any = block.mixer
+        into = _delta_inputs(mixer) if block.recurrent else mixer.qkv.weight
+        layer |= {"into": self._weight(into, block.mixer_norm.weight), "into_width": into.shape[0]}
+        return layer | (self._delta(mixer) if block.recurrent else self._attention(mixer))
+
+    def _delta(self, mixer: GatedDeltaNet) -> dict[str, Any]:
+        return {
+            "HV": mixer.value_heads,
+            "K": mixer.key_width,
+            "V": mixer.value_width,
+            "W": mixer.convolution.weight.shape[1],
+            "decay_bias": mixer.decay_bias,
+            "strength": mixer.strength,
+            "taps": self._floats(mixer.convolution.weight),
+            "gain": self._floats(mixer.norm.weight),
+            "gain_eps": mixer.norm.eps,
+        }
+
+    def _attention(self, mixer: WindowAttention) -> dict[str, Any]:
+        return {
+            "q_gain": self._floats(mixer.q_norm.weight),
+            "k_gain": self._floats(mixer.k_norm.weight),
+            "q_eps": _eps(mixer.q_norm),
+            "k_eps": _eps(mixer.k_norm),
+        }
+
+    def _floats(self, t: Tensor) -> int:
+        """The address of a copy that lives as long as this."""
+        kept = t.detach().float().contiguous().clone()
+        self.alive.append(kept)
+        return kept.data_ptr()
+
+    def _weight(self, weight: Tensor, norm: Tensor | None = None) -> int:
+        """The address of a packed matrix [n, depth], columns times the gains of the norm before it."""
+        n, depth = weight.shape
+        panel = _C.panel_width()
+        packed = torch.empty(-(-n // panel) * panel * depth)
+        matrix, scale = weight.detach().float().contiguous(), None if norm is None else norm.detach().float()
+        _C.pack_weight(matrix.data_ptr(), n, depth, 0 if scale is None else scale.data_ptr(), packed.data_ptr())
+        self.alive.append(packed)
+        return packed.data_ptr()
+
+    def run(
+        self, h: Tensor, states: Sequence[State], passes: int, reinject: bool, carry: bool
+    ) -> tuple[Tensor, list[Fast | Slow], Tensor]:
+        """h [B,L,d] float32 after all passes, what each block remembers, and [passes] relative changes of the state."""
+        B, L, d = h.shape
+        h, changes = h.contiguous().clone(), torch.empty(passes, 2, dtype=torch.float64)
+        after: list[Fast | Slow] = []
+        layers, alive = [], []
+        for layer, block, state in zip(self.layers, self.blocks, states, strict=True):
+            addresses, now, read = (_fast if block.recurrent else _slow)(block.mixer, state, B, L)
+            layers.append(layer | addresses)
+            after.append(now)
+            alive.append(read)
+        _C.sleep_blocks(B, L, d, passes, reinject, carry, layers, h.data_ptr(), changes.data_ptr())
+        squares = changes.sqrt()
+        return h, after, (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
+
+
+def packed(blocks: Sequence[HybridBlock]) -> Packed:
+    """Of these blocks, made anew if their weights are not what they were."""
+    found = _packed.get(blocks[0])
+    if found is None or found.blocks != list(blocks) or found.version != _version(blocks):
+        found = _packed[blocks[0]] = Packed(blocks)
+    return found
+
+
+def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
+    """Changes with every write to a weight, and with the instruction set, whose panels differ in width."""
+    return (_C.isa(), *((p.data_ptr(), p._version) for block in blocks for p in block.parameters()))
+
+
+def _eps(norm: torch.nn.RMSNorm) -> float:
+    return torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+
+
+def _delta_inputs(mixer: GatedDeltaNet) -> Tensor:
+    return torch.cat([mixer.qkv.weight, mixer.gate.weight, mixer.rates.weight])
+
+
+def _fast(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Fast, Any]:
+    channels, W = mixer.convolution.weight.shape
+    if before is None:
+        past = torch.zeros(B, W - 1, channels)
+        state = torch.zeros(B, mixer.value_heads, mixer.key_width, mixer.value_width)
+    else:
+        assert isinstance(before, Fast)
+        past, state = before.conv.float().contiguous(), before.state.contiguous().clone()
+    last = torch.empty(B, W - 1, channels)
+    addresses = {"past": past.data_ptr(), "last": last.data_ptr(), "state": state.data_ptr()}
+    return addresses, Fast(last, state), past
+
+
+def _slow(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Slow, Any]:
+    H, D = mixer.heads, mixer.q_norm.weight.shape[0]
+    kept = None
+    if before is not None:
+        assert isinstance(before, Slow)
+        kept = Slow(*(t.float().contiguous() for t in before))
+    tokens = 0 if kept is None else kept.keys.shape[2]
+    after = Slow(torch.empty(B, H, tokens + L, D), torch.empty(B, H, tokens + L, D))
+    addresses = {
+        "kept": tokens,
+        "keys": 0 if kept is None else kept.keys.data_ptr(),
+        "values": 0 if kept is None else kept.values.data_ptr(),
+        "all_keys": after.keys.data_ptr(),
+        "all_values": after.values.data_ptr(),
+    }
+    return addresses, after, kept
