@@ -103,6 +103,66 @@ def test_layers_that_keep_the_functions(monkeypatch: pytest.MonkeyPatch) -> None
     assert vars(model[0]) == stock
 
 
+OLDER = """
+import torch
+from torch import nn
+
+class OlderRMSNormGated(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x, gate=None):
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x * nn.functional.silu(gate)
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = OlderRMSNormGated(24) if FusedRMSNormGated is None else FusedRMSNormGated(24)
+        self.causal_conv1d_fn = causal_conv1d_fn
+        self.chunk_gated_delta_rule = chunk_gated_delta_rule or torch_chunk_gated_delta_rule
+        self.recurrent_gated_delta_rule = fused_recurrent_gated_delta_rule or torch_recurrent_gated_delta_rule
+
+    def forward(self, query, key, value, g, beta, cache=None):
+        if cache is None or query.shape[1] > 1:
+            o, state = self.chunk_gated_delta_rule(
+                query, key, value, g=g, beta=beta, initial_state=None, output_final_state=cache is not None,
+                use_qk_l2norm_in_kernel=True,
+            )
+        else:
+            o, state = self.recurrent_gated_delta_rule(
+                query, key, value, g=g, beta=beta, initial_state=cache["state"], output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )
+        if cache is not None:
+            cache["state"] = state
+        return self.norm(o.flatten(0, -2), o.flatten(0, -2)).view(o.shape)
+"""
+
+
+@pytest.mark.parametrize("by", ["a model", "the file, before a model is built"])
+def test_files_of_older_versions(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4.57 to 5.10 without fla and causal_conv1d: what those would give is None."""
+    name = "transformers.models.qwen3_5.modeling_qwen3_5"
+    older, newer = ModuleType(name), globals_of("qwen3_next")
+    absent = ("FusedRMSNormGated", "causal_conv1d_fn", "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+    vars(older).update(dict.fromkeys(absent), is_fast_path_available=False)
+    vars(older).update({function: getattr(newer, function) for function in (CHUNK, STEP)})
+    exec(OLDER, vars(older))
+    monkeypatch.setitem(sys.modules, name, older)
+    model, calls = nn.Sequential(older.Layer()), spy_on_sleepkern(monkeypatch)
+    given, cache, stock_cache = {n: x for n, x in arguments(9).items() if "_" not in n}, {}, {}
+    token = {n: x[:, :1] for n, x in given.items()}
+    expected = [model[0](**x, cache=stock_cache) for x in (given, token)]
+    with patch(model if by == "a model" else "qwen3_5"):
+        patched = model if by == "a model" else nn.Sequential(older.Layer())
+        found = [patched[0](**x, cache=cache) for x in (given, token)]
+    assert len(calls) == 2 and max(map(relative_error, found, expected)) < CLOSE
+    assert relative_error(cache["state"], stock_cache["state"]) < CLOSE
+    assert all(getattr(older, name) is None for name in absent)
+
+
 def test_somebody_elses_later_patch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     module, stock = globals_of("qwen3_next"), originals()
 

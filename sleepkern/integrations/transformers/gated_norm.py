@@ -17,9 +17,9 @@ from ..patching import Target
 
 
 def targets(module: ModuleType) -> list[Target]:
-    """The gated norms that a modeling file defines, each with its forward."""
-    defined = (x for name, x in sorted(vars(module).items()) if name.endswith("RMSNormGated"))
-    return [Target(x, "forward", forward) for x in defined if x.__module__ == module.__name__]
+    """The gated norms that a modeling file defines, each with its forward; older files import others, or None."""
+    named = (x for name, x in sorted(vars(module).items()) if name.endswith("RMSNormGated"))
+    return [Target(x, "forward", forward) for x in named if getattr(x, "__module__", None) == module.__name__]
 
 
 def forward(original: Callable[..., Any]) -> Callable[..., Any]:
