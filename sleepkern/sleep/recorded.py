@@ -7,6 +7,7 @@ transformers is imported here, so that models of older versions can be adapted t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from .memory import Memory, copied
 from .writing import written
+
+NORMS = ("norm", "final_layernorm", "norm_f")
+"""What models call the norm behind their last block."""
 
 
 class Call(NamedTuple):
@@ -43,7 +47,10 @@ class RecordedStack:
         """
         self.model: Any = model
         self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
-        parts = ((self.base, "layers"), (self.base, "norm"), (self.model, "lm_head"))
+        taken = inspect.signature(self.base.forward).parameters if isinstance(self.base, nn.Module) else {}
+        self.cache_name = "cache_params" if "cache_params" in taken else "past_key_values"
+        self.last: str = next((name for name in NORMS if hasattr(self.base, name)), NORMS[0])
+        parts = ((self.base, "layers"), (self.base, self.last), (self.model, "lm_head"))
         missing = [name for holder, name in parts if not isinstance(getattr(holder, name, None), nn.Module)]
         if missing:
             raise ValueError(
@@ -65,13 +72,13 @@ class RecordedStack:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions(ids, first),
-                past_key_values=memory.cache,  # type: ignore[attr-defined]
                 use_cache=True,
+                **{self.cache_name: memory.cache},  # type: ignore[attr-defined]
             )
         return _tensor(out), calls
 
     def logits(self, h: Tensor) -> Tensor:
-        return self.model.lm_head(self.base.norm(h))  # type: ignore[no-any-return]
+        return self.model.lm_head(getattr(self.base, self.last)(h))  # type: ignore[no-any-return]
 
     def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
         """Greedy or drawn, with max_new_tokens, do_sample and temperature."""
@@ -82,13 +89,14 @@ class RecordedStack:
 
     @contextmanager
     def _recorded(self, calls: list[Call]) -> Iterator[None]:
-        blocks, norm = self.base.layers, self.base.norm
+        blocks, norm = self.base.layers, getattr(self.base, self.last)
         try:
             self.base.layers = nn.ModuleList(_Recorder(block, calls, self.tuples) for block in blocks)
-            self.base.norm = nn.Identity()
+            setattr(self.base, self.last, nn.Identity())
             yield
         finally:
-            self.base.layers, self.base.norm = blocks, norm
+            self.base.layers = blocks
+            setattr(self.base, self.last, norm)
 
 
 def positions(ids: Tensor, first: int | Tensor) -> Tensor:
@@ -116,4 +124,4 @@ class _Recorder(nn.Module):
 
     def forward(self, h: Tensor, *arguments: Any, **options: Any) -> Any:
         self.calls.append(Call(self.block, arguments, options))
-        return (h,) if self.tuples else h
+        return (h, None) if self.tuples else h

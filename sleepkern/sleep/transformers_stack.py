@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from .inserted import beside_attention, inserted_in, put_fast
+from .inserted import beside_attention, fast_of, inserted_in, put_fast
 from .memory import Fast, Memory, Slow
 from .recorded import RecordedStack, positions
+
+_TUPLES = ("bamba", "falcon_h1")
+"""Models that expect tuples from their layers."""
+_WRITES = "mamba2_selective_state_update"
+"""What the file of a mixer defines that writes into its state."""
 
 
 class _FastWeights(LinearAttentionLayer):
@@ -37,6 +43,16 @@ class _FastWeights(LinearAttentionLayer):
         return recurrent_states
 
 
+class _FastWeightsBesideAttention(_FastWeights, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
+    """The same in a block that has both."""
+
+
+_OWN = {
+    LinearAttentionLayer: _FastWeights,
+    LinearAttentionAndFullAttentionLayer: _FastWeightsBesideAttention,
+}
+
+
 class TransformersMemory:
     """A cache whose fast weights and attention can be taken out and put back, layer by layer."""
 
@@ -46,26 +62,32 @@ class TransformersMemory:
         self.cache: Any = DynamicCache(config=config.get_text_config())
         layers: list[Any] = self.cache.layers
         if own:
-            self.cache.layers = [_FastWeights() if type(x) is LinearAttentionLayer else x for x in layers]
+            self.cache.layers = [_OWN[type(x)]() if type(x) in _OWN else x for x in layers]
         base: Any = model.base_model
-        self._inserted = inserted_in(base.layers)
-        for i in self._inserted:
+        inserted = inserted_in(base.layers)
+        for i in inserted:
             self.cache.layers[i] = beside_attention(self.cache.layers[i])
         self.recurrent = [i for i, x in enumerate(self.cache.layers) if isinstance(x, LinearAttentionLayer)]
         self.attention = [i for i, x in enumerate(self.cache.layers) if isinstance(x, DynamicLayer)]
+        self._replaced = set(self.recurrent) if own else set(inserted)
+        self._written = any(hasattr(sys.modules.get(type(x).__module__), _WRITES) for x in base.modules())
 
     def fast(self) -> dict[int, Fast]:
         layers = ((i, self.cache.layers[i]) for i in self.recurrent)
-        return {i: Fast(x.conv_states[0], x.recurrent_states[0]) for i, x in layers if x.has_previous_state[0]}
+        return {i: self._apart(fast) for i, x in layers if (fast := fast_of(x)) is not None}
 
     def set_fast(self, fast: dict[int, Fast]) -> None:
-        for i in self._inserted:
-            put_fast(self.cache.layers[i], fast.get(i))
-        for i in [i for i in self.recurrent if i not in self._inserted]:
-            layer = self.cache.layers[i] = type(self.cache.layers[i])()
-            if i in fast:
+        for i in self.recurrent:
+            layer = self.cache.layers[i]
+            if i in self._replaced:
+                put_fast(layer, self._apart(fast[i]) if i in fast else None)
+            elif i in fast:  # new layers still; copied into their buffers
                 layer.update_conv_state(fast[i].conv, conv_kernel_size=fast[i].conv.shape[-1])
                 layer.update_recurrent_state(fast[i].state)
+
+    def _apart(self, fast: Fast) -> Fast:
+        """A step of one token writes into the inputs of the convolution, and Mamba-2's into the state."""
+        return Fast(fast.conv.clone(), fast.state.clone() if self._written else fast.state)
 
     def slow(self) -> dict[int, Slow]:
         layers = ((i, self.cache.layers[i]) for i in self.attention)
@@ -82,12 +104,18 @@ class TransformersMemory:
 class TransformersStack(RecordedStack):
     """The blocks of a causal language model of transformers."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.tuples = self.model.config.model_type in _TUPLES
+
     def memory(self) -> TransformersMemory:
         return TransformersMemory(self.model)
 
     @torch.no_grad()
     def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
-        """By the model's own `generate`, with its options."""
+        """By the model's own `generate`, with its options; Mamba-2 without attention as RecordedStack."""
+        if self.cache_name != "past_key_values":
+            return super().generate(ids, mask, first, memory, **options)
         answering = TransformersMemory(self.model, own=False)
         answering.set_fast(memory.fast())
         answering.set_slow(memory.slow())
