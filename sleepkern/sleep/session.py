@@ -278,13 +278,15 @@ class SleepSession:
 
         def once(h: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             aside = memory.fast(), memory.slow()
-            memory.set_fast({i: Fast(*states[2 * n : 2 * n + 2]) for n, i in enumerate(before)})
-            memory.set_slow(slow)
-            for call in calls:
-                h = call(h)
-            made = [*(memory.fast()[i] for i in after), *(memory.slow()[i] for i in kept)]
-            memory.set_fast(aside[0])
-            memory.set_slow(aside[1])
+            try:
+                memory.set_fast({i: Fast(*states[2 * n : 2 * n + 2]) for n, i in enumerate(before)})
+                memory.set_slow(slow)
+                for call in calls:
+                    h = call(h)
+                made = [*(memory.fast()[i] for i in after), *(memory.slow()[i] for i in kept)]
+            finally:  # the backward leaves early, by an exception, once it has what it needs
+                memory.set_fast(aside[0])
+                memory.set_slow(aside[1])
             return (h, *(t for pair in made for t in pair))
 
         h, *made = checkpoint(once, h, *(t for i in before for t in fast[i]), use_reentrant=False)
