@@ -154,8 +154,12 @@ print("agrees")
 def test_avx512_source_agrees(tmp_path: Path) -> None:
     """Natively where the machine has AVX-512, else the same source compiled for AVX2."""
     options = [] if "avx512" in _C.isas() else ["-DSLEEPKERN_EMULATE_AVX512=ON"]
-    done = run_with(build(tmp_path, *options), AVX512_AGREES)
+    module = build(tmp_path, *options)
+    done = run_with(module, AVX512_AGREES)
     assert done.stdout.strip() == "agrees", done.stderr
+    suites = ["-q", "tests/test_mixer_kernels.py", "tests/test_sleep_blocks.py"]
+    done = run_with(module, f"import pytest\nassert not pytest.main({suites})")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_verify_finds_a_broken_kernel(tmp_path: Path) -> None:
@@ -170,6 +174,8 @@ def test_verify_finds_a_broken_kernel(tmp_path: Path) -> None:
 
 GRADIENTS_AND_REPLAY = """
 import sleepkern
+from sleepkern.nn import SleepLM, short_convolution
+from sleepkern.sleep.blocks import _How, _one_by_one, sleep_blocks
 from sleepkern.rules import GATED_DELTA_RULE as rule
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 x = make_inputs(rule, Shape(T=60, H=1, HV=1, K=32, V=32), seed=5)
@@ -184,12 +190,20 @@ expected = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend="chunked", m
 for method in ("wy", "rank", "affine"):
     state = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend="cpu", method=method).final_state
     wrong += [method] if not relative_error(state, expected) < 2e-5 else []
+u, weight = torch.randn(1, 9, 8, requires_grad=True), torch.randn(8, 4)
+one, two = (torch.autograd.grad(short_convolution(t, weight.to(t))[1].sum(), u)[0] for t in (u, u.double()))
+wrong += ["dlast"] if not relative_error(one, two.double()) < 2e-5 else []
+blocks, h = SleepLM(8, 32, 2).blocks(), torch.randn(1, 9, 32)
+with torch.no_grad():
+    one, two = sleep_blocks(h, blocks).h, _one_by_one(h, blocks, [None] * 2, _How(1, False, False)).h
+wrong += ["blocks"] if not relative_error(one, two.double()) < 2e-5 else []
 print(*wrong)
 """
 
 
 def test_broken_gradients_and_replay_are_found(tmp_path: Path) -> None:
-    """A gate whose gradient forgets the state at the chunk's end; a rank form that does not decay the first state.
+    """A gate whose gradient forgets the state at the chunk's end; a rank form that does not decay the first state; a
+    convolution that forgets a gradient of what it hands on; attention in which a token does not see itself.
 
     What the faults do not touch stays right, so the check does not just fail.
     """
@@ -198,8 +212,14 @@ def test_broken_gradients_and_replay_are_found(tmp_path: Path) -> None:
     faults = (
         ("cpu/adjoint-inl.h", end, end.replace("total[n]", "Vec{}")),
         ("cpu/replay-inl.h", reach, reach.replace(" * reach", "")),
+        ("cpu/convolution-inl.h", "kept >= 1 - W;", "kept >= 2 - W;"),
+        (
+            "cpu/attention-inl.h",
+            "const BitVec visible = reinterpret_cast<BitVec>(seen >=",
+            "const BitVec visible = reinterpret_cast<BitVec>(seen >",
+        ),
     )
     done = run_with(build(tmp_path, faults=faults), GRADIENTS_AND_REPLAY)
-    assert done.stdout.split() == ["dg", "rank"], done.stdout + done.stderr
+    assert done.stdout.split() == ["dg", "rank", "dlast", "blocks"], done.stdout + done.stderr
     sound = run_with(Path(str(_C.__file__)), GRADIENTS_AND_REPLAY)
     assert sound.stdout.split() == [] and sound.returncode == 0, sound.stdout + sound.stderr

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sleepkern.backends import cpu
 from sleepkern.nn import HybridBlock, SleepLM
-from sleepkern.sleep import sleep_blocks
+from sleepkern.sleep import SleepSession, sleep_blocks
 from sleepkern.sleep.blocks import Slept, why_not
 from sleepkern.sleep.memory import Fast, Slow
 from sleepkern.testing import relative_error
@@ -182,6 +182,48 @@ def test_changed_weights_are_packed_anew() -> None:
         second = sleep_blocks(h, lm.blocks()).h
         assert relative_error(second, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < 1e-5
         assert relative_error(first, second.double()) > 1e-2
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "checkpointed"])
+@pytest.mark.parametrize("options", [{}, {"eviction": "sliding"}, {"blocks": slice(1, 3), "feedback": "reinject"}])
+def test_a_session_is_one_call_where_it_may(
+    options: dict[str, Any], grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then the same as block by block, in memory, reports and gradients."""
+    lm, ids = model(24, 2, {}, "AGG"), torch.randint(8, (2, 40))
+
+    def slept() -> tuple[SleepSession, Tensor, list[Tensor]]:
+        with torch.set_grad_enabled(grad):
+            session = SleepSession(lm, 12, 3, checkpoint=grad, **options).ingest(ids)
+            logits = session.read(ids[:, :5])
+            loss = logits.square().sum() + sum(x.state.sum() for x in session.memory.fast().values())
+        grads = torch.autograd.grad(loss, list(lm.parameters()), allow_unused=True) if grad else []
+        return session, logits, [g for g in grads if g is not None]
+
+    torch.nn.init.normal_(lm.lm_head.weight)
+    session, logits, grads = slept()
+    with torch.set_grad_enabled(grad):
+        assert "in one call" in session.explain()
+    monkeypatch.setattr("sleepkern.sleep.own_stack.why_not", lambda *_: "so that the test sees both")
+    other, expected, expected_grads = slept()
+    with torch.set_grad_enabled(grad):
+        assert "so that the test sees both" in other.explain()
+    assert relative_error(logits, expected.double()) < 1e-5
+    for a, b in zip(session.reports, other.reports, strict=True):
+        assert torch.allclose(a.changes, b.changes, rtol=1e-4)
+    found, wanted = session.state_dict(), other.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(relative_error(found[name], wanted[name].double()) < 1e-5 for name in wanted if "." in name)
+    assert len(grads) == len(expected_grads)
+    assert all(relative_error(a, b.double()) < 1e-4 for a, b in zip(grads, expected_grads, strict=True))
+
+
+def test_a_session_says_why_it_is_not_one_call() -> None:
+    lm = model(24, 2, {})
+    with torch.no_grad():
+        assert "settled" in SleepSession(lm, 8, 2, settled=0.1).explain()
+        assert "replay" in SleepSession(lm, 8, 2, feedback="replay").explain()
+    assert "gradients" in SleepSession(lm, 8, 2).explain()
 
 
 def test_half_types_compute_in_float32() -> None:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from sleepkern.nn import SleepLM
 from sleepkern.sleep import SleepSession, retrofit
-from sleepkern.sleep.capture import Captures, CudaRecorder, Slept
+from sleepkern.sleep.capture import Captures, CudaRecorder, Made
 from sleepkern.testing import relative_error
 
 L = 16
@@ -59,7 +59,7 @@ class Recorder:
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
 
-    def record(self, run: Callable[[], Slept]) -> tuple[Callable[[], None], Slept]:
+    def record(self, run: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
         run()
         self.tapes.append(Tape())
         with self.tapes[-1] as tape:
@@ -108,7 +108,7 @@ def test_replays_are_sleeps(made: Callable[[], nn.Module], eviction: str) -> Non
         plain.ingest(ids)
         expected, found = plain.state_dict(), session.state_dict()
         assert found.keys() == expected.keys() and session.position == plain.position
-        assert max(relative_error(found[name], expected[name]) for name in expected if "." in name) < 1e-6
+        assert max(relative_error(found[name], expected[name]) for name in expected if "." in name) < 3e-6
     assert len(recorder.tapes) == 2  # the first window, which follows nothing, and all others
     for one, other in zip(session.reports, plain.reports, strict=True):
         assert (one.first, one.tokens) == (other.first, other.tokens) and one.changes.shape == (3,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..sleep.blocks import sleep_blocks
 from .attention import WindowAttention
 from .block import HybridBlock
 from .mixer import GatedDeltaNet
@@ -72,8 +73,10 @@ class SleepLM(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of one window, without memory of others."""
-        h = self.embed(ids)
-        for block in self.blocks():
+        h, blocks = self.embed(ids), self.blocks()
+        if not torch.is_grad_enabled():
+            return self.logits(sleep_blocks(h, blocks).h)
+        for block in blocks:
             h, _ = block(h)
         return self.logits(h)
 

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import settings
 from . import packed as native
 from .memory import Fast, Slow
 from .packed import State
+from .passes import normalised, relative_change
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
@@ -85,8 +86,8 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
         return f"backend {settings.BACKEND} was asked for"
     if h.device.type != "cpu" or h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"one call for {h.dtype} on {h.device} is not there, only for at most 32 bits on the CPU"
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return "a compiled graph and autocast want to see the operators"
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack() > 0:
+        return "a compiled graph, autocast or a dispatch mode wants to see the operators"
     for block in blocks:
         if type(block) is not HybridBlock or type(block.mixer) not in (GatedDeltaNet, WindowAttention):
             return f"a {type(block).__name__} with {type(getattr(block, 'mixer', None)).__name__} is not ours"
@@ -127,7 +128,7 @@ def _one_by_one(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State
             now = [_before_pass(old, new, how.carry) for old, new in zip(states, now, strict=True)]
         before = now
         h, now = _one_pass(h, blocks, before)
-        changes.append(_change(before, now))
+        changes.append(relative_change(_fast_weights(before, now)))
     return Slept(h, now, torch.stack(changes))  # type: ignore[arg-type]
 
 
@@ -148,20 +149,9 @@ def _before_pass(old: State, new: State, carry: bool) -> State:
     return Fast(torch.zeros_like(new.conv) if old is None else old[0], new.state)
 
 
-def normalised(h: Tensor) -> Tensor:
-    """Over its root mean square, without weights."""
-    return nn.functional.rms_norm(h, h.shape[-1:])
-
-
-@torch.no_grad()
-def _change(before: Sequence[State], after: Sequence[State]) -> Tensor:
-    pairs = [(old, new.state) for old, new in zip(before, after, strict=True) if isinstance(new, Fast)]
-    if not pairs:
-        return torch.zeros(())
-    steps = [torch.linalg.vector_norm(S) if old is None else torch.dist(S, old[1]) for old, S in pairs]
-    sizes = [torch.linalg.vector_norm(S) for _, S in pairs]
-    change: Tensor = torch.stack(steps).norm() / torch.stack(sizes).norm().clamp_min(1e-30)
-    return change
+def _fast_weights(before: Sequence[State], after: Sequence[State]) -> list[tuple[Tensor | None, Tensor]]:
+    pairs = zip(before, after, strict=True)
+    return [(old.state if isinstance(old, Fast) else None, new.state) for old, new in pairs if isinstance(new, Fast)]
 
 
 class _Recorded(torch.autograd.Function):

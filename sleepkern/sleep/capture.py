@@ -29,7 +29,7 @@ class Recorder(Protocol):
     device: str
     """Type of device whose work it records."""
 
-    def record(self, run: Callable[[], Slept]) -> tuple[Callable[[], None], Slept]:
+    def record(self, run: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
         """A function that does what `run` did once more, on the same tensors, and the results that it writes anew."""
 
 
@@ -38,7 +38,7 @@ class CudaRecorder:
 
     device = "cuda"
 
-    def record(self, run: Callable[[], Slept]) -> tuple[Callable[[], None], Slept]:
+    def record(self, run: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
         aside: Any = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -51,7 +51,7 @@ class CudaRecorder:
         return graph.replay, made
 
 
-class Slept(NamedTuple):
+class Made(NamedTuple):
     """What a sleep gives: changes [N] of its passes, and what is remembered after it."""
 
     changes: Tensor
@@ -81,7 +81,7 @@ class _Given(NamedTuple):
 class _Graph(NamedTuple):
     given: _Given
     replay: Callable[[], None]
-    made: Slept
+    made: Made
 
 
 class Captures:
@@ -125,19 +125,19 @@ class Captures:
         own = _Given(given.ids.clone(), given.first.clone(), *(_cloned(kept) for kept in given[2:]))
         sleeper = session.fork()
 
-        def run() -> Slept:
+        def run() -> Made:
             sleeper.memory = sleeper.stack.memory()
             sleeper.memory.set_fast(own.fast)
             sleeper.memory.set_slow(own.slow)
             changes = sleeper.pass_through(own.ids, None, own.first)
-            return Slept(changes, sleeper.memory.fast(), sleeper.memory.slow())
+            return Made(changes, sleeper.memory.fast(), sleeper.memory.slow())
 
         return _Graph(own, *self.recorder.record(run))
 
 
-def _apart(made: Slept) -> Slept:
+def _apart(made: Made) -> Made:
     """Copies, for the next replay writes into the originals."""
-    return Slept(made.changes.clone(), _cloned(made.fast), _cloned(made.slow))
+    return Made(made.changes.clone(), _cloned(made.fast), _cloned(made.slow))
 
 
 def _cloned(kept: dict[int, Any]) -> dict[int, Any]:

@@ -79,6 +79,19 @@ class Stack(Protocol):
         """ids [B,T] and what follows them, after `memory`, which stays as it is."""
 
 
+@runtime_checkable
+class Whole(Protocol):
+    """A stack whose blocks can go through all passes in one call."""
+
+    def why_not(self, h: Tensor, blocks: range) -> str | None:
+        """None where they can with such an h, else the sentence why not."""
+
+    def sleep(
+        self, h: Tensor, blocks: range, memory: Memory, passes: int, feedback: str, conv_state: str
+    ) -> tuple[Tensor, Tensor]:
+        """h [B,L,d] after the last pass, and what each changed [N]; what blocks remember goes into memory."""
+
+
 def stack_of(model: nn.Module | Stack) -> Stack:
     """The blocks of a SleepLM, or of a causal language model of transformers; a Stack is what it is."""
     from ..nn import SleepLM

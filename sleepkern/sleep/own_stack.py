@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..nn import HybridBlock, SleepLM
+from .blocks import sleep_blocks, why_not
 from .memory import Fast, Memory, Slow, copied
 from .writing import written
 
@@ -40,6 +41,14 @@ class OwnMemory:
         h, self._kept[i] = block(h, self._kept.get(i), mask, replays)
         return h
 
+    def of(self, blocks: range) -> list[Any]:
+        """What each of them remembers."""
+        return [self._kept.get(i) for i in blocks]
+
+    def remember(self, blocks: range, states: list[Fast | Slow]) -> None:
+        """In the place of what they remembered."""
+        self._kept |= dict(zip(blocks, states, strict=True))
+
 
 class OwnStack:
     """The blocks of a SleepLM. A window's places count from its own start, whatever `first` is."""
@@ -61,6 +70,18 @@ class OwnStack:
         assert isinstance(memory, OwnMemory)
         blocks = [partial(memory.run, i, block, mask) for i, block in enumerate(self.model.blocks())]
         return self.model.embed(ids, place), blocks
+
+    def why_not(self, h: Tensor, blocks: range) -> str | None:
+        return why_not(h, self.model.blocks()[blocks.start : blocks.stop])
+
+    def sleep(
+        self, h: Tensor, blocks: range, memory: Memory, passes: int, feedback: Any, conv_state: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(memory, OwnMemory)
+        chosen = self.model.blocks()[blocks.start : blocks.stop]
+        slept = sleep_blocks(h, chosen, memory.of(blocks), passes, feedback, conv_state)
+        memory.remember(blocks, slept.states)
+        return slept.h, slept.changes
 
     def logits(self, h: Tensor) -> Tensor:
         return self.model.logits(h)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .capture import Captures
-from .memory import Fast, Memory, Slow, Stack, copied, stack_of
+from .memory import Fast, Memory, Slow, Stack, Whole, copied, stack_of
+from .passes import normalised, relative_change
 
 Eviction = Literal["hard", "sliding"]
 Feedback = Literal["raw", "reinject", "replay"]
@@ -206,23 +207,56 @@ class SleepSession:
         low, high = self.looped[0], self.looped[-1] + 1
         for call in calls[:low]:
             h = call(h)
-        looped, passes = calls[low:high], self.passes
+        if isinstance(self.stack, Whole) and self._why_not_whole(h, mask) is None:
+            h, changes = self.stack.sleep(h, self.looped, memory, self.passes, self.feedback, self.conv_state)
+        else:
+            h, changes = self._passes(calls[low:high], h, before, kept)
+        for call in calls[high:]:
+            h = call(h)
+        self._evict(ids.shape[1], mask)
+        return changes
+
+    def explain(self) -> str:
+        """How a sleep over a window without padding runs: in one call, or block by block and why."""
+        reason = self._why_not_whole(next(iter(self._parameters()), torch.empty(0)), None)
+        return "all passes in one call of C++" if reason is None else f"block by block: {reason}"
+
+    def _why_not_whole(self, h: Tensor, mask: Tensor | None) -> str | None:
+        """None where all passes over h are one call (`sleep_blocks`), else the sentence why each block is called."""
+        if not isinstance(self.stack, Whole):
+            return "only the blocks of a SleepLM run in one call"
+        if mask is not None or self.kept_mask is not None:
+            return "padding"
+        if self.settled is not None:
+            return "whether another pass follows depends on numbers (settled)"
+        if self.feedback == "replay":
+            return "a replay repeats the recurrence alone"
+        if torch.is_grad_enabled() and not self.checkpoint and any(p.requires_grad for p in self._parameters()):
+            return "gradients; with checkpoint=True each pass is run again for them instead"
+        return self.stack.why_not(h, self.looped)
+
+    def _parameters(self) -> list[Tensor]:
+        return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
+
+    def _passes(
+        self, looped: list[Any], h: Tensor, before: dict[int, Fast], kept: dict[int, Slow]
+    ) -> tuple[Tensor, Tensor]:
+        """Block by block: h after the last pass, and changes [N]."""
+        memory, passes = self.memory, self.passes
         if self.feedback == "replay":
             looped, passes = [partial(call, replays=passes) for call in looped], 1
         start, changes = h, []
         for done in range(passes):
             if done > 0:
                 self._start_pass(before, kept)
-                h = h if self.feedback == "raw" else _normalised(h) + start
+                h = h if self.feedback == "raw" else normalised(h) + start
             fast = {i: x for i, x in memory.fast().items() if i in self.looped}
             h = self._run(looped, h)
-            changes.append(_change(fast, memory.fast(), self.looped))
+            after = {i: x.state for i, x in memory.fast().items() if i in self.looped}
+            changes.append(relative_change((fast[i].state if i in fast else None, S) for i, S in after.items()))
             if self.settled is not None and float(changes[-1]) < self.settled:
                 break
-        for call in calls[high:]:
-            h = call(h)
-        self._evict(ids.shape[1], mask)
-        return torch.stack(changes)
+        return h, torch.stack(changes)
 
     def _run(self, calls: list[Any], h: Tensor) -> Tensor:
         """The looped blocks once."""
@@ -244,13 +278,15 @@ class SleepSession:
 
         def once(h: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             aside = memory.fast(), memory.slow()
-            memory.set_fast({i: Fast(*states[2 * n : 2 * n + 2]) for n, i in enumerate(before)})
-            memory.set_slow(slow)
-            for call in calls:
-                h = call(h)
-            made = [*(memory.fast()[i] for i in after), *(memory.slow()[i] for i in kept)]
-            memory.set_fast(aside[0])
-            memory.set_slow(aside[1])
+            try:
+                memory.set_fast({i: Fast(*states[2 * n : 2 * n + 2]) for n, i in enumerate(before)})
+                memory.set_slow(slow)
+                for call in calls:
+                    h = call(h)
+                made = [*(memory.fast()[i] for i in after), *(memory.slow()[i] for i in kept)]
+            finally:  # the backward leaves early, by an exception, once it has what it needs
+                memory.set_fast(aside[0])
+                memory.set_slow(aside[1])
             return (h, *(t for pair in made for t in pair))
 
         h, *made = checkpoint(once, h, *(t for i in before for t in fast[i]), use_reentrant=False)
@@ -314,19 +350,3 @@ def _joined(first: Tensor, first_mask: Tensor | None, second: Tensor, mask: Tens
         return None
     pairs = ((first, first_mask), (second, mask))
     return torch.cat([torch.ones_like(ids) if mask is None else mask for ids, mask in pairs], dim=1)
-
-
-def _normalised(h: Tensor) -> Tensor:
-    return nn.functional.rms_norm(h, h.shape[-1:])
-
-
-@torch.no_grad()
-def _change(before: dict[int, Fast], after: dict[int, Fast], looped: range) -> Tensor:
-    """|S_n - S_(n-1)| / |S_n| over all looped layers; 1 where there was no state before, 0 where there is none."""
-    states = [(fast.state, before[i].state if i in before else None) for i, fast in after.items() if i in looped]
-    if not states:
-        return torch.zeros(())
-    steps = [torch.linalg.vector_norm(S) if old is None else torch.dist(S, old) for S, old in states]
-    sizes = [torch.linalg.vector_norm(S) for S, _ in states]
-    change: Tensor = torch.stack(steps).norm() / torch.stack(sizes).norm().clamp_min(1e-30)
-    return change
