@@ -12,10 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..measure.environment import environment
+from ..measure.timing import threads
+from ..training import configuration
+from ..training.costs import adaptive, step_costs, throughput
 from ..training.logs import Log, read_logs
 from ..training.study import N1, N4, Study, gaps, markdown, seeds_of, summary
 from .curves import draw_curves
-from .output import console, finish, usage, write_json
+from .output import console, finish, progress_bar, usage, write_json
 
 app = typer.Typer(no_args_is_help=True, help="What N passes are good for, and what they cost.")
 
@@ -33,6 +36,47 @@ def mini_depo(
     except ValueError as error:
         raise usage(error) from error
     finish(run_study(study, processes)["passed"])
+
+
+@app.command("costs")
+def costs(
+    out: Annotated[Path, typer.Option(help="folder for costs.json and costs.md")],
+    trained: Annotated[Path | None, typer.Option(help="folder of a trained mini-Depo, to sleep until settled")] = None,
+) -> None:
+    """Seconds and memory of a training step by passes, checkpoints and eviction; tokens a second by backend."""
+    with progress_bar() as progress, threads(1):
+        steps = step_costs(progress)
+        rates = [throughput(configuration("depo", "mini"), passes) for passes in (1, 4)]
+        try:
+            settled = adaptive(trained) if trained is not None else []
+        except ValueError as error:
+            raise usage(error) from error
+        where = environment()
+    found = {"command": "costs", "environment": where, "steps": steps, "throughput": rates, "adaptive": settled}
+    text = costs_markdown(found)
+    console.print(text)
+    write_json(out / "costs.json", found)
+    (out / "costs.md").write_text(text)
+
+
+def costs_markdown(found: dict[str, Any]) -> str:
+    """Tables of what `costs` measured."""
+    names = ("passes", "feedback", "eviction", "checkpoint", "settled")
+    first = {"feedback": "reinject", "eviction": "hard", "checkpoint": False, "settled": None}
+    lines = ["| N | feedback | eviction | checkpoint | settled | ms a step | peak MB |", "|" + "---|" * 7]
+    for row in found["steps"]:
+        cells = [str({**first, **row}[name]) for name in names]
+        lines.append("| " + " | ".join([*cells, f"{row['seconds'] * 1e3:.0f}", f"{row['bytes'] / 1e6:.0f}"]) + " |")
+    lines += ["", "| N | tokens/s, best backend | tokens/s, chunked | faster |", "|" + "---|" * 4]
+    for row in found["throughput"]:
+        rates = row["tokens_per_second"]
+        lines.append(f"| {row['passes']} | {rates['ours']:.0f} | {rates['chunked']:.0f} | {row['faster']:.2f} |")
+    if found["adaptive"]:
+        lines += ["", "| settled | passes made | accuracy by level |", "|" + "---|" * 3]
+        for row in found["adaptive"]:
+            shares = ", ".join(f"{level}: {share:.3f}" for level, share in row["accuracy"].items())
+            lines.append(f"| {row['settled']} | {row['passes_made']:.2f} | {shares} |")
+    return "\n".join(lines) + "\n"
 
 
 def run_study(study: Study, processes: int = 2) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class SleepLM(nn.Module):
     def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
             if name.startswith(("tokens", "positions")):
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.5**0.5)
             elif parameter.ndim == 2 and "convolution" not in name:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
                 if name.endswith("out.weight"):
