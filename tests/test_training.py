@@ -160,11 +160,11 @@ def test_every_configuration_runs_one_problem() -> None:
 
 def test_estimates_count_tokens_and_products() -> None:
     mini = configuration("depo", "mini")
-    assert longer(mini, 4) == pytest.approx((4 * 19 + 9) / (19 + 9))
+    assert longer(mini, 4) == pytest.approx((4 * 15 + 8) / (15 + 8))
     found = estimate(mini, 4, steps=10)
     matrices = 64 * (3 * 64 + 64) + 64 * (3 * 64 + 64 + 64 + 4) + 2 * 2 * 2 * 64 * 64
-    assert found.tokens == 640 * 28
-    assert found.flop == pytest.approx(6 * 640 * (85 * matrices + 9 * 64 * 13))
+    assert found.tokens == 640 * 23
+    assert found.flop == pytest.approx(6 * 640 * (68 * matrices + 8 * 64 * 11))
 
 
 def torchrun(kind: str, processes: int, out: Path) -> dict[str, Tensor]:

@@ -33,11 +33,11 @@ class Row:
 N1, N4 = Row("N=1", 1), Row("N=4", 4)
 ROWS = (
     N1,
-    Row("N=2", 2),
     N4,
-    Row("N=4 raw", 4, "raw"),
     Row("N=4 replay only", 4, "replay"),
+    Row("N=2", 2),
     Row("N=1, compute of N=4", 1, like=4),
+    Row("N=4 raw", 4, "raw"),
 )
 WANTED_GAP = 0.15
 
@@ -54,8 +54,8 @@ class Study:
     steps: int | None = None
 
     def jobs(self) -> list[tuple[Row, int]]:
-        """Seed by seed, so that an interrupted study has whole ones."""
-        return [(row, seed) for seed in self.seeds for row in self.rows]
+        """Row by row, so that an interrupted study has whole ones."""
+        return [(row, seed) for row in self.rows for seed in self.seeds]
 
     def steps_of(self, row: Row) -> int:
         """Of a row."""
