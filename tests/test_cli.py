@@ -91,6 +91,11 @@ def test_verify_exits_1_when_the_backend_asked_for_refuses_everything(tiny, monk
         (["explain", "--dtype", "int8"], "expected one of float32"),
         (["explain", "--H", "2", "--HV", "3"], "expected a multiple of H = 2"),
         (["demo", "--text", "nowhere"], "nowhere is not a file"),
+        (["train", "chess"], "task: got 'chess'; expected one of depo, rule110, arithmetic"),
+        (["train", "depo", "--feedback", "none"], "feedback: got 'none'; expected one of raw, reinject, replay"),
+        (["train", "depo", "--distributed", "ddp"], "expected to be started by torchrun"),
+        (["curves", "nowhere"], "folder: got nowhere; expected folders that `train` has written to"),
+        (["study", "mini-depo", "--out", "x", "--seeds", "a"], "seeds: got 'a'; expected numbers"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -167,6 +172,8 @@ def dropin(monkeypatch):
         module = importlib.import_module(f"sleepkern.cli.{name}")
         function = {"dropin": "run_dropin", "asleep": "run_sleep"}[name]
         monkeypatch.setattr(module, function, lambda text, progress=None, result=result: result)
+    thinking = importlib.import_module("sleepkern.cli.thinking")
+    monkeypatch.setattr(thinking, "run_thinking", lambda folder: {"passed": True})
 
 
 def test_demo_shows_all_parts_and_writes_them(tiny, dropin, tmp_path):
@@ -183,6 +190,22 @@ def test_demo_shows_all_parts_and_writes_them(tiny, dropin, tmp_path):
 def test_demo_exits_1_on_a_planted_fault(tiny, dropin, fault, tmp_path):
     (tmp_path / "text").write_bytes(b"words")
     assert invoke("demo", "--out", tmp_path / "out", "--text", tmp_path / "text").exit_code == 1
+
+
+def test_train_writes_a_log_that_curves_draws(tmp_path):
+    steps = ("--steps", 2, "--passes", 2, "--out", tmp_path / "run")
+    for more in ((), ("--resume",)):
+        result = invoke("train", "depo", *steps, *more)
+        assert result.exit_code == 0, result.output
+        assert "step 2, loss" in result.output and "hops 1: 0." in result.output
+    log = json.loads((tmp_path / "run" / "log.json").read_text())
+    assert log["finished"] and log["label"] == "N=2 reinject" and log["run"]["configuration"]["task"]["nodes"] == 7
+    assert (tmp_path / "run" / "checkpoint.pt").is_file()
+    result = invoke("curves", tmp_path / "run", "--out", tmp_path / "curves.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    listed = invoke("train", "--list")
+    assert listed.exit_code == 0 and "arithmetic" in listed.output and "estimates by arithmetic" in listed.output
 
 
 def test_python_m_sleepkern_is_the_command_line():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, demo, explain, info, tune, verify
+from . import bench, curves, demo, explain, info, study, train, tune, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -12,8 +12,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Kernels for fast weights and sleep: check them, time them, ask them.",
 )
-for _module in (verify, bench, explain, info, tune, demo):
+for _module in (verify, bench, explain, info, tune, train, curves, demo):
     app.command(_module.__name__.rpartition(".")[2])(_module.command)
+app.add_typer(study.app, name="study")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`sleepkern demo`: right, fast, in a model, and asleep, in two to three minutes."""
+"""`sleepkern demo`: right, fast, in a model, asleep, and thinking, in five to seven minutes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def command(
     out: Annotated[Path, typer.Option(help="folder for JSON and PNG files")] = Path("out/demo"),
     text: Annotated[Path, typer.Option(help="what the model reads")] = Path("README.md"),
 ) -> None:
-    """Verify and bench (quick), a model with and without sleepkern, and sleep. Exit status 1 when red."""
+    """Verify and bench (quick), a model with and without sleepkern, sleep, and thinking. Exit status 1 when red."""
     if not text.is_file():
         raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
     console.rule("1. Is it right?")
@@ -41,7 +41,9 @@ def command(
     console.rule("4. Asleep")
     slept = _run_sleep(text)
     write_json(out / "sleep.json", {"command": "sleep", "environment": environment(), **slept})
-    finish(verify_command.passed(rows) and report.passed)
+    console.rule("5. Does it think?")
+    thought = _run_thinking(out / "thinking")
+    finish(verify_command.passed(rows) and report.passed and thought["passed"])
 
 
 def _run_dropin(text: Path) -> dict[str, Any]:
@@ -76,6 +78,13 @@ def _run_sleep(text: Path) -> dict[str, Any]:
         result = run_sleep(text.read_bytes(), progress=status.update)
     console.print(sleep_table(result, text.name))
     return result
+
+
+def _run_thinking(folder: Path) -> dict[str, Any]:
+    from .thinking import run_thinking
+
+    console.print("two small models learn to follow chains x, f(x), f(f(x)), ... through what they slept over")
+    return run_thinking(folder)
 
 
 def sleep_table(result: dict[str, Any], source: str) -> Table:

@@ -16,7 +16,9 @@ class SleepLM(nn.Module):
 
     Positions are learned and count from the start of a window: after an eviction nothing else is left to count from.
     The head starts at 0, projections back into the residual stream at 1 / sqrt(2 blocks) of the others, so that N
-    passes over the blocks start near the identity.
+    passes over the blocks start near the identity; embeddings so that h starts with a mean square of 1, which is what
+    feedback "reinject" adds to; convolutions small, because an optimiser that moves each weight by its own rate then
+    soon decides which tokens they see.
 
     Args:
         vocabulary: tokens.
@@ -83,8 +85,10 @@ class SleepLM(nn.Module):
     def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
             if name.startswith(("tokens", "positions")):
-                nn.init.normal_(parameter, std=0.02)
-            elif parameter.ndim == 2 and "convolution" not in name:
+                nn.init.normal_(parameter, std=0.5**0.5)
+            elif "convolution" in name:
+                nn.init.normal_(parameter, std=0.1)
+            elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
                 if name.endswith("out.weight"):
                     parameter.data *= (2 * len(self.layers)) ** -0.5

@@ -1,0 +1,120 @@
+"""`sleepkern study`: the trainings that show what N passes are good for, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..measure.environment import environment
+from ..measure.timing import threads
+from ..training import configuration
+from ..training.costs import adaptive, step_costs, throughput
+from ..training.logs import Log, read_logs
+from ..training.study import N1, N4, Study, gaps, markdown, seeds_of, summary
+from .curves import draw_curves
+from .output import console, finish, progress_bar, usage, write_json
+
+app = typer.Typer(no_args_is_help=True, help="What N passes are good for, and what they cost.")
+
+
+@app.command("mini-depo")
+def mini_depo(
+    out: Annotated[Path, typer.Option(help="folder for all runs and the results; runs finished there stay")],
+    seeds: Annotated[str, typer.Option(help="numbers with commas between them")] = "0,1,2",
+    steps: Annotated[int | None, typer.Option(min=1, help="of all rows but the longer one")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="trainings side by side, one thread each")] = 2,
+) -> None:
+    """N = 1, 2 and 4, replay only, and N = 1 with the compute of N = 4. Exit status 1 unless N = 4 is clearly ahead."""
+    try:
+        study = Study(out, seeds=seeds_of(seeds), steps=steps)
+    except ValueError as error:
+        raise usage(error) from error
+    finish(run_study(study, processes)["passed"])
+
+
+@app.command("costs")
+def costs(
+    out: Annotated[Path, typer.Option(help="folder for costs.json and costs.md")],
+    trained: Annotated[Path | None, typer.Option(help="folder of a trained mini-Depo, to sleep until settled")] = None,
+) -> None:
+    """Seconds and memory of a training step by passes, checkpoints and eviction; tokens a second by backend."""
+    with progress_bar() as progress, threads(1):
+        steps = step_costs(progress)
+        rates = [throughput(configuration("depo", "mini"), passes) for passes in (1, 4)]
+        try:
+            settled = adaptive(trained) if trained is not None else []
+        except ValueError as error:
+            raise usage(error) from error
+        where = environment()
+    found = {"command": "costs", "environment": where, "steps": steps, "throughput": rates, "adaptive": settled}
+    text = costs_markdown(found)
+    console.print(text)
+    write_json(out / "costs.json", found)
+    (out / "costs.md").write_text(text)
+
+
+def costs_markdown(found: dict[str, Any]) -> str:
+    """Tables of what `costs` measured."""
+    names = ("passes", "feedback", "eviction", "checkpoint", "settled")
+    first = {"feedback": "reinject", "eviction": "hard", "checkpoint": False, "settled": None}
+    lines = ["| N | feedback | eviction | checkpoint | settled | ms a step | peak MB |", "|" + "---|" * 7]
+    for row in found["steps"]:
+        cells = [str({**first, **row}[name]) for name in names]
+        lines.append("| " + " | ".join([*cells, f"{row['seconds'] * 1e3:.0f}", f"{row['bytes'] / 1e6:.0f}"]) + " |")
+    lines += ["", "| N | tokens/s, best backend | tokens/s, chunked | faster |", "|" + "---|" * 4]
+    for row in found["throughput"]:
+        rates = row["tokens_per_second"]
+        lines.append(f"| {row['passes']} | {rates['ours']:.0f} | {rates['chunked']:.0f} | {row['faster']:.2f} |")
+    if found["adaptive"]:
+        lines += ["", "| settled | passes made | accuracy by level |", "|" + "---|" * 3]
+        for row in found["adaptive"]:
+            shares = ", ".join(f"{level}: {share:.3f}" for level, share in row["accuracy"].items())
+            lines.append(f"| {row['settled']} | {row['passes_made']:.2f} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def run_study(study: Study, processes: int = 2) -> dict[str, Any]:
+    """Train what is missing, with a bar; show and write study.json, study.md and study.png."""
+    with watching(study) as watch:
+        study.run(processes, watch)
+    found = {**summary(study), "environment": environment()}
+    console.print(table(study))
+    write_json(study.folder / "study.json", found)
+    (study.folder / "study.md").write_text(markdown(study))
+    draw_curves(read_logs([study.place(*job) for job in study.jobs()]), study.folder / "study.png")
+    return found
+
+
+@contextmanager
+def watching(study: Study) -> Iterator[Any]:
+    """A bar for each run on its way, and the function that moves them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        bars = [bar.add_task(f"{row.name}, seed {seed}", total=study.steps_of(row)) for row, seed in study.jobs()]
+
+        def watch(logs: list[Log | None]) -> None:
+            for task, (row, seed), log in zip(bars, study.jobs(), logs, strict=True):
+                if log is not None:
+                    shares = " ".join(f"{level}: {share:.2f}" for level, share in log.accuracy.items())
+                    bar.update(task, completed=log.steps, description=f"{row.name}, seed {seed}  {shares}")
+
+        yield watch
+
+
+def table(study: Study) -> Table:
+    """Accuracy by level of every run, with chance."""
+    lines = [line.strip("| ").split(" | ") for line in markdown(study).splitlines()]
+    shown = Table(title=f"{study.task} {study.size}: share of answers right in test problems")
+    for heading in lines[0]:
+        shown.add_column(heading, justify="left" if heading == "row" else "right")
+    for line in lines[2:]:
+        shown.add_row(*(cell.replace("**", "") for cell in line))
+    found = ", ".join(f"{gap:+.3f} (seed {seed})" for seed, gap in gaps(study).items())
+    shown.caption = f"{N4.name} minus {N1.name} over all but the easiest, equal steps: {found}"
+    return shown

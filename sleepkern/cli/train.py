@@ -1,0 +1,114 @@
+"""`sleepkern train`: a small model on a task that it has to think about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch.distributed as dist
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..measure.timing import threads
+from ..training import CONFIGURATIONS, Run, Training, configuration, placed
+from ..training.estimate import estimate
+from ..training.logs import CHECKPOINT, LOG, default_label, written
+from .output import check_device, console, usage, write_json
+
+
+def command(
+    task: Annotated[str | None, typer.Argument(help=", ".join(CONFIGURATIONS))] = None,
+    size: Annotated[str, typer.Option(help="mini, gpu or paper")] = "mini",
+    passes: Annotated[int, typer.Option("--passes", "-N", min=1, help="over each window")] = 4,
+    feedback: Annotated[str, typer.Option(help="what a pass starts from: raw, reinject or replay")] = "reinject",
+    eviction: Annotated[str, typer.Option(help="hard or sliding")] = "hard",
+    settled: Annotated[float | None, typer.Option(help="stop passes that change the fast weights by less")] = None,
+    checkpoint: Annotated[bool, typer.Option(help="keep only what lies between passes; run each again backwards")] = (
+        False
+    ),
+    steps: Annotated[int | None, typer.Option(min=1, help="default: the configuration's")] = None,
+    seed: Annotated[int, typer.Option(help="of weights and problems")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    distributed: Annotated[str, typer.Option(help="single, or under torchrun ddp or fsdp")] = "single",
+    cores: Annotated[int, typer.Option("--threads", min=1, help="of torch, on the CPU")] = 1,
+    out: Annotated[Path | None, typer.Option(help="folder for log.json and checkpoint.pt")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the checkpoint in --out, if there is one")] = False,
+    label: Annotated[str | None, typer.Option(help="name of the run in plots")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="show what can be trained, with estimates of cost")] = False,
+) -> None:
+    """Train, measure, write a log and checkpoints; --list shows what can be trained."""
+    if listed or task is None:
+        console.print(configurations_table())
+        return
+    check_device(device)
+    try:
+        given: dict[str, Any] = {"feedback": feedback, "eviction": eviction, "settled": settled}
+        run = Run(configuration(task, size), passes, checkpoint=checkpoint, seed=seed, steps=steps, **given)
+        with threads(cores):
+            training = Training(run, placed(device, distributed))
+            training.sleeper.session()
+            if resume and out is not None and (out / CHECKPOINT).is_file():
+                training.load(out / CHECKPOINT)
+            train(training, out, label or default_label(passes, feedback, eviction, settled))
+    except ValueError as error:
+        raise usage(error) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(training: Training, out: Path | None, label: str) -> None:
+    """To the end, with a bar; a log and a checkpoint after each measurement."""
+    with _bar(training, label) as bar:
+
+        def keep(now: Training) -> None:
+            if out is None:
+                return
+            now.save(out / CHECKPOINT)
+            if now.placement.first:
+                write_json(out / LOG, written(now, label), quiet=True)
+
+        training.train(look=keep, each=bar)
+    if training.placement.first:
+        console.print(accuracy_line(training))
+
+
+def accuracy_line(training: Training) -> str:
+    """The last measurement in a line."""
+    if not training.history:
+        return "not measured yet"
+    last = training.history[-1]
+    shares = "  ".join(f"{level}: {share:.3f}" for level, share in last["accuracy"].items())
+    return f"step {last['step']}, loss {last['loss']:.3f}, {training.task.level_name} {shares}"
+
+
+@contextmanager
+def _bar(training: Training, label: str) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    hidden = not training.placement.first
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
+        row = bar.add_task(label, total=training.run.length, completed=training.done)
+
+        def move(now: Training) -> None:
+            bar.update(row, completed=now.done, description=f"{label}  {accuracy_line(now)}")
+
+        yield move
+
+
+def configurations_table() -> Table:
+    """Every configuration, with arithmetic on what it costs."""
+    table = Table(title="what can be trained; tokens and flop are estimates by arithmetic, for N = 4")
+    for heading in ("task", "size", "model", "parameters", "batch", "steps", "tokens", "PFLOP"):
+        table.add_column(heading, justify="left" if heading in ("task", "size", "model") else "right")
+    for task, sizes in CONFIGURATIONS.items():
+        for size, row in sizes.items():
+            found = estimate(row, 4)
+            table.add_row(
+                task, size, f"{row.blocks} blocks {row.pattern}, d = {row.width}, L = {row.task.window}",
+                f"{found.parameters / 1e6:.2f} M", str(row.batch), str(row.steps), f"{found.tokens / 1e6:.3g} M",
+                f"{found.flop / 1e15:.3g}",
+            )  # fmt: skip
+    return table

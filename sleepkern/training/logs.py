@@ -1,0 +1,89 @@
+"""Logs of runs, as files that other commands read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..measure.environment import environment
+from .training import Training
+
+LOG, CHECKPOINT = "log.json", "checkpoint.pt"
+
+
+class Log(NamedTuple):
+    """One run as its log tells it.
+
+    label      N and what else tells runs of a study apart
+    seed       of the run
+    steps      made; finished once they are those wanted
+    finished   whether it is
+    seconds    of training, without measurements
+    level_name, chance  of the task
+    history    for each measurement step, loss, seconds and accuracy by level
+    folder     where it lies
+    """
+
+    label: str
+    seed: int
+    steps: int
+    finished: bool
+    seconds: float
+    level_name: str
+    chance: float
+    history: list[dict[str, Any]]
+    folder: Path
+
+    @property
+    def accuracy(self) -> dict[int, float]:
+        """By level, at the last measurement."""
+        return {int(level): share for level, share in self.history[-1]["accuracy"].items()} if self.history else {}
+
+
+def written(training: Training, label: str) -> dict[str, Any]:
+    """What goes into log.json."""
+    return {
+        "command": "train",
+        "label": label,
+        "environment": environment(training.placement.device.type),
+        "run": training.run.to_dict(),
+        "processes": training.placement.processes,
+        "level_name": training.task.level_name,
+        "chance": training.task.chance,
+        "tokens_a_step": training.tokens,
+        "steps": training.done,
+        "finished": training.done >= training.run.length,
+        "seconds": training.seconds,
+        "history": training.history,
+    }
+
+
+def default_label(passes: int, feedback: str, eviction: str = "hard", settled: float | None = None) -> str:
+    """N=4 reinject, with what is not the default behind it."""
+    parts = [f"N={passes}"] + ([feedback] if passes > 1 else [])
+    parts += [eviction] if eviction != "hard" else []
+    return " ".join(parts + ([f"settled {settled:g}"] if settled is not None else []))
+
+
+def read_log(folder: Path) -> Log | None:
+    """The run in a folder, None where there is none yet."""
+    path = folder / LOG
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    names = ("label", "steps", "finished", "seconds", "level_name", "chance", "history")
+    return Log(seed=found["run"]["seed"], folder=folder, **{name: found[name] for name in names})
+
+
+def read_logs(folders: list[Path]) -> list[Log]:
+    """All runs in and below folders that have measured something.
+
+    Raises:
+        ValueError: there is none.
+    """
+    paths = sorted({path.parent for folder in folders for path in folder.rglob(LOG)})
+    logs = [log for folder in paths if (log := read_log(folder)) is not None and log.history]
+    if not logs:
+        raise ValueError(f"folder: got {', '.join(map(str, folders))}; expected folders that `train` has written to")
+    return logs

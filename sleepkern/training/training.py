@@ -1,0 +1,194 @@
+"""One training: batches, steps, measurements, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from ..sleep.session import Eviction, Feedback
+from ..tasks import IGNORED, Batch
+from .configurations import Configuration
+from .curriculum import curriculum
+from .optimisers import Optimisers, rate_factor
+from .placement import Placement
+from .sleeper import Sleeper, loss_of, right
+
+Look = Callable[["Training"], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a configuration is trained.
+
+    passes, feedback, eviction, settled, checkpoint: of SleepSession. seed: of the weights and the problems.
+    steps: default those of the configuration.
+    """
+
+    configuration: Configuration
+    passes: int = 1
+    feedback: Feedback = "reinject"
+    eviction: Eviction = "hard"
+    settled: float | None = None
+    checkpoint: bool = False
+    seed: int = 0
+    steps: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Steps."""
+        return self.steps or self.configuration.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a log."""
+        found = asdict(replace(self, steps=self.length))
+        found["configuration"]["task"] |= {"name": type(self.configuration.task).__name__}
+        return found
+
+
+class Training:
+    """A model on its way. Deterministic: a run that was interrupted goes on as if it had not been.
+
+    Args:
+        run: what to train.
+        placement: where; default on the CPU in this process.
+    """
+
+    def __init__(self, run: Run, placement: Placement | None = None) -> None:
+        self.run, self.task = run, run.configuration.task
+        self.placement = placement or Placement(torch.device("cpu"))
+        if run.configuration.batch % self.placement.processes:
+            raise ValueError(
+                f"batch: got {run.configuration.batch}; expected a multiple of {self.placement.processes} processes"
+            )
+        torch.manual_seed(run.seed)
+        self.sleeper = Sleeper(
+            run.configuration.model(), self.task.window, run.passes, run.feedback, run.eviction, run.settled,
+            run.checkpoint,
+        )  # fmt: skip
+        self.module = self.placement.wrap(self.sleeper)
+        self.optimisers = Optimisers(self.sleeper)
+        self.curriculum = curriculum(run.configuration.curriculum, self.task.levels)
+        self.done = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, Any]] = []
+        self._tests: dict[int, Batch] = {}
+
+    def step(self) -> Tensor:
+        """One step; this process' share of the loss (their mean is the loss of the batch)."""
+        whole = self.task.batch(
+            self.run.configuration.batch, self.run.seed, self.done, "train", self.curriculum.weights()
+        )
+        targets = int((whole.targets != IGNORED).sum())
+        batch = whole.part(self.placement.part(len(whole.context))).to(self.placement.device)
+        with self.placement.precision():
+            logits = self.module(batch.context, batch.question)
+        loss = loss_of(logits, batch, targets) * self.placement.processes
+        loss.backward()
+        self.optimisers.step(rate_factor(self.done, self.run.length))
+        if self.curriculum.every and self.done % self.curriculum.every == 0:
+            self.curriculum.look(self._token_accuracy(logits.detach(), batch))
+        self.done += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def measure(self) -> dict[int, float]:
+        """Share of answers right in test problems, by level."""
+        size, found = self.run.configuration.batch, {}
+        for level in self.task.test_levels:
+            hits = torch.zeros(2, dtype=torch.int64, device=self.placement.device)
+            tests = self._test(level)
+            for start in range(0, len(tests.context), size):
+                rows = tests.part(slice(start, start + size))
+                batch = rows.part(self.placement.part(len(rows.context))).to(self.placement.device)
+                with self.placement.precision():
+                    logits = self.module(batch.context, batch.question)
+                hits += torch.stack([right(logits, batch).sum(), (batch.level > 0).sum()])
+            got, asked = self.placement.summed(hits).tolist()
+            found[level] = got / asked
+        return found
+
+    def train(self, until: int | None = None, look: Look | None = None, each: Look | None = None) -> None:
+        """Go on to step `until` (default the end); `each` is called after every step, `look` after measurements."""
+        last = self.run.length if until is None else until
+        began = time.perf_counter()
+        while self.done < last:
+            loss = self.step()
+            if each is not None:
+                each(self)
+            if self.done % self.run.configuration.look == 0 or self.done == self.run.length:
+                lost = float(self.placement.summed(loss)) / self.placement.processes
+                self.seconds += time.perf_counter() - began  # of training alone
+                self.history.append(
+                    {"step": self.done, "loss": lost, "seconds": self.seconds, "accuracy": self.measure()}
+                )
+                if look is not None:
+                    look(self)
+                began = time.perf_counter()
+        self.seconds += time.perf_counter() - began
+
+    @property
+    def tokens(self) -> int:
+        """Of the problems of a step, each counted once whatever N is."""
+        lengths = self._test(self.task.test_levels[0])
+        return self.run.configuration.batch * (lengths.context.shape[1] + lengths.question.shape[1])
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; any number of processes can go on from it."""
+        weights, optimisers = get_state_dict(self.sleeper, self.optimisers.parts, options=_WHOLE)
+        if not self.placement.first:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "run": self.run.to_dict(),
+            "weights": weights,
+            "optimisers": optimisers,
+            "curriculum": self.curriculum.state(),
+            "done": self.done,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(content, partial)
+        partial.replace(path)  # so that an interruption leaves the one before
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        content = torch.load(path, map_location="cpu", weights_only=False)
+        if content["run"] != self.run.to_dict():
+            mine = self.run.to_dict()
+            differing = sorted(name for name in mine if content["run"].get(name) != mine[name])
+            raise ValueError(f"{path}: got a checkpoint of a run with other {', '.join(differing)}; expected the same")
+        set_state_dict(
+            self.sleeper, self.optimisers.parts, model_state_dict=content["weights"],
+            optim_state_dict=content["optimisers"], options=_WHOLE,
+        )  # fmt: skip
+        self.curriculum.load(content["curriculum"])
+        self.done, self.seconds, self.history = content["done"], content["seconds"], content["history"]
+
+    def _test(self, level: int) -> Batch:
+        if level not in self._tests:
+            weights = [float(other == level) for other in self.task.levels]
+            self._tests[level] = self.task.batch(self.run.configuration.problems, level, 0, "test", weights)
+        return self._tests[level]
+
+    def _token_accuracy(self, logits: Tensor, batch: Batch) -> dict[int, float]:
+        answers = batch.answers.clamp_min(0)
+        level = batch.level.gather(1, answers).where(batch.answers >= 0, 0)
+        hits = logits.argmax(-1) == batch.targets
+        counts = torch.stack([torch.stack([(hits & (level == n)).sum(), (level == n).sum()]) for n in self.task.levels])
+        rows = zip(self.task.levels, self.placement.summed(counts).tolist(), strict=True)
+        return {n: got / asked for n, (got, asked) in rows if asked}
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
