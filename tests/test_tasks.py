@@ -32,8 +32,9 @@ def test_shapes_and_ranges(task: Task, split: str) -> None:
     assert batch.context.shape[1] % task.window == 0
     assert batch.question.shape == batch.targets.shape == batch.answers.shape == (50, task.question_length)
     assert all(t.dtype == torch.int64 for t in batch)
-    for tokens in (batch.context, batch.question, batch.targets[batch.targets != IGNORED]):
-        assert int(tokens.min()) >= 0 and int(tokens.max()) < task.vocabulary
+    for tokens, kinds in ((batch.context, task.kinds), (batch.question, task.kinds), (batch.targets, 1)):
+        there = tokens[tokens != IGNORED]
+        assert int(there.min()) >= 0 and int(there.max()) < task.vocabulary * kinds
     assert set(batch.level.flatten().tolist()) <= {0, *task.levels}
     there = torch.zeros_like(batch.level).scatter_(1, batch.answers.clamp_min(0), 1).bool()
     assert torch.equal(there, batch.level > 0)  # every answer has a level and tokens
@@ -81,13 +82,13 @@ def test_depo_is_walked() -> None:
     for context, question, targets, level in zip(
         batch.context, batch.question, batch.targets, batch.level, strict=True
     ):
-        k = int(context[0]) - 9 + 1
-        assert question[0] == context[0] and set(level.tolist()) == {k}
-        successor = dict(context[1:].view(-1, 2).tolist())
+        k = int(context[0]) // 9 + 1
+        assert set((torch.cat([context, question]) // 9).tolist()) == {k - 1} and set(level.tolist()) == {k}
+        successor = dict((context % 9).view(-1, 2).tolist())
         assert len(cycle_of(successor)) == 9  # one cycle through all
-        assert [walked(successor, x, k) for x in question[1:].tolist()] == targets[1:].tolist()
-        assert len(set(question[1:].tolist())) == 8
-    first = batch.context[:, 1].bincount(minlength=9)
+        assert [walked(successor, x, k) for x in (question % 9).tolist()] == targets.tolist()
+        assert len(set(question.tolist())) == 8
+    first = (batch.context[:, 0] % 9).bincount(minlength=9)
     assert int(first.min()) > 5  # edges come in any order
 
 
@@ -198,7 +199,8 @@ def problems(task: Task, split: str, count: int) -> set[Any]:
     found: set[Any] = set()
     for context in batch.context.tolist():
         if isinstance(task, Depo):
-            found.add(cycle_of(dict(zip(context[1::2], context[2::2], strict=True))))
+            nodes = [t % task.nodes for t in context]
+            found.add(cycle_of(dict(zip(nodes[::2], nodes[1::2], strict=True))))
         elif isinstance(task, NamedDepo):
             names = spelt([t for t in context if t != task.vocabulary - 1], task.letters)
             found.add(cycle_of(dict(zip(names[::2], names[1::2], strict=True))))

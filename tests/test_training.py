@@ -85,7 +85,7 @@ def test_it_learns() -> None:
     training = Training(Run(replace(TINY, task=Depo(5, (1,), 5), width=32, batch=32, steps=150, look=150), passes=2))
     training.train()
     assert training.history[-1]["accuracy"][1] > 0.6
-    assert training.tokens == 32 * (11 + 6)
+    assert training.tokens == 32 * (10 + 5)
 
 
 def batch_of(targets: list[list[int]], answers: list[list[int]], level: list[list[int]]) -> Batch:
@@ -107,7 +107,8 @@ def test_muon_is_torchs() -> None:
     """But for the bfloat16 in which torch's iterates."""
     weights = [torch.nn.Parameter(torch.randn(24, 8, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
     start = weights[0].detach().clone()
-    parts = [make([w], lr=0.1, weight_decay=0.1) for make, w in zip((Muon, torch.optim.Muon), weights, strict=True)]
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    parts = [Muon([weights[0]], {}, **options), torch.optim.Muon([weights[1]], **options)]
     for step in range(3):
         gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(step + 1))
         for part, weight in zip(parts, weights, strict=True):
@@ -116,6 +117,21 @@ def test_muon_is_torchs() -> None:
     assert relative_error(weights[0] - start, weights[1] - start) < 0.02
     values = torch.linalg.svdvals(orthogonal(torch.randn(16, 32), 3.4445, -4.775, 2.0315))
     assert 0.5 < float(values.min()) and float(values.max()) < 1.3
+
+
+def test_muon_of_matrices_side_by_side_is_muon_of_each() -> None:
+    both, pair = torch.nn.Parameter(torch.randn(24, 8)), [torch.nn.Parameter(torch.zeros(12, 8)) for _ in range(2)]
+    for part, rows in zip(pair, both.detach().split(12), strict=True):
+        part.data.copy_(rows)
+    for step in range(2):
+        both.grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(step)) * torch.arange(24)[:, None]
+        for part, rows in zip(pair, both.grad.split(12), strict=True):
+            part.grad = rows
+        if step == 0:
+            one, two = Muon([both], {both: [12, 12]}, lr=0.1), Muon(pair, {}, lr=0.1)
+        one.step()
+        two.step()
+    assert torch.equal(both, torch.cat([p.detach() for p in pair]))
 
 
 def test_muon_takes_the_matrices_of_blocks() -> None:
@@ -160,11 +176,11 @@ def test_every_configuration_runs_one_problem() -> None:
 
 def test_estimates_count_tokens_and_products() -> None:
     mini = configuration("depo", "mini")
-    assert longer(mini, 4) == pytest.approx((4 * 15 + 8) / (15 + 8))
+    assert longer(mini, 4) == pytest.approx((4 * 18 + 8) / (18 + 8))
     found = estimate(mini, 4, steps=10)
     matrices = 64 * (3 * 64 + 64) + 64 * (3 * 64 + 64 + 64 + 4) + 2 * 2 * 2 * 64 * 64
-    assert found.tokens == 640 * 23
-    assert found.flop == pytest.approx(6 * 640 * (68 * matrices + 8 * 64 * 11))
+    assert found.tokens == 640 * 26
+    assert found.flop == pytest.approx(6 * 640 * (80 * matrices + 8 * 64 * 9))
 
 
 def torchrun(kind: str, processes: int, out: Path) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ class SleepLM(nn.Module):
 
     Positions are learned and count from the start of a window: after an eviction nothing else is left to count from.
     The head starts at 0, projections back into the residual stream at 1 / sqrt(2 blocks) of the others, so that N
-    passes over the blocks start near the identity; embeddings so that h starts with a mean square of 1, which is what
-    feedback "reinject" adds to; convolutions small, because an optimiser that moves each weight by its own rate then
-    soon decides which tokens they see.
+    passes over the blocks start near the identity. Tokens start with a mean square of 1, which is what feedback
+    "reinject" adds to, and positions far smaller, so that h says first of all which token it is. Convolutions start
+    small: an optimiser that moves each weight by its own rate then soon decides which tokens they see.
 
     Args:
         vocabulary: tokens.
@@ -27,6 +27,8 @@ class SleepLM(nn.Module):
         pattern: repeated over the blocks, "A" attention, "G" gated DeltaNet.
         factor: of the MLP.
         mixer: further arguments of GatedDeltaNet.
+        kinds: an id token + vocabulary * kind is the token with something said of it, out of so many; the embeddings of
+            both add up. Only tokens are predicted.
     """
 
     def __init__(
@@ -39,20 +41,21 @@ class SleepLM(nn.Module):
         pattern: str = "AG",
         factor: int = 2,
         mixer: dict[str, object] | None = None,
+        kinds: int = 1,
     ) -> None:
         super().__init__()
         if not pattern or set(pattern) - set("AG") or "G" not in pattern[:blocks]:
             raise ValueError(f"pattern: got {pattern!r}; expected letters A and G, a G among the first {blocks}")
-        self.window = window
+        self.vocabulary, self.window = vocabulary, window
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(window, width)
-        kinds = (pattern[i % len(pattern)] for i in range(blocks))
+        self.kinds = nn.Embedding(kinds, width) if kinds > 1 else None
         self.layers = nn.ModuleList(
             HybridBlock(
                 width,
-                GatedDeltaNet(width, heads, **(mixer or {})) if kind == "G" else WindowAttention(width, heads),  # type: ignore[arg-type]
+                GatedDeltaNet(width, heads, **(mixer or {})) if letter == "G" else WindowAttention(width, heads),  # type: ignore[arg-type]
                 factor,
             )
-            for kind in kinds
+            for letter in (pattern[i % len(pattern)] for i in range(blocks))
         )
         self.norm = nn.RMSNorm(width)
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
@@ -63,7 +66,9 @@ class SleepLM(nn.Module):
         if first + ids.shape[1] > self.window:
             raise ValueError(f"ids: got {first + ids.shape[1]} tokens of a window; expected at most {self.window}")
         places = torch.arange(first, first + ids.shape[1], device=ids.device)
-        return self.tokens(ids) + self.positions(places)  # type: ignore[no-any-return]
+        if self.kinds is None:
+            return self.tokens(ids) + self.positions(places)  # type: ignore[no-any-return]
+        return self.tokens(ids % self.vocabulary) + self.kinds(ids // self.vocabulary) + self.positions(places)  # type: ignore[no-any-return]
 
     def blocks(self) -> list[HybridBlock]:
         """The layers in order."""
@@ -84,8 +89,10 @@ class SleepLM(nn.Module):
 
     def _initialise(self) -> None:
         for name, parameter in self.named_parameters():
-            if name.startswith(("tokens", "positions")):
-                nn.init.normal_(parameter, std=0.5**0.5)
+            if name.startswith(("tokens", "kinds")):
+                nn.init.normal_(parameter)
+            elif name.startswith("positions"):
+                nn.init.normal_(parameter, std=0.02)
             elif "convolution" in name:
                 nn.init.normal_(parameter, std=0.1)
             elif parameter.ndim == 2:

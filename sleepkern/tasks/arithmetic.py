@@ -38,6 +38,7 @@ class Arithmetic:
     windows: int = 2
 
     level_name = "operations"
+    kinds = 1
 
     def __post_init__(self) -> None:
         if max(self.operations) > self.statements or 4 * (self.statements + 1) % self.windows:

@@ -31,9 +31,9 @@ def rotated(cycles: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Depo:
-    """One window, one token a node, one k a problem, said before the edges: `<k> x f(x) ...`, asked `<k> x1 x2 ...`.
+    """One window, one token a node, one k a problem: edges `x f(x) ...`, asked `x1 x2 ...`, k said of every token.
 
-    nodes: of the cycle; tokens 0 .. nodes-1. hops: the k, tokens nodes and after. queries: distinct nodes asked for.
+    nodes: of the cycle; tokens 0 .. nodes-1. hops: the k, kinds of tokens. queries: distinct nodes asked for.
 
     Two problems are the same if their cycles are; the order of edges and k do not matter.
     """
@@ -53,15 +53,19 @@ class Depo:
 
     @property
     def vocabulary(self) -> int:
-        return self.nodes + len(self.hops)
+        return self.nodes
+
+    @property
+    def kinds(self) -> int:
+        return len(self.hops)
 
     @property
     def window(self) -> int:
-        return 1 + 2 * self.nodes
+        return 2 * self.nodes
 
     @property
     def question_length(self) -> int:
-        return 1 + self.queries
+        return self.queries
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -81,18 +85,15 @@ class Depo:
         random = generator(seed, step, split)
         (cycles,) = draw(size, split, lambda n: (orders(n, self.nodes, random),), lambda found: rotated(found[0]))
         hops = drawn_levels(self.hops, weights, (size, 1), random)
-        mark = self.nodes + (hops == torch.tensor(self.hops)).int().argmax(1, keepdim=True)
+        kind = self.nodes * (hops == torch.tensor(self.hops)).int().argmax(1, keepdim=True)
         order = orders(size, self.nodes, random)
         edges = torch.stack([cycles.gather(1, order), cycles.gather(1, (order + 1) % self.nodes)], dim=2)
         asked = orders(size, self.nodes, random)[:, : self.queries]
-        found = cycles.gather(1, (asked + hops) % self.nodes)
-        nothing = torch.full((size, 1), IGNORED)
-        answers = torch.arange(-1, self.queries).expand(size, -1)
         return Batch(
-            torch.cat([mark, edges.flatten(1)], dim=1),
-            torch.cat([mark, cycles.gather(1, asked)], dim=1),
-            torch.cat([nothing, found], dim=1),
-            answers,
+            edges.flatten(1) + kind,
+            cycles.gather(1, asked) + kind,
+            cycles.gather(1, (asked + hops) % self.nodes),
+            torch.arange(self.queries).expand(size, -1),
             hops.expand(-1, self.queries),
         )
 
@@ -117,6 +118,7 @@ class NamedDepo:
     window: int = 75
 
     level_name = "hops"
+    kinds = 1
 
     def __post_init__(self) -> None:
         if 4 * self.nodes % self.window or max(self.hops) >= self.nodes:

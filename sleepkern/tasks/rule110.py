@@ -34,6 +34,7 @@ class Rule110:
     steps: tuple[int, ...] = (32,)
 
     level_name = "steps"
+    kinds = 1
 
     @property
     def vocabulary(self) -> int:

@@ -49,6 +49,10 @@ class Task(Protocol):
         """Tokens."""
 
     @property
+    def kinds(self) -> int:
+        """What may be said of a token: an id is token + vocabulary * kind (`SleepLM`)."""
+
+    @property
     def window(self) -> int:
         """Tokens between two sleeps; contexts are whole windows."""
 

@@ -41,6 +41,7 @@ class Configuration:
             self.pattern,
             self.factor,
             {"decay_bias": self.decay_bias},
+            self.task.kinds,
         )
 
 
@@ -52,7 +53,7 @@ def _to(n: int) -> tuple[int, ...]:
 CONFIGURATIONS: dict[str, dict[str, Configuration]] = {
     "depo": {
         #                                                              width heads blocks batch steps
-        "mini":  Configuration(Depo(7, _to(4), 7),                        64,  2,    2,     64,  1600),
+        "mini":  Configuration(Depo(9, _to(4), 8),                        64,  2,    2,     64,  1600),
         "gpu":   Configuration(Depo(17, _to(8), 16),                     128,  4,    4,   1024,  4000, look=250),
         "paper": Configuration(NamedDepo(75),                            768, 12,   12,    256, 50000, factor=4,
                                decay_bias=6.0, look=1000),

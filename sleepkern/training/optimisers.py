@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MUON_RATE, ADAM_RATE = 0.02, 3e-3
+from ..nn import GatedDeltaNet, WindowAttention
+
+MUON_RATE, ADAM_RATE = 0.01, 3e-3
 WARM_UP = 50
 """Steps over which the rates rise."""
 DECAY = 0.3
@@ -26,14 +28,31 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
     return ".layers." in f".{name}" and parameter.ndim == 2 and "convolution" not in name
 
 
+def parts_of(model: nn.Module) -> dict[Tensor, list[int]]:
+    """Of matrices that hold several side by side, one product instead of several: the rows of each."""
+    found: dict[Tensor, list[int]] = {}
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            found[module.qkv.weight] = [module.qkv.weight.shape[1]] * 3
+        elif isinstance(module, GatedDeltaNet):
+            found[module.qkv.weight] = list(module.split)
+            found[module.rates.weight] = [module.value_heads] * 2
+    return found
+
+
 class Muon(torch.optim.Muon):
-    """torch's Muon, whose products on a CPU are made in float32: those in bfloat16 take ten times as long there."""
+    """torch's Muon, of matrices that may be several side by side, each of which gets an update of its own.
+
+    On a CPU products are made in float32: those in bfloat16 take ten times as long there.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], parts: dict[Tensor, list[int]], **options: Any) -> None:
+        super().__init__(matrices, **options)
+        self.parts = parts
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """As torch's; on a GPU it is torch's."""
-        if closure is not None or any(p.is_cuda for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
+        """Without a closure."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -46,9 +65,20 @@ class Muon(torch.optim.Muon):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad)
         mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        update = orthogonal(grad.lerp(mean, momentum) if group["nesterov"] else mean, *group["ns_coefficients"])
+        update = grad.lerp(mean, momentum) if group["nesterov"] else mean
+        rows = self.parts.get(p, [p.shape[0]])  # type: ignore[call-overload]
+        moved = [
+            _scaled(part, group["ns_coefficients"]) for part in (update.split(rows) if len(rows) > 1 else [update])
+        ]
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+        p.add_(torch.cat(moved) if len(rows) > 1 else moved[0], alpha=-group["lr"])
+
+
+def _scaled(update: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """Orthogonal, and larger where a matrix is tall, as in torch."""
+    made = orthogonal(update.bfloat16() if update.is_cuda else update, *coefficients)
+    taller: float = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+    return made.to(update.dtype) * taller
 
 
 def orthogonal(matrix: Tensor, a: float, b: float, c: float, rounds: int = 5) -> Tensor:
@@ -67,7 +97,7 @@ class Optimisers:
 
     def __init__(self, model: nn.Module) -> None:
         matrices, others = split_parameters(model)
-        muon = Muon(matrices, lr=MUON_RATE, momentum=0.95, nesterov=True, weight_decay=0.0)
+        muon = Muon(matrices, parts_of(model), lr=MUON_RATE, momentum=0.95, nesterov=True, weight_decay=0.0)
         adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self.parts: list[torch.optim.Optimizer] = [muon, adam]
         self._parameters = [*matrices, *others]
