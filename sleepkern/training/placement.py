@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .sleeper import Sleeper
@@ -33,6 +32,8 @@ class Placement:
         if self.kind == "ddp":
             return DistributedDataParallel(sleeper)
         if self.kind == "fsdp":
+            from torch.distributed.fsdp import fully_shard  # a second of imports
+
             for block in sleeper.model.layers:
                 fully_shard(block)
             fully_shard(sleeper)

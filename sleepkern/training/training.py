@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..sleep.session import Eviction, Feedback
 from ..tasks import IGNORED, Batch
@@ -141,7 +140,10 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint; any number of processes can go on from it."""
-        weights, optimisers = get_state_dict(self.sleeper, self.optimisers.parts, options=_WHOLE)
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # a second of imports
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, optimisers = get_state_dict(self.sleeper, self.optimisers.parts, options=whole)
         if not self.placement.first:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +166,8 @@ class Training:
         Raises:
             ValueError: it is of another run.
         """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
         content = torch.load(path, map_location="cpu", weights_only=False)
         if content["run"] != self.run.to_dict():
             mine = self.run.to_dict()
@@ -171,7 +175,7 @@ class Training:
             raise ValueError(f"{path}: got a checkpoint of a run with other {', '.join(differing)}; expected the same")
         set_state_dict(
             self.sleeper, self.optimisers.parts, model_state_dict=content["weights"],
-            optim_state_dict=content["optimisers"], options=_WHOLE,
+            optim_state_dict=content["optimisers"], options=StateDictOptions(full_state_dict=True, cpu_offload=True),
         )  # fmt: skip
         self.curriculum.load(content["curriculum"])
         self.done, self.seconds, self.history = content["done"], content["seconds"], content["history"]
@@ -189,6 +193,3 @@ class Training:
         counts = torch.stack([torch.stack([(hits & (level == n)).sum(), (level == n).sum()]) for n in self.task.levels])
         rows = zip(self.task.levels, self.placement.summed(counts).tolist(), strict=True)
         return {n: got / asked for n, (got, asked) in rows if asked}
-
-
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

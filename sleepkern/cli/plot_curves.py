@@ -1,0 +1,65 @@
+"""Trainings as a picture: accuracy by step and by level."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib import pyplot
+
+from ..training.logs import Log
+from .plot import COLORS, PEAK_COLOR
+
+
+def draw_curves(logs: list[Log], path: Path) -> None:
+    """A panel for each level, one for the end; thin lines are seeds, thick ones means, dashed ones chance."""
+    labels = list(dict.fromkeys(log.label for log in logs))
+    groups = {label: [log for log in logs if log.label == label] for label in labels}
+    levels = list(logs[0].accuracy)
+    columns = min(4, len(levels) + 1)
+    rows = -(-(len(levels) + 1) // columns)
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(3.2 * columns, 2.9 * rows + 0.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    places = list(panels.flat)
+    for panel, level in zip(places, levels, strict=False):
+        for color, found in zip(_colors(), groups.values(), strict=False):
+            _over_steps(panel, found, level, color)
+        panel.set_title(f"{logs[0].level_name} {level}", fontsize=10)
+        panel.set_xlabel("step")
+    last = places[len(levels)]
+    for color, (label, found) in zip(_colors(), groups.items(), strict=False):
+        means = [fmean(log.accuracy[level] for log in found) for level in levels]
+        last.plot(levels, means, color=color, marker="o", label=label)
+    last.set_title("at the end, mean of seeds", fontsize=10)
+    last.set_xlabel(logs[0].level_name)
+    last.set_xticks(levels)
+    for panel in places[: len(levels) + 1]:
+        panel.axhline(logs[0].chance, color=PEAK_COLOR, linestyle="--", linewidth=0.8)
+        panel.set_ylim(-0.03, 1.03)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in places[len(levels) + 1 :]:
+        panel.set_visible(False)
+    places[0].set_ylabel("share of answers right")
+    seeds = len({log.seed for log in logs})
+    figure.legend(loc="outside upper center", ncols=min(3, len(labels)), fontsize=9, frameon=False)
+    figure.text(0.995, 0.004, f"{seeds} seed(s); dashed: chance", ha="right", fontsize=7, color=PEAK_COLOR)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _over_steps(panel: Any, logs: list[Log], level: int, color: str) -> None:
+    curves = [[(row["step"], row["accuracy"][str(level)]) for row in log.history] for log in logs]
+    if len(curves) > 1:
+        for curve in curves:
+            panel.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.5)
+    shared = set.intersection(*({step for step, _ in curve} for curve in curves))
+    steps = sorted(shared)
+    means = [fmean(dict(curve)[step] for curve in curves) for step in steps]
+    panel.plot(steps, means, color=color, linewidth=1.8)
+
+
+def _colors() -> tuple[str, ...]:
+    return COLORS[1:] + COLORS[:1]
