@@ -15,10 +15,11 @@ class SleepLM(nn.Module):
     """Embedding, blocks by a pattern, head. `SleepSession` runs it, window by window.
 
     Positions are learned and count from the start of a window: after an eviction nothing else is left to count from.
-    The head starts at 0, projections back into the residual stream at 1 / sqrt(2 blocks) of the others, so that N
-    passes over the blocks start near the identity. Tokens start with a mean square of 1, which is what feedback
-    "reinject" adds to, and positions far smaller, so that h says first of all which token it is. Convolutions start
-    small: an optimiser that moves each weight by its own rate then soon decides which tokens they see.
+    Matrices start as those of nn.Linear, of size 1 / sqrt(3 fan-in), projections back into the residual stream at
+    1 / sqrt(2 blocks) of that and the head at 0, so that N passes over the blocks start near the identity. Tokens start
+    with a mean square of 1, which is what feedback "reinject" adds to, and positions far smaller, so that h says first
+    of all which token it is. Convolutions start small: an optimiser that moves each weight by its own rate then soon
+    decides which tokens they see.
 
     Args:
         vocabulary: tokens.
@@ -96,7 +97,7 @@ class SleepLM(nn.Module):
             elif "convolution" in name:
                 nn.init.normal_(parameter, std=0.1)
             elif parameter.ndim == 2:
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+                nn.init.normal_(parameter, std=(3 * parameter.shape[1]) ** -0.5)
                 if name.endswith("out.weight"):
                     parameter.data *= (2 * len(self.layers)) ** -0.5
         nn.init.zeros_(self.lm_head.weight)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..nn import GatedDeltaNet, WindowAttention
 
-MUON_RATE, ADAM_RATE = 0.01, 3e-3
+MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WARM_UP = 50
 """Steps over which the rates rise."""
 DECAY = 0.3
