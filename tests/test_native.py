@@ -175,7 +175,7 @@ def test_verify_finds_a_broken_kernel(tmp_path: Path) -> None:
 GRADIENTS_AND_REPLAY = """
 import sleepkern
 from sleepkern.nn import SleepLM, short_convolution
-from sleepkern.sleep.blocks import _How, _one_by_one, sleep_blocks
+from sleepkern.sleep.blocks import one_by_one, sleep_blocks
 from sleepkern.rules import GATED_DELTA_RULE as rule
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 x = make_inputs(rule, Shape(T=60, H=1, HV=1, K=32, V=32), seed=5)
@@ -195,7 +195,7 @@ one, two = (torch.autograd.grad(short_convolution(t, weight.to(t))[1].sum(), u)[
 wrong += ["dlast"] if not relative_error(one, two.double()) < 2e-5 else []
 blocks, h = SleepLM(8, 32, 2).blocks(), torch.randn(1, 9, 32)
 with torch.no_grad():
-    one, two = sleep_blocks(h, blocks).h, _one_by_one(h, blocks, [None] * 2, _How(1, False, False)).h
+    one, two = sleep_blocks(h, blocks).h, one_by_one(h, blocks).h
 wrong += ["blocks"] if not relative_error(one, two.double()) < 2e-5 else []
 print(*wrong)
 """

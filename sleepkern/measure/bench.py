@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..dispatch import explain_problem
 from ..testing import TOLERANCE, Shape, relative_error, to_float64
-from . import cases, models, timing
-from .cases import Case, Result
+from . import cases, timing
+from .cases import AnyCase, Case, Result
 from .ceilings import Ceilings, ceilings
 from .environment import environment
 from .models import ModelCase
 from .peers import Peer, peers_of
+from .stacks import BlocksCase
 from .verify import Progress
 
 CHECKED_TOKENS = 300
@@ -122,7 +123,7 @@ def bench(
 
     Args:
         suite: all, or one of measure.cases.SUITES: forward, heads, types, rules, decode, ingest,
-            train, tiny, threads, model (models.py).
+            train, tiny, threads, model (models.py), blocks (stacks.py).
         quick: shorter sequences and fewer turns (about a minute).
         threads: torch threads of ours and of every peer.
         device: cpu or cuda; a GPU has suites of its own (gpu_cases.py), in bfloat16.
@@ -139,7 +140,7 @@ def bench(
 
 
 def bench_cases(
-    chosen: Sequence[Case | ModelCase],
+    chosen: Sequence[AnyCase],
     quick: bool = False,
     threads: int = 1,
     device: str = "cpu",
@@ -153,10 +154,10 @@ def bench_cases(
         for done, case in enumerate(chosen):
             if progress is not None:
                 progress(case.name, done, len(chosen))
-            if isinstance(case, ModelCase):
-                row = _measure_model(case, quick, threads)
-            else:
+            if isinstance(case, Case):
                 row = _measure(case, quick, threads, device, best)
+            else:
+                row = _measure_whole(case, quick, threads, best)
             report = replace(report, rows=(*report.rows, row))
             if so_far is not None:
                 so_far(report)
@@ -300,37 +301,35 @@ def _peer_row(
     )
 
 
-def _measure_model(case: ModelCase, quick: bool, threads: int) -> Row:
-    """A whole model, patched, and stock as the peer whose logits and tokens it has to have."""
-    with timing.threads(threads), models.quiet_transformers():
-        model = models.hybrid_model()
-        error, times = models.check(model, case), {}
-        if error <= models.CLOSE:
-            pair = zip(("ours", "transformers"), models.calls(model, case), strict=True)
-            candidates = {name: timing.Candidate([call], threads) for name, call in pair}
+def _measure_whole(case: ModelCase | BlocksCase, quick: bool, threads: int, best: Ceilings) -> Row:
+    """A whole model or stack of blocks, and peers that have to compute the same."""
+    ours_threads, times = case.threads or threads, {}
+    with timing.threads(ours_threads), case.quietly():
+        error, calls = case.prepare(quick)
+        if error <= case.tolerance:
+            candidates = {name: timing.Candidate([call], ours_threads) for name, call in calls.items()}
             times = timing.time_in_turns(candidates, seconds=4.0 if quick else 24.0)
-    T = case.tokens if case.op == "read" else 1
-    inside = Case("forward", case.rule, Shape(T=T, H=16, HV=32, K=128, V=128))
+    inside = Case("forward", case.rule, Shape(T=case.timed_tokens, H=16, HV=32, K=128, V=128))
     explained = explain_problem(inside.problem())
     ours = times.get("ours")
-    peers = (_peer_row("transformers", ours, times["transformers"], None, None),) if times else ()
+    gflops = None if ours is None or case.flops is None else case.flops / ours.median * 1e-9
     return Row(
         case=case.name,
         op=case.op,
         rule=case.rule.name,
         dtype=cases.type_name(case.dtype),
         tokens=case.timed_tokens,
-        threads=threads,
+        threads=ours_threads,
         backend=explained.chosen or "none",
         kernel=explained.kernel,
         error=error,
-        tolerance=models.CLOSE,
+        tolerance=case.tolerance,
         milliseconds=None if ours is None else 1e3 * ours.median,
         best_milliseconds=None if ours is None else 1e3 * ours.minimum,
         tokens_per_second=None if ours is None else case.timed_tokens / ours.median,
-        gflops=None,
-        share_of_peak=None,
+        gflops=gflops,
+        share_of_peak=None if gflops is None or best.gflops is None else gflops / (best.gflops * ours_threads),
         gigabytes_per_second=None,
         share_of_bandwidth=None,
-        peers=peers,
+        peers=tuple(_peer_row(name, ours, times[name], None, None) for name in list(times)[1:]),
     )

@@ -14,8 +14,9 @@ from .. import ops
 from ..problem import Problem
 from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from ..testing import Shape, call, make_inputs
-from . import flops
+from . import flops, stacks
 from .models import ModelCase
+from .stacks import BlocksCase
 
 Op = Literal["forward", "train", "decode", "ingest"]
 Result = tuple[Tensor | None, Tensor | None]
@@ -167,7 +168,9 @@ def _cases(op: Op, *tokens: int, rule: Rule = GATED_DELTA_RULE, H: int = 16, K: 
 _BOTH: tuple[Op, ...] = ("forward", "train")
 _RULES = (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)
 
-SUITES: dict[str, tuple[Case | ModelCase, ...]] = {
+AnyCase = Case | ModelCase | BlocksCase
+
+SUITES: dict[str, tuple[AnyCase, ...]] = {
     "forward": _cases("forward", 512, 2048, 8192),
     "heads": _cases("forward", 2048, K=64, V=64) + _cases("forward", 2048, K=96, V=256),
     "types": _cases("forward", 2048, dtype=torch.bfloat16),
@@ -188,11 +191,12 @@ SUITES: dict[str, tuple[Case | ModelCase, ...]] = {
         _cases("forward", 2048, threads=2) + _cases("forward", 2048, H=1, threads=2) + _cases("train", 2048, threads=2)
     ),
     "model": (ModelCase("read", 2048), ModelCase("generate", 2048)),
+    "blocks": stacks.CASES,
 }
 """Suites of `bench`. H = 16 and K = V = 128 are the heads of Qwen3-Next, Kimi-Linear and OLMo-
 Hybrid."""
 
-QUICK: dict[str, tuple[Case | ModelCase, ...]] = {
+QUICK: dict[str, tuple[AnyCase, ...]] = {
     "forward": _cases("forward", 512, 2048),
     "heads": _cases("forward", 1024, K=64, V=64) + _cases("forward", 512, K=96, V=256),
     "types": _cases("forward", 1024, dtype=torch.bfloat16),
@@ -203,11 +207,12 @@ QUICK: dict[str, tuple[Case | ModelCase, ...]] = {
     "tiny": (Case("train", GATED_DELTA_RULE, Shape(B=64, T=24, H=4, HV=4, K=64, V=64)),),
     "threads": _cases("forward", 2048, threads=2),
     "model": (ModelCase("read", 512), ModelCase("generate", 512)),
+    "blocks": stacks.QUICK,
 }
 """The same suites, shortened for `demo`."""
 
 
-def select(suite: str, quick: bool, device: str = "cpu") -> tuple[Case | ModelCase, ...]:
+def select(suite: str, quick: bool, device: str = "cpu") -> tuple[AnyCase, ...]:
     """Cases of a suite, or of all; those of a model only where transformers is installed.
 
     Raises:
@@ -222,7 +227,7 @@ def select(suite: str, quick: bool, device: str = "cpu") -> tuple[Case | ModelCa
         raise ValueError(f"suite: got {suite!r}; expected all or one of {', '.join(suites)}")
     chosen = sum(suites.values(), ()) if suite == "all" else suites[suite]
     if importlib.util.find_spec("transformers") is None:
-        chosen = tuple(case for case in chosen if isinstance(case, Case))
+        chosen = tuple(case for case in chosen if not isinstance(case, ModelCase))
         if not chosen:
             raise ValueError(f"suite: got {suite!r}, for which transformers is not installed")
     return chosen

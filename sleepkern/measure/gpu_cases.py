@@ -6,8 +6,7 @@ import torch
 
 from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from ..testing import Shape
-from .cases import Case, Op
-from .models import ModelCase
+from .cases import AnyCase, Case, Op
 
 SECONDS_PER_CASE = 9
 """Estimate of what a case takes when quick: compiling, checking, and 2 s of timing."""
@@ -25,7 +24,7 @@ def _case(
 _BOTH: tuple[Op, ...] = ("forward", "train")
 _RULES = (KDA, DELTA_RULE, SIMPLE_GLA, GLA)
 
-SUITES: dict[str, tuple[Case | ModelCase, ...]] = {
+SUITES: dict[str, tuple[AnyCase, ...]] = {
     "forward": tuple(
         _case("forward", T, lanes, K) for K in (128, 64) for lanes in (32, 128) for T in (2048, 8192, 32768)
     ),
@@ -46,7 +45,7 @@ SUITES: dict[str, tuple[Case | ModelCase, ...]] = {
     ),
 }
 
-QUICK: dict[str, tuple[Case | ModelCase, ...]] = {
+QUICK: dict[str, tuple[AnyCase, ...]] = {
     "forward": tuple(_case("forward", T, lanes) for lanes, T in ((32, 2048), (32, 8192), (128, 8192), (32, 32768)))
     + (_case("forward", 8192, K=64),),
     "train": (_case("train", 8192), _case("train", 8192, K=64)),

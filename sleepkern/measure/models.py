@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..integrations.transformers import patch
 from ..rules import GATED_DELTA_RULE, Rule
+from .stacks import Prepared
 
 MODEL = (
     "Qwen3-Next of transformers with random weights. True: its code, the layer pattern (3 linear, "
@@ -55,6 +57,8 @@ class ModelCase:
     generated: int = 16
     threads: None = None
 
+    tolerance = CLOSE
+
     @property
     def rule(self) -> Rule:
         """Of its recurrence."""
@@ -74,6 +78,22 @@ class ModelCase:
     def timed_tokens(self) -> int:
         """Tokens of a call."""
         return self.tokens if self.op == "read" else self.generated
+
+    @property
+    def flops(self) -> None:
+        """Of a whole model they are not counted."""
+        return None
+
+    def quietly(self) -> AbstractContextManager[Any]:
+        """Without transformers' advice."""
+        return quiet_transformers()
+
+    def prepare(self, quick: bool) -> Prepared:
+        """Patched, and stock as the peer whose logits and tokens it has to have."""
+        model = hybrid_model()
+        error = check(model, self)
+        patched, stock = calls(model, self) if error <= CLOSE else (None, None)
+        return Prepared(error, {"ours": patched, "transformers": stock} if patched and stock else {})
 
 
 class Session(NamedTuple):

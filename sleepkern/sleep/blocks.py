@@ -64,9 +64,9 @@ def sleep_blocks(
     """
     states = [None] * len(blocks) if states is None else list(states)
     _check(h, blocks, states, passes, feedback, conv_state)
-    how = _How(passes, feedback == "reinject", conv_state == "carry")
     if why_not(h, blocks) is not None:
-        return _one_by_one(h, blocks, states, how)
+        return one_by_one(h, blocks, passes, states, feedback, conv_state)
+    how = _How(passes, feedback == "reinject", conv_state == "carry")
     tensors = [t for state in states if state is not None for t in state]
     parameters = [p for block in blocks for p in block.parameters()]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors, *parameters)):
@@ -120,12 +120,21 @@ def _like(x: Fast | Slow, dtype: torch.dtype) -> Fast | Slow:
     return Slow(x.keys.to(dtype), x.values.to(dtype))
 
 
-def _one_by_one(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], how: _How) -> Slept:
-    start, now, changes = h, list(states), []
-    for n in range(how.passes):
+def one_by_one(
+    h: Tensor,
+    blocks: Sequence[HybridBlock],
+    passes: int = 1,
+    states: Sequence[State] | None = None,
+    feedback: Literal["raw", "reinject"] = "raw",
+    conv_state: Literal["rewind", "carry"] = "rewind",
+) -> Slept:
+    """`sleep_blocks` module by module, on any device, for any type, recorded by autograd as it comes."""
+    states = [None] * len(blocks) if states is None else list(states)
+    start, now, changes = h, states, []
+    for n in range(passes):
         if n > 0:
-            h = normalised(h) + start if how.reinject else h
-            now = [_before_pass(old, new, how.carry) for old, new in zip(states, now, strict=True)]
+            h = normalised(h) + start if feedback == "reinject" else h
+            now = [_before_pass(old, new, conv_state == "carry") for old, new in zip(states, now, strict=True)]
         before = now
         h, now = _one_pass(h, blocks, before)
         changes.append(relative_change(_fast_weights(before, now)))

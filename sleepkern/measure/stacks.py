@@ -1,0 +1,115 @@
+"""N passes of a stack of hybrid blocks over a window: in one call, module by module, and compiled by torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..nn import SleepLM
+from ..rules import GATED_DELTA_RULE, Rule
+from ..sleep.blocks import one_by_one, sleep_blocks
+from ..testing import TOLERANCE, relative_error
+
+MODULES, COMPILED = "modules", "torch.compile"
+
+
+class Prepared(NamedTuple):
+    """What is to be timed of a case once it is checked: ours first, then the peers that compute the same."""
+
+    error: float
+    calls: dict[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class BlocksCase:
+    """A stack of SleepLM's blocks, attention and gated DeltaNet in turns, MLP of factor 4.
+
+    label    whose sizes
+    L        tokens of the window
+    width    d. heads, of width / heads. blocks: how many
+    batch    windows
+    passes   N
+    threads  None, the bench's own
+    """
+
+    label: str
+    L: int
+    width: int
+    heads: int
+    blocks: int
+    batch: int
+    passes: int = 4
+    threads: int | None = None
+
+    op = "blocks"
+    tolerance = TOLERANCE[torch.float32]
+
+    @property
+    def rule(self) -> Rule:
+        """Of its recurrence."""
+        return GATED_DELTA_RULE
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return torch.float32
+
+    @property
+    def name(self) -> str:
+        """Unique, e.g. "blocks rule 110 L=24 d=256 x4 B=1 N=4"."""
+        name = f"blocks {self.label} L={self.L} d={self.width} x{self.blocks} B={self.batch} N={self.passes}"
+        return name + (f" threads={self.threads}" if self.threads is not None else "")
+
+    @property
+    def timed_tokens(self) -> int:
+        """Tokens of a call, those of each pass counted."""
+        return self.batch * self.L * self.passes
+
+    @property
+    def flops(self) -> int:
+        """Of the products with weights; the rest of a pass is left out."""
+        d, f = self.width, 4 * self.width
+        delta = (self.blocks // 2) * (5 * d * d + 2 * self.heads * d)
+        attention = (self.blocks - self.blocks // 2) * 4 * d * d
+        return 2 * self.timed_tokens * (delta + attention + self.blocks * 2 * d * f)
+
+    def quietly(self) -> AbstractContextManager[Any]:
+        """Without gradients."""
+        return torch.no_grad()
+
+    def prepare(self, quick: bool) -> Prepared:
+        """torch.compile takes a minute to compile and is left out when quick."""
+        torch.manual_seed(0)
+        model = SleepLM(2, self.width, self.heads, self.blocks, self.L, factor=4)
+        exact, blocks, few = copy.deepcopy(model).double(), model.blocks(), torch.randn(2, self.L, self.width)
+        true = one_by_one(few.double(), exact.blocks(), self.passes).h
+        h = torch.randn(self.batch, self.L, self.width)
+
+        def modules(h: Tensor) -> Tensor:
+            return one_by_one(h, blocks, self.passes).h
+
+        calls: dict[str, Callable[[], Any]] = {
+            "ours": lambda: sleep_blocks(h, blocks, passes=self.passes),
+            MODULES: lambda: modules(h),
+        }
+        if not quick:
+            torch._dynamo.reset()
+            compiled = torch.compile(modules, dynamic=False)
+            calls[COMPILED] = lambda: compiled(h)
+        return Prepared(relative_error(sleep_blocks(few, blocks, passes=self.passes).h, true), calls)
+
+
+def _sizes(batches: tuple[int, ...], **options: Any) -> tuple[BlocksCase, ...]:
+    """Of the paper: Rule 110, and Depo."""
+    sizes = (("rule 110", 24, 256, 4, 4), ("depo", 75, 512, 8, 10))
+    return tuple(BlocksCase(*size, batch, **options) for size in sizes for batch in batches)
+
+
+CASES = _sizes((1, 64)) + _sizes((1,), threads=2)
+QUICK = (BlocksCase("rule 110", 24, 256, 4, 4, 1),)
