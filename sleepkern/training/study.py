@@ -28,6 +28,7 @@ class Row:
     passes: int
     feedback: str = "reinject"
     like: int | None = None
+    eviction: str = "hard"
 
 
 N1, N4 = Row("N=1", 1), Row("N=4", 4)
@@ -38,6 +39,8 @@ ROWS = (
     Row("N=2", 2),
     Row("N=1, compute of N=4", 1, like=4),
     Row("N=4 raw", 4, "raw"),
+    Row("N=1 sliding", 1, eviction="sliding"),
+    Row("N=4 sliding", 4, eviction="sliding"),
 )
 WANTED_GAP = 0.15
 
@@ -99,8 +102,8 @@ class Study:
             return
         folder.mkdir(parents=True, exist_ok=True)
         options = {
-            "size": self.size, "passes": row.passes, "feedback": row.feedback, "steps": self.steps_of(row),
-            "seed": seed, "out": folder, "label": row.name, "threads": 1,
+            "size": self.size, "passes": row.passes, "feedback": row.feedback, "eviction": row.eviction,
+            "steps": self.steps_of(row), "seed": seed, "out": folder, "label": row.name, "threads": 1,
         }  # fmt: skip
         command = [sys.executable, "-m", "sleepkern", "train", self.task, "--resume"]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
