@@ -65,11 +65,13 @@ struct Group {
   Team team;
   int64_t first, sequences;
 
-  template <Finish FINISH>
-  void multiply(const float* x, const float* weight, int64_t width, int64_t depth, float* y, int64_t stride) const {
+  // One product, by `panel`, which makes one panel of the weights' outputs.
+  template <class Panel>
+  void multiply(Panel panel, const float* x, const float* weight, int64_t width, int64_t depth, float* y,
+                int64_t stride) const {
     const Product p{x, weight, a.rows, a.padded, round_up(width, PANEL), depth, y, stride};
     team.each(p.width / PANEL, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) multiply_panel<FINISH>(p, panel);
+      for (int64_t n = begin; n < end; ++n) panel(p, n);
     });
   }
 
@@ -150,13 +152,20 @@ void Group::ingest(const Layer& l) const {
   team.each(sequences * l.HV, 1, [&](int64_t begin, int64_t end) { forward_units(p, 1, begin, end); });
   double change = 0, after = 0;
   for (int64_t i = 0; i < count; i += 4096) {  // long sums as sums of short ones
-    float part_change = 0, part_after = 0;
-    for (int64_t j = i; j < min_of(i + 4096, count); ++j) {
-      part_change += (state[j] - a.before[j]) * (state[j] - a.before[j]);
-      part_after += state[j] * state[j];
+    const int64_t end = min_of(i + 4096, count);
+    Vec changes{}, sizes{};
+    int64_t j = i;
+    for (; j + LANES <= end; j += LANES) {
+      const Vec now = load(state + j), step = now - load(a.before + j);
+      changes += step * step;
+      sizes += now * now;
     }
-    change += part_change;
-    after += part_after;
+    change += sum(changes);
+    after += sum(sizes);
+    for (; j < end; ++j) {
+      change += (state[j] - a.before[j]) * (state[j] - a.before[j]);
+      after += state[j] * state[j];
+    }
   }
   a.sums[0] += change;
   a.sums[1] += after;
@@ -216,12 +225,12 @@ void Group::run_pass(int64_t pass) const {
   a.sums[0] = a.sums[1] = 0;
   for (const Layer& l : b.layers) {
     pack(a.h, a.d_padded, b.d, &l.mixer_eps);
-    multiply<Finish::rows>(a.x, l.into, l.into_width, b.d, a.wide, round_up(l.into_width, PANEL));
+    multiply(multiply_panel<false>, a.x, l.into, l.into_width, b.d, a.wide, round_up(l.into_width, PANEL));
     l.recurrent ? mix_recurrent(l, pass) : attend_window(l, pass);
-    multiply<Finish::rows_added>(a.x, l.out, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
+    multiply(multiply_panel<true>, a.x, l.out, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
     pack(a.h, a.d_padded, b.d, &l.mlp_eps);
-    multiply<Finish::squared_relu>(a.x, l.up, l.hidden, b.d, a.wide, 0);
-    multiply<Finish::rows_added>(a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
+    multiply(multiply_squared_relu, a.x, l.up, l.hidden, b.d, a.wide, 0);
+    multiply(multiply_panel<true>, a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
   }
 }
 

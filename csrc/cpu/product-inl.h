@@ -10,12 +10,6 @@
 
 constexpr int64_t DEPTH = 256;
 
-enum class Finish {
-  rows,          // y = x w, row-major
-  rows_added,    // y += x w, row-major
-  squared_relu,  // y = relu(x w)^2, in panels
-};
-
 struct Product {
   const float* x;                      // panels of `rows` rows
   const float* weight;                 // panels of `width` outputs
@@ -24,55 +18,88 @@ struct Product {
   int64_t stride;  // of row-major y
 };
 
-// One tile's place in y: row-major, or in panels.
-struct Place {
-  float* data;
-  int64_t stride;
+// Asks for the weights that follow, a share of them with each tile.
+struct Following {
+  const float* next;
+  int64_t share;
 
-  void load(Tile& t) const {
-    SLEEPKERN_EACH_ROW(r)
-      SLEEPKERN_EACH_VEC(n) t.at[r][n] = SLEEPKERN_ISA::load(data + r * stride + n * LANES);
-  }
-  void store(const Tile& t) const {
-    SLEEPKERN_EACH_ROW(r)
-      SLEEPKERN_EACH_VEC(n) SLEEPKERN_ISA::store(data + r * stride + n * LANES, t.at[r][n]);
+  Following(const float* weights, int64_t count, int64_t tiles) : next(weights), share(count / tiles) {}
+  void step() {
+    constexpr int64_t LINE = 64 / sizeof(float);
+    for (int64_t n = 0; n < share; n += LINE, next += LINE) __builtin_prefetch(next, 0, 2);
   }
 };
 
-// All rows of panel number `panel` of the weights.
-template <Finish FINISH>
+// y = x w, or y += x w: all rows of panel number `panel` of the weights, row-major.
+template <bool ADD>
 SLEEPKERN_STAGE void multiply_panel(const Product& p, int64_t panel) {
-  constexpr bool TURNED = FINISH == Finish::squared_relu;
   for (int64_t first = 0; first < p.depth; first += DEPTH) {
     const int64_t depth = min_of(DEPTH, p.depth - first);
-    const int64_t tiles = TURNED ? p.padded / ROWS : (p.rows + ROWS - 1) / ROWS, share = depth * PANEL / tiles;
-    const bool last = first + depth == p.depth;
     const float* w = p.weight + (panel * p.depth + first) * PANEL;
-    const float* ahead = w + depth * PANEL;
-    for (int64_t row = 0; row < p.padded; row += PANEL) {
+    Following following(w + depth * PANEL, depth * PANEL, (p.rows + ROWS - 1) / ROWS);
+    for (int64_t row = 0; row < p.rows; row += ROWS) {
+      following.step();
+      const float* x = p.x + row / PANEL * PANEL * p.depth + first * PANEL + row % PANEL;
+      float* y = p.y + row * p.stride + panel * PANEL;
+      Tile t;
+      clear(t);
+      if (ADD || first > 0) {
+        SLEEPKERN_EACH_ROW(r)
+          SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(y + r * p.stride + n * LANES);
+      }
+      multiply_add<1>(t, x, w, depth);
+      SLEEPKERN_EACH_ROW(r)
+        SLEEPKERN_EACH_VEC(n) store(y + r * p.stride + n * LANES, t.at[r][n]);
+    }
+  }
+}
+
+SLEEPKERN_INLINE Vec squared_relu(Vec z) {
+  return z * reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) & reinterpret_cast<BitVec>(z > Vec{}));
+}
+
+// OUTPUTS outputs of VECTORS vectors of rows, a piece of y in panels.
+template <int OUTPUTS, int VECTORS>
+SLEEPKERN_INLINE void turned_tile(const float* w, const float* x, int64_t depth, bool begun, bool last, float* y) {
+  Vec t[OUTPUTS][VECTORS];
+#pragma GCC unroll 16
+  for (int r = 0; r < OUTPUTS; ++r) {
+#pragma GCC unroll 2
+    for (int n = 0; n < VECTORS; ++n) t[r][n] = begun ? load(y + r * PANEL + n * LANES) : Vec{};
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+#pragma GCC unroll 16
+    for (int r = 0; r < OUTPUTS; ++r) {
+      const Vec a = broadcast(w[d * PANEL + r]);
+#pragma GCC unroll 2
+      for (int n = 0; n < VECTORS; ++n) t[r][n] += a * load(x + d * PANEL + n * LANES);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < OUTPUTS; ++r) {
+#pragma GCC unroll 2
+    for (int n = 0; n < VECTORS; ++n) store(y + r * PANEL + n * LANES, last ? squared_relu(t[r][n]) : t[r][n]);
+  }
+}
+
+// y = relu(x w)^2, in panels. Of a last panel that is at most half full only that half is made.
+SLEEPKERN_STAGE void multiply_squared_relu(const Product& p, int64_t panel) {
+  for (int64_t first = 0; first < p.depth; first += DEPTH) {
+    const int64_t depth = min_of(DEPTH, p.depth - first);
+    const bool begun = first > 0, last = first + depth == p.depth;
+    const float* w = p.weight + (panel * p.depth + first) * PANEL;
+    Following following(w + depth * PANEL, depth * PANEL, p.padded / ROWS);
+    for (int64_t row = 0; row < p.rows; row += PANEL) {
       const float* x = p.x + row * p.depth + first * PANEL;
-      for (int64_t i = 0; i < (TURNED ? PANEL : min_of(PANEL, p.rows - row)); i += ROWS) {
-        for (int64_t n = 0; n < share; n += 64 / sizeof(float), ahead += 64 / sizeof(float)) {
-          __builtin_prefetch(ahead, 0, 2);
-        }
-        const Place y = TURNED ? Place{p.y + row * p.width + (panel * PANEL + i) * PANEL, PANEL}
-                               : Place{p.y + (row + i) * p.stride + panel * PANEL, p.stride};
-        Tile t;
-        if (first > 0 || FINISH == Finish::rows_added) {
-          y.load(t);
+      float* y = p.y + row * p.width + panel * PANEL * PANEL;
+      const bool half = p.rows - row <= LANES;
+      for (int64_t i = 0; i < PANEL; i += half ? 2 * ROWS : ROWS) {
+        following.step();
+        if (half) {
+          turned_tile<2 * ROWS, 1>(w + i, x, depth, begun, last, y + i * PANEL);
         } else {
-          clear(t);
+          turned_tile<ROWS, VECS>(w + i, x, depth, begun, last, y + i * PANEL);
         }
-        multiply_add<1>(t, (TURNED ? w : x) + i, TURNED ? x : w, depth);
-        if (TURNED && last) {
-          SLEEPKERN_EACH_ROW(r)
-            SLEEPKERN_EACH_VEC(n) {
-              const Vec z = t.at[r][n], positive = reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) &
-                                                                         reinterpret_cast<BitVec>(z > Vec{}));
-              t.at[r][n] = positive * z;
-            }
-        }
-        y.store(t);
       }
     }
   }
