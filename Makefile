@@ -1,5 +1,5 @@
 # Each target does all its own set-up on a fresh machine with python3, g++ and make; a second call skips it.
-#   make demo       verify, bench, a hybrid model with and without the kernels, and asleep, into out/demo
+#   make demo       verify, bench, a hybrid model with and without the kernels, asleep, and thinking, into out/demo
 #   make test       the tests; then CUDA's and Triton's kernels, run on the CPU and compiled for GPUs that need not be there
 #   make bench      the full benchmark table and plot, into out/bench
 #   make lint       ruff, mypy, clang-format
