@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(folder: Path, *options: str, faults: tuple[tuple[str, str, str], ...] = ()) -> Path:
-    """Compile csrc into `folder`, with faults (file, text, replacement) planted on request; the module's path."""
+    """Compile csrc into `folder`; the module's path. With faults (file, text, replacement) planted: baseline alone."""
     source = folder / "source"
     shutil.copytree(ROOT / "csrc", source / "csrc")
     shutil.copy(ROOT / "CMakeLists.txt", source)
@@ -29,6 +29,7 @@ def build(folder: Path, *options: str, faults: tuple[tuple[str, str, str], ...] 
     configure = [cmake, "-S", source, "-B", folder / "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", "-DSLEEPKERN_CUDA=OFF"]
     configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DSLEEPKERN_OUTPUT_DIR={folder}", *options]
+    configure += ["-DSLEEPKERN_BASELINE_ONLY=ON"] if faults else []
     for command in (configure, [cmake, "--build", folder / "build"]):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -199,7 +199,7 @@ def test_train_writes_a_log_that_curves_draws(tmp_path):
         assert result.exit_code == 0, result.output
         assert "step 2, loss" in result.output and "hops 1: 0." in result.output
     log = json.loads((tmp_path / "run" / "log.json").read_text())
-    assert log["finished"] and log["label"] == "N=2 reinject" and log["run"]["configuration"]["task"]["nodes"] == 7
+    assert log["finished"] and log["label"] == "N=2 reinject" and log["run"]["configuration"]["task"]["nodes"] == 9
     assert (tmp_path / "run" / "checkpoint.pt").is_file()
     result = invoke("curves", tmp_path / "run", "--out", tmp_path / "curves.png")
     assert result.exit_code == 0, result.output

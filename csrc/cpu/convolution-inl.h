@@ -36,22 +36,23 @@ struct Inputs {
   }
 };
 
-template <Type TYPE, int W, bool SILU>
+template <Type TYPE, int W>
 SLEEPKERN_STAGE void convolve_row(const Taps& taps, const Inputs& x, int64_t t) {
   const void* rows[W];
   for (int j = 0; j < W; ++j) rows[j] = x.row(t - j);
   void* y = static_cast<char*>(x.c.y) + x.dense(t);
   const int64_t whole = x.n / LANES * LANES;
+  const bool silu = x.c.silu;
   for (int64_t d = 0; d < whole; d += LANES) {
     Vec z = load(taps.w[W] + d);
 #pragma GCC unroll 4
     for (int j = 0; j < W; ++j) z += load(taps.w[j] + d) * load_as<TYPE>(rows[j], d);
-    store_as<TYPE>(y, d, SILU ? z * sigmoid(z) : z);
+    store_as<TYPE>(y, d, silu ? z * sigmoid(z) : z);
   }
   if (whole == x.n) return;
   Vec z = load(taps.w[W] + whole);
   for (int j = 0; j < W; ++j) z += load(taps.w[j] + whole) * load_part<TYPE>(rows[j], whole, x.n - whole);
-  store_part<TYPE>(y, whole, x.n - whole, SILU ? z * sigmoid(z) : z);
+  store_part<TYPE>(y, whole, x.n - whole, silu ? z * sigmoid(z) : z);
 }
 
 // Tokens [begin, end) of the flattened batch.
@@ -65,13 +66,7 @@ void convolve_tokens(const Convolution& c, int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++sequence) {
       const Inputs x(c, sequence, channel, n);
       const int64_t first = c.first(sequence), stop = min_of(end, first + x.count);
-      for (; token < stop; ++token) {
-        if (c.silu) {
-          convolve_row<TYPE, W, true>(taps, x, token - first);
-        } else {
-          convolve_row<TYPE, W, false>(taps, x, token - first);
-        }
-      }
+      for (; token < stop; ++token) convolve_row<TYPE, W>(taps, x, token - first);
     }
   }
 }
