@@ -73,7 +73,7 @@ def test_rows_of_stacks() -> None:
     assert case.flops == 2 * 3 * 9 * 2 * sum(p.numel() for p in matrices)
     (row,) = bench_cases([case], quick=True).rows
     assert row.passed and row.milliseconds is not None and row.share_of_peak is not None
-    assert row.tokens == 54 and [peer.name for peer in row.peers] == ["modules"]
+    assert row.tokens == 54 and [peer.name for peer in row.peers] == ["ours, modules"]
 
 
 def test_a_stack_that_differs_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

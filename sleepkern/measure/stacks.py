@@ -16,7 +16,7 @@ from ..rules import GATED_DELTA_RULE, Rule
 from ..sleep.blocks import one_by_one, sleep_blocks
 from ..testing import TOLERANCE, relative_error
 
-MODULES, COMPILED = "modules", "torch.compile"
+MODULES, COMPILED = "ours, modules", "ours, compiled"
 
 
 class Prepared(NamedTuple):
