@@ -1,6 +1,6 @@
 """What a GPU machine checks beside `verify` and `bench`:
 
-python -m benchmarks.gpu_checks launches [--of cuda]   every kernel once, on tiny shapes, for compute-sanitizer
+python -m benchmarks.gpu_checks launches [--of PART]  every kernel once, on tiny shapes, for compute-sanitizer
 python -m benchmarks.gpu_checks replays [--json F]    every CUDA kernel in every mode against the float64 reference
 python -m benchmarks.gpu_checks graphs [--json F]     CUDA graphs and torch.compile(fullgraph=True)
 """
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from sleepkern.sleep.session import Eviction
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
 from .cuda_calls import LONG, STEPS, WINDOWS, Call, calls
+from .gpu_verify import ALONE
 
 ONE = {"H": 1, "HV": 2, "K": 32, "V": 32}
 SHAPES = (Shape(T=1, **ONE), Shape(T=24, **ONE), Shape(T=150, **ONE), Shape(**ONE, lengths=(3, 0, 70)))
@@ -36,19 +41,16 @@ Found = Iterator[tuple[str, str | None]]
 """(what, None or what is wrong) of each check."""
 
 
-def triton_launches(device: str) -> None:
-    """Forward, backward and replay of every rule and Triton kernel."""
-    for rule in RULES.values():
-        for shape in SHAPES:
-            x = make_inputs(rule, shape, torch.bfloat16, device=device)
-            leaves = {n: t.requires_grad_() for n, t in x.items() if t is not None and n != "cu_seqlens"}
-            o, state = call(rule, {**x, **leaves}, "triton")
-            assert state is not None
-            torch.autograd.grad([o.float().sum() + state.sum()], list(leaves.values()))
-        slept = sleepkern.sleep_ingest(
-            **make_inputs(rule, SHAPES[1], device=device), passes=3, rule=rule, backend="triton"
-        )
-        assert slept.output is not None
+def triton_launches(rule: Rule, device: str) -> None:
+    """Forward, backward and replay of a rule by every Triton kernel."""
+    for shape in SHAPES:
+        x = make_inputs(rule, shape, torch.bfloat16, device=device)
+        leaves = {n: t.requires_grad_() for n, t in x.items() if t is not None and n != "cu_seqlens"}
+        o, state = call(rule, {**x, **leaves}, "triton")
+        assert state is not None
+        torch.autograd.grad([o.float().sum() + state.sum()], list(leaves.values()))
+    slept = sleepkern.sleep_ingest(**make_inputs(rule, SHAPES[1], device=device), passes=3, rule=rule, backend="triton")
+    assert slept.output is not None
 
 
 def cuda_launches(device: str) -> None:
@@ -62,7 +64,25 @@ def cuda_launches(device: str) -> None:
         torch.autograd.grad(state.sum(), [t for n, t in leaves.items() if n != "q"])
 
 
-LAUNCHES = {"triton": triton_launches, "cuda": cuda_launches}
+LAUNCHES: dict[str, Callable[[str], None]] = {
+    "cuda": cuda_launches,
+    **{f"triton-{rule.name}": partial(triton_launches, rule) for rule in RULES.values()},
+}
+"""In parts, because nearly all of the time is compiling, on one core each."""
+
+
+def launch_side_by_side() -> int:
+    """All parts, each in a process of its own; 1 when one is red."""
+
+    def launched(part: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "benchmarks.gpu_checks", "launches", "--of", part]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ALONE)
+
+    with ThreadPoolExecutor() as pool:
+        done = dict(zip(LAUNCHES, pool.map(launched, LAUNCHES), strict=True))
+    for part, one in done.items():
+        print(f"{part}: {'ok' if one.returncode == 0 else (one.stdout + one.stderr)[-800:]}")
+    return int(any(one.returncode for one in done.values()))
 
 
 def replays(device: str = "cuda", small: bool = False) -> Found:
@@ -140,16 +160,16 @@ def main() -> int:
     """Run what is asked for; 1 when a check is red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("launches", "replays", "graphs"))
-    parser.add_argument("--of", choices=LAUNCHES, help="backend whose kernels are launched  [default: both]")
+    parser.add_argument("--of", choices=LAUNCHES, help="part, in this process  [default: all, side by side]")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch sees no CUDA device here")
         return 1
     if options.what == "launches":
-        for name, launch in LAUNCHES.items():
-            if options.of in (None, name):
-                launch("cuda")
+        if options.of is None:
+            return launch_side_by_side()
+        LAUNCHES[options.of]("cuda")
         torch.cuda.synchronize()
         print("every kernel was launched")
         return 0

@@ -60,9 +60,9 @@ def narrow(x: NDArray[Any]) -> NDArray[np.uint16]:
 
 
 def to_tf32(x: NDArray[Any]) -> NDArray[np.float32]:
-    """float32 values with 10 bits of mantissa, rounded to nearest (ties away from zero, as cvt.rna.tf32)."""
+    """float32 values with 10 bits of mantissa, the rest cut off, as the matrix units do."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
-    cut: NDArray[np.float32] = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    cut: NDArray[np.float32] = (bits & np.uint32(0xFFFFE000)).view(np.float32)
     return cut
 
 

@@ -25,11 +25,9 @@ PACKED = Shape(H=1, HV=1, K=16, V=16, lengths=(3, 20, 18))
 FAULTS: dict[str, tuple[str, str, str, Rule, dict[str, Any]]] = {
     "state does not decay": ("ingest.py", "S = kept * S + product", "S = S + product", GATED_DELTA_RULE, {}),
     "erases nothing": ("ingest.py", "- product(W, S, DT, PRECISION)", "", GATED_DELTA_RULE, {}),
-    "scores with their diagonal": (
-        "prepare.py", "tl.where(i[:, None] > i[None, :], kk * D", "tl.where(i[:, None] >= i[None, :], kk * D",
-        GATED_DELTA_RULE, {},
-    ),
-    "inverse of smaller blocks": ("prepare.py", "if (BLOCK << level) < C:", "if level < 0:", GATED_DELTA_RULE,
+    "blocks merged with the wrong half": ("prepare.py", "& ((half[None, :] & 1) == 0)", "& ((half[None, :] & 1) == 1)",
+                                          GATED_DELTA_RULE, {}),
+    "inverse of smaller blocks": ("prepare.py", "if (1 << level) < C:", "if level < 0:", GATED_DELTA_RULE,
                                   {"dtype": torch.bfloat16, "correlation": 0.5}),
     "levels of the wrong row": ("prepare.py", "((half | 1) << level) - 1", "(half << level)", KDA,
                                 {"decay": "mixed"}),

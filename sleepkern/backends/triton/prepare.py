@@ -3,8 +3,8 @@
     M_ij = b_i k_i.k_j exp(G_i - G_j), i > j     P_ij = scale q_i.k_j exp(G_i - G_j), i >= j
     X = (I + M)^-1    U = X diag(b) V    W = X diag(b E) K    Kt = K exp(G_C - G)    Qe = scale Q E
 
-Exponents are differences inside a chunk and never positive. The inverse is exact substitution on 16 x 16 diagonal
-blocks in float32, merged block by block; no series, whose powers overflow for correlated keys.
+Exponents are differences inside a chunk and never positive. The inverse is merged block by block, from single rows on;
+no series, whose powers overflow for correlated keys.
 """
 
 from __future__ import annotations
@@ -78,30 +78,36 @@ def level_decay(G, level, C: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def invert(M, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + M)^-1 [C, C] of a strictly lower triangle M: blocks of 16 by substitution, then pairs of blocks merged."""
+    """(I + M)^-1 [C, C] of a strictly lower triangle M: pairs of blocks merged, from single rows to all.
+
+    Up to BLOCK rows the blocks of the diagonal are products of their own [BLOCK, BLOCK], not of all of [C, C].
+    """
     BLOCKS: tl.constexpr = C // BLOCK
-    row = tl.arange(0, BLOCK)[None, :, None]
+    i = tl.arange(0, BLOCK)
     block = tl.arange(0, BLOCKS)
     same = block[:, None, None, None] == block[None, None, :, None]
     diagonal = tl.sum(tl.where(same, tl.reshape(M, [BLOCKS, BLOCK, BLOCKS, BLOCK]), 0.0), 2)
-    X = tl.where(row == tl.arange(0, BLOCK)[None, None, :], 1.0, 0.0) + tl.zeros([BLOCKS, BLOCK, BLOCK], tl.float32)
-    for r in range(1, BLOCK):
-        m = tl.sum(tl.where(row == r, diagonal, 0.0), 1)
-        X = tl.where(row == r, X - tl.sum(m[:, :, None] * X, 1)[:, None, :], X)
+    X = tl.where((i[:, None] == i[None, :])[None], 1.0, -tl.where(between(i, 0)[None], diagonal, 0.0))
+    for level in tl.static_range(1, 4):
+        X = merge(X, tl.where(between(i, level)[None], diagonal, 0.0), PRECISION)
     inverse = tl.reshape(tl.where(same, X[:, :, None, :], 0.0), [C, C])
-    for level in tl.static_range(0, 3):
-        if (BLOCK << level) < C:
-            inverse = merge(inverse, M, BLOCK << level, C, PRECISION)
+    for level in tl.static_range(4, 7):
+        if (1 << level) < C:
+            inverse = merge(inverse, tl.where(between(tl.arange(0, C), level), M, 0.0), PRECISION)
     return inverse
 
 
 @triton.jit
-def merge(inverse, M, size: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """From inverses of the diagonal blocks of a size to those of twice the size: X - X L X, L the blocks between."""
-    i = tl.arange(0, C) // size
-    below = (i[:, None] // 2 == i[None, :] // 2) & (i[:, None] > i[None, :])
-    left = product(inverse, tl.where(below, M, 0.0), tl.float32, PRECISION)
-    return inverse - product(left, inverse, tl.float32, PRECISION)
+def between(i, level: tl.constexpr):
+    """[C, C]: whether row and column are the second and the first half of one block of 2^(level + 1) rows."""
+    half = i >> level
+    return (half[:, None] == half[None, :] + 1) & ((half[None, :] & 1) == 0)
+
+
+@triton.jit
+def merge(X, L, PRECISION: tl.constexpr):
+    """From inverses X of blocks on the diagonal to those of twice the size: X - X L X, L the numbers between them."""
+    return X - product(product(X, L, tl.float32, PRECISION), X, tl.float32, PRECISION)
 
 
 @triton.jit
@@ -111,8 +117,10 @@ def score_chunk(
     GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """qk and kk with decay [C, C], 1 / |k| [C], G [C] of head decay; writes Kt, Qe and end of channel decay."""
-    i = tl.arange(0, C)
+    """qk and kk with decay [C, C], of kk what is below the diagonal counts; 1 / |k| [C], G [C] of head decay.
+
+    Writes Kt, Qe and end of channel decay.
+    """
     G = 0.0
     q_norm = tl.full([C], 1.0, tl.float32)
     k_norm = tl.full([C], 1.0, tl.float32)
@@ -151,7 +159,7 @@ def score_chunk(
             G = head_decay(p_g, g_stride, rows, C, WIDE)
         D = head_differences(G, GATE, C)
         qk *= D
-        kk = tl.where(i[:, None] > i[None, :], kk * D, 0.0)
+        kk *= D
     if NORMALIZE:
         qk *= q_norm[:, None] * k_norm[None, :]
         kk *= k_norm[:, None] * k_norm[None, :]

@@ -115,8 +115,20 @@ def load_row_values(p, stride, rows, R: tl.constexpr):
 
 @triton.jit
 def product(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b, operands rounded to DT, sums in float32. PRECISION says how float32 operands are multiplied."""
+    """a @ b, operands rounded to DT, sums in float32. PRECISION says how float32 operands are multiplied.
+
+    Matrix units cut off what tf32 cannot hold, which makes all products too small; so it is rounded to nearest here.
+    """
+    if DT == tl.float32 and PRECISION == "tf32":
+        return tl.dot(nearest_tf32(a.to(DT)), nearest_tf32(b.to(DT)), input_precision=PRECISION)
     return tl.dot(a.to(DT), b.to(DT), input_precision=PRECISION)
+
+
+@triton.jit
+def nearest_tf32(x):
+    """float32 numbers with the 10 bits of mantissa that tf32 has; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
