@@ -29,7 +29,7 @@ FAULTS: dict[str, tuple[str, str, str, Rule, dict[str, Any]]] = {
                                           GATED_DELTA_RULE, {}),
     "inverse of smaller blocks": ("prepare.py", "if (1 << level) < C:", "if level < 0:", GATED_DELTA_RULE,
                                   {"dtype": torch.bfloat16, "correlation": 0.5}),
-    "levels of the wrong row": ("prepare.py", "((half | 1) << level) - 1", "(half << level)", KDA,
+    "levels of the wrong row": ("channel.py", "((half | 1) << level) - 1", "(half << level)", KDA,
                                 {"decay": "mixed"}),
     "adjoint without scale": ("adjoint.py", "tl.full([C], scale,", "tl.full([C], 1.0,", GATED_DELTA_RULE, {}),
     "adjoint forgets W": ("adjoint.py", "dS -= product(W, dVn", "dS -= 0 * product(W, dVn", GATED_DELTA_RULE, {}),

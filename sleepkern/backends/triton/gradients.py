@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .prepare import head_differences, level_decay
+from .channel import channel_gradients
+from .prepare import head_differences
 from .tiles import (
     CHANNEL,
     HEAD,
@@ -110,66 +111,27 @@ def through_states(
 
 @triton.jit
 def inside_chunk(
-    q, k, G, b, p_P, p_X, at_rows, rows,
-    HV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    q, k, G, b, p_P, p_X, stride, rows, C: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums inside the chunk: those of dq, of row and of col, [C, BK] each."""
+    """channel_gradients for a decay [C] that all channels share, or none."""
     i = tl.arange(0, C)
-    dq = tl.zeros([C, BK], tl.float32)
-    row = tl.zeros([C, BK], tl.float32)
-    col = tl.zeros([C, BK], tl.float32)
-    if GATE == CHANNEL:
-        LEVELS: tl.constexpr = 4 + C // 32 - C // 128
-        for level in range(LEVELS):
-            e, upper, pair, turned = level_decay(G, level, C, BK)
-            ex = tl.where(upper, e, 0.0)
-            ey = tl.where(upper, 0.0, e)
-            more_dq, more_row, more_col = between_halves(
-                q * ex, k * ex, k * ey, b, pair, turned, p_P, p_X, at_rows, rows,
-                HV, C, BK, DELTA, READS, DT, PRECISION,
-            )  # fmt: skip
-            dq += ex * more_dq
-            row += ex * more_row
-            col += ey * more_col
-        if READS:
-            dP = load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C).to(tl.float32)
-            diagonal = tl.sum(tl.where(i[:, None] == i[None, :], dP, 0.0), 1)[:, None]
-            dq += diagonal * k
-            col += diagonal * q
-    else:
-        D = head_differences(G, GATE, C)
-        turned = i[:, None] <= i[None, :]
-        D_turned = tl.where(turned, 1.0, 0.0)
-        if GATE == HEAD:
-            D_turned = tl.where(turned, exp_of(G[None, :] - G[:, None]), 0.0)
-        dq, row, col = between_halves(
-            q, k, k, b, D, D_turned, p_P, p_X, at_rows, rows, HV, C, BK, DELTA, READS, DT, PRECISION
-        )
-    return dq, row, col
-
-
-@triton.jit
-def between_halves(
-    q, k_row, k_col, b, weight, weight_turned, p_P, p_X, at_rows, rows,
-    HV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(dP k, dM k, dP^T q + dM^T b k) with dP and dM weighted [C, C]; dM only below its diagonal."""
-    i = tl.arange(0, C)
-    dq = tl.zeros([C, BK], tl.float32)
-    row = tl.zeros([C, BK], tl.float32)
-    col = tl.zeros([C, BK], tl.float32)
+    dq = tl.zeros_like(k)
+    row = tl.zeros_like(k)
+    col = tl.zeros_like(k)
+    D = head_differences(G, GATE, C)
+    turned = i[:, None] <= i[None, :]
+    D_turned = tl.where(turned, 1.0, 0.0)
+    if GATE == HEAD:
+        D_turned = tl.where(turned, exp_of(G[None, :] - G[:, None]), 0.0)
     if READS:
-        dP = load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C)
-        dq = product(weight * dP, k_col, DT, PRECISION)
-        dP_turned = load_turned(p_P + at_rows * C, HV * C, rows, 0, C, C, C)
-        col = product(weight_turned * dP_turned, q, DT, PRECISION)
+        dq = product(D * load_tile(p_P, stride, rows, 0, C, C, C), k, DT, PRECISION)
+        col = product(D_turned * load_turned(p_P, stride, rows, 0, C, C, C), q, DT, PRECISION)
     if DELTA:
-        dM = load_tile(p_X + at_rows * C, HV * C, rows, 0, C, C, C)
-        row = product(tl.where(i[:, None] > i[None, :], weight * dM, 0.0), k_col, DT, PRECISION)
-        dM_turned = load_turned(p_X + at_rows * C, HV * C, rows, 0, C, C, C) * b[None, :]
-        col += product(tl.where(i[:, None] < i[None, :], weight_turned * dM_turned, 0.0), k_row, DT, PRECISION)
+        dM = load_tile(p_X, stride, rows, 0, C, C, C)
+        row = product(tl.where(i[:, None] > i[None, :], D * dM, 0.0), k, DT, PRECISION)
+        dM_turned = load_turned(p_X, stride, rows, 0, C, C, C) * b[None, :]
+        col += product(tl.where(i[:, None] < i[None, :], D_turned * dM_turned, 0.0), k, DT, PRECISION)
     return dq, row, col
 
 
@@ -199,7 +161,16 @@ def key_columns(
         G = channel_decay(p_g, g_stride, rows, col, K, C, BK, WIDE)
         E = exp_of(G)
         until = exp_of(last_row(G, C)[None, :] - G)
-    dq, row, write = inside_chunk(q, k, G, b, p_P, p_X, at_rows, rows, HV, C, BK, GATE, DELTA, READS, DT, PRECISION)
+    if READS:
+        p_P += at_rows * C
+    if DELTA:
+        p_X += at_rows * C
+    if GATE == CHANNEL:
+        dq, row, write = channel_gradients(
+            q, k, G, b, p_P, p_X, HV * C, rows, C, BK, DELTA, READS, DT, PRECISION
+        )  # fmt: skip
+    else:
+        dq, row, write = inside_chunk(q, k, G, b, p_P, p_X, HV * C, rows, C, GATE, DELTA, READS, DT, PRECISION)
     S_do, S_dR, dS_Vn, S_dS = through_states(
         p_starts, p_ends, p_Vn, p_dR, p_do, at_rows, at_slot, rows, col, do_stride,
         HV, K, V, C, BK, BV, DELTA, READS, DT, PRECISION,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .channel import BLOCK, channel_scores, on_diagonal
 from .tiles import (
     CHANNEL,
     HEAD,
@@ -27,27 +28,6 @@ from .tiles import (
     store_tile,
 )
 
-BLOCK = tl.constexpr(16)
-
-
-@triton.jit
-def channel_scores(q, k, G, READS: tl.constexpr, DELTA: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION):
-    """(qk with its diagonal, kk without): lower triangles [C, C] of sum_d x_id k_jd exp(G_id - G_jd), BK channels."""
-    LEVELS: tl.constexpr = 4 + C // 32 - C // 128
-    i = tl.arange(0, C)
-    qk = tl.zeros([C, C], tl.float32)
-    kk = tl.zeros([C, C], tl.float32)
-    for level in range(LEVELS):
-        e, upper, pair, _ = level_decay(G, level, C, BK)
-        y = tl.trans(tl.where(upper, 0.0, k * e))
-        if READS:
-            qk += tl.where(pair, product(tl.where(upper, q * e, 0.0), y, tl.float32, PRECISION), 0.0)
-        if DELTA:
-            kk += tl.where(pair, product(tl.where(upper, k * e, 0.0), y, tl.float32, PRECISION), 0.0)
-    if READS:
-        qk += tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], 0.0)
-    return qk, kk
-
 
 @triton.jit
 def head_differences(G, GATE: tl.constexpr, C: tl.constexpr):
@@ -57,23 +37,6 @@ def head_differences(G, GATE: tl.constexpr, C: tl.constexpr):
     if GATE == HEAD:
         return tl.where(lower, exp_of(G[:, None] - G[None, :]), 0.0)
     return tl.where(lower, 1.0, 0.0)
-
-
-@triton.jit
-def level_decay(G, level, C: tl.constexpr, BK: tl.constexpr):
-    """One level of the dyadic form: rows in pairs of halves of 2^level rows, R the last row of a pair's lower half.
-
-    Returns exp(-|G - R|) [C, BK], which is exp(G_i - R) in the upper half and exp(R - G_j) in the lower; whether a row
-    is in the upper half [C, 1]; whether (i, j) are the upper and lower half of one pair [C, C]; the same of (j, i).
-    """
-    i = tl.arange(0, C)
-    half = i >> level
-    last = ((half | 1) << level) - 1
-    R = tl.gather(G, tl.broadcast_to(last[:, None], [C, BK]), 0)
-    upper = (half & 1) == 1
-    pair = (half[:, None] == half[None, :] + 1) & upper[:, None]
-    turned = (half[:, None] + 1 == half[None, :]) & upper[None, :]
-    return exp_of(-tl.abs(G - R)), upper[:, None], pair, turned
 
 
 @triton.jit
@@ -90,7 +53,7 @@ def invert(M, C: tl.constexpr, PRECISION: tl.constexpr):
     X = tl.where((i[:, None] == i[None, :])[None], 1.0, -tl.where(between(i, 0)[None], diagonal, 0.0))
     for level in tl.static_range(1, 4):
         X = merge(X, tl.where(between(i, level)[None], diagonal, 0.0), PRECISION)
-    inverse = tl.reshape(tl.where(same, X[:, :, None, :], 0.0), [C, C])
+    inverse = on_diagonal(X, C)
     for level in tl.static_range(4, 7):
         if (1 << level) < C:
             inverse = merge(inverse, tl.where(between(tl.arange(0, C), level), M, 0.0), PRECISION)
@@ -138,7 +101,7 @@ def score_chunk(
         if GATE == CHANNEL:
             q, k = q.to(tl.float32), k.to(tl.float32)
             decay = channel_decay(p_g, g_stride, rows, col, K, C, BK, WIDE)
-            more_qk, more_kk = channel_scores(q, k, decay, READS, DELTA, C, BK, PRECISION)
+            more_qk, more_kk = channel_scores(q, k, decay, READS, DELTA, C, BK, DT, PRECISION)
             qk += more_qk
             kk += more_kk
             end = last_row(decay, C)
