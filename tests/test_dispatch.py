@@ -8,6 +8,7 @@ import torch
 import sleepkern
 from sleepkern import rules, settings
 from sleepkern.backends import BACKENDS, triton
+from sleepkern.backends.triton.assembler import assembler_fault
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape, call, make_inputs
 
@@ -53,3 +54,11 @@ def test_versions_of_triton_that_are_known_to_be_bad_are_named() -> None:
         ("3.6.0+git1", (9, 0), True), ("3.7.0", (9, 0), True), ("3.7.1", (9, 0), False), ("3.9.0", (10, 0), False),
     ):  # fmt: skip
         assert (triton.known_fault(version, capability) is not None) == bad, (version, capability)
+
+
+def test_assemblers_that_are_known_to_be_bad_are_named() -> None:
+    for version, capability, bad in (
+        ("12.8", (9, 0), True), ("12.9", (9, 0), True), ("13.0", (9, 0), True), ("13.3", (9, 0), False),
+        ("13.10", (9, 0), False), ("0", (9, 0), True), ("12.8", (8, 0), False), ("12.9", (10, 0), False),
+    ):  # fmt: skip
+        assert (assembler_fault(version, capability) is not None) == bad, (version, capability)

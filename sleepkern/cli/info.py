@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from ..backends import triton
+from ..backends.triton.assembler import assembler, assembler_fault
 from ..dispatch import explain_problem
 from ..measure.cases import Case
 from ..measure.environment import environment, native_module
@@ -54,8 +55,10 @@ def known_faults() -> list[str]:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return []
-    devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return [fault for device in sorted(devices) if (fault := triton.known_fault(version, device)) is not None]
+    devices = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    found = [triton.known_fault(version, device) for device in devices]
+    found += [assembler_fault(assembler(), device) for device in devices]
+    return [fault for fault in found if fault is not None]
 
 
 def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton as backend
+from ..backends.triton.assembler import capability_of_plans
 from ..backends.triton.plan import TABLE, Direction, Key, Plan, Tile, padded
 from ..ops import explain
 from ..rules import Rule
@@ -68,7 +69,7 @@ def tune(
     problem = explain(rule, **inputs).problem
     if (reason := backend.why_not(problem)) is not None:
         raise ValueError(f"device: got {device!r}, which Triton's kernels cannot use: {reason}")
-    capability = 10 * torch.cuda.get_device_capability()[0] if device == "cuda" else 0
+    capability = capability_of_plans(torch.cuda.get_device_capability()) if device == "cuda" else 0
     operands = backend.operands_of(problem)
     best: dict[Key, Plan] = {}
     trials: list[Trial] = []

@@ -4,8 +4,8 @@
 
 Prints what each needs and exits with 1 if one exceeds a limit: shared memory and tensor memory of the architecture, a
 budget of stack (spilled registers), tensor-core instructions where products are bf16 or tf32, no transposes of products
-(see backends/triton/tiles.py). Must be a process of its own: under TRITON_INTERPRET Triton's own functions are
-interpreted ones and nothing can be compiled.
+(see backends/triton/tiles.py), no warp-group products where a plan must do without (assembler.py). Must be a process of
+its own: under TRITON_INTERPRET Triton's own functions are interpreted ones and nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sleepkern.backends.triton.plan import TABLE, Key
+from sleepkern.backends.triton.plan import PLAIN_HOPPER, TABLE, Key
 from sleepkern.rules import GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from sleepkern.testing import Shape
 
@@ -41,13 +41,14 @@ TENSOR_MEMORY = 512
 LONG = 8192
 STACK = 640
 STACK_EXACT = {64: 1024, 128: 1024, 256: 8192}
+STACK_PLAIN = {64: STACK, 128: STACK, 256: 1408}
 """Bytes of stack a thread may spill. Exact products take no matrix unit and hold more at a time, by width of the head:
-they are there to check numbers by, not for speed."""
+they are there to check numbers by, not for speed. So do windows of two warps (plan.PLAIN_HOPPER)."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One kernel of one call."""
+    """One kernel of one call; capability is that of its plan."""
 
     name: str
     rule: Rule
@@ -57,6 +58,11 @@ class Subject:
     capability: int
     normalize: bool = False
     passes: int = 1
+
+    @property
+    def architecture(self) -> int:
+        """What it is compiled for."""
+        return abs(self.capability)
 
     def launch(self) -> Launch:
         """The launch that the product would make."""
@@ -76,12 +82,13 @@ def subjects(quick: bool) -> Iterator[Subject]:
         if quick and (key.width != 128 or key.operands != "bf16"):
             continue
         every = CAPABILITIES if key.capability == 0 else (key.capability,)
-        some = every if key.operands == "bf16" else (90,)
+        some = every if key.operands == "bf16" or key.capability else (90,)
         shape = Shape(T=LONG, H=16, HV=16, K=key.width, V=key.width)
         rule = KDA if key.channel else GATED_DELTA_RULE
         shared = () if key.direction == "backward" else ("prepare_kernel",)
         yield from _of(rule, shape, key, every if key.operands != "exact" else some, without=shared)
-        yield from _of(rule, replace(shape, T=16 if key.operands != "bf16" else 64), key, some, without=shared)
+        window = replace(shape, T=TABLE[key].chunk if key.operands == "bf16" else 16)
+        yield from _of(rule, window, key, some, without=shared)
     yield from _switches()
 
 
@@ -114,7 +121,7 @@ def measure(subject: Subject) -> tuple[Subject, Compiled | None, str]:
     """The compiled kernel's needs, and what is wrong with them ('' if nothing)."""
     try:
         one = subject.launch()
-        made = compile_launch(one, subject.capability)
+        made = compile_launch(one, subject.architecture)
     except Exception as error:  # a compiler's failure is one red row, not the end of the table
         return subject, None, f"{type(error).__name__}: {str(error).splitlines()[-1][:80]}"
     return subject, made, "; ".join(_faults(subject, made))
@@ -122,17 +129,20 @@ def measure(subject: Subject) -> tuple[Subject, Compiled | None, str]:
 
 def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
     operands = subject.key.operands
-    if made.shared > SHARED[subject.capability]:
-        yield f"shared memory {made.shared} > {SHARED[subject.capability]}"
-    stack = STACK_EXACT[subject.key.width] if operands == "exact" else STACK
+    if made.shared > SHARED[subject.architecture]:
+        yield f"shared memory {made.shared} > {SHARED[subject.architecture]}"
+    width = subject.key.width
+    stack = STACK_EXACT[width] if operands == "exact" else STACK_PLAIN[width] if subject.capability < 0 else STACK
     if made.stack > stack:
         yield f"stack {made.stack} > {stack}"
     if made.tensor_memory > TENSOR_MEMORY:
         yield f"tensor memory {made.tensor_memory} > {TENSOR_MEMORY}"
     if operands != "exact" and subject.kernel != "step_kernel" and made.tensor_instructions == 0:
         yield "no tensor-core instruction"
-    if made.transposes and subject.capability == 90:
+    if made.transposes and subject.architecture == 90:
         yield f"{made.transposes} transposes of products"
+    if made.wgmma and subject.capability == PLAIN_HOPPER:
+        yield f"{made.wgmma} warp-group products"
     if made.instructions < 100:
         yield f"an empty body ({made.instructions} instructions)"
 
@@ -173,7 +183,13 @@ def main() -> int:
             if made is not None:
                 needs = (made.registers, made.stack, made.shared, made.tensor_memory, made.tensor_instructions)
                 numbers = [*(str(n) for n in needs), f"{made.seconds:.1f}"]
-            table.add_row(subject.name, subject.kernel, str(subject.capability), *numbers, f"[red]{fault}[/]")
+            table.add_row(
+                subject.name,
+                subject.kernel,
+                f"{subject.architecture}{' plain' * (subject.capability < 0)}",
+                *numbers,
+                f"[red]{fault}[/]",
+            )
     console.print(table)
     seen = sees_planted_fault()
     console.print(f"{len(chosen)} kernels, {faulty} faulty; the planted fault was {'seen' if seen else 'NOT seen'}")

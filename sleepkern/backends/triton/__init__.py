@@ -7,7 +7,6 @@ Deterministic: every number is summed by one program in a fixed order, there are
 from __future__ import annotations
 
 import importlib.util
-import re
 from functools import lru_cache, partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from ...problem import Problem, Tensors
 from .. import replay_backward
 from ..tensors import Ingested
+from .assembler import capability_of_plans, numbers
 from .plan import STEP_LIMIT, Operands, plan_for
 
 NAME = "triton"
@@ -58,8 +58,7 @@ why_not_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def known_fault(version: str, capability: tuple[int, int]) -> str | None:
     """A sentence where a version of Triton is known to compile some kernels wrong for a device, else None."""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if capability[0] == 9 and (3, 4, 0) <= numbers < (3, 7, 1):
+    if capability[0] == 9 and (3, 4, 0) <= numbers(version) < (3, 7, 1):
         return (
             f"Triton {version} makes wrong code on Hopper where a product takes the transpose of another product. The "
             "kernels here avoid that; others may not. `sleepkern verify --device cuda` checks this machine"
@@ -72,7 +71,8 @@ def kernel(problem: Problem) -> str:
     if _stepwise(problem):
         return "Triton, token by token"
     operands, channel = operands_of(problem), problem.rule.gate == "channel"
-    chunk = plan_for(problem.K, problem.V, operands, channel, problem.T, "forward").chunk
+    found = capability_of_plans(_capability()) if problem.device == "cuda" else 0
+    chunk = plan_for(problem.K, problem.V, operands, channel, problem.T, "forward", found).chunk
     replay = f", replay by {method_of(problem)}" if problem.passes > 1 else ""
     return f"Triton, chunks of {chunk}, {operands} products{replay}"
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...problem import Problem, Tensors
 from ..tensors import in_rows
 from .adjoint import adjoint_kernel
+from .assembler import capability_of_plans
 from .decode import step_kernel
 from .gradients import gradient_kernel
 from .ingest import ingest_kernel
@@ -132,8 +133,8 @@ def backward(
 def plan_of(problem: Problem, operands: Operands, direction: Direction) -> Plan:
     """The plan of a problem on the device at hand."""
     p = problem
-    major = torch.cuda.get_device_capability()[0] if p.device == "cuda" else 0
-    return plan_for(p.K, p.V, operands, p.rule.gate == "channel", p.T, direction, 10 * major)
+    found = capability_of_plans(torch.cuda.get_device_capability()) if p.device == "cuda" else 0
+    return plan_for(p.K, p.V, operands, p.rule.gate == "channel", p.T, direction, found)
 
 
 class Job:

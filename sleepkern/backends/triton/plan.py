@@ -44,8 +44,16 @@ class Plan:
     window: Tile
 
 
+PLAIN_HOPPER = -90
+"""The capability of a Hopper whose assembler is not sound (assembler.py): its plans have no warp-group products, which
+Triton takes where a product has 64 rows and its kernel a multiple of four warps."""
+
+
 class Key(NamedTuple):
-    """What a plan is looked up by: capability 80 for devices of 8.x, 90 for 9.x ..., 0 for all; width, K at most."""
+    """What a plan is looked up by: capability 80 for devices of 8.x, 90 for 9.x ..., PLAIN_HOPPER, 0 for all; width, K
+
+    at most.
+    """
 
     capability: int
     direction: Direction
@@ -114,6 +122,23 @@ TABLE: dict[Key, Plan] = {
 }
 TABLE |= {Key(80, "backward", "bf16", channel, w): plan for channel, (_, plan) in _AMPERE.items() for w in (64, 128)}
 """One plan for every key with capability 0; keys with a capability come first, and `use_plans` adds more of them."""
+
+
+def _plain(plan: Plan, operands: Operands) -> Plan:
+    """A plan without warp-group products: chunks of at most 32 rows; walks, whose products have as many rows as keys,
+
+    and windows, which walk too, on two warps.
+    """
+    walk, columns = Tile(plan.ingest.keys, 16, 2, 2), 32 if operands == "bf16" and plan.ingest.keys < 256 else 16
+    chunk = 16 if operands == "tf32" and plan.ingest.keys == 256 else min(plan.chunk, 32)
+    return Plan(chunk, plan.prepare, walk, walk, plan.gradients, Tile(columns, columns, 2, 1))
+
+
+TABLE |= {
+    key._replace(capability=PLAIN_HOPPER): _plain(plan, key.operands)
+    for key, plan in TABLE.items()
+    if key.capability == 0 and key.operands != "exact"
+}
 
 
 def plan_for(
