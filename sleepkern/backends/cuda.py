@@ -6,7 +6,6 @@ after it; through the gradients of a replay it calls one of them itself. Kernels
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..problem import Problem, Tensors
 from . import chunked, cpu, replay_backward, triton
 from .replay import Cost, cheapest
-from .tensors import Ingested, in_rows
+from .tensors import Ingested, in_rows, on_device_of
 
 _C = cpu._C
 
@@ -103,12 +102,15 @@ why_not_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see b
 
 def device_at_hand() -> Device:
     """The current GPU; where there is none (`explain` asks about one), an H100."""
-    if not torch.cuda.is_available():
-        return Device((9, 0), 232448, 132)
-    return _device(torch.cuda.current_device())
+    return _device(torch.cuda.current_device()) if _gpu_is_there() else Device((9, 0), 232448, 132)
 
 
 device_at_hand._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _gpu_is_there() -> bool:
+    return torch.cuda.is_available()
 
 
 @lru_cache(maxsize=64)
@@ -172,7 +174,7 @@ def powers(A: Tensor, start: Tensor, after: Tensor, passes: int) -> Tensor:
     n, HV, K, V = start.shape
     A, start, after = A.contiguous(), start.contiguous(), after.contiguous()
     states = start.new_empty((passes, n, HV, K, V))
-    with _current(start):
+    with on_device_of(start):
         _C.cuda_powers(
             n * HV, K, V, passes, _block(n * HV, V), A.data_ptr(), states.data_ptr(),
             start.data_ptr(), after.data_ptr(), _stream(start),
@@ -188,7 +190,7 @@ def adjoint(A: Tensor, states: Tensor, last: Tensor, made: Tensor | None) -> tup
     block = _block(n * HV, V)
     dA = last.new_empty((-(-V // block), n, HV, K, K))
     dB, dstart = torch.empty_like(last), torch.empty_like(last)
-    with _current(last):
+    with on_device_of(last):
         _C.cuda_adjoint(
             n * HV, K, V, passes, block, A.data_ptr(), states.data_ptr(), _address(made),
             last.data_ptr(), dA.data_ptr(), dB.data_ptr(), dstart.data_ptr(), _stream(last),
@@ -221,7 +223,7 @@ def _replay(problem: Problem, x: Tensors) -> Ingested:
             x.k.new_empty(n * (C * width + C * C), dtype=number) if p.output else None,
         ]
     views, _alive = _views(p, x, p.output)
-    with _current(x.k):
+    with on_device_of(x.k):
         _C.cuda_replay(
             cpu.GATES[p.rule.gate], p.rule.delta, p.normalize, p.scale, p.sequences, p.T, p.H, p.HV, p.K, p.V,
             _address(offsets), *views, _address(state), _address(o), final.data_ptr(), _MODES[mode], p.passes,
@@ -247,7 +249,7 @@ def _step(problem: Problem, x: Tensors, state: Tensor, places: Tensor | None) ->
     if p.T == 0:
         return o
     views, _alive = _views(p, x, True)
-    with _current(x.k):
+    with on_device_of(x.k):
         _C.cuda_step(
             cpu.GATES[p.rule.gate], p.rule.delta, p.normalize, p.scale, p.sequences, p.T, p.H, p.HV, p.K, p.V,
             *views, state.data_ptr(), state.data_ptr(), o.data_ptr(), _address(places), state.stride(0), _stream(x.k),
@@ -257,7 +259,12 @@ def _step(problem: Problem, x: Tensors, state: Tensor, places: Tensor | None) ->
 
 def _plan(problem: Problem) -> Plan | None:
     """The plan of a replay; None where shared memory does not hold it."""
-    p, mode, device = problem, _mode(problem), device_at_hand()
+    return _plan_on(problem, device_at_hand())
+
+
+@lru_cache(maxsize=1024)
+def _plan_on(problem: Problem, device: Device) -> Plan | None:
+    p, mode = problem, _mode(problem)
     width = 64 if p.K <= 64 else 128
     if _WINDOW[mode, width, p.output, p.rule.gate == "channel"] > device.shared_memory:
         return None
@@ -363,10 +370,6 @@ def _views(problem: Problem, x: Tensors, reads: bool) -> tuple[list[tuple[int, i
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _current(t: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def _stream(t: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,12 @@ class Heads(NamedTuple):
     g: Tensor | None
     beta: Tensor | None
     state: Tensor
+
+
+def on_device_of(t: Tensor) -> AbstractContextManager[object]:
+    """The device of a tensor as the current one, to which launches go; entering it costs more than asking."""
+    elsewhere = t.is_cuda and t.device.index != torch.cuda.current_device()
+    return torch.cuda.device(t.device) if elsewhere else nullcontext()
 
 
 def by_sequence(problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested]) -> Ingested:

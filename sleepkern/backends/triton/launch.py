@@ -8,7 +8,6 @@ Nothing here waits for the device, so all of it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Problem, Tensors
-from ..tensors import in_rows
+from ..tensors import in_rows, on_device_of
 from .adjoint import adjoint_kernel
 from .assembler import capability_of_plans
 from .decode import step_kernel
@@ -43,7 +42,7 @@ def forward(
     given = {"p_state": state, "p_o": o, "p_final": final, "p_starts": None, "p_Vn": None}
     switches = {"HAS_STATE": state is not None, "REPLAY": p.passes > 1, "KEEP": False}
     lanes = p.sequences * p.HV
-    with job.device():
+    with on_device_of(x.k):
         if p.T <= STEP_LIMIT and p.passes == 1 and not p.packed:
             tile = step_tile(p.K, p.V)
             job.launch(step_kernel, (lanes * triton.cdiv(p.V, tile.values),), tile, **given, **switches)
@@ -70,7 +69,7 @@ def relaunched(problem: Problem, x: Tensors, operands: Operands) -> Tensor:
     given = {**job.factors(inverse=False), "p_o": None, "p_final": final, "p_starts": None, "p_Vn": None}
     tile = job.plan.ingest
     grid = (p.sequences * p.HV * triton.cdiv(p.V, tile.values),)
-    with job.device():
+    with on_device_of(x.k):
         if job.prepares:
             job.launch(prepare_kernel, (job.slots, p.HV), job.plan.prepare, **given, KEEP=False)
         for done in range(problem.passes):
@@ -108,7 +107,7 @@ def backward(
     if not reads and grads[0] is not None:
         grads[0].zero_()
     lanes = p.sequences * p.HV
-    with job.device():
+    with on_device_of(x.k):
         if job.one_chunk:
             job.launch(
                 window_gradient_kernel, (p.sequences * p.H,), job.plan.window, **given,
@@ -180,10 +179,6 @@ class Job:
     def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Scratch where the tensors are, in the type of the operands unless another is named."""
         return torch.empty(size, dtype=dtype or self.type, device=self.where)
-
-    def device(self) -> Any:
-        """Launches go to the current device of the driver, which need not be the tensors'."""
-        return torch.cuda.device(self.where) if self.where.type == "cuda" else nullcontext()
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Launch a kernel with the arguments that it names."""
