@@ -33,7 +33,7 @@ def build(folder: Path, sanitize: bool = False, fault: Fault | None = None, soun
         text = (csrc / file).read_text()
         assert text.count(good) == 1, f"{file}: {good!r} is there {text.count(good)} times, expected once"
         (csrc / file).write_text(text.replace(good, bad))
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bind_cuda.cpp", HERE / "module.cpp"]
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bind_cuda.cpp", csrc / "bind_cuda_blocks.cpp", HERE / "module.cpp"]
     sources = [s for s in sources if s.name != "device.cu"]
     level = "-O1" if fault is None else "-O0"  # a faulty build runs one small test
     flags = [level, *OPTIONS, *(SANITIZERS if sanitize else ())]

@@ -1,0 +1,25 @@
+#include "cuda/blocks.cuh"
+#include "cuda/launch-inl.h"
+
+namespace sleepkern::cuda {
+
+int64_t blocks_memory(const BlocksCall& call) { return Shared(nullptr, Sizes(call)).arena.used; }
+
+void sleep_blocks(const BlocksCall& call, void* stream) {
+  const Grid grid{static_cast<int64_t>((call.B + call.group - 1) / call.group) * call.cluster, 1};
+  const auto launch = [&](auto kernel) {
+    run("blocks", kernel, grid, THREADS, blocks_memory(call), call, stream, call.cluster);
+  };
+  switch (call.tiles) {
+    case 2:
+      return launch(blocks_kernel<2>);
+    case 5:
+      return launch(blocks_kernel<5>);
+    case 8:
+      return launch(blocks_kernel<8>);
+    default:
+      throw std::runtime_error("sleepkern: no CUDA kernel for " + std::to_string(16 * call.tiles) + " rows");
+  }
+}
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,121 @@
+// Products with weights that stream through shared memory.
+//
+//   acc [16 TILES][16] = left [16 TILES][16 steps] weight^T, for each group of 16 of the weight's outputs
+//
+// A group belongs to one warp, which takes all rows of the left operand. So no weight is wanted by two warps, and each
+// warp has a stream of its own: fragments of 16 outputs x 16 terms, 512 bytes, in the order in which it multiplies by
+// them, through all products of all layers, again and again in every pass. They come through a ring of the warp's own,
+// which nobody else waits for and which goes on filling while the block waits, exchanges or mixes tokens.
+//
+// Left operands lie as fragments too: [tile of 16 rows][step][lane][4 words], as lanes hold what left they accumulate.
+#pragma once
+
+#include "cuda/blocks_call.h"
+#include "cuda/call.h"
+#include "cuda/tile.h"
+
+namespace sleepkern::cuda {
+
+constexpr int FRAGMENT = 512;       // bytes of 16 x 16 weights
+constexpr int STAGE_FRAGMENTS = 2;  // that are asked for at a time
+constexpr int STAGE = STAGE_FRAGMENTS * FRAGMENT;
+constexpr int MOST_STAGES = 16;
+
+// 16 bytes of each lane, generic where the compiler sees shared memory.
+SLEEPKERN_DEVICE Fragment<Mode::bf16> load_fragment(const uint4* at) {
+  const uint4 x = *at;
+  return {{x.x, x.y, x.z, x.w}, {0}};
+}
+
+// Word of the pair of columns (column, column + 1), an even one, in fragments of `steps` steps.
+SLEEPKERN_DEVICE int word_of(int steps, int row, int column) {
+  const int lane = (row & 7) * 4 + ((column & 7) >> 1);
+  return (((row >> 4) * steps + (column >> 4)) * 32 + lane) * 4 + ((row >> 3) & 1) + 2 * ((column >> 3) & 1);
+}
+
+struct Stream {
+  const char* from;  // the warp's stages
+  char* ring;
+  Arrival* arrivals;
+  int stages, count;  // of the ring; of a pass
+  int left, next;     // stages still to ask for; place in the pass of the next one
+  int slot, parity, place;
+
+  SLEEPKERN_DEVICE Stream(const BlocksCall& c, int rank, char* rings, Arrival* all) : stages(c.ring) {
+    const int warp = threadIdx.x >> 5;
+    const int32_t* mine = c.stages + 2 * (rank * WARPS + warp);
+    from = static_cast<const char*>(c.weights) + static_cast<int64_t>(mine[0]) * STAGE;
+    count = mine[1];
+    left = count * c.passes;
+    next = slot = parity = place = 0;
+    ring = rings + warp * stages * STAGE;
+    arrivals = all + warp * stages;
+    for (int s = 0; s < stages; ++s) ask(s);
+  }
+
+  SLEEPKERN_DEVICE void ask(int s) {
+    if (left == 0) return;
+    --left;
+    warp_copy(arrivals + s, ring + s * STAGE, from + static_cast<int64_t>(next) * STAGE, STAGE);
+    next = next + 1 == count ? 0 : next + 1;
+  }
+
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> take() {
+    if (place == 0) copy_wait(arrivals + slot, parity);
+    const char* at = ring + slot * STAGE + place * FRAGMENT;
+    const Fragment<Mode::bf16> f = load_fragment(reinterpret_cast<const uint4*>(at) + lane_of_warp());
+    if (++place == STAGE_FRAGMENTS) turn();
+    return f;
+  }
+
+  // The stage has been read: ask for another one in its place.
+  SLEEPKERN_DEVICE void turn() {
+    warp_barrier();
+    ask(slot);
+    place = 0;
+    if (++slot == stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+
+  // To the end of a stage, with which a pass ends.
+  SLEEPKERN_DEVICE void finish_pass() {
+    if (place == 0) return;
+    turn();
+  }
+};
+
+// made(group, acc): acc [TILES][two products of 8 columns][4].
+template <int TILES, class Made>
+SLEEPKERN_DEVICE void product(Stream& weights, const uint4* left, int steps, int groups, Made made) {
+  using Acc = float[TILES][2][4];
+  left += lane_of_warp();
+  for (int first = threadIdx.x >> 5; first < groups; first += 2 * WARPS) {
+    const bool two = first + WARPS < groups;
+    Acc one, other;
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+      clear(one[m]);
+      clear(other[m]);
+    }
+    for (int step = 0; step < steps; ++step) {
+      const Fragment<Mode::bf16> b = weights.take();
+      Fragment<Mode::bf16> b_other{};
+      if (two) b_other = weights.take();
+#pragma unroll
+      for (int m = 0; m < TILES; ++m) {
+        const Fragment<Mode::bf16> a = load_fragment(left + (m * steps + step) * 32);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          mma<Mode::bf16>(one[m][half], a, b, half);
+          if (two) mma<Mode::bf16>(other[m][half], a, b_other, half);
+        }
+      }
+    }
+    made(first, one);
+    if (two) made(first + WARPS, other);
+  }
+}
+
+}  // namespace sleepkern::cuda
