@@ -189,6 +189,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
     const Kept kept(c, l, p, w, head);
     float scores[2][4];
     clear(scores);
+#pragma unroll 1
     for (int n = 0; n < groups; ++n) {
       const Fragment<Mode::bf16> q = wide.left(start + 16 * block, q_at + 16 * n);
       const Fragment<Mode::bf16> k = kept.key_fragment(first, 16 * n, l.kept);
@@ -197,11 +198,12 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
     }
     read.add(
         scores, groups, [&](int, int j) { return first + j < l.kept; },
-        [&](int n) { return kept.value_fragment(first, 16 * n, l.kept); });
+        [&](int n) { return kept.value_fragment(opaque(first), 16 * n, l.kept); });  // one at a time
   }
   for (int keys = 0; keys <= block; ++keys) {
     float scores[2][4];
     clear(scores);
+#pragma unroll 1
     for (int n = 0; n < groups; ++n) {
       const Fragment<Mode::bf16> q = wide.left(start + 16 * block, q_at + 16 * n);
       const Fragment<Mode::bf16> k = wide.right(start + 16 * keys, k_at + 16 * n);

@@ -92,55 +92,35 @@ SLEEPKERN_DEVICE void keep_last(const BlocksCall& c, const BlockLayer& l, const 
   }
 }
 
-// In place: all threads read 8 tokens of 8 channels each and the 3 tokens before, then write; the last tokens first.
+// In place: a warp takes 8 channels of a window and 8 tokens at a time, a lane two channels of one token; what was said
+// by the tokens before comes from the other lanes, which hold 8 tokens and the 8 before them.
 SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide, int pass) {
-  constexpr int BEFORE = TAPS - 1;
-  const int chunks = l.channels() / 8, each = chunks * p.windows, items = each * (c.padded() / 8);
+  const int chunks = l.channels() / 8, lane = lane_of_warp(), g = lane >> 2;
   const Past past(c, l, pass);
-  for (int first = (items - 1) / THREADS * THREADS; first >= 0; first -= THREADS) {
-    const int item = first + threadIdx.x, segment = item / each, column = item % chunks * 8;
-    const int w = item / chunks % p.windows, row = w * c.padded() + 8 * segment;
-    uint32_t x[8 + BEFORE][4];
-    if (item < items) {
-#pragma unroll
-      for (int r = 0; r < 8 + BEFORE; ++r) {
-        if (r >= BEFORE || segment > 0) {
-          const uint4 words = *eight_at(wide, l.into, row + r - BEFORE, column);
-          x[r][0] = words.x, x[r][1] = words.y, x[r][2] = words.z, x[r][3] = words.w;
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int channel[2] = {channel_of(c, l, p.rank, column + 2 * i),
-                                    channel_of(c, l, p.rank, column + 2 * i + 1)};
-            x[r][i] =
-                pack_bf16(past.at(p.first + w, r - BEFORE, channel[0]), past.at(p.first + w, r - BEFORE, channel[1]));
-          }
-        }
-      }
-    }
-    block_barrier();
-    if (item >= items) continue;
+  for (int task = threadIdx.x >> 5; task < chunks * p.windows; task += WARPS) {
+    const int w = task / chunks, column = task % chunks * 8 + 2 * (lane & 3);
     const float* taps = l.taps + (static_cast<int64_t>(p.rank) * l.channels() + column) * TAPS;
+    float low_taps[TAPS], high_taps[TAPS];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float tap[2][TAPS];
-#pragma unroll
-      for (int j = 0; j < 2 * TAPS; ++j) tap[j / TAPS][j % TAPS] = taps[2 * i * TAPS + j];
-#pragma unroll
-      for (int r = 7; r >= 0; --r) {
-        float low = 0.0f, high = 0.0f;
-#pragma unroll
-        for (int j = 0; j < TAPS; ++j) {
-          low += tap[0][j] * low_of(x[r + j][i]);
-          high += tap[1][j] * high_of(x[r + j][i]);
-        }
-        x[r + BEFORE][i] = pack_bf16(low * sigmoid(low), high * sigmoid(high));
-      }
+    for (int j = 0; j < TAPS; ++j) {
+      low_taps[j] = taps[TAPS - 1 - j];
+      high_taps[j] = taps[2 * TAPS - 1 - j];
     }
+    float earlier[2];
+    for (int i = 0; i < 2; ++i) earlier[i] = past.at(p.first + w, g - 8, channel_of(c, l, p.rank, column + i));
+    float before = from_bits(pack_bf16(earlier[0], earlier[1]));
+    for (int row = w * c.padded(); row < (w + 1) * c.padded(); row += 8) {
+      uint32_t* at_row = reinterpret_cast<uint32_t*>(wide + at<Mode::bf16>(l.into, row + g, column));
+      const float now = from_bits(*at_row);  // two bf16, only handed on as one word
+      float low = low_taps[0] * low_of(as_bits(now)), high = high_taps[0] * high_of(as_bits(now));
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      const uint32_t (&y)[4] = x[r + BEFORE];
-      *eight_at(wide, l.into, row + r, column) = make_uint4(y[0], y[1], y[2], y[3]);
+      for (int j = 1; j < TAPS; ++j) {
+        const uint32_t x = as_bits(shuffle_from(g + j < 8 ? now : before, (lane - 4 * j) & 31));
+        low += low_taps[j] * low_of(x);
+        high += high_taps[j] * high_of(x);
+      }
+      *at_row = pack_bf16(low * sigmoid(low), high * sigmoid(high));
+      before = now;
     }
   }
 }
@@ -280,6 +260,7 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
 SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m,
                                     int pass) {
   keep_last(c, l, p, m.wide, pass);
+  block_barrier();
   convolve(c, l, p, m.wide, pass);
   block_barrier();
   find_factors(c, l, m.wide, m.factors);

@@ -7,8 +7,7 @@ heads, of the MLP's columns and of the columns of h.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,76 +17,44 @@ from torch.nn import functional as F
 from ..backends import cuda
 from .memory import Fast, Slow
 from .packed import State, _eps
+from .plan_cuda import EIGHT, WARPS, Plan, Shape, plan, share, sizes, up
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
 
-WARPS, TAPS, STAGE = 8, 4, 2
-"""Warps of a thread block, tokens of a convolution, and fragments that are asked for at a time."""
-TILES = (2, 5, 8)
-"""Of 16 rows, which kernels there are for."""
-CLUSTERS = (8, 4, 2, 1)
+TAPS, STAGE = 4, 2
+"""Tokens of a convolution; fragments that a warp asks for at a time."""
 WIDEST, LONGEST, HEAD = 512, 128, 128
-RINGS = (16, 12, 8, 6, 4, 3, 2)
-"""Stages of a warp, best first."""
-EIGHT = 8
-"""Value columns whose sums of squares stand together."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _packed: WeakKeyDictionary[HybridBlock, dict[Any, Packed]] = WeakKeyDictionary()
 
 
-class Plan(NamedTuple):
-    """How a call is cut.
-
-    cluster   thread blocks that share a group of windows
-    group     windows of a group
-    tiles     of 16 rows, which a group fills up
-    columns   of h in a thread block
-    exchange  of those how many, by 16, are summed over the cluster at a time
-    ring      stages of weights that a warp has on their way
-    """
-
-    cluster: int
-    group: int
-    tiles: int
-    columns: int
-    exchange: int
-    ring: int
-
-
-class Shape(NamedTuple):
-    """Of a layer, what a plan depends on."""
-
-    recurrent: bool
-    heads: int
-    value_heads: int
-    K: int
-    V: int
-    W: int
-    hidden: int
-
-
 def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
-    """None where the blocks' passes over h can be one launch, else the sentence why they run module by module."""
+    """None where the blocks' passes over h can be one launch, else the sentence why they run module by module.
+
+    h is [B,L,d], or any tensor of its type and device: then its sizes are not asked about.
+    """
     reason = cuda.why_not_on(h.device.type)
     if reason is not None:
         return reason
-    types = {p.dtype for block in blocks for p in block.parameters()} | {h.dtype}
-    if len(types) > 1 or h.dtype not in _TYPES:
-        return f"one launch for h and weights of one type of at most 32 bits, got {', '.join(map(str, sorted(types, key=str)))}"
+    types = {str(t.dtype) for t in (h, *(p for block in blocks for p in block.parameters()))}
+    if len(types) > 1:
+        return f"one launch for h and weights of one type, got {', '.join(sorted(types))}"
     if h.dtype != torch.bfloat16 and torch.get_float32_matmul_precision() != "medium":
         return (
             f"one launch multiplies in bfloat16, which {h.dtype} allows only with "
             'torch.set_float32_matmul_precision("medium")'
         )
-    B, L, d = h.shape
-    if d > WIDEST or L > LONGEST:
-        return f"one launch for windows of at most {LONGEST} tokens and widths of at most {WIDEST}, got {L} and {d}"
     if len(blocks) > cuda._C.cuda_blocks_layers:
         return f"one launch for at most {cuda._C.cuda_blocks_layers} blocks, got {len(blocks)}"
     shapes = _shapes(blocks)
     if max(max(s.K, s.V) for s in shapes) > HEAD or max(s.W for s in shapes) > TAPS:
         return f"one launch for heads of at most {HEAD} and short convolutions of at most {TAPS} tokens"
+    if h.ndim != 3:
+        return None
+    B, L, d = h.shape
+    if d > WIDEST or L > LONGEST:
+        return f"one launch for windows of at most {LONGEST} tokens and widths of at most {WIDEST}, got {L} and {d}"
     if plan(B, L, d, shapes, cuda.device_at_hand()) is None:
         return "the window does not fit a cluster's shared memory"
     return None
@@ -108,11 +75,11 @@ def run(
         own, now, read = (_fast if block.recurrent else _slow)(block.mixer, state, h, passes)
         layers.append(layer | own | {"first_unit": units})
         if block.recurrent:
-            units += B * block.mixer.value_heads * layer["VP"] // EIGHT
+            units += B * found.cluster * layer["value_heads"] * layer["VP"] // EIGHT
         after.append(now)
         alive.append(read)
     changes = h.new_empty(passes, units, 2, dtype=torch.float32)
-    call = _sizes(found) | {
+    call = sizes(found) | {
         "h": h.data_ptr(),
         "out": out.data_ptr(),
         "weights": weights.stream.data_ptr(),
@@ -133,54 +100,6 @@ def run(
     return out, after, (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
 
 
-def plan(B: int, L: int, d: int, shapes: Sequence[Shape], device: cuda.Device) -> Plan | None:
-    """The plan that takes least time by `_time`; None where nothing fits."""
-    return _plan(B, L, d, tuple(shapes), device)
-
-
-@lru_cache(maxsize=256)
-def _plan(B: int, L: int, d: int, shapes: tuple[Shape, ...], device: cuda.Device) -> Plan | None:
-    plans = []
-    for cluster in CLUSTERS if device.capability >= (9, 0) else (1,):
-        if cluster > device.multiprocessors or any(s.heads % cluster for s in shapes):
-            continue
-        columns = _up(-(-d // cluster), 16)
-        for tiles in TILES:
-            group = min(16 * tiles // _up(L, 8), B)
-            fits = _fit(Plan(cluster, group, tiles, columns, columns // 16, RINGS[0]), shapes, device) if group else None
-            if fits is not None:
-                plans.append(fits)
-    return min(plans, key=lambda p: _time(p, B, d, shapes, device), default=None)
-
-
-def _fit(tried: Plan, shapes: Sequence[Shape], device: cuda.Device) -> Plan | None:
-    """With as much at a time as shared memory holds: exchanges first, they make the cluster wait."""
-    layers = [_share(s, tried.cluster) for s in shapes]
-    for exchange in range(tried.exchange, 0, -1):
-        for ring in RINGS:
-            found = tried._replace(exchange=exchange, ring=ring)
-            if cuda._C.cuda_blocks_memory(_sizes(found), layers) <= device.shared_memory:
-                return found
-            if ring <= 4 and exchange > 1:
-                break
-    return None
-
-
-def _time(p: Plan, B: int, d: int, shapes: Sequence[Shape], device: cuda.Device) -> float:
-    """Clocks of a pass, roughly: of products or of their weights' way from L2, and of what is waited for."""
-    waves = -(-(-(-B // p.group)) // (device.multiprocessors // p.cluster))
-    total = 0.0
-    for s in shapes:
-        inner = s.value_heads * s.V
-        weights = d * (2 * s.heads * s.K + inner * (3 if s.recurrent else 2) + 2 * s.hidden) / p.cluster
-        total += max(2 * weights / 50, 2 * weights * 16 * p.tiles / 2000)
-        total += 1000 * (4 if p.cluster > 1 else 2) + 500 * 2 * (p.columns // 16 // p.exchange - 1)
-        total += 16 * p.tiles * d * 10 / 32 if p.cluster > 1 else 0
-        walks = -(-p.group * (s.value_heads // p.cluster) * -(-s.V // EIGHT) // WARPS)
-        total += 160 * walks * 16 * p.tiles / p.group if s.recurrent else 2000
-    return waves * total
-
-
 def _shapes(blocks: Sequence[HybridBlock]) -> tuple[Shape, ...]:
     shapes = []
     for block in blocks:
@@ -194,33 +113,6 @@ def _shapes(blocks: Sequence[HybridBlock]) -> tuple[Shape, ...]:
             sizes = (mixer.heads, mixer.heads, D, D, 1, hidden)
         shapes.append(Shape(block.recurrent, *sizes))
     return tuple(shapes)
-
-
-def _share(s: Shape, cluster: int) -> dict[str, int]:
-    """Sizes of a layer in one thread block."""
-    multiple = 32 if s.recurrent else 16
-    KP, VP = _up(s.K, multiple), _up(s.V, multiple)
-    heads, value_heads = s.heads // cluster, s.value_heads // cluster
-    return {
-        "recurrent": s.recurrent,
-        "heads": heads,
-        "value_heads": value_heads,
-        "K": s.K,
-        "V": s.V,
-        "KP": KP,
-        "VP": VP,
-        "W": s.W,
-        "into": 2 * heads * KP + value_heads * VP * (2 if s.recurrent else 1),
-        "hidden": _up(-(-s.hidden // cluster), 16),
-    }
-
-
-def _sizes(p: Plan) -> dict[str, int]:
-    return p._asdict()
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 class Packed:
@@ -238,7 +130,7 @@ class Packed:
         self.layers: list[dict[str, Any]] = []
         parts: list[list[list[Tensor]]] = [[[] for _ in range(WARPS)] for _ in range(p.cluster)]
         for block, shape in zip(blocks, _shapes(blocks), strict=True):
-            self.layers.append(_share(shape, p.cluster) | self._layer(block, shape))
+            self.layers.append(share(shape, p.cluster) | self._layer(block, shape))
             for rank in range(p.cluster):
                 for weight, groups in self._products(block, shape, rank):
                     for warp, fragments in _by_warp(_fragments(weight), groups):
@@ -256,11 +148,11 @@ class Packed:
     def _layer(self, block: HybridBlock, s: Shape) -> dict[str, Any]:
         mixer: Any = block.mixer
         epsilons = {"mixer_eps": _eps(block.mixer_norm), "mlp_eps": _eps(block.mlp_norm)}
-        share = _share(s, self.plan.cluster)
+        own = share(s, self.plan.cluster)
         if not block.recurrent:
             return epsilons | {
-                "q_gain": self._floats(mixer.q_norm.weight * s.K**-0.5, share["KP"]),
-                "k_gain": self._floats(mixer.k_norm.weight, share["KP"]),
+                "q_gain": self._floats(mixer.q_norm.weight * s.K**-0.5, own["KP"]),
+                "k_gain": self._floats(mixer.k_norm.weight, own["KP"]),
                 "q_eps": _eps(mixer.q_norm),
                 "k_eps": _eps(mixer.k_norm),
             }
@@ -272,7 +164,7 @@ class Packed:
         ]
         return epsilons | {
             "taps": self._floats(torch.stack(by_rank)),
-            "gain": self._floats(mixer.norm.weight, share["VP"]),
+            "gain": self._floats(mixer.norm.weight, own["VP"]),
             "gain_eps": mixer.norm.eps,
             "decay_bias": mixer.decay_bias,
             "strength": mixer.strength,
@@ -284,30 +176,29 @@ class Packed:
         return [(q, s.heads, s.K), (k, s.heads, s.K), *((v, s.value_heads, s.V) for v in values)]
 
     def _products(self, block: HybridBlock, s: Shape, rank: int) -> Iterator[tuple[Tensor, list[list[int]]]]:
-        """Each weight of a layer [outputs, terms], and its groups of 16 outputs, those of a call of `product` together."""
-        p, mixer = self.plan, block.mixer
-        share, all_columns = _share(s, p.cluster), p.cluster * p.columns
+        """Each weight of a layer [outputs, terms], and its groups of 16 outputs, those of a product together."""
+        p, m = self.plan, cast(Any, block.mixer)
+        all_columns = p.cluster * p.columns
         norm, mlp_norm = (n.weight.detach().float() for n in (block.mixer_norm, block.mlp_norm))
-        m: Any = mixer
         parts = [*m.qkv.weight.detach().float().split([s.heads * s.K] * 2 + [s.value_heads * s.V])]
         if s.recurrent:
             parts.append(m.gate.weight.detach().float())
         rows = [_heads(x, n, width, p.cluster, rank, s.recurrent) for x, n, width in self._inputs(s, *parts)]
         if s.recurrent:
             rates = m.rates.weight.detach().float().view(2, p.cluster, -1, len(norm))[:, rank].flatten(0, 1)
-            rows.append(_padded(rates, _up(len(rates), 16), len(norm)))
+            rows.append(_padded(rates, up(len(rates), 16), len(norm)))
         into = torch.cat(rows) * norm
         yield _padded(into, len(into), all_columns), [list(range(len(into) // 16))]
 
         exchanges = self._exchanges()
-        columns = mixer.out.weight.detach().float().T  # one row a term
+        columns = m.out.weight.detach().float().T  # one row a term
         terms = _heads(columns, s.value_heads, s.V, p.cluster, rank, s.recurrent)
         yield _padded(terms.T, all_columns), exchanges
 
-        up, down = block.mlp.up.weight.detach().float(), block.mlp.out.weight.detach().float()
-        hidden = share["hidden"]
+        hidden = share(s, p.cluster)["hidden"]
         mine = slice(rank * hidden, (rank + 1) * hidden)
-        yield _padded(up[mine] * mlp_norm, hidden, all_columns), [list(range(hidden // 16))]
+        wider, down = block.mlp.up.weight.detach().float(), block.mlp.out.weight.detach().float()
+        yield _padded(wider[mine] * mlp_norm, hidden, all_columns), [list(range(hidden // 16))]
         yield _padded(down[:, mine], all_columns, hidden), exchanges
 
     def _exchanges(self) -> list[list[int]]:
@@ -345,14 +236,14 @@ def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
 
 def _padded(t: Tensor, rows: int, columns: int | None = None) -> Tensor:
     """With zeros up to a size, rounded up to fragments."""
-    columns = _up(t.shape[1], 16) if columns is None else columns
+    columns = up(t.shape[1], 16) if columns is None else columns
     return F.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0]))
 
 
 def _heads(x: Tensor, heads: int, width: int, cluster: int, rank: int, recurrent: bool = True) -> Tensor:
     """Rows of one thread block's heads, each with zeros up to a multiple of 32, in attention of 16."""
     mine = x.unflatten(0, (heads, width))[rank * (heads // cluster) : (rank + 1) * (heads // cluster)]
-    return F.pad(mine, (0, 0, 0, _up(width, 32 if recurrent else 16) - width)).flatten(0, 1)
+    return F.pad(mine, (0, 0, 0, up(width, 32 if recurrent else 16) - width)).flatten(0, 1)
 
 
 def _fragments(weight: Tensor) -> Tensor:
@@ -363,7 +254,7 @@ def _fragments(weight: Tensor) -> Tensor:
 
 
 def _by_warp(fragments: Tensor, calls: list[list[int]]) -> Iterator[tuple[int, Tensor]]:
-    """Fragments [n, 256] of a warp in the order of `product` in csrc/cuda/blocks_stream.cuh: two groups side by side."""
+    """Fragments [n, 256] of a warp in the order in which blocks_stream.cuh takes them, two groups at a time."""
     for groups in calls:
         for warp in range(WARPS):
             mine = groups[warp::WARPS]

@@ -213,8 +213,14 @@ inline float shuffle_xor(float x, int mask) {
 inline float shuffle_up(float x, int lanes) {
   return shuffle(x, [lanes](int l) { return l >= lanes ? l - lanes : l; });
 }
-inline float shuffle_from(float x, int lane) {
-  return shuffle(x, [lane](int) { return lane; });
+inline float shuffle_from(float x, int lane) {  // each lane asks for one of its own choice
+  uint32_t words[2] = {as_bits(x), static_cast<uint32_t>(lane)};
+  cuda_on_cpu::exchange(words, 2, [](uint32_t (*w)[12]) {
+    uint32_t given[32];
+    for (int l = 0; l < 32; ++l) given[l] = w[l][0];
+    for (int l = 0; l < 32; ++l) w[l][0] = given[w[l][1] & 31];
+  });
+  return from_bits(words[0]);
 }
 
 struct Arrival {
