@@ -36,12 +36,12 @@ struct Group {
   SLEEPKERN_DEVICE void each_tile(int first, int last, Tile tile) const {
     const int warp = threadIdx.x >> 5, start = first * TILES;
     for (int unit = start + ((warp - start) & (WARPS - 1)); unit < last * TILES; unit += WARPS) {
-      float4* at = reinterpret_cast<float4*>(m.h + (unit * 32 + lane_of_warp()) * 8);
-      const float4 low = at[0], high = at[1];
+      float4* at = reinterpret_cast<float4*>(m.h) + unit * 64 + lane_of_warp();
+      const float4 low = at[0], high = at[32];
       float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       if (!tile(unit / TILES, unit % TILES, x)) continue;
       at[0] = make_float4(x[0], x[1], x[2], x[3]);
-      at[1] = make_float4(x[4], x[5], x[6], x[7]);
+      at[32] = make_float4(x[4], x[5], x[6], x[7]);
     }
   }
 
@@ -102,7 +102,7 @@ struct Group {
     for (int row = threadIdx.x; row < 16 * TILES; row += THREADS) {
       float sum = 0.0f;
       for (int g = 0; g < all_groups(); ++g) sum += m.squares[g * 16 * TILES + row];
-      m.scale[row] = rsqrtf(sum / c.d + eps);
+      m.scale[row] = rsqrtf(quotient(sum, static_cast<float>(c.d)) + eps);
     }
     block_barrier();
   }
@@ -113,14 +113,14 @@ struct Group {
       const int groups = own_groups() - first < c.exchange ? own_groups() - first : c.exchange;
       product<TILES>(weights, left, steps, groups * c.cluster, [&](int i, const float (&acc)[TILES][2][4]) {
         const int owner = i % c.cluster, slot = p.rank * c.exchange + i / c.cluster;
-        const float* to = m.received + (slot * TILES * 32 + lane_of_warp()) * 8;
-        RemoteAddress at = remote_address(to, owner);
+        const float4* to = reinterpret_cast<const float4*>(m.received) + slot * TILES * 64 + lane_of_warp();
+        const RemoteAddress at = remote_address(to, owner);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float (&x)[4] = acc[tile][half];
-            store_remote(at + tile * 1024 + half * 16,
+            store_remote(at + tile * 1024 + half * 512,
                          make_uint4(as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])));
           }
         }
@@ -131,8 +131,8 @@ struct Group {
         for (int r = 0; r < c.cluster; ++r) {
           const int slot = r * c.exchange + group - first;
           const float4* part =
-              reinterpret_cast<const float4*>(m.received + ((slot * TILES + tile) * 32 + lane_of_warp()) * 8);
-          const float4 a = part[0], b = part[1];
+              reinterpret_cast<const float4*>(m.received) + (slot * TILES + tile) * 64 + lane_of_warp();
+          const float4 a = part[0], b = part[32];
           const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
           for (int i = 0; i < 8; ++i) x[i] += y[i];
@@ -169,7 +169,9 @@ struct Group {
     }
   }
   SLEEPKERN_DEVICE static float rate(const BlockLayer& l, int i, float x) {
-    return i < l.value_heads ? sigmoid(x + l.decay_bias) : l.strength * sigmoid(x);
+    if (i >= l.value_heads) return l.strength * sigmoid(x);
+    x += l.decay_bias;  // log sigmoid
+    return fminf(x, 0.0f) - log_of(1.0f + decayed(-fabsf(x)));
   }
 
   // relu(up)^2 as a left operand.
@@ -244,7 +246,6 @@ blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {
     for (int i = 0; i < c.depth; ++i) {
       group.run_layer(c.layers[i], weights, pass, pass + 1 == c.passes && i + 1 == c.depth);
     }
-    weights.finish_pass();
   }
   group.store();
 }

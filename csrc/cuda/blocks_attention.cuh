@@ -51,32 +51,6 @@ struct Kept {
   }
 };
 
-// 16 rows x 16 columns of `wide`, from a row that is a multiple of 8 on. Rows that are not there are the last ones.
-struct Blocks16 {
-  const uint16_t* tile;
-  int cores, last;  // cores in a row of them; the last row of cores
-
-  SLEEPKERN_DEVICE Fragment<Mode::bf16> load(int row, int column, bool rows_first, bool transposed) const {
-    const int lane = lane_of_warp(), low = (lane >> 3) & 1, high = lane >> 4;
-    int core = row / 8 + (rows_first ? low : high);
-    core = core < last ? core : last;
-    const int at = core * cores + column / 8 + (rows_first ? high : low);
-    const SharedAddress address = shared_address(tile) + at * 128 + 16 * (lane & 7);
-    Fragment<Mode::bf16> f;
-    if (transposed) {
-      load_matrices_transposed(f.high, address);
-    } else {
-      load_matrices(f.high, address);
-    }
-    return f;
-  }
-  SLEEPKERN_DEVICE Fragment<Mode::bf16> left(int row, int column) const { return load(row, column, true, false); }
-  SLEEPKERN_DEVICE Fragment<Mode::bf16> right(int row, int column) const { return load(row, column, false, false); }
-  SLEEPKERN_DEVICE Fragment<Mode::bf16> right_transposed(int row, int column) const {
-    return load(row, column, true, true);
-  }
-};
-
 // q and k of each row over their root mean square, times gain; after the last pass k goes to global memory.
 SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide,
                                       bool keep) {
@@ -93,7 +67,7 @@ SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, 
     }
     square += shuffle_xor(square, 8);
     square += shuffle_xor(square, 16);
-    const float factor = rsqrtf(square / l.K + (query ? l.q_eps : l.k_eps));
+    const float factor = rsqrtf(quotient(square, static_cast<float>(l.K)) + (query ? l.q_eps : l.k_eps));
     const float* gain = query ? l.q_gain : l.k_gain;
     const bool kept = keep && !query && p.has_token(c, row);
     for (int d = 8 * (lane >> 3); d < l.KP; d += 32) {
@@ -221,7 +195,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
     sum += shuffle_xor(sum, 2);
     const int t = 16 * block + row_of(2 * r);
     if (t >= c.padded()) continue;
-    const float factor = t < c.L ? 1.0f / sum : 0.0f;
+    const float factor = t < c.L ? quotient(1.0f, sum) : 0.0f;
 #pragma unroll
     for (int n = 0; n < Reading::MOST; ++n) {
       if (n >= 2 * groups) continue;

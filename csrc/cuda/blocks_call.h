@@ -10,7 +10,6 @@ namespace sleepkern::cuda {
 
 constexpr int MOST_LAYERS = 24;  // a kernel's arguments have 4 KB
 constexpr int TAPS = 4;          // of a short convolution, shorter ones begin with zeros
-constexpr int EIGHT = 8;         // value columns that one warp walks over a window with
 
 struct BlockLayer {
   // Gated DeltaNet
@@ -25,7 +24,7 @@ struct BlockLayer {
 
   int32_t recurrent, continued, kept;
   int32_t heads, value_heads;  // of this thread block
-  int32_t K, V, KP, VP, W;     // KP, VP: with zeros up to a multiple of 32, in attention of 16
+  int32_t K, V, KP, VP, W;     // KP, VP: with zeros up to a multiple of 16
   int32_t into, hidden;        // columns, multiples of 16; `into` without the rates
   int32_t first_unit;          // where its sums stand in `changes`
   float mixer_eps, mlp_eps, decay_bias, strength, gain_eps, q_eps, k_eps;
@@ -54,6 +53,7 @@ struct BlocksCall {
   BlockLayer layers[MOST_LAYERS];
 
   constexpr int padded() const { return (L + 7) / 8 * 8; }  // rows of a window: those of a core begin together
+  constexpr int blocks() const { return (L + 15) / 16; }    // of 16 tokens, of a window
 };
 static_assert(sizeof(BlocksCall) <= 4096);
 

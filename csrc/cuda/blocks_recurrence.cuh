@@ -1,45 +1,14 @@
 // Gated DeltaNet between its products, for the heads of one thread block.
 //
-//   x <- silu(sum_j taps_j x_(t-3+j))    S_t = a_t S_(t-1) + k_t b_t (v_t - a_t S_(t-1)^T k_t)^T    o_t = S_t^T q_t /
-//   K^1/2 mixed = o / rms(o) . gain . silu(gate)                                          k and q normalised, a and b
-//   sigmoids
+//   x <- silu(sum_j taps_j x_(t-j))      S_t = a_t S_(t-1) + k_t b_t (v_t - a_t S_(t-1)^T k_t)^T      o_t = S_t^T q_t /
+//   K^1/2 mixed = o / rms(o) . gain . silu(gate)                                           q and k normalised
 //
-// `wide` holds q, k, v and gate of all rows as a tile (tile.h): the convolution writes over its own inputs, o over v. A
-// warp walks over a window with 8 value columns of a head's state in registers, in float32; that is token by token, but
-// a window is short, all heads and columns walk at once, and there is no barrier in it. The state itself lies in global
-// memory between two passes over a layer: all layers' states do not fit on chip (Rule 110: 256 KB a window), and L2
-// gives one back in less time than one of the layer's products takes.
+// `wide` holds q, k, v and gate of all rows as a tile (tile.h): the convolution writes over its own inputs, o over v.
 #pragma once
 
-#include "cuda/blocks_memory.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/blocks_walk.cuh"
 
 namespace sleepkern::cuda {
-
-SLEEPKERN_DEVICE float sigmoid(float x) {
-  const float e = decayed(-fabsf(x));
-  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
-}
-
-// The bf16 pair in a word.
-SLEEPKERN_DEVICE float low_of(uint32_t word) { return from_bits(word << 16); }
-SLEEPKERN_DEVICE float high_of(uint32_t word) { return from_bits(word & 0xffff0000u); }
-
-// 8 columns of a row, where they lie in a tile.
-SLEEPKERN_DEVICE uint4* eight_at(uint16_t* tile, int columns, int row, int column) {
-  return reinterpret_cast<uint4*>(tile + at<Mode::bf16>(columns, row, column));
-}
-SLEEPKERN_DEVICE void read_eight(float (&x)[8], const uint4& words) {
-  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = low_of(w[i]);
-    x[2 * i + 1] = high_of(w[i]);
-  }
-}
-SLEEPKERN_DEVICE uint4 eight_of(const float (&x)[8]) {
-  return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
-}
 
 // The model's channel of this thread block's channel c, -1 where that is only padding.
 SLEEPKERN_DEVICE int channel_of(const BlocksCall& call, const BlockLayer& l, int rank, int c) {
@@ -144,88 +113,6 @@ SLEEPKERN_DEVICE void find_factors(const BlocksCall& c, const BlockLayer& l, uin
   }
 }
 
-// 8 value columns from `column` on of value head `head` over window w. A lane holds one column and every fourth group
-// of 8 rows of the state.
-SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass,
-                                int w, int head, int column) {
-  constexpr int MOST = WIDEST_KEY / 32;
-  const int lane = lane_of_warp(), v = column + (lane & 7), quarter = lane >> 3, groups = l.KP / 32;
-  const int HV = c.cluster * l.value_heads, rows = 16 * c.tiles, key_head = head / (l.value_heads / l.heads);
-  float* state = l.state + (static_cast<int64_t>(p.first + w) * HV + p.rank * l.value_heads + head) * l.K * l.V + v;
-  float S[MOST][8], change = 0.0f, size = 0.0f;
-#pragma unroll
-  for (int n = 0; n < MOST; ++n) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int k = 8 * (4 * n + quarter) + e;
-      S[n][e] = n < groups && k < l.K && v < l.V && (l.continued || pass > 0) ? state[k * l.V] : 0.0f;
-    }
-  }
-  const int q_at = key_head * l.KP + 8 * quarter, k_at = l.heads * l.KP + q_at;
-  const int v_at = 2 * l.heads * l.KP + head * l.VP + v;
-  for (int t = 0; t < c.L; ++t) {
-    const int row = w * c.padded() + t;
-    const float a = m.rates[row * l.rates() + head], b = m.rates[row * l.rates() + l.value_heads + head];
-    const float q_factor = m.factors[key_head * rows + row], k_factor = m.factors[(l.heads + key_head) * rows + row];
-    float k[MOST][8], Sk = 0.0f, Sq = 0.0f, qk = 0.0f;
-#pragma unroll
-    for (int n = 0; n < MOST; ++n) {
-      if (n >= groups) continue;
-      float q[8];
-      read_eight(q, *eight_at(m.wide, l.into, row, q_at + 32 * n));
-      read_eight(k[n], *eight_at(m.wide, l.into, row, k_at + 32 * n));
-      float sums[2] = {}, more[2] = {};
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        sums[e & 1] += S[n][e] * k[n][e];
-        more[e & 1] += S[n][e] * q[e];
-        qk += q[e] * k[n][e];
-      }
-      Sk += sums[0] + sums[1];
-      Sq += more[0] + more[1];
-    }
-#pragma unroll
-    for (int lanes = 8; lanes < 32; lanes *= 2) {
-      Sk += shuffle_xor(Sk, lanes);
-      Sq += shuffle_xor(Sq, lanes);
-      qk += shuffle_xor(qk, lanes);
-    }
-    uint16_t* place = m.wide + at<Mode::bf16>(l.into, row, v_at);
-    const float delta = k_factor * b * (from_bf16(*place) - a * k_factor * Sk);
-#pragma unroll
-    for (int n = 0; n < MOST; ++n) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        if (n < groups) S[n][e] = a * S[n][e] + k[n][e] * delta;
-      }
-    }
-    warp_barrier();  // all have read v
-    if (quarter == 0) *place = narrow<Mode::bf16>(q_factor * (a * Sq + qk * delta));
-  }
-#pragma unroll
-  for (int n = 0; n < MOST; ++n) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int k = 8 * (4 * n + quarter) + e;
-      if (n >= groups || k >= l.K || v >= l.V) continue;
-      const float before = l.continued || pass > 0 ? state[k * l.V] : 0.0f;
-      change += (S[n][e] - before) * (S[n][e] - before);
-      size += S[n][e] * S[n][e];
-      state[k * l.V] = S[n][e];
-    }
-  }
-#pragma unroll
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    change += shuffle_xor(change, lanes);
-    size += shuffle_xor(size, lanes);
-  }
-  if (lane != 0) return;
-  const int unit = ((p.first + w) * HV + p.rank * l.value_heads + head) * (l.VP / EIGHT) + column / EIGHT;
-  float* sums = c.changes + 2 * (static_cast<int64_t>(pass) * c.units + l.first_unit + unit);
-  sums[0] = change;
-  sums[1] = size;
-}
-
 // o of a row over its root mean square, times gain and silu(gate), as a left operand; rows without a token become 0.
 SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m) {
   const int cores = 2 * c.tiles, lane = lane_of_warp(), steps = l.mixed() / 16;
@@ -242,7 +129,7 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
     }
     square += shuffle_xor(square, 8);
     square += shuffle_xor(square, 16);
-    const float factor = p.has_token(c, row) ? rsqrtf(square / l.V + l.gain_eps) : 0.0f;
+    const float factor = p.has_token(c, row) ? rsqrtf(quotient(square, static_cast<float>(l.V)) + l.gain_eps) : 0.0f;
     for (int d = 8 * (lane >> 3); d < l.VP; d += 32) {
       float x[8], gate[8];
       read_eight(x, *eight_at(m.wide, l.into, row, from + d));
@@ -265,9 +152,11 @@ SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, co
   block_barrier();
   find_factors(c, l, m.wide, m.factors);
   block_barrier();
-  const int eighths = l.VP / EIGHT, tasks = p.windows * l.value_heads * eighths;
+  each_unit(c, l, p, [&](int w, int head, int block) { prepare_unit(c, l, p, m, w, head, block); });
+  block_barrier();
+  const int groups = l.VP / 16, tasks = p.windows * l.value_heads * groups;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
-    walk_over(c, l, p, m, pass, task / eighths / l.value_heads, task / eighths % l.value_heads, task % eighths * EIGHT);
+    walk_over(c, l, p, m, pass, task / groups / l.value_heads, task / groups % l.value_heads, 16 * (task % groups));
   }
   block_barrier();
   gated_norm(c, l, p, m);

@@ -19,7 +19,6 @@ namespace sleepkern::cuda {
 constexpr int FRAGMENT = 512;       // bytes of 16 x 16 weights
 constexpr int STAGE_FRAGMENTS = 2;  // that are asked for at a time
 constexpr int STAGE = STAGE_FRAGMENTS * FRAGMENT;
-constexpr int MOST_STAGES = 16;
 
 // 16 bytes of each lane, generic where the compiler sees shared memory.
 SLEEPKERN_DEVICE Fragment<Mode::bf16> load_fragment(const uint4* at) {
@@ -34,23 +33,24 @@ SLEEPKERN_DEVICE int word_of(int steps, int row, int column) {
 }
 
 struct Stream {
+  const BlocksCall& c;
   const char* from;  // the warp's stages
   char* ring;
   Arrival* arrivals;
-  int stages, count;  // of the ring; of a pass
-  int left, next;     // stages still to ask for; place in the pass of the next one
+  int count;       // stages of a pass
+  int left, next;  // stages still to ask for; place in the pass of the next one
   int slot, parity, place;
 
-  SLEEPKERN_DEVICE Stream(const BlocksCall& c, int rank, char* rings, Arrival* all) : stages(c.ring) {
+  SLEEPKERN_DEVICE Stream(const BlocksCall& c, int rank, char* rings, Arrival* all) : c(c) {
     const int warp = threadIdx.x >> 5;
     const int32_t* mine = c.stages + 2 * (rank * WARPS + warp);
     from = static_cast<const char*>(c.weights) + static_cast<int64_t>(mine[0]) * STAGE;
     count = mine[1];
     left = count * c.passes;
     next = slot = parity = place = 0;
-    ring = rings + warp * stages * STAGE;
-    arrivals = all + warp * stages;
-    for (int s = 0; s < stages; ++s) ask(s);
+    ring = rings + warp * c.ring * STAGE;
+    arrivals = all + warp * c.ring;
+    for (int s = 0; s < c.ring; ++s) ask(s);
   }
 
   SLEEPKERN_DEVICE void ask(int s) {
@@ -60,12 +60,17 @@ struct Stream {
     next = next + 1 == count ? 0 : next + 1;
   }
 
-  SLEEPKERN_DEVICE Fragment<Mode::bf16> take() {
+  // The fragment at the front, or the one after it; they are there once `wait` has returned.
+  SLEEPKERN_DEVICE void wait() {
     if (place == 0) copy_wait(arrivals + slot, parity);
-    const char* at = ring + slot * STAGE + place * FRAGMENT;
-    const Fragment<Mode::bf16> f = load_fragment(reinterpret_cast<const uint4*>(at) + lane_of_warp());
-    if (++place == STAGE_FRAGMENTS) turn();
-    return f;
+  }
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> front(int ahead) const {
+    const char* at = ring + slot * STAGE + (place + ahead) * FRAGMENT;
+    return load_fragment(reinterpret_cast<const uint4*>(at) + lane_of_warp());
+  }
+  SLEEPKERN_DEVICE void move_on(int fragments) {
+    place += fragments;
+    if (place == STAGE_FRAGMENTS) turn();
   }
 
   // The stage has been read: ask for another one in its place.
@@ -73,16 +78,15 @@ struct Stream {
     warp_barrier();
     ask(slot);
     place = 0;
-    if (++slot == stages) {
+    if (++slot == c.ring) {
       slot = 0;
       parity ^= 1;
     }
   }
 
-  // To the end of a stage, with which a pass ends.
-  SLEEPKERN_DEVICE void finish_pass() {
-    if (place == 0) return;
-    turn();
+  // To the end of a stage, with which the groups that are multiplied by together end.
+  SLEEPKERN_DEVICE void finish() {
+    if (place != 0) turn();
   }
 };
 
@@ -100,9 +104,11 @@ SLEEPKERN_DEVICE void product(Stream& weights, const uint4* left, int steps, int
       clear(other[m]);
     }
     for (int step = 0; step < steps; ++step) {
-      const Fragment<Mode::bf16> b = weights.take();
+      weights.wait();
+      const Fragment<Mode::bf16> b = weights.front(0);
       Fragment<Mode::bf16> b_other{};
-      if (two) b_other = weights.take();
+      if (two) b_other = weights.front(1);
+      weights.move_on(two ? 2 : 1);
 #pragma unroll
       for (int m = 0; m < TILES; ++m) {
         const Fragment<Mode::bf16> a = load_fragment(left + (m * steps + step) * 32);
@@ -113,6 +119,7 @@ SLEEPKERN_DEVICE void product(Stream& weights, const uint4* left, int steps, int
         }
       }
     }
+    weights.finish();
     made(first, one);
     if (two) made(first + WARPS, other);
   }

@@ -104,6 +104,10 @@ SLEEPKERN_DEVICE uint16_t to_half(float x) {
 // exp of a number that is not positive: its error, a few units in the last place of each |x|, vanishes with the result.
 SLEEPKERN_DEVICE float decayed(float x) { return __expf(x); }
 
+// A few units in the last place off.
+SLEEPKERN_DEVICE float quotient(float x, float y) { return __fdividef(x, y); }
+SLEEPKERN_DEVICE float log_of(float x) { return __logf(x); }
+
 SLEEPKERN_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 SLEEPKERN_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
 
@@ -218,12 +222,12 @@ SLEEPKERN_DEVICE void copy_wait(Arrival* a, int parity) {
 // What was stored before an arrival is seen after the wait by all threads of the cluster; both by all threads.
 SLEEPKERN_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 SLEEPKERN_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();
 #endif

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..backends import cuda
 from .memory import Fast, Slow
 from .packed import State, _eps
-from .plan_cuda import EIGHT, WARPS, Plan, Shape, plan, share, sizes, up
+from .plan_cuda import TILE, WARPS, Plan, Shape, plan, share, sizes, up
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
@@ -75,7 +75,7 @@ def run(
         own, now, read = (_fast if block.recurrent else _slow)(block.mixer, state, h, passes)
         layers.append(layer | own | {"first_unit": units})
         if block.recurrent:
-            units += B * found.cluster * layer["value_heads"] * layer["VP"] // EIGHT
+            units += B * found.cluster * layer["value_heads"] * layer["VP"] // TILE
         after.append(now)
         alive.append(read)
     changes = h.new_empty(passes, units, 2, dtype=torch.float32)
@@ -138,7 +138,6 @@ class Packed:
         streams, starts, first = [], [], 0
         for warp_parts in (warp for rank in parts for warp in rank):
             stream = torch.cat(warp_parts) if warp_parts else torch.zeros(0, 256, device=device)
-            stream = F.pad(stream, (0, 0, 0, -len(stream) % STAGE))
             streams.append(stream.to(torch.bfloat16))
             starts.append((first, len(stream) // STAGE))
             first += len(stream) // STAGE
@@ -183,7 +182,7 @@ class Packed:
         parts = [*m.qkv.weight.detach().float().split([s.heads * s.K] * 2 + [s.value_heads * s.V])]
         if s.recurrent:
             parts.append(m.gate.weight.detach().float())
-        rows = [_heads(x, n, width, p.cluster, rank, s.recurrent) for x, n, width in self._inputs(s, *parts)]
+        rows = [_heads(x, n, width, p.cluster, rank) for x, n, width in self._inputs(s, *parts)]
         if s.recurrent:
             rates = m.rates.weight.detach().float().view(2, p.cluster, -1, len(norm))[:, rank].flatten(0, 1)
             rows.append(_padded(rates, up(len(rates), 16), len(norm)))
@@ -192,7 +191,7 @@ class Packed:
 
         exchanges = self._exchanges()
         columns = m.out.weight.detach().float().T  # one row a term
-        terms = _heads(columns, s.value_heads, s.V, p.cluster, rank, s.recurrent)
+        terms = _heads(columns, s.value_heads, s.V, p.cluster, rank)
         yield _padded(terms.T, all_columns), exchanges
 
         hidden = share(s, p.cluster)["hidden"]
@@ -240,10 +239,10 @@ def _padded(t: Tensor, rows: int, columns: int | None = None) -> Tensor:
     return F.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0]))
 
 
-def _heads(x: Tensor, heads: int, width: int, cluster: int, rank: int, recurrent: bool = True) -> Tensor:
-    """Rows of one thread block's heads, each with zeros up to a multiple of 32, in attention of 16."""
+def _heads(x: Tensor, heads: int, width: int, cluster: int, rank: int) -> Tensor:
+    """Rows of one thread block's heads, each with zeros up to a multiple of 16."""
     mine = x.unflatten(0, (heads, width))[rank * (heads // cluster) : (rank + 1) * (heads // cluster)]
-    return F.pad(mine, (0, 0, 0, up(width, 32 if recurrent else 16) - width)).flatten(0, 1)
+    return F.pad(mine, (0, 0, 0, up(width, TILE) - width)).flatten(0, 1)
 
 
 def _fragments(weight: Tensor) -> Tensor:
@@ -259,7 +258,8 @@ def _by_warp(fragments: Tensor, calls: list[list[int]]) -> Iterator[tuple[int, T
         for warp in range(WARPS):
             mine = groups[warp::WARPS]
             for i in range(0, len(mine), 2):
-                yield warp, fragments[mine[i : i + 2]].transpose(0, 1).reshape(-1, 256)
+                pair = fragments[mine[i : i + 2]].transpose(0, 1).reshape(-1, 256)
+                yield warp, F.pad(pair, (0, 0, 0, -len(pair) % STAGE))
 
 
 def _fast(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], Fast, Any]:

@@ -19,8 +19,8 @@ TILES = (2, 5, 8)
 CLUSTERS = (8, 4, 2, 1)
 RINGS = (16, 12, 8, 6, 4, 3, 2)
 """Stages of a warp, best first."""
-EIGHT = 8
-"""Value columns whose sums of squares stand together."""
+TILE = 16
+"""Rows and columns of a tile; value columns whose sums of squares stand together."""
 
 
 class Plan(NamedTuple):
@@ -98,15 +98,15 @@ def _time(p: Plan, B: int, d: int, shapes: Sequence[Shape], device: cuda.Device)
         total += max(2 * weights / 50, 2 * weights * 16 * p.tiles / 2000)
         total += 1000 * (4 if p.cluster > 1 else 2) + 500 * 2 * (p.columns // 16 // p.exchange - 1)
         total += 16 * p.tiles * d * 10 / 32 if p.cluster > 1 else 0
-        walks = -(-p.group * (s.value_heads // p.cluster) * -(-s.V // EIGHT) // WARPS)
-        total += 160 * walks * 16 * p.tiles / p.group if s.recurrent else 2000
+        heads, tokens = p.group * s.value_heads // p.cluster, p.tiles / p.group
+        walks = 1000 * ceil(heads * tokens / WARPS) + 600 * tokens * ceil(heads * s.V / TILE / WARPS)
+        total += walks + 3000 if s.recurrent else 2000
     return waves * total
 
 
 def share(s: Shape, cluster: int) -> dict[str, int]:
     """Sizes of a layer in one thread block."""
-    multiple = 32 if s.recurrent else 16
-    KP, VP = up(s.K, multiple), up(s.V, multiple)
+    KP, VP = up(s.K, TILE), up(s.V, TILE)
     heads, value_heads = s.heads // cluster, s.value_heads // cluster
     return {
         "recurrent": s.recurrent,

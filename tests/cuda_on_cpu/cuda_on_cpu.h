@@ -189,6 +189,8 @@ inline uint16_t to_half(float x) {
 }
 
 inline float decayed(float x) { return std::exp(x); }
+inline float quotient(float x, float y) { return x / y; }
+inline float log_of(float x) { return std::log(x); }
 
 inline void block_barrier() {
   cuda_on_cpu::gather(cuda_on_cpu::machine.blocks[cuda_on_cpu::rank()], [] {});
