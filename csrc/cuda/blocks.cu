@@ -3,12 +3,14 @@
 
 namespace sleepkern::cuda {
 
-int64_t blocks_memory(const BlocksCall& call) { return Shared(nullptr, Sizes(call)).arena.used; }
+int64_t blocks_memory(const BlocksCall& call) { return places_of(call).end; }
 
-void sleep_blocks(const BlocksCall& call, void* stream) {
+void sleep_blocks(const BlocksCall& given, void* stream) {
+  BlocksCall call = given;
+  call.at = places_of(given);
   const Grid grid{static_cast<int64_t>((call.B + call.group - 1) / call.group) * call.cluster, 1};
   const auto launch = [&](auto kernel) {
-    run("blocks", kernel, grid, THREADS, blocks_memory(call), call, stream, call.cluster);
+    run("blocks", kernel, grid, THREADS, call.at.end, call, stream, call.cluster);
   };
   switch (call.tiles) {
     case 2:

@@ -20,10 +20,12 @@
 
 namespace sleepkern::cuda {
 
+constexpr int ALONE = 2;                        // most tiles where there are no clusters
 constexpr float REINJECT_EPS = 1.1920929e-07f;  // torch's for float32
 
 template <int TILES>
 struct Group {
+  static constexpr bool PAIRS = TILES < 8;  // there are registers to hold two groups while parts of others come in
   const BlocksCall& c;
   const Shared& m;
   const Place& p;
@@ -35,8 +37,9 @@ struct Group {
   template <class Tile>
   SLEEPKERN_DEVICE void each_tile(int first, int last, Tile tile) const {
     const int warp = threadIdx.x >> 5, start = first * TILES;
+#pragma unroll 1
     for (int unit = start + ((warp - start) & (WARPS - 1)); unit < last * TILES; unit += WARPS) {
-      float4* at = reinterpret_cast<float4*>(m.h) + unit * 64 + lane_of_warp();
+      float4* at = reinterpret_cast<float4*>(m.h()) + unit * 64 + lane_of_warp();
       const float4 low = at[0], high = at[32];
       float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       if (!tile(unit / TILES, unit % TILES, x)) continue;
@@ -82,8 +85,9 @@ struct Group {
         upper += shuffle_xor(upper, lanes);
         lower += shuffle_xor(lower, lanes);
       }
-      const uint4* to = m.x + (tile * all_groups() + all) * 32 + lane_of_warp();
-      const float* sums = m.squares + all * 16 * TILES + 16 * tile + row_of(0);
+      const uint4* to = m.x() + (all * TILES + tile) * 32 + lane_of_warp();
+      const float* sums = m.squares() + all * 16 * TILES + 16 * tile + row_of(0);
+#pragma unroll 1
       for (int r = 0; r < c.cluster; ++r) {
         store_remote(remote_address(to, r), words);
         if ((lane_of_warp() & 3) == 0) {
@@ -101,54 +105,85 @@ struct Group {
     cluster_wait();
     for (int row = threadIdx.x; row < 16 * TILES; row += THREADS) {
       float sum = 0.0f;
-      for (int g = 0; g < all_groups(); ++g) sum += m.squares[g * 16 * TILES + row];
-      m.scale[row] = rsqrtf(quotient(sum, static_cast<float>(c.d)) + eps);
+      for (int g = 0; g < all_groups(); ++g) sum += m.squares()[g * 16 * TILES + row];
+      m.scale()[row] = rsqrtf(quotient(sum, static_cast<float>(c.d)) + eps);
     }
     block_barrier();
   }
 
   // h + left weight^T, left being this block's part of the terms; then publishes h, unless it was the last time.
+  //
+  // Sums are exchanged `exchange` groups of columns of each owner at a time, into two places in turns, the last into
+  // `received`: so what is read of one exchange is read before anyone arrives at the next, and a block computes while
+  // others arrive. A warp multiplies by two groups at once, both of one exchange or one each of two.
   SLEEPKERN_DEVICE void add_product(Stream& weights, const uint4* left, int steps, bool last) const {
-    for (int first = 0; first < own_groups(); first += c.exchange) {
-      const int groups = own_groups() - first < c.exchange ? own_groups() - first : c.exchange;
-      product<TILES>(weights, left, steps, groups * c.cluster, [&](int i, const float (&acc)[TILES][2][4]) {
-        const int owner = i % c.cluster, slot = p.rank * c.exchange + i / c.cluster;
-        const float4* to = reinterpret_cast<const float4*>(m.received) + slot * TILES * 64 + lane_of_warp();
-        const RemoteAddress at = remote_address(to, owner);
-#pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float (&x)[4] = acc[tile][half];
-            store_remote(at + tile * 1024 + half * 512,
-                         make_uint4(as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])));
-          }
-        }
-      });
+    const int exchanges = (own_groups() + c.exchange - 1) / c.exchange, warp = threadIdx.x >> 5;
+    const bool both = PAIRS && c.cluster * c.exchange > WARPS;
+    cluster_arrive();  // x has been read
+    for (int n = 0; n < exchanges; ++n) {
+      const bool follows = PAIRS && !both && n + 1 < exchanges;  // the second group of a warp is of the exchange after
+      const int groups = groups_of(n), others = both ? groups - WARPS : follows ? groups_of(n + 1) : 0;
+      Products<TILES> one, other;
+      if (warp < groups) multiply_groups<TILES>(weights, left, steps, warp < others, one, other);
+      meet_and_receive(n - 1, exchanges);
+      if (warp < groups) send(place_of(n, exchanges), warp, one);
+      if (both && warp < others) send(place_of(n, exchanges), warp + WARPS, other);
       cluster_arrive();
-      cluster_wait();
-      each_tile(first, first + groups, [&](int group, int tile, float (&x)[8]) {
-        for (int r = 0; r < c.cluster; ++r) {
-          const int slot = r * c.exchange + group - first;
-          const float4* part =
-              reinterpret_cast<const float4*>(m.received) + (slot * TILES + tile) * 64 + lane_of_warp();
-          const float4 a = part[0], b = part[32];
-          const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-          for (int i = 0; i < 8; ++i) x[i] += y[i];
-        }
-        return true;
-      });
-      if (first + c.exchange < own_groups()) {  // all have read what they received
-        cluster_arrive();
-        cluster_wait();
-      }
+      if (!follows) continue;
+      meet_and_receive(n, exchanges);
+      ++n;
+      if (warp < others) send(place_of(n, exchanges), warp, other);
+      cluster_arrive();
     }
+    meet_and_receive(exchanges - 1, exchanges);
     if (!last) publish();
   }
 
+  // Groups of an exchange, of all owners.
+  SLEEPKERN_DEVICE int groups_of(int n) const {
+    const int rest = own_groups() - n * c.exchange;
+    return c.cluster * (rest < c.exchange ? rest : c.exchange);
+  }
+
+  SLEEPKERN_DEVICE float* place_of(int n, int exchanges) const { return m.received((exchanges - 1 - n) & 1); }
+
+  // The i-th group of an exchange to its owner.
+  SLEEPKERN_DEVICE void send(float* place, int i, const Products<TILES>& acc) const {
+    const int slot = p.rank * c.exchange + i / c.cluster;
+    const float4* to = reinterpret_cast<const float4*>(place) + slot * TILES * 64 + lane_of_warp();
+    const RemoteAddress at = remote_address(to, i % c.cluster);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float (&x)[4] = acc[tile][half];
+        store_remote(at + tile * 1024 + half * 512,
+                     make_uint4(as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])));
+      }
+    }
+  }
+
+  // Adds the parts of an exchange to h, in the order of ranks, once all have arrived.
+  SLEEPKERN_DEVICE void meet_and_receive(int n, int exchanges) const {
+    cluster_wait();
+    if (n < 0) return;
+    const float4* place = reinterpret_cast<const float4*>(place_of(n, exchanges));
+    const int first = n * c.exchange, end = first + c.exchange < own_groups() ? first + c.exchange : own_groups();
+    each_tile(first, end, [&](int group, int tile, float (&x)[8]) {
+#pragma unroll 1
+      for (int r = 0; r < c.cluster; ++r) {
+        const float4* part = place + ((r * c.exchange + group - first) * TILES + tile) * 64 + lane_of_warp();
+        const float4 a = part[0], b = part[32];
+        const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] += y[i];
+      }
+      return true;
+    });
+  }
+
   // q k v gate as a tile, rates as what they mean.
-  SLEEPKERN_DEVICE void put_inputs(const BlockLayer& l, int group, const float (&acc)[TILES][2][4]) const {
+  SLEEPKERN_DEVICE void put_inputs(const BlockLayer& l, int group, const Products<TILES>& acc) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -156,11 +191,11 @@ struct Group {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
           const int row = 16 * tile + row_of(i), column = 16 * group + column_of(n, i);
-          const float scale = m.scale[row], x = acc[tile][n][i] * scale, y = acc[tile][n][i + 1] * scale;
+          const float scale = m.scale()[row], x = acc[tile][n][i] * scale, y = acc[tile][n][i + 1] * scale;
           if (column < l.into) {
-            put_pair<Mode::bf16>(m.wide, l.into, row, column, x, y);
+            put_pair<Mode::bf16>(m.wide(), l.into, row, column, x, y);
           } else {
-            float* to = m.rates + row * l.rates() + column - l.into;
+            float* to = m.rates() + row * l.rates() + column - l.into;
             to[0] = rate(l, column - l.into, x);
             to[1] = rate(l, column - l.into + 1, y);
           }
@@ -175,8 +210,8 @@ struct Group {
   }
 
   // relu(up)^2 as a left operand.
-  SLEEPKERN_DEVICE void put_hidden(const BlockLayer& l, int group, const float (&acc)[TILES][2][4]) const {
-    uint4* to = reinterpret_cast<uint4*>(m.wide) + group * 32 + lane_of_warp();
+  SLEEPKERN_DEVICE void put_hidden(const BlockLayer& l, int group, const Products<TILES>& acc) const {
+    uint4* to = reinterpret_cast<uint4*>(m.wide()) + group * TILES * 32 + lane_of_warp();
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       float x[2][4];
@@ -184,19 +219,19 @@ struct Group {
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float y = fmaxf(acc[tile][n][i] * m.scale[16 * tile + row_of(i)], 0.0f);
+          const float y = fmaxf(acc[tile][n][i] * m.scale()[16 * tile + row_of(i)], 0.0f);
           x[n][i] = y * y;
         }
       }
       const Fragment<Mode::bf16> f = left_of<Mode::bf16>(x, 0);
-      to[tile * (l.hidden / 16) * 32] = make_uint4(f.high[0], f.high[1], f.high[2], f.high[3]);
+      to[tile * 32] = make_uint4(f.high[0], f.high[1], f.high[2], f.high[3]);
     }
   }
 
   SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, Stream& weights, int pass, bool last) const {
     meet(l.mixer_eps);
-    product<TILES>(weights, m.x, all_groups(), (l.into + l.rates()) / 16,
-                   [&](int group, const float (&acc)[TILES][2][4]) { put_inputs(l, group, acc); });
+    product<TILES>(weights, m.x(), all_groups(), (l.into + l.rates()) / 16,
+                   [&](int group, const Products<TILES>& acc) { put_inputs(l, group, acc); });
     block_barrier();
     if (l.recurrent) {
       mix_recurrent(c, l, p, m, pass);
@@ -204,12 +239,12 @@ struct Group {
       attend(c, l, p, m, pass);
     }
     block_barrier();
-    add_product(weights, m.mixed, l.mixed() / 16, false);
+    add_product(weights, m.mixed(), l.mixed() / 16, false);
     meet(l.mlp_eps);
-    product<TILES>(weights, m.x, all_groups(), l.hidden / 16,
-                   [&](int group, const float (&acc)[TILES][2][4]) { put_hidden(l, group, acc); });
+    product<TILES>(weights, m.x(), all_groups(), l.hidden / 16,
+                   [&](int group, const Products<TILES>& acc) { put_hidden(l, group, acc); });
     block_barrier();
-    add_product(weights, reinterpret_cast<const uint4*>(m.wide), l.hidden / 16, last);
+    add_product(weights, reinterpret_cast<const uint4*>(m.wide()), l.hidden / 16, last);
   }
 
   // h <- h / rms(h) + what the first pass started from; all have published h, and do so again.
@@ -217,7 +252,7 @@ struct Group {
     meet(REINJECT_EPS);
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] *= m.scale[16 * tile + row_of(i & 3)];
+      for (int i = 0; i < 8; ++i) x[i] *= m.scale()[16 * tile + row_of(i & 3)];
       each_number(group, tile, [&](int i, int64_t at) { x[i] += load_one(c.h, static_cast<Type>(c.type), at); });
       return true;
     });
@@ -228,16 +263,16 @@ struct Group {
 };
 
 template <int TILES>
-SLEEPKERN_KERNEL(THREADS, 1)
-blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {
-  const Shared m(shared_memory(), Sizes(c));
+SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
+  const Shared m{c};
   const Place p(c);
+  m.use();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < WARPS * c.ring; ++i) arrival_create(m.arrivals + i, 32);
+    for (int i = 0; i < WARPS * c.ring; ++i) arrival_create(m.arrivals() + i, 32);
   }
   cluster_arrive();  // all are there, and can be written to
   cluster_wait();
-  Stream weights(c, p.rank, m.ring, m.arrivals);
+  Stream weights(c, p.rank, m.ring(), m.arrivals());
   const Group<TILES> group{c, m, p};
   group.load();
   group.publish();
@@ -248,6 +283,13 @@ blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {
     }
   }
   group.store();
+}
+
+// Without clusters a block has all of h and of the weights' columns, which leaves room for few rows only.
+template <int TILES>
+SLEEPKERN_KERNEL(THREADS, 1)
+blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {
+  if constexpr (CLUSTERS || TILES <= ALONE) run_group<TILES>(c);
 }
 
 }  // namespace sleepkern::cuda

@@ -155,9 +155,9 @@ struct Reading {
 // Queries 16 block on of window w.
 SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
                                   int head, int block) {
-  const int start = w * c.padded(), groups = l.KP / 16, steps = l.mixed() / 16;
+  const int start = w * c.padded(), groups = l.KP / 16;
   const int q_at = head * l.KP, k_at = l.heads * l.KP + q_at, v_at = l.heads * l.KP + k_at;
-  const Blocks16 wide{m.wide, l.into / 8, 2 * static_cast<int>(c.tiles) - 1};
+  const Blocks16 wide{m.wide(), l.into / 8, 2 * static_cast<int>(c.tiles) - 1};
   Reading read;
   for (int first = 0; first < l.kept; first += 16) {
     const Kept kept(c, l, p, w, head);
@@ -188,7 +188,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
         scores, groups, [&](int i, int j) { return keys < block || j <= i; },
         [&](int n) { return wide.right_transposed(start + 16 * keys, v_at + 16 * n); });
   }
-  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed);
+  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sum = read.sum[r] + shuffle_xor(read.sum[r], 1);
@@ -199,7 +199,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
 #pragma unroll
     for (int n = 0; n < Reading::MOST; ++n) {
       if (n >= 2 * groups) continue;
-      mixed[word_of(steps, start + t, head * l.KP + column_of(n, 0))] =
+      mixed[word_of(c.tiles, start + t, head * l.KP + column_of(n, 0))] =
           pack_bf16(read.o[n][2 * r] * factor, read.o[n][2 * r + 1] * factor);
     }
   }
@@ -207,17 +207,17 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
 
 SLEEPKERN_DEVICE void attend(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass) {
   const bool keep = pass + 1 == c.passes;
-  normalise_heads(c, l, p, m.wide, keep);
-  if (keep) keep_values(c, l, p, m.wide);
+  normalise_heads(c, l, p, m.wide(), keep);
+  if (keep) keep_values(c, l, p, m.wide());
   block_barrier();
   const int blocks = (c.L + 15) / 16, tasks = p.windows * l.heads * blocks;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
     read_window(c, l, p, m, task / blocks / l.heads, task / blocks % l.heads, blocks - 1 - task % blocks);
   }
-  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed);
+  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
   const int first = p.windows * c.padded(), pairs = l.mixed() / 2;
   for (int e = threadIdx.x; e < (16 * c.tiles - first) * pairs; e += THREADS) {
-    mixed[word_of(l.mixed() / 16, first + e / pairs, 2 * (e % pairs))] = 0;
+    mixed[word_of(c.tiles, first + e / pairs, 2 * (e % pairs))] = 0;
   }
 }
 

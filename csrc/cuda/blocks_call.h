@@ -34,6 +34,12 @@ struct BlockLayer {
   constexpr int mixed() const { return value_heads * VP; }
 };
 
+// Where the arrays of shared memory begin (blocks_memory.cuh), which the kernel thus has not to keep in registers.
+struct Places {
+  int32_t h, x, squares, scale, received, wide, rates, factors, ring, arrivals, end;
+  int32_t received_too;  // within x
+};
+
 struct BlocksCall {
   const void* h;          // [B, L, d]
   void* out;              // the same, after all passes
@@ -50,6 +56,7 @@ struct BlocksCall {
   int32_t B, L, d, passes, reinject, carry;
   int32_t columns;       // of h in one thread block, a multiple of 16
   int32_t units, depth;  // sums of a pass; layers
+  Places at;
   BlockLayer layers[MOST_LAYERS];
 
   constexpr int padded() const { return (L + 7) / 8 * 8; }  // rows of a window: those of a core begin together

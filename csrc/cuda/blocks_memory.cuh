@@ -7,60 +7,80 @@ namespace sleepkern::cuda {
 
 constexpr int UNIT = 1408;  // bytes that a block of 16 tokens of a head needs besides: blocks_walk.cuh
 
-// Sizes of a call that shared memory depends on.
-struct Sizes {
-  int64_t tiles, cluster, exchange, ring, columns;
-  int64_t wide, rates, heads;  // most columns of any layer
-  int64_t scratch;             // most bytes of `mixed` and what a mixer needs besides
-
-  SLEEPKERN_BOTH explicit Sizes(const BlocksCall& c)
-      : tiles(c.tiles), cluster(c.cluster), exchange(c.exchange), ring(c.ring), columns(c.columns) {
-    wide = rates = heads = scratch = 0;
-    const auto raise = [](int64_t& x, int64_t y) { x = x < y ? y : x; };
-    for (int i = 0; i < c.depth; ++i) {
-      const BlockLayer& l = c.layers[i];
-      raise(wide, l.into);
-      raise(wide, l.hidden);
-      raise(rates, l.rates());
-      raise(heads, l.heads);
-      raise(scratch, 32 * c.tiles * l.mixed() + c.group * (l.recurrent ? l.value_heads * c.blocks() * UNIT : 0));
-    }
+// In the order in which the arrays lie; Shared says what they are. By the host.
+inline Places places_of(const BlocksCall& c) {
+  int64_t wide = 0, rates = 0, heads = 0, mixed = 0, scratch = 0;  // most of any layer; the last two in bytes
+  const auto raise = [](int64_t& x, int64_t y) { x = x < y ? y : x; };
+  const int64_t rows = 16 * c.tiles, all = c.cluster * c.columns;
+  for (int i = 0; i < c.depth; ++i) {
+    const BlockLayer& l = c.layers[i];
+    raise(wide, l.into);
+    raise(wide, l.hidden);
+    raise(rates, l.rates());
+    raise(heads, l.heads);
+    raise(mixed, 2 * rows * l.mixed());
+    raise(scratch, 2 * rows * l.mixed() + c.group * (l.recurrent ? l.value_heads * c.blocks() * UNIT : 0));
   }
-};
+  const int64_t parts = 4 * c.cluster * c.exchange * 16 * rows;
+  if (c.exchange * 16 < c.columns) raise(scratch, mixed + parts);  // several exchanges
+  raise(scratch, 2 * rows * all);
+  Arena arena{nullptr};
+  const auto take = [&](int64_t bytes) {
+    const int64_t at = arena.used;
+    arena.take<char>(bytes);
+    return static_cast<int32_t>(at);
+  };
+  Places at{};
+  at.h = take(4 * rows * c.columns);
+  at.x = take(scratch);
+  at.squares = take(4 * rows * all / 16);
+  at.scale = take(4 * rows);
+  at.received = take(parts);
+  at.wide = take(2 * rows * wide);
+  at.rates = take(4 * rows * rates);
+  at.factors = take(8 * heads * rows);
+  at.ring = take(WARPS * c.ring * STAGE);
+  at.arrivals = take(WARPS * c.ring * sizeof(Arrival));
+  at.end = static_cast<int32_t>(arena.used);
+  at.received_too = at.x + static_cast<int32_t>(scratch - parts);
+  return at;
+}
 
 struct Shared {
-  Arena arena;
-  float* h;         // [columns / 16][tiles][2][32][4] this block's columns of the residual, as accumulators
-  uint4* x;         // [tiles][all columns / 16][32] h of all blocks in bf16, as a left operand; everyone writes here
-  uint4* mixed;     // [tiles][mixed / 16][32] out of the mixer, where x was
-  float* squares;   // [all columns / 16][rows] sums of h^2 over 16 columns; everyone writes here
-  float* scale;     // [rows] what norms multiply a row with
-  float* received;  // [cluster][exchange][tiles][2][32][4] parts of sums of this block's columns; everyone writes here
-  uint16_t* wide;   // [rows][into] tile out of `into`, later relu(up)^2 as a left operand
-  float* rates;     // [rows][rates] decay, then strength, of each value head
-  float* factors;   // [2][heads][rows]
-  char* ring;       // [WARPS][ring][STAGE] weights
-  Arrival* arrivals;  // [WARPS][ring]
-  int tiles;
+  const BlocksCall& c;
 
-  SLEEPKERN_BOTH Shared(char* base, const Sizes& s) : arena{base} {
-    const int64_t rows = 16 * s.tiles, all = s.cluster * s.columns;
-    h = arena.take<float>(rows * s.columns);
-    x = arena.take<uint4>((2 * rows * all > s.scratch ? 2 * rows * all : s.scratch) / 16);
-    mixed = x;
-    squares = arena.take<float>(rows * all / 16);
-    scale = arena.take<float>(rows);
-    received = arena.take<float>(s.cluster * s.exchange * 16 * rows);
-    wide = arena.take<uint16_t>(rows * s.wide);
-    rates = arena.take<float>(rows * s.rates);
-    factors = arena.take<float>(2 * s.heads * rows);
-    ring = arena.take<char>(WARPS * s.ring * STAGE);
-    arrivals = arena.take<Arrival>(WARPS * s.ring);
-    tiles = static_cast<int>(s.tiles);
+  template <class T>
+  SLEEPKERN_DEVICE static T* at(int32_t place) {
+    return reinterpret_cast<T*>(shared_memory() + place);
   }
-  // What the mixer of a layer needs besides `mixed`, behind it where x was.
-  SLEEPKERN_DEVICE char* units(const BlockLayer& l) const {
-    return reinterpret_cast<char*>(mixed) + 32 * tiles * l.mixed();
+  // [columns / 16][tiles][2][32][4] this block's columns of the residual, as accumulators
+  SLEEPKERN_DEVICE float* h() const { return at<float>(c.at.h); }
+  // [all columns / 16][tiles][32] h of all blocks in bf16, as a left operand; everyone writes here
+  SLEEPKERN_DEVICE uint4* x() const { return at<uint4>(c.at.x); }
+  // [mixed / 16][tiles][32] out of the mixer, where x was; behind it what the mixer of a layer needs besides
+  SLEEPKERN_DEVICE uint4* mixed() const { return x(); }
+  SLEEPKERN_DEVICE char* units(const BlockLayer& l) const { return at<char>(c.at.x + 32 * c.tiles * l.mixed()); }
+  // [all columns / 16][rows] sums of h^2 over 16 columns; everyone writes here
+  SLEEPKERN_DEVICE float* squares() const { return at<float>(c.at.squares); }
+  // [rows] what norms multiply a row with
+  SLEEPKERN_DEVICE float* scale() const { return at<float>(c.at.scale); }
+  // [cluster][exchange][tiles][2][32][4] parts of sums of this block's columns; everyone writes here. Two of them, the
+  // second at the end of the place of x.
+  SLEEPKERN_DEVICE float* received(bool too) const { return at<float>(too ? c.at.received_too : c.at.received); }
+  // [rows][into] tile out of `into`, later relu(up)^2 as a left operand
+  SLEEPKERN_DEVICE uint16_t* wide() const { return at<uint16_t>(c.at.wide); }
+  // [rows][rates] log decay, then strength, of each value head
+  SLEEPKERN_DEVICE float* rates() const { return at<float>(c.at.rates); }
+  // [2][heads][rows] what q and k are multiplied by
+  SLEEPKERN_DEVICE float* factors() const { return at<float>(c.at.factors); }
+  // [WARPS][ring][STAGE] weights, [WARPS][ring] their arrivals
+  SLEEPKERN_DEVICE char* ring() const { return at<char>(c.at.ring); }
+  SLEEPKERN_DEVICE Arrival* arrivals() const { return at<Arrival>(c.at.arrivals); }
+
+  // On the CPU: which bytes may be touched.
+  SLEEPKERN_DEVICE void use() const {
+    const int32_t* place = &c.at.h;
+    for (int i = 0; i < 10; ++i) use_shared(shared_memory() + place[i], place[i + 1] - place[i] - GUARD);
   }
 };
 

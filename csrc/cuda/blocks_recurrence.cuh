@@ -115,15 +115,15 @@ SLEEPKERN_DEVICE void find_factors(const BlocksCall& c, const BlockLayer& l, uin
 
 // o of a row over its root mean square, times gain and silu(gate), as a left operand; rows without a token become 0.
 SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m) {
-  const int cores = 2 * c.tiles, lane = lane_of_warp(), steps = l.mixed() / 16;
-  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed);
+  const int cores = 2 * c.tiles, lane = lane_of_warp();
+  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
   for (int task = threadIdx.x >> 5; task < l.value_heads * cores; task += WARPS) {
     const int row = 8 * (task % cores) + (lane & 7), head = task / cores;
     const int from = 2 * l.heads * l.KP + head * l.VP, gates = from + l.value_heads * l.VP;
     float square = 0.0f;
     for (int d = 8 * (lane >> 3); d < l.VP; d += 32) {
       float x[8];
-      read_eight(x, *eight_at(m.wide, l.into, row, from + d));
+      read_eight(x, *eight_at(m.wide(), l.into, row, from + d));
 #pragma unroll
       for (int e = 0; e < 8; ++e) square += x[e] * x[e];
     }
@@ -132,13 +132,13 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
     const float factor = p.has_token(c, row) ? rsqrtf(quotient(square, static_cast<float>(l.V)) + l.gain_eps) : 0.0f;
     for (int d = 8 * (lane >> 3); d < l.VP; d += 32) {
       float x[8], gate[8];
-      read_eight(x, *eight_at(m.wide, l.into, row, from + d));
-      read_eight(gate, *eight_at(m.wide, l.into, row, gates + d));
+      read_eight(x, *eight_at(m.wide(), l.into, row, from + d));
+      read_eight(gate, *eight_at(m.wide(), l.into, row, gates + d));
 #pragma unroll
       for (int e = 0; e < 8; e += 2) {
         const float low = x[e] * factor * l.gain[d + e] * gate[e] * sigmoid(gate[e]);
         const float high = x[e + 1] * factor * l.gain[d + e + 1] * gate[e + 1] * sigmoid(gate[e + 1]);
-        mixed[word_of(steps, row, head * l.VP + d + e)] = pack_bf16(low, high);
+        mixed[word_of(c.tiles, row, head * l.VP + d + e)] = pack_bf16(low, high);
       }
     }
   }
@@ -146,11 +146,11 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
 
 SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m,
                                     int pass) {
-  keep_last(c, l, p, m.wide, pass);
+  keep_last(c, l, p, m.wide(), pass);
   block_barrier();
-  convolve(c, l, p, m.wide, pass);
+  convolve(c, l, p, m.wide(), pass);
   block_barrier();
-  find_factors(c, l, m.wide, m.factors);
+  find_factors(c, l, m.wide(), m.factors());
   block_barrier();
   each_unit(c, l, p, [&](int w, int head, int block) { prepare_unit(c, l, p, m, w, head, block); });
   block_barrier();

@@ -7,7 +7,7 @@
 // them, through all products of all layers, again and again in every pass. They come through a ring of the warp's own,
 // which nobody else waits for and which goes on filling while the block waits, exchanges or mixes tokens.
 //
-// Left operands lie as fragments too: [tile of 16 rows][step][lane][4 words], as lanes hold what left they accumulate.
+// Left operands lie as fragments too: [step][tile of 16 rows][lane][4 words], as lanes hold what left they accumulate.
 #pragma once
 
 #include "cuda/blocks_call.h"
@@ -26,10 +26,10 @@ SLEEPKERN_DEVICE Fragment<Mode::bf16> load_fragment(const uint4* at) {
   return {{x.x, x.y, x.z, x.w}, {0}};
 }
 
-// Word of the pair of columns (column, column + 1), an even one, in fragments of `steps` steps.
-SLEEPKERN_DEVICE int word_of(int steps, int row, int column) {
+// Word of the pair of columns (column, column + 1), an even one, in fragments of `tiles` tiles.
+SLEEPKERN_DEVICE int word_of(int tiles, int row, int column) {
   const int lane = (row & 7) * 4 + ((column & 7) >> 1);
-  return (((row >> 4) * steps + (column >> 4)) * 32 + lane) * 4 + ((row >> 3) & 1) + 2 * ((column >> 3) & 1);
+  return (((column >> 4) * tiles + (row >> 4)) * 32 + lane) * 4 + ((row >> 3) & 1) + 2 * ((column >> 3) & 1);
 }
 
 struct Stream {
@@ -90,36 +90,45 @@ struct Stream {
   }
 };
 
-// made(group, acc): acc [TILES][two products of 8 columns][4].
-template <int TILES, class Made>
-SLEEPKERN_DEVICE void product(Stream& weights, const uint4* left, int steps, int groups, Made made) {
-  using Acc = float[TILES][2][4];
+template <int TILES>
+using Products = float[TILES][2][4];  // [16 TILES][two products of 8 columns]
+
+// One group, or two of them side by side, in full.
+template <int TILES>
+SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int steps, bool two, Products<TILES>& one,
+                                      Products<TILES>& other) {
   left += lane_of_warp();
-  for (int first = threadIdx.x >> 5; first < groups; first += 2 * WARPS) {
-    const bool two = first + WARPS < groups;
-    Acc one, other;
+#pragma unroll
+  for (int m = 0; m < TILES; ++m) {
+    clear(one[m]);
+    clear(other[m]);
+  }
+  for (int step = 0; step < steps; ++step) {
+    weights.wait();
+    const Fragment<Mode::bf16> b = weights.front(0);
+    Fragment<Mode::bf16> b_other{};
+    if (two) b_other = weights.front(1);
+    weights.move_on(two ? 2 : 1);
 #pragma unroll
     for (int m = 0; m < TILES; ++m) {
-      clear(one[m]);
-      clear(other[m]);
-    }
-    for (int step = 0; step < steps; ++step) {
-      weights.wait();
-      const Fragment<Mode::bf16> b = weights.front(0);
-      Fragment<Mode::bf16> b_other{};
-      if (two) b_other = weights.front(1);
-      weights.move_on(two ? 2 : 1);
+      const Fragment<Mode::bf16> a = load_fragment(left + (step * TILES + m) * 32);
 #pragma unroll
-      for (int m = 0; m < TILES; ++m) {
-        const Fragment<Mode::bf16> a = load_fragment(left + (m * steps + step) * 32);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          mma<Mode::bf16>(one[m][half], a, b, half);
-          if (two) mma<Mode::bf16>(other[m][half], a, b_other, half);
-        }
+      for (int half = 0; half < 2; ++half) {
+        mma<Mode::bf16>(one[m][half], a, b, half);
+        if (two) mma<Mode::bf16>(other[m][half], a, b_other, half);
       }
     }
-    weights.finish();
+  }
+  weights.finish();
+}
+
+// made(group, products) for all groups.
+template <int TILES, class Made>
+SLEEPKERN_DEVICE void product(Stream& weights, const uint4* left, int steps, int groups, Made made) {
+  for (int first = threadIdx.x >> 5; first < groups; first += 2 * WARPS) {
+    const bool two = first + WARPS < groups;
+    Products<TILES> one, other;
+    multiply_groups<TILES>(weights, left, steps, two, one, other);
     made(first, one);
     if (two) made(first + WARPS, other);
   }

@@ -68,10 +68,10 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
   const int token = lane & 15, row = start + token;
   float G = 0.0f, b = 0.0f, q_factor = 0.0f, k_factor = 0.0f;
   if (16 * block + token < c.L) {
-    G = m.rates[row * l.rates() + head];
-    b = m.rates[row * l.rates() + l.value_heads + head];
-    q_factor = m.factors[key_head * rows + row];
-    k_factor = m.factors[(l.heads + key_head) * rows + row];
+    G = m.rates()[row * l.rates() + head];
+    b = m.rates()[row * l.rates() + l.value_heads + head];
+    q_factor = m.factors()[key_head * rows + row];
+    k_factor = m.factors()[(l.heads + key_head) * rows + row];
   }
 #pragma unroll
   for (int step = 1; step < 16; step *= 2) {
@@ -83,7 +83,7 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
     unit.scale[token] = make_float4(b, b * k_factor * grown, q_factor * grown, k_factor * decayed(last - G));
     if (lane == 15) *unit.gamma = grown;
   }
-  const Blocks16 wide{m.wide, l.into / 8, 2 * static_cast<int>(c.tiles) - 1};
+  const Blocks16 wide{m.wide(), l.into / 8, 2 * static_cast<int>(c.tiles) - 1};
   float kk[2][4], qk[2][4];
   clear(kk);
   clear(qk);
@@ -127,10 +127,12 @@ struct StateTile {
   SLEEPKERN_DEVICE void each(Each f) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
+      if (8 * n >= K) continue;
+      const int row = opaque(V);  // or all addresses are found before the first is used
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int k = column_of(n, i), v = v0 + row_of(i);
-        if (k < K && v < V) f(S[n][i], at[k * V + v]);
+        if (k < K && v < V) f(S[n][i], at[k * row + v]);
       }
     }
   }
@@ -142,7 +144,8 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
   const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
   const int q_at = head / (l.value_heads / l.heads) * l.KP, k_at = l.heads * l.KP + q_at;
   const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;
-  const Blocks16 wide{m.wide, l.into / 8, 2 * static_cast<int>(c.tiles) - 1};
+  const int into = opaque(l.into);  // or places in the tile are found before the first window
+  const Blocks16 wide{m.wide(), into / 8, 2 * static_cast<int>(c.tiles) - 1};
   const bool begun = l.continued || pass > 0;
   StateTile state{};
   state.at = l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V;
@@ -174,7 +177,7 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
         if (i < 2) scale[n][i] = unit.scale[column_of(n, i)];
         const float4& of = scale[n][i & 1];
         const int token = 16 * block + column_of(n, i);
-        const uint16_t* v = m.wide + at<Mode::bf16>(l.into, start + column_of(n, i), v_at + row_of(i));
+        const uint16_t* v = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
         R[n][i] = token < c.L ? of.x * from_bf16(*v) - of.y * R[n][i] : 0.0f;
         O[n][i] *= of.z;
       }
@@ -190,7 +193,7 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        uint16_t* o = m.wide + at<Mode::bf16>(l.into, start + column_of(n, i), v_at + row_of(i));
+        uint16_t* o = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
         if (16 * block + column_of(n, i) < c.L) *o = narrow<Mode::bf16>(O[n][i]);
         D[n][i] *= scale[n][i & 1].w;
       }
@@ -211,7 +214,6 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
     }
   }
   float change = 0.0f, size = 0.0f;
-  state.at = opaque(state.at);  // or its addresses stay in registers all the way
   state.each([&](float& S, float& there) {
     const float before = begun ? there : 0.0f;
     change += (S - before) * (S - before);

@@ -219,6 +219,8 @@ SLEEPKERN_DEVICE void copy_wait(Arrival* a, int parity) {
 }
 
 // Clusters: thread blocks that see each other's shared memory. Before compute capability 9.0 each is its own.
+constexpr bool CLUSTERS = BULK;
+
 // What was stored before an arrival is seen after the wait by all threads of the cluster; both by all threads.
 SLEEPKERN_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900

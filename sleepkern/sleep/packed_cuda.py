@@ -7,6 +7,7 @@ heads, of the MLP's columns and of the columns of h.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from ..backends import cuda
 from .memory import Fast, Slow
 from .packed import State, _eps
-from .plan_cuda import TILE, WARPS, Plan, Shape, plan, share, sizes, up
+from .plan_cuda import TILE, WARPS, Plan, Shape, paired, plan, share, sizes, up
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 TAPS, STAGE = 4, 2
 """Tokens of a convolution; fragments that a warp asks for at a time."""
 WIDEST, LONGEST, HEAD = 512, 128, 128
+Round = tuple[Sequence[int], Sequence[int]]
+"""Groups of 16 outputs that warps multiply by at a time: the first ones, one a warp, and the second ones."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _packed: WeakKeyDictionary[HybridBlock, dict[Any, Packed]] = WeakKeyDictionary()
 
@@ -132,8 +135,8 @@ class Packed:
         for block, shape in zip(blocks, _shapes(blocks), strict=True):
             self.layers.append(share(shape, p.cluster) | self._layer(block, shape))
             for rank in range(p.cluster):
-                for weight, groups in self._products(block, shape, rank):
-                    for warp, fragments in _by_warp(_fragments(weight), groups):
+                for weight, rounds in self._products(block, shape, rank):
+                    for warp, fragments in _by_warp(_fragments(weight), rounds):
                         parts[rank][warp].append(fragments)
         streams, starts, first = [], [], 0
         for warp_parts in (warp for rank in parts for warp in rank):
@@ -174,8 +177,8 @@ class Packed:
         """Each with its heads and their width."""
         return [(q, s.heads, s.K), (k, s.heads, s.K), *((v, s.value_heads, s.V) for v in values)]
 
-    def _products(self, block: HybridBlock, s: Shape, rank: int) -> Iterator[tuple[Tensor, list[list[int]]]]:
-        """Each weight of a layer [outputs, terms], and its groups of 16 outputs, those of a product together."""
+    def _products(self, block: HybridBlock, s: Shape, rank: int) -> Iterator[tuple[Tensor, list[Round]]]:
+        """Each weight of a layer [outputs, terms], and in what order a thread block multiplies by it."""
         p, m = self.plan, cast(Any, block.mixer)
         all_columns = p.cluster * p.columns
         norm, mlp_norm = (n.weight.detach().float() for n in (block.mixer_norm, block.mlp_norm))
@@ -187,7 +190,7 @@ class Packed:
             rates = m.rates.weight.detach().float().view(2, p.cluster, -1, len(norm))[:, rank].flatten(0, 1)
             rows.append(_padded(rates, up(len(rates), 16), len(norm)))
         into = torch.cat(rows) * norm
-        yield _padded(into, len(into), all_columns), [list(range(len(into) // 16))]
+        yield _padded(into, len(into), all_columns), _rounds(len(into) // TILE)
 
         exchanges = self._exchanges()
         columns = m.out.weight.detach().float().T  # one row a term
@@ -197,17 +200,22 @@ class Packed:
         hidden = share(s, p.cluster)["hidden"]
         mine = slice(rank * hidden, (rank + 1) * hidden)
         wider, down = block.mlp.up.weight.detach().float(), block.mlp.out.weight.detach().float()
-        yield _padded(wider[mine] * mlp_norm, hidden, all_columns), [list(range(hidden // 16))]
+        yield _padded(wider[mine] * mlp_norm, hidden, all_columns), _rounds(hidden // TILE)
         yield _padded(down[:, mine], all_columns, hidden), exchanges
 
-    def _exchanges(self) -> list[list[int]]:
-        """Groups of 16 columns of h, as they are summed together: those of one owner after those of another."""
+    def _exchanges(self) -> list[Round]:
+        """Of groups of columns of h, those that are summed together: of one owner after another."""
         p = self.plan
-        own = p.columns // 16
-        return [
+        own = p.columns // TILE
+        exchanges = [
             [owner * own + group for group in range(first, min(own, first + p.exchange)) for owner in range(p.cluster)]
             for first in range(0, own, p.exchange)
         ]
+        if not paired(p.tiles):
+            return [(exchange, []) for exchange in exchanges]
+        if p.cluster * p.exchange > WARPS:
+            return [(exchange[:WARPS], exchange[WARPS:]) for exchange in exchanges]
+        return list(zip_longest(exchanges[::2], exchanges[1::2], fillvalue=[]))
 
     def _floats(self, t: Tensor, width: int | None = None) -> int:
         """The address of a copy, with zeros up to a width, that lives as long as this."""
@@ -219,7 +227,7 @@ class Packed:
 
 def packed(blocks: Sequence[HybridBlock], p: Plan, device: torch.device) -> Packed:
     """Of these blocks for a plan, made anew if their weights are not what they were."""
-    key = (p.cluster, p.columns, p.exchange, len(blocks))
+    key = (p.cluster, p.columns, p.exchange, paired(p.tiles), len(blocks))
     kept = _packed.setdefault(blocks[0], {})
     found = kept.get(key)
     if found is None or found.blocks != list(blocks) or found.version != _version(blocks):
@@ -252,14 +260,18 @@ def _fragments(weight: Tensor) -> Tensor:
     return x.permute(0, 3, 2, 5, 1, 4, 6).reshape(groups, steps, 256)
 
 
-def _by_warp(fragments: Tensor, calls: list[list[int]]) -> Iterator[tuple[int, Tensor]]:
-    """Fragments [n, 256] of a warp in the order in which blocks_stream.cuh takes them, two groups at a time."""
-    for groups in calls:
-        for warp in range(WARPS):
-            mine = groups[warp::WARPS]
-            for i in range(0, len(mine), 2):
-                pair = fragments[mine[i : i + 2]].transpose(0, 1).reshape(-1, 256)
-                yield warp, F.pad(pair, (0, 0, 0, -len(pair) % STAGE))
+def _rounds(groups: int) -> list[Round]:
+    every = range(groups)
+    return [(every[i : i + WARPS], every[i + WARPS : i + 2 * WARPS]) for i in range(0, groups, 2 * WARPS)]
+
+
+def _by_warp(fragments: Tensor, rounds: list[Round]) -> Iterator[tuple[int, Tensor]]:
+    """Fragments [n, 256] of a warp in the order of csrc/cuda/blocks_stream.cuh, in whole stages."""
+    for one, other in rounds:
+        for warp in range(len(one)):
+            mine = [one[warp], other[warp]] if warp < len(other) else [one[warp]]
+            taken = fragments[mine].transpose(0, 1).reshape(-1, 256)
+            yield warp, F.pad(taken, (0, 0, 0, -len(taken) % STAGE))
 
 
 def _fast(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], Fast, Any]:

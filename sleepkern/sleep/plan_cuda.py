@@ -15,7 +15,7 @@ from ..backends import cuda
 WARPS = 8
 """Of a thread block."""
 TILES = (2, 5, 8)
-"""Of 16 rows, which kernels there are for."""
+"""Of 16 rows, which kernels there are for; before compute capability 9.0, which has no clusters, only the first."""
 CLUSTERS = (8, 4, 2, 1)
 RINGS = (16, 12, 8, 6, 4, 3, 2)
 """Stages of a warp, best first."""
@@ -62,15 +62,17 @@ def plan(B: int, L: int, d: int, shapes: Sequence[Shape], device: cuda.Device) -
 @lru_cache(maxsize=256)
 def _plan(B: int, L: int, d: int, shapes: tuple[Shape, ...], device: cuda.Device) -> Plan | None:
     plans = []
-    for cluster in CLUSTERS if device.capability >= (9, 0) else (1,):
+    clusters = device.capability >= (9, 0)
+    for cluster in CLUSTERS if clusters else (1,):
         if cluster > device.multiprocessors or any(s.heads % cluster for s in shapes):
             continue
-        columns = up(-(-d // cluster), 16)
-        for tiles in TILES:
+        columns = up(-(-d // cluster), TILE)
+        for tiles in TILES if clusters else TILES[:1]:
             group = min(16 * tiles // up(L, 8), B)
             if group == 0:
                 continue
-            fits = _fit(Plan(cluster, group, tiles, columns, columns // 16, RINGS[0]), shapes, device)
+            exchange = min(columns // TILE, (1 + paired(tiles)) * WARPS // cluster)
+            fits = _fit(Plan(cluster, group, tiles, columns, exchange, RINGS[0]), shapes, device)
             plans += [] if fits is None else [fits]
     return min(plans, key=lambda p: _time(p, B, d, shapes, device), default=None)
 
@@ -96,7 +98,7 @@ def _time(p: Plan, B: int, d: int, shapes: Sequence[Shape], device: cuda.Device)
         inner = s.value_heads * s.V
         weights = d * (2 * s.heads * s.K + inner * (3 if s.recurrent else 2) + 2 * s.hidden) / p.cluster
         total += max(2 * weights / 50, 2 * weights * 16 * p.tiles / 2000)
-        total += 1000 * (4 if p.cluster > 1 else 2) + 500 * 2 * (p.columns // 16 // p.exchange - 1)
+        total += 1000 * (4 if p.cluster > 1 else 2) + 300 * 2 * (p.columns // TILE // p.exchange - 1)
         total += 16 * p.tiles * d * 10 / 32 if p.cluster > 1 else 0
         heads, tokens = p.group * s.value_heads // p.cluster, p.tiles / p.group
         walks = 1000 * ceil(heads * tokens / WARPS) + 600 * tokens * ceil(heads * s.V / TILE / WARPS)
@@ -120,6 +122,11 @@ def share(s: Shape, cluster: int) -> dict[str, int]:
         "into": 2 * heads * KP + value_heads * VP * (2 if s.recurrent else 1),
         "hidden": up(-(-s.hidden // cluster), 16),
     }
+
+
+def paired(tiles: int) -> bool:
+    """Whether a warp holds sums of two groups of columns while others' come in: up to so many tiles it can."""
+    return tiles < TILES[-1]
 
 
 def sizes(p: Plan) -> dict[str, int]:

@@ -214,6 +214,8 @@ def main() -> int:
     found = take_apart(module)
     for kernel in expected():
         for capability in SHARED:
+            if kernel.name == "blocks" and capability < 90 and kernel.width > plan_cuda.TILES[0]:
+                continue
             built = found.get((kernel, capability))
             fault = "; ".join(faults(kernel, capability, built))
             faulty += bool(fault)

@@ -292,14 +292,24 @@ inline void copy_wait(Arrival* a, int parity) {
   cuda_on_cpu::leave(cuda_on_cpu::machine.current);
 }
 
-// All of a cluster arrive and wait at one place: nobody comes to a second arrival before the wait of the first.
+constexpr bool CLUSTERS = true;  // for all that a kernel leaves out where it has none
+
 inline void cluster_arrive() {
-  if (cuda_on_cpu::options.capability < 90 && cuda_on_cpu::machine.shared.size() > 1) {
+  cuda_on_cpu::Machine& m = cuda_on_cpu::machine;
+  if (cuda_on_cpu::options.capability < 90 && m.shared.size() > 1) {
     cuda_on_cpu::give_up("clusters need compute capability 9.0");
   }
+  m.current->round = m.cluster_round;
+  if (++m.cluster_arrived < m.cluster.expected) return;
+  m.cluster_arrived = 0;
+  ++m.cluster_round;
+  cuda_on_cpu::release(m.cluster.waiting);
 }
 inline void cluster_wait() {
-  cuda_on_cpu::gather(cuda_on_cpu::machine.cluster, [] {});
+  cuda_on_cpu::Machine& m = cuda_on_cpu::machine;
+  if (m.current->round != m.cluster_round) return;
+  m.cluster.waiting.push_back(m.current);
+  cuda_on_cpu::leave(m.current);
 }
 
 using RemoteAddress = char*;

@@ -55,7 +55,8 @@ struct Phase {  // of an Arrival
 };
 struct Fiber {
   void* stack_pointer = nullptr;
-  int thread = 0;  // of the cluster
+  int thread = 0;      // of the cluster
+  unsigned round = 0;  // of the cluster's barrier, when it arrived there
 };
 class Ready {  // a set of threads
  public:
@@ -93,6 +94,8 @@ struct Machine {
   std::vector<Exchange> warps;
   std::vector<Gathering> blocks;
   Gathering cluster;
+  int cluster_arrived = 0;
+  unsigned cluster_round = 0;
   std::unordered_map<void*, Phase> phases;
   std::function<void()> body;
   std::mt19937 random;
@@ -225,6 +228,7 @@ inline void run_cluster(int blocks, int threads, size_t shared) {
   for (Exchange& w : m.warps) w.here.expected = 32;
   m.blocks.assign(blocks, {threads, {}});
   m.cluster = {all, {}};
+  m.cluster_arrived = 0;
   m.phases.clear();
   m.ready = {};
   m.alive = all;
