@@ -39,6 +39,7 @@ class Case(NamedTuple):
     conv_state: str = "rewind"
     kept: int = 0
     exchange: int | None = None
+    spread: float = 1.0  # of the tokens of a window: keys are alike where it is small
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -50,6 +51,11 @@ CASES = {
     "four blocks": Case(24, 64, 4, 4, B=2, conv_state="carry"),
     "reinject": Case(24, 64, 4, 4, B=2, feedback="reinject", kept=7),
     "exchanges by pieces": Case(33, 64, 4, 2, B=3, blocks=3, pattern="GA", feedback="reinject", kept=20, exchange=1),
+    "three exchanges": Case(20, 96, 2, 2, exchange=1),
+    "four exchanges": Case(20, 128, 2, 2, exchange=1, factor=1, passes=1),
+    "a smaller last exchange": Case(9, 192, 2, 2, exchange=5, factor=1, passes=1),
+    "long window": Case(120, 64, 2, 2, exchange=1, factor=1, passes=1),
+    "keys alike": Case(50, 64, 1, 1, spread=0.03, mixer={"negative": True}),
     "odd heads": Case(
         5, 24, 2, 2, blocks=3, kept=2, mixer={"key_width": 7, "value_heads": 4, "value_width": 5, "convolution": 3}
     ),
@@ -93,7 +99,8 @@ def all_of(slept: Slept) -> list[Tensor]:
 def check(case: Case, on: Any, **order: Any) -> None:
     lm = model(case)
     blocks, exact = lm.blocks(), copy.deepcopy(lm).double().blocks()
-    h = torch.randn(case.B, case.L, case.d).to(case.dtype)
+    tokens = torch.randn(case.B, case.L, case.d)
+    h = (tokens if case.spread == 1.0 else torch.randn(case.B, 1, case.d) + case.spread * tokens).to(case.dtype)
     device, precision = order.pop("device", DEVICE), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")

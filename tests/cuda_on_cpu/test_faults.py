@@ -44,11 +44,12 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
 }  # fmt: skip
 BLOCK_FAULTS: dict[str, tuple[str, str, str, str]] = {
     "no cluster's barrier before parts are added": (
-        "blocks.cuh", "      cluster_arrive();\n      cluster_wait();\n      each_tile(", "      each_tile(",
+        "blocks.cuh", "    cluster_wait();\n    if (n < 0) return;", "    if (n < 0) return;",
         "test_equals and (two or four)",
     ),
-    "no barrier before parts are overwritten": (
-        "blocks.cuh", "      if (first + c.exchange < own_groups()) {", "      if (false) {", "test_equals and pieces",
+    "parts of two exchanges in one place": (
+        "blocks.cuh", "return m.received((exchanges - 1 - n) & 1);", "return m.received(false && n < exchanges);",
+        "test_equals and pieces",
     ),
     "no barrier before h of all is read": (
         "blocks.cuh", "  SLEEPKERN_DEVICE void meet(float eps) const {\n    cluster_arrive();\n    cluster_wait();",
@@ -59,6 +60,13 @@ BLOCK_FAULTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "weights asked for before all lanes have read": (
         "blocks_stream.cuh", "    warp_barrier();\n    ask(slot);", "    ask(slot);", "test_equals and one and forward",
+    ),
+    "no barrier before a block of 16 tokens is inverted": (
+        "blocks_walk.cuh", "  warp_barrier();\n  invert_unit(unit, M);", "  invert_unit(unit, M);",
+        "test_equals and four",
+    ),
+    "what is written is not decayed": (
+        "blocks_walk.cuh", "D[n][i] *= scale[n][i & 1].w;", "", "test_equals and four and random",
     ),
     "no barrier before the mixer": (
         "blocks.cuh", "    block_barrier();\n    if (l.recurrent) {", "    if (l.recurrent) {", "test_equals and two",
