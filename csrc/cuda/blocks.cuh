@@ -182,7 +182,7 @@ struct Group {
     });
   }
 
-  // q k v gate as a tile, rates as what they mean.
+  // q k v gate as a tile.
   SLEEPKERN_DEVICE void put_inputs(const BlockLayer& l, int group, const Products<TILES>& acc) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -191,16 +191,42 @@ struct Group {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
           const int row = 16 * tile + row_of(i), column = 16 * group + column_of(n, i);
-          const float scale = m.scale()[row], x = acc[tile][n][i] * scale, y = acc[tile][n][i + 1] * scale;
-          if (column < l.into) {
-            put_pair<Mode::bf16>(m.wide(), l.into, row, column, x, y);
-          } else {
-            float* to = m.rates() + row * l.rates() + column - l.into;
-            to[0] = rate(l, column - l.into, x);
-            to[1] = rate(l, column - l.into + 1, y);
+          const float scale = m.scale()[row];
+          put_pair<Mode::bf16>(m.wide(), l.into, row, column, acc[tile][n][i] * scale, acc[tile][n][i + 1] * scale);
+        }
+      }
+    }
+  }
+
+  // Decay and strength of the value heads. They are few, and would keep one warp busy for as long as all of q k v gate
+  // keeps all: so each warp takes some of the terms, and the parts are added up, in order, in the place of `received`,
+  // where nobody writes before this block has arrived at an exchange.
+  SLEEPKERN_DEVICE void find_rates(const BlockLayer& l, Stream& weights) const {
+    const int warp = threadIdx.x >> 5, splits = c.splits();
+    float4* parts = reinterpret_cast<float4*>(m.received(false));
+    for (int group = 0; group < l.rates() / 16; ++group) {
+      if (warp < splits) {
+        Products<TILES> acc, none;
+        multiply_groups<TILES>(weights, m.x(), all_groups(), false, acc, none, warp, splits);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const float (&x)[4] = acc[tile][n];
+            parts[((warp * TILES + tile) * 2 + n) * 32 + lane_of_warp()] = make_float4(x[0], x[1], x[2], x[3]);
           }
         }
       }
+      block_barrier();
+      for (int e = threadIdx.x; e < 2 * TILES * 128; e += THREADS) {
+        const int i = e & 3, lane = e >> 2 & 31, half = e >> 7 & 1, tile = e >> 8;
+        const int row = 16 * tile + (lane >> 2) + 8 * (i >> 1);
+        const int number = 16 * group + 8 * half + 2 * (lane & 3) + (i & 1);
+        float sum = 0.0f;
+        for (int w = 0; w < splits; ++w) sum += reinterpret_cast<const float*>(parts)[w * TILES * 256 + e];
+        m.rates()[row * l.rates() + number] = rate(l, number, sum * m.scale()[row]);
+      }
+      block_barrier();
     }
   }
   SLEEPKERN_DEVICE static float rate(const BlockLayer& l, int i, float x) {
@@ -230,8 +256,9 @@ struct Group {
 
   SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, Stream& weights, int pass, bool last) const {
     meet(l.mixer_eps);
-    product<TILES>(weights, m.x(), all_groups(), (l.into + l.rates()) / 16,
+    product<TILES>(weights, m.x(), all_groups(), l.into / 16,
                    [&](int group, const Products<TILES>& acc) { put_inputs(l, group, acc); });
+    find_rates(l, weights);
     block_barrier();
     if (l.recurrent) {
       mix_recurrent(c, l, p, m, pass);

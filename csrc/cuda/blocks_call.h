@@ -59,6 +59,10 @@ struct BlocksCall {
   Places at;
   BlockLayer layers[MOST_LAYERS];
 
+  constexpr int splits() const {  // of the terms of the rates, one a warp; as many as there is room for
+    const int most = cluster * exchange;
+    return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+  }
   constexpr int padded() const { return (L + 7) / 8 * 8; }  // rows of a window: those of a core begin together
   constexpr int blocks() const { return (L + 15) / 16; }    // of 16 tokens, of a window
 };

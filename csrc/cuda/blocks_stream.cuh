@@ -93,17 +93,17 @@ struct Stream {
 template <int TILES>
 using Products = float[TILES][2][4];  // [16 TILES][two products of 8 columns]
 
-// One group, or two of them side by side, in full.
+// One group, or two of them side by side: the steps first, first + stride, ...
 template <int TILES>
 SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int steps, bool two, Products<TILES>& one,
-                                      Products<TILES>& other) {
+                                      Products<TILES>& other, int first = 0, int stride = 1) {
   left += lane_of_warp();
 #pragma unroll
   for (int m = 0; m < TILES; ++m) {
     clear(one[m]);
     clear(other[m]);
   }
-  for (int step = 0; step < steps; ++step) {
+  for (int step = first; step < steps; step += stride) {
     weights.wait();
     const Fragment<Mode::bf16> b = weights.front(0);
     Fragment<Mode::bf16> b_other{};

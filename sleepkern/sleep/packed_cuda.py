@@ -135,8 +135,8 @@ class Packed:
         for block, shape in zip(blocks, _shapes(blocks), strict=True):
             self.layers.append(share(shape, p.cluster) | self._layer(block, shape))
             for rank in range(p.cluster):
-                for weight, rounds in self._products(block, shape, rank):
-                    for warp, fragments in _by_warp(_fragments(weight), rounds):
+                for weight, rounds, splits in self._products(block, shape, rank):
+                    for warp, fragments in _by_warp(_fragments(weight), rounds, splits):
                         parts[rank][warp].append(fragments)
         streams, starts, first = [], [], 0
         for warp_parts in (warp for rank in parts for warp in rank):
@@ -177,8 +177,8 @@ class Packed:
         """Each with its heads and their width."""
         return [(q, s.heads, s.K), (k, s.heads, s.K), *((v, s.value_heads, s.V) for v in values)]
 
-    def _products(self, block: HybridBlock, s: Shape, rank: int) -> Iterator[tuple[Tensor, list[Round]]]:
-        """Each weight of a layer [outputs, terms], and in what order a thread block multiplies by it."""
+    def _products(self, block: HybridBlock, s: Shape, rank: int) -> Iterator[tuple[Tensor, list[Round], int]]:
+        """Each weight of a layer [outputs, terms], in what order and how many parts they are multiplied by."""
         p, m = self.plan, cast(Any, block.mixer)
         all_columns = p.cluster * p.columns
         norm, mlp_norm = (n.weight.detach().float() for n in (block.mixer_norm, block.mlp_norm))
@@ -186,22 +186,24 @@ class Packed:
         if s.recurrent:
             parts.append(m.gate.weight.detach().float())
         rows = [_heads(x, n, width, p.cluster, rank) for x, n, width in self._inputs(s, *parts)]
-        if s.recurrent:
-            rates = m.rates.weight.detach().float().view(2, p.cluster, -1, len(norm))[:, rank].flatten(0, 1)
-            rows.append(_padded(rates, up(len(rates), 16), len(norm)))
         into = torch.cat(rows) * norm
-        yield _padded(into, len(into), all_columns), _rounds(len(into) // TILE)
+        yield _padded(into, len(into), all_columns), _rounds(len(into) // TILE), 1
+        if s.recurrent:
+            rates = m.rates.weight.detach().float().view(2, p.cluster, -1, len(norm))[:, rank].flatten(0, 1) * norm
+            groups, splits = -(-len(rates) // TILE), _splits(p)
+            each: list[Round] = [([group] * splits, []) for group in range(groups)]
+            yield _padded(rates, groups * TILE, all_columns), each, splits
 
         exchanges = self._exchanges()
         columns = m.out.weight.detach().float().T  # one row a term
         terms = _heads(columns, s.value_heads, s.V, p.cluster, rank)
-        yield _padded(terms.T, all_columns), exchanges
+        yield _padded(terms.T, all_columns), exchanges, 1
 
         hidden = share(s, p.cluster)["hidden"]
         mine = slice(rank * hidden, (rank + 1) * hidden)
         wider, down = block.mlp.up.weight.detach().float(), block.mlp.out.weight.detach().float()
-        yield _padded(wider[mine] * mlp_norm, hidden, all_columns), _rounds(hidden // TILE)
-        yield _padded(down[:, mine], all_columns, hidden), exchanges
+        yield _padded(wider[mine] * mlp_norm, hidden, all_columns), _rounds(hidden // TILE), 1
+        yield _padded(down[:, mine], all_columns, hidden), exchanges, 1
 
     def _exchanges(self) -> list[Round]:
         """Of groups of columns of h, those that are summed together: of one owner after another."""
@@ -265,12 +267,17 @@ def _rounds(groups: int) -> list[Round]:
     return [(every[i : i + WARPS], every[i + WARPS : i + 2 * WARPS]) for i in range(0, groups, 2 * WARPS)]
 
 
-def _by_warp(fragments: Tensor, rounds: list[Round]) -> Iterator[tuple[int, Tensor]]:
+def _splits(p: Plan) -> int:
+    """Parts of the terms of the rates, as csrc/cuda/blocks_call.h has it."""
+    return next(n for n in (8, 4, 2, 1) if n <= p.cluster * p.exchange)
+
+
+def _by_warp(fragments: Tensor, rounds: list[Round], splits: int) -> Iterator[tuple[int, Tensor]]:
     """Fragments [n, 256] of a warp in the order of csrc/cuda/blocks_stream.cuh, in whole stages."""
     for one, other in rounds:
         for warp in range(len(one)):
             mine = [one[warp], other[warp]] if warp < len(other) else [one[warp]]
-            taken = fragments[mine].transpose(0, 1).reshape(-1, 256)
+            taken = fragments[mine][:, warp % splits :: splits].transpose(0, 1).reshape(-1, 256)
             yield warp, F.pad(taken, (0, 0, 0, -len(taken) % STAGE))
 
 
