@@ -1,11 +1,12 @@
 """sleep_blocks on a GPU: one launch against the modules, checked in float64 and timed.
 
-    python -m benchmarks.gpu_blocks OUT.json [--seconds 60] [--compile]
+    python -m benchmarks.gpu_blocks OUT.json [--seconds 60] [--compile] [--plans]
 
 Checks come first, on a few windows, against the modules in float64 on the CPU: an error may be 1e-2, or 1.5 times what
 the modules make of the same bfloat16. Then the times of a call, by CUDA events: ours, ours and the modules each as one
 CUDA graph, and the modules one by one; with --compile also those compiled by torch, a minute a row. OUT.json
-is written after every row; a row that fails says so and does not end the run. Exit status 1 when a check is red.
+is written after every row; a row that fails says so and does not end the run. --plans times, instead, every way to cut
+a call that fits, with N = 4 as a graph, beside what the plan's model expects. Exit status 1 when a check is red.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from torch import Tensor
 from sleepkern.backends import cuda
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
-from sleepkern.sleep import packed_cuda, sleep_blocks
+from sleepkern.sleep import packed_cuda, plan_cuda, sleep_blocks
 from sleepkern.sleep.blocks import Slept, one_by_one, why_not
 from sleepkern.testing import relative_error
 
@@ -188,6 +190,23 @@ def table_row(row: dict[str, Any]) -> str:
     return f"{row['size']} B={row['B']} N={row['N']} [{row['plan']}]: " + ", ".join(numbers) + " us" + gain
 
 
+def all_plans(size: Size, lm: SleepLM, B: int) -> Iterator[dict[str, Any]]:
+    """Microseconds of four passes by every plan, and as the model has it."""
+    h, blocks, device = torch.randn(B, size.L, size.d, device="cuda").bfloat16(), lm.blocks(), cuda.device_at_hand()
+    shapes = packed_cuda._shapes(blocks)
+    for plan in plan_cuda.plans(B, size.L, size.d, shapes, device):
+        row: dict[str, Any] = {"size": size.name, "B": B, "N": 4, "plan": plan._asdict()}
+        row["expected"] = 4 * plan_cuda._time(plan, B, size.d, shapes, device) / CLOCK
+        try:
+            with mock.patch.object(packed_cuda, "plan", return_value=plan):
+                row["ours, graph"] = microseconds(graph_of(lambda: sleep_blocks(h, blocks, passes=4)))
+        except Exception as error:  # the next plan is still worth timing
+            row["ours, graph"] = f"{type(error).__name__}: {str(error)[:200]}"
+        yield row
+
+
+CLOCK = 1755.0
+"""Of an H100, in MHz."""
 KEYS = ("size", "B", "N", "plan")
 
 
@@ -204,6 +223,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--plans", action="store_true")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu tries the checks alone")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
@@ -227,7 +247,11 @@ def main() -> int:
     for B in BATCHES if options.device == "cuda" else ():
         for size in PAPER:
             lm = model(size).cuda()
-            for N in PASSES:
+            for row in all_plans(size, lm, B) if options.plans and time.monotonic() < deadline else ():
+                print(row, flush=True)
+                found["times"].append(row)
+                save()
+            for N in () if options.plans else PASSES:
                 if time.monotonic() > deadline:
                     found["times"].append({"size": size.name, "B": B, "N": N, "left out": "out of time"})
                     continue

@@ -5,7 +5,7 @@ csrc/cuda/blocks_memory.cuh says what must fit into shared memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
@@ -61,20 +61,25 @@ def plan(B: int, L: int, d: int, shapes: Sequence[Shape], device: cuda.Device) -
 
 @lru_cache(maxsize=256)
 def _plan(B: int, L: int, d: int, shapes: tuple[Shape, ...], device: cuda.Device) -> Plan | None:
-    plans = []
+    return min(plans(B, L, d, shapes, device), key=lambda p: _time(p, B, d, shapes, device), default=None)
+
+
+def plans(B: int, L: int, d: int, shapes: Sequence[Shape], device: cuda.Device) -> Iterator[Plan]:
+    """All that fit; windows are shared out evenly."""
     clusters = device.capability >= (9, 0)
     for cluster in CLUSTERS if clusters else (1,):
         if cluster > device.multiprocessors or any(s.heads % cluster for s in shapes):
             continue
         columns = up(-(-d // cluster), TILE)
         for tiles in TILES if clusters else TILES[:1]:
-            group = min(16 * tiles // up(L, 8), B)
-            if group == 0:
+            most = 16 * tiles // up(L, 8)
+            if most == 0:
                 continue
+            group = ceil(B / ceil(B / most))
             exchange = min(columns // TILE, (1 + paired(tiles)) * WARPS // cluster)
             fits = _fit(Plan(cluster, group, tiles, columns, exchange, RINGS[0]), shapes, device)
-            plans += [] if fits is None else [fits]
-    return min(plans, key=lambda p: _time(p, B, d, shapes, device), default=None)
+            if fits is not None:
+                yield fits
 
 
 def _fit(tried: Plan, shapes: Sequence[Shape], device: cuda.Device) -> Plan | None:
