@@ -97,6 +97,7 @@ void run_step(int gate, bool delta, bool normalize, float scale, int64_t sequenc
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  bind_cuda_blocks(m);
   m.def("cuda_replay", &run_replay);
   m.def("cuda_powers", &run_powers);
   m.def("cuda_adjoint", &run_adjoint);

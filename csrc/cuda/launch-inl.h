@@ -27,17 +27,25 @@ inline std::string describe(const Chain& c) {
          ", passes = " + std::to_string(c.passes);
 }
 
+inline std::string describe(const BlocksCall& c) {
+  return "B = " + std::to_string(c.B) + ", L = " + std::to_string(c.L) + ", d = " + std::to_string(c.d) +
+         ", layers = " + std::to_string(c.depth) + ", passes = " + std::to_string(c.passes) +
+         ", cluster = " + std::to_string(c.cluster) + ", windows of a cluster = " + std::to_string(c.group);
+}
+
+// cluster: neighbouring thread blocks that see each other's shared memory.
 #ifdef SLEEPKERN_CUDA_ON_CPU
 template <class Arguments>
 void run(const char*, void (*kernel)(Arguments), Grid grid, int threads, int64_t shared, const Arguments& arguments,
-         void*) {
-  cuda_on_cpu::launch({static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1}, threads, shared,
-                      [&] { kernel(arguments); });
+         void*, int cluster = 1) {
+  cuda_on_cpu::launch(
+      {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1}, threads, shared, [&] { kernel(arguments); },
+      cluster);
 }
 #else
 template <class Arguments>
 void run(const char* name, void (*kernel)(Arguments), Grid grid, int threads, int64_t shared,
-         const Arguments& arguments, void* stream) {
+         const Arguments& arguments, void* stream, int cluster = 1) {
   if (grid.x == 0 || grid.y == 0) return;
   const auto check = [&](cudaError_t error) {
     if (error == cudaSuccess) return;
@@ -50,8 +58,18 @@ void run(const char* name, void (*kernel)(Arguments), Grid grid, int threads, in
   }
   void* packed[] = {const_cast<Arguments*>(&arguments)};
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(threads), packed, shared,
-                         static_cast<cudaStream_t>(stream)));
+  cudaLaunchConfig_t how{};
+  how.gridDim = blocks;
+  how.blockDim = dim3(threads);
+  how.dynamicSmemBytes = shared;
+  how.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim.x = static_cast<unsigned>(cluster);
+  together.val.clusterDim.y = together.val.clusterDim.z = 1;
+  how.attrs = &together;
+  how.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelExC(&how, reinterpret_cast<const void*>(kernel), packed));
 }
 #endif
 

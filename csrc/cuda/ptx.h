@@ -13,6 +13,7 @@
 #define SLEEPKERN_DEVICE __device__ __forceinline__
 #define SLEEPKERN_BOTH __host__ __device__ __forceinline__
 #define SLEEPKERN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define SLEEPKERN_CONSTANT const __grid_constant__  // an argument that is read where it lies
 
 namespace sleepkern::cuda {
 
@@ -103,6 +104,10 @@ SLEEPKERN_DEVICE uint16_t to_half(float x) {
 // exp of a number that is not positive: its error, a few units in the last place of each |x|, vanishes with the result.
 SLEEPKERN_DEVICE float decayed(float x) { return __expf(x); }
 
+// A few units in the last place off.
+SLEEPKERN_DEVICE float quotient(float x, float y) { return __fdividef(x, y); }
+SLEEPKERN_DEVICE float log_of(float x) { return __logf(x); }
+
 SLEEPKERN_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 SLEEPKERN_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
 
@@ -125,15 +130,16 @@ constexpr bool BULK = true;
 constexpr bool BULK = false;
 #endif
 
-// By one thread, before a block_barrier.
-SLEEPKERN_DEVICE void arrival_create(Arrival* a) {
-  const int count = BULK ? 1 : blockDim.x;
+// By one thread, before a block_barrier; `threads` is how many will ask for copies together.
+SLEEPKERN_DEVICE void arrival_create(Arrival* a, int threads) {
+  const int count = BULK ? 1 : threads;
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(count) : "memory");
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+SLEEPKERN_DEVICE void arrival_create(Arrival* a) { arrival_create(a, blockDim.x); }
 
 // The three that follow by all threads of the block.
 SLEEPKERN_DEVICE void copy_begin(Arrival* a, int bytes) {
@@ -167,6 +173,26 @@ SLEEPKERN_DEVICE void copy_end(Arrival* a) {
 #endif
 }
 
+// All of a phase at once, by the threads of one warp, for an Arrival of 32.
+SLEEPKERN_DEVICE void warp_copy(Arrival* a, void* to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  if ((threadIdx.x & 31) == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(a))
+                 : "memory");
+  }
+#else
+  for (int at = (threadIdx.x & 31) * 16; at < bytes; at += 32 * 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(static_cast<char*>(to) + at)),
+                 "l"(static_cast<const char*>(from) + at)
+                 : "memory");
+  }
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(a)) : "memory");
+#endif
+}
+
 // Between ordinary accesses to shared memory and copies into the same place, by all threads, before a block_barrier.
 SLEEPKERN_DEVICE void copy_fence() {
 #if __CUDA_ARCH__ >= 900
@@ -190,6 +216,47 @@ SLEEPKERN_DEVICE void copy_wait(Arrival* a, int parity) {
         : "r"(shared_address(a)), "r"(parity)
         : "memory");
   }
+}
+
+// Clusters: thread blocks that see each other's shared memory. Before compute capability 9.0 each is its own.
+constexpr bool CLUSTERS = BULK;
+
+// What was stored before an arrival is seen after the wait by all threads of the cluster; both by all threads.
+SLEEPKERN_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+SLEEPKERN_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// Where p of this block lies in the block of that rank in the cluster.
+using RemoteAddress = uint32_t;
+SLEEPKERN_DEVICE RemoteAddress remote_address(const void* p, int rank) {
+  RemoteAddress at = shared_address(p);
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
+#endif
+  return at;
+}
+
+#if __CUDA_ARCH__ >= 900
+#define SLEEPKERN_CLUSTER "::cluster"
+#else
+#define SLEEPKERN_CLUSTER ""
+#endif
+SLEEPKERN_DEVICE void store_remote(RemoteAddress at, uint4 x) {
+  asm volatile("st.shared" SLEEPKERN_CLUSTER ".v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+SLEEPKERN_DEVICE void store_remote(RemoteAddress at, float x) {
+  asm volatile("st.shared" SLEEPKERN_CLUSTER ".f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
 }
 
 }  // namespace sleepkern::cuda

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import settings
 from . import packed as native
+from . import packed_cuda
 from .memory import Fast, Slow
 from .packed import State
 from .passes import normalised, relative_change
@@ -56,8 +57,8 @@ def sleep_blocks(
             window, or "carry", the window's own end.
 
     On the CPU all of it is one call of C++: groups of sequences go through all passes and blocks without leaving the
-    caches. With gradients h and the fast weights are kept between passes only, and each pass is run again in the
-    backward. What `why_not` names runs module by module.
+    caches. On a GPU it is one launch, whose products multiply in bfloat16. With gradients h and the fast weights are
+    kept between passes only, and each pass is run again in the backward. What `why_not` names runs module by module.
 
     Raises:
         ValueError: an argument out of range.
@@ -70,36 +71,31 @@ def sleep_blocks(
     tensors = [t for state in states if state is not None for t in state]
     parameters = [p for block in blocks for p in block.parameters()]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors, *parameters)):
-        changes = torch.empty(passes)
+        changes = torch.empty(passes, device=h.device)
         made = _Recorded.apply(blocks, states, how, changes, h, *tensors, *parameters)
         return Slept(made[0], _paired(blocks, made[1:]), changes)
     return _run(h, blocks, states, how)
 
 
 def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
-    """None where `sleep_blocks` is one call of C++, else the sentence why it runs module by module."""
+    """None where `sleep_blocks` is one call of C++ or one launch, else the sentence why it runs module by module."""
     from ..nn import GatedDeltaNet, HybridBlock, WindowAttention
 
     if native._C is None:
         return "the compiled module sleepkern._C is not there"
-    if settings.BACKEND not in (None, "cpu"):
+    device = h.device.type
+    if settings.BACKEND not in (None, device):
         return f"backend {settings.BACKEND} was asked for"
-    if h.device.type != "cpu" or h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"one call for {h.dtype} on {h.device} is not there, only for at most 32 bits on the CPU"
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack() > 0:
+    if device not in ("cpu", "cuda") or h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"one call for {h.dtype} on {h.device} is not there, only for at most 32 bits on CPU and GPU"
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device) or torch._C._len_torch_dispatch_stack() > 0:
         return "a compiled graph, autocast or a dispatch mode wants to see the operators"
     for block in blocks:
         if type(block) is not HybridBlock or type(block.mixer) not in (GatedDeltaNet, WindowAttention):
             return f"a {type(block).__name__} with {type(getattr(block, 'mixer', None)).__name__} is not ours"
         if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
             return "a module has hooks, which want to be called"
-        if isinstance(block.mixer, GatedDeltaNet):
-            mixer = block.mixer
-            if max(mixer.key_width, mixer.value_width) > native._C.head_limit:
-                return f"heads of at most {native._C.head_limit}"
-            if mixer.convolution.weight.shape[1] > native._C.convolution_limit:
-                return f"short convolutions of at most {native._C.convolution_limit} tokens"
-    return None
+    return packed_cuda.why_not(h, blocks) if device == "cuda" else native.why_not(blocks)
 
 
 class _How(NamedTuple):
@@ -109,7 +105,9 @@ class _How(NamedTuple):
 
 
 def _run(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], how: _How) -> Slept:
-    """By C++, in float32 whatever the types; results in those that the modules leave."""
+    """In one launch, or by C++ in float32 whatever the types; results in those that the modules leave."""
+    if h.device.type == "cuda":
+        return Slept(*packed_cuda.run(h, blocks, states, *how))
     out, after, changes = native.packed(blocks).run(h.float(), states, *how)
     return Slept(out.to(h.dtype), [_like(x, h.dtype) for x in after], changes)
 
@@ -164,7 +162,7 @@ def _fast_weights(before: Sequence[State], after: Sequence[State]) -> list[tuple
 
 
 class _Recorded(torch.autograd.Function):
-    """Passes by C++, of which only h and what blocks remember between them is kept; each is run again backwards."""
+    """Passes of one call each; h and what blocks remember between them is kept, and each is run again backwards."""
 
     @staticmethod
     def forward(

@@ -110,6 +110,17 @@ class Packed:
         return h, after, (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
 
 
+def why_not(blocks: Sequence[HybridBlock]) -> str | None:
+    """None where C++ runs these blocks, else the sentence why not."""
+    for mixer in (block.mixer for block in blocks if block.recurrent):
+        gated: Any = mixer
+        if max(gated.key_width, gated.value_width) > _C.head_limit:
+            return f"heads of at most {_C.head_limit}"
+        if gated.convolution.weight.shape[1] > _C.convolution_limit:
+            return f"short convolutions of at most {_C.convolution_limit} tokens"
+    return None
+
+
 def packed(blocks: Sequence[HybridBlock]) -> Packed:
     """Of these blocks, made anew if their weights are not what they were."""
     found = _packed.get(blocks[0])

@@ -218,8 +218,11 @@ class SleepSession:
 
     def explain(self) -> str:
         """How a sleep over a window without padding runs: in one call, or block by block and why."""
-        reason = self._why_not_whole(next(iter(self._parameters()), torch.empty(0)), None)
-        return "all passes in one call of C++" if reason is None else f"block by block: {reason}"
+        example = next(iter(self._parameters()), torch.empty(0))
+        reason = self._why_not_whole(example, None)
+        if reason is not None:
+            return f"block by block: {reason}"
+        return f"all passes in one call, {'one launch' if example.is_cuda else 'of C++'}"
 
     def _why_not_whole(self, h: Tensor, mask: Tensor | None) -> str | None:
         """None where all passes over h are one call (`sleep_blocks`), else the sentence why each block is called."""

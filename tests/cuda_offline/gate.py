@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sleepkern import _C
+from sleepkern.backends.cuda import Device
+from sleepkern.sleep import plan_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -36,11 +38,13 @@ REGISTERS = 65536
 MODES = ("bf16", "exact")
 WIDTHS = (64, 128)
 CHAIN = ("powers", "adjoint")
+BLOCKS = {2: (1, 24, 256, 4), 5: (1, 75, 512, 8), 8: (1, 128, 256, 4)}
+"""B, L, d and heads of a stack of blocks by the tiles of 16 rows that its windows take."""
 COPIES = {80: "LDGSTS", 90: "UBLKCP", 100: "UBLKCP"}
 
 
 class Kernel(NamedTuple):
-    """name, products, widest K, whether it is for channel decay."""
+    """name, products, widest K (of `blocks` tiles of 16 rows), whether it is for channel decay."""
 
     name: str
     mode: str = ""
@@ -58,7 +62,17 @@ class Kernel(NamedTuple):
             return int(_C.cuda_window_memory(mode, self.width, True, self.channel))
         if self.name in ("walk", "affine"):
             return int(_C.cuda_replay_memory(mode, self.width, self.name == "walk", _C.cuda_widest_block, 1))
+        if self.name == "blocks":
+            return blocks_memory(*BLOCKS[self.width])
         return int(_C.cuda_chain_memory(self.width, self.name == "adjoint")) if self.name in CHAIN else 0
+
+
+def blocks_memory(B: int, L: int, d: int, heads: int) -> int:
+    """Bytes of shared memory of attention and gated DeltaNet in turns, of an MLP of factor 4."""
+    shapes = tuple(plan_cuda.Shape(r, heads, heads, d // heads, d // heads, 4, 4 * d) for r in (False, True))
+    plan = plan_cuda.plan(B, L, d, shapes, Device((9, 0), SHARED[90], 132))
+    assert plan is not None
+    return int(_C.cuda_blocks_memory(plan_cuda.sizes(plan), [plan_cuda.share(s, plan.cluster) for s in shapes]))
 
 
 class Built(NamedTuple):
@@ -83,6 +97,8 @@ def expected() -> Iterator[Kernel]:
         yield Kernel("adjoint", "", width)
     for width in (64, 128, 256):
         yield Kernel("step", "", width)
+    for tiles in plan_cuda.TILES:
+        yield Kernel("blocks", "", tiles)
 
 
 def take_apart(module: Path) -> dict[tuple[Kernel, int], Built]:
@@ -140,10 +156,12 @@ def faults(kernel: Kernel, capability: int, built: Built | None) -> Iterator[str
         yield f"{kernel.shared()} bytes of shared memory"
     if kernel.name != "step" and (ops["HMMA"] == 0 or ops["LDSM"] == 0):
         yield "no matrix units, or no matrix loads"
-    if kernel.name in ("walk", "affine"):
+    if kernel.name in ("walk", "affine", "blocks"):
         for copy in set(COPIES.values()):
             if (ops[copy] > 0) != (copy == COPIES[capability]):
                 yield f"{ops[copy]} {copy}"
+    if kernel.name == "blocks" and capability >= 90 and ops["UCGABAR_WAIT"] == 0:
+        yield "no cluster's barrier"
     if any(ops[double] for double in ("DADD", "DMUL", "DFMA")):
         yield "double precision"
 
@@ -196,6 +214,8 @@ def main() -> int:
     found = take_apart(module)
     for kernel in expected():
         for capability in SHARED:
+            if kernel.name == "blocks" and capability < 90 and kernel.width > plan_cuda.TILES[0]:
+                continue
             built = found.get((kernel, capability))
             fault = "; ".join(faults(kernel, capability, built))
             faulty += bool(fault)

@@ -33,7 +33,12 @@ def build(folder: Path, sanitize: bool = False, fault: Fault | None = None, soun
         text = (csrc / file).read_text()
         assert text.count(good) == 1, f"{file}: {good!r} is there {text.count(good)} times, expected once"
         (csrc / file).write_text(text.replace(good, bad))
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bind_cuda.cpp", HERE / "module.cpp"]
+    sources = [
+        *sorted((csrc / "cuda").glob("*.cu")),
+        csrc / "bind_cuda.cpp",
+        csrc / "bind_cuda_blocks.cpp",
+        HERE / "module.cpp",
+    ]
     sources = [s for s in sources if s.name != "device.cu"]
     level = "-O1" if fault is None else "-O0"  # a faulty build runs one small test
     flags = [level, *OPTIONS, *(SANITIZERS if sanitize else ())]
@@ -64,9 +69,11 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def run_tests(module: Path, chosen: str, sanitize: bool = False) -> subprocess.CompletedProcess[str]:
-    """test_kernels.py with a module, in a process of its own: a fault may end in a deadlock, which ends that."""
-    tests = HERE / "test_kernels.py"
+def run_tests(
+    module: Path, chosen: str, sanitize: bool = False, file: str = "test_kernels.py"
+) -> subprocess.CompletedProcess[str]:
+    """Tests of a file with a module, in a process of its own: a fault may end in a deadlock, which ends that."""
+    tests = HERE / file
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", str(tests), "-k", chosen, "--cuda-module", str(module)]
     environment = dict(os.environ)
     if sanitize:

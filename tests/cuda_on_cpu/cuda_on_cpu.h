@@ -1,9 +1,10 @@
-// Runs CUDA kernels on the CPU, for tests: what csrc/cuda/ptx.h gives on a GPU, with the threads of a block as fibers.
+// Runs CUDA kernels on the CPU, for tests: what csrc/cuda/ptx.h gives on a GPU, with the threads of a block, or of all
+// blocks of a cluster, as fibers.
 //
-// A fiber runs until it waits: for a block, a warp, or a copy. Of those that can go on the first, the last (so one warp
-// runs far ahead of the others), or any goes on; so code that lacks a barrier reads what is not there yet in at least
-// one order. Copies take place as late as allowed or at once, by choice. Shared memory starts as NaN, and under
-// AddressSanitizer only what an Arena handed out may be touched.
+// A fiber runs until it waits: for a cluster, a block, a warp, or a copy. Of those that can go on the first, the last
+// (so one warp runs far ahead of the others), or any goes on; so code that lacks a barrier reads what is not there yet
+// in at least one order. Copies take place as late as allowed or at once, by choice. Shared memory starts as NaN, and
+// under AddressSanitizer only what an Arena handed out may be touched.
 //
 // What it cannot show: races within one thread order, bank conflicts, and an error in its own reading of the PTX manual
 // that the kernels share (fragments of mma and ldmatrix).
@@ -17,6 +18,7 @@
 #define SLEEPKERN_DEVICE inline
 #define SLEEPKERN_BOTH inline
 #define SLEEPKERN_KERNEL(threads, blocks) inline void
+#define SLEEPKERN_CONSTANT const
 
 struct uint4 {
   uint32_t x, y, z, w;
@@ -80,10 +82,11 @@ namespace sleepkern::cuda {
 
 constexpr int GUARD = 128;
 
-inline char* shared_memory() {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(cuda_on_cpu::machine.shared.data());
+inline char* shared_memory_of(int rank) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(cuda_on_cpu::machine.shared.at(rank).data());
   return reinterpret_cast<char*>((address + 127) / 128 * 128);
 }
+inline char* shared_memory() { return shared_memory_of(cuda_on_cpu::rank()); }
 
 inline void use_shared(const void* p, int64_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) > (1 << 30)) ASAN_UNPOISON_MEMORY_REGION(p, bytes);  // not the host's null base
@@ -186,9 +189,11 @@ inline uint16_t to_half(float x) {
 }
 
 inline float decayed(float x) { return std::exp(x); }
+inline float quotient(float x, float y) { return x / y; }
+inline float log_of(float x) { return std::log(x); }
 
 inline void block_barrier() {
-  cuda_on_cpu::gather(cuda_on_cpu::machine.block, [] {});
+  cuda_on_cpu::gather(cuda_on_cpu::machine.blocks[cuda_on_cpu::rank()], [] {});
 }
 inline void warp_barrier() {
   cuda_on_cpu::gather(cuda_on_cpu::warp().here, [] {});
@@ -210,18 +215,26 @@ inline float shuffle_xor(float x, int mask) {
 inline float shuffle_up(float x, int lanes) {
   return shuffle(x, [lanes](int l) { return l >= lanes ? l - lanes : l; });
 }
-inline float shuffle_from(float x, int lane) {
-  return shuffle(x, [lane](int) { return lane; });
+inline float shuffle_from(float x, int lane) {  // each lane asks for one of its own choice
+  uint32_t words[2] = {as_bits(x), static_cast<uint32_t>(lane)};
+  cuda_on_cpu::exchange(words, 2, [](uint32_t (*w)[12]) {
+    uint32_t given[32];
+    for (int l = 0; l < 32; ++l) given[l] = w[l][0];
+    for (int l = 0; l < 32; ++l) w[l][0] = given[w[l][1] & 31];
+  });
+  return from_bits(words[0]);
 }
 
 struct Arrival {
   uint64_t bits;
 };
 
-inline void arrival_create(Arrival* a) {
-  const int count = cuda_on_cpu::options.capability >= 90 ? 1 : static_cast<int>(blockDim.x);
+inline void arrival_create(Arrival* a, int threads) {
+  const int count = cuda_on_cpu::options.capability >= 90 ? 1 : threads;
   cuda_on_cpu::machine.phases[a] = {count, count, 0, 0, {}, {}};
 }
+
+inline void arrival_create(Arrival* a) { arrival_create(a, static_cast<int>(blockDim.x)); }
 
 inline void copy_begin(Arrival* a, int bytes) {
   if (cuda_on_cpu::options.capability < 90 || threadIdx.x != 0) return;
@@ -252,6 +265,23 @@ inline void copy_end(Arrival* a) {
   if (cuda_on_cpu::options.capability < 90 || threadIdx.x == 0) cuda_on_cpu::try_to_end(p, !p.waiting.empty());
 }
 
+inline void warp_copy(Arrival* a, void* to, const void* from, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
+    cuda_on_cpu::give_up("a copy that is not aligned to 16 bytes");
+  }
+  cuda_on_cpu::Phase& p = cuda_on_cpu::machine.phases.at(a);
+  const bool bulk = cuda_on_cpu::options.capability >= 90;
+  const int lane = threadIdx.x & 31;
+  if (bulk && lane != 0) return;
+  for (int at = bulk ? 0 : lane * 16; at < bytes; at += bulk ? bytes : 32 * 16) {
+    const int part = bulk ? bytes : 16;
+    p.copies.push_back({static_cast<char*>(to) + at, static_cast<const char*>(from) + at, part});
+    p.bytes += part;
+  }
+  --p.missing;
+  cuda_on_cpu::try_to_end(p, !p.waiting.empty());
+}
+
 inline void copy_fence() {}
 
 inline void copy_wait(Arrival* a, int parity) {
@@ -260,6 +290,38 @@ inline void copy_wait(Arrival* a, int parity) {
   if (p.parity != parity) return;
   p.waiting.push_back(cuda_on_cpu::machine.current);
   cuda_on_cpu::leave(cuda_on_cpu::machine.current);
+}
+
+constexpr bool CLUSTERS = true;  // for all that a kernel leaves out where it has none
+
+inline void cluster_arrive() {
+  cuda_on_cpu::Machine& m = cuda_on_cpu::machine;
+  if (cuda_on_cpu::options.capability < 90 && m.shared.size() > 1) {
+    cuda_on_cpu::give_up("clusters need compute capability 9.0");
+  }
+  m.current->round = m.cluster_round;
+  if (++m.cluster_arrived < m.cluster.expected) return;
+  m.cluster_arrived = 0;
+  ++m.cluster_round;
+  cuda_on_cpu::release(m.cluster.waiting);
+}
+inline void cluster_wait() {
+  cuda_on_cpu::Machine& m = cuda_on_cpu::machine;
+  if (m.current->round != m.cluster_round) return;
+  m.cluster.waiting.push_back(m.current);
+  cuda_on_cpu::leave(m.current);
+}
+
+using RemoteAddress = char*;
+inline RemoteAddress remote_address(const void* p, int rank) {
+  if (rank < 0 || rank >= static_cast<int>(cuda_on_cpu::machine.shared.size())) {
+    cuda_on_cpu::give_up("a rank that is not in the cluster");
+  }
+  return shared_memory_of(rank) + (static_cast<const char*>(p) - shared_memory());
+}
+template <class T>
+void store_remote(RemoteAddress at, T x) {
+  std::memcpy(at, &x, sizeof x);
 }
 
 }  // namespace sleepkern::cuda

@@ -1,4 +1,4 @@
-// Runs the threads of a block as fibers on one CPU thread; cuda_on_cpu.h says what for.
+// Runs the threads of a cluster of blocks as fibers on one CPU thread; cuda_on_cpu.h says what for.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,8 @@ struct Phase {  // of an Arrival
 };
 struct Fiber {
   void* stack_pointer = nullptr;
-  int thread = 0;
+  int thread = 0;      // of the cluster
+  unsigned round = 0;  // of the cluster's barrier, when it arrived there
 };
 class Ready {  // a set of threads
  public:
@@ -81,22 +82,27 @@ class Ready {  // a set of threads
   }
 
  private:
-  static constexpr int WORDS = 1024 / 64;
+  static constexpr int WORDS = 4096 / 64;
   uint64_t words_[WORDS] = {};
   int count_ = 0;
 };
 struct Machine {
-  std::vector<char> shared, stacks;
+  std::vector<char> stacks;
+  std::vector<std::vector<char>> shared;  // of each block of the cluster
   std::vector<Fiber> fibers;
   Ready ready;
   std::vector<Exchange> warps;
-  Gathering block;
+  std::vector<Gathering> blocks;
+  Gathering cluster;
+  int cluster_arrived = 0;
+  unsigned cluster_round = 0;
   std::unordered_map<void*, Phase> phases;
   std::function<void()> body;
   std::mt19937 random;
   Fiber* current = nullptr;
   void* main_stack = nullptr;
   int alive = 0;
+  unsigned first_block = 0;  // of the cluster
   Index thread_index, block_index, block_size, grid_size;
 };
 inline Machine machine;
@@ -119,13 +125,17 @@ cuda_on_cpu_switch:
   std::abort();
 }
 
+// Of the running thread's block, in its cluster.
+inline int rank() { return machine.current->thread / static_cast<int>(machine.block_size.x); }
+
 // Of the fibers that can go on, the next one.
 inline Fiber* choose() {
   Machine& m = machine;
   const int start = options.order == Order::random ? static_cast<int>(m.random() % m.fibers.size()) : 0;
   m.current = &m.fibers[options.order == Order::backward ? m.ready.last() : m.ready.first_from(start)];
   m.ready.erase(m.current->thread);
-  m.thread_index.x = m.current->thread;
+  m.thread_index.x = m.current->thread % m.block_size.x;
+  m.block_index.x = m.first_block + m.current->thread / m.block_size.x;
   return m.current;
 }
 
@@ -199,22 +209,30 @@ inline void entry() {
   leave(machine.current);
 }
 
-inline void run_block(int threads, size_t shared) {
+inline void run_cluster(int blocks, int threads, size_t shared) {
   constexpr size_t STACK = 256 << 10;
   Machine& m = machine;
-  if (!m.shared.empty()) ASAN_UNPOISON_MEMORY_REGION(m.shared.data(), m.shared.size());
-  m.shared.assign(shared + 128, static_cast<char>(0xFF));
-  ASAN_POISON_MEMORY_REGION(m.shared.data(), m.shared.size());
-  if (m.stacks.size() < STACK * threads) m.stacks.resize(STACK * threads);
+  const int all = blocks * threads;
+  for (std::vector<char>& memory : m.shared) {
+    if (!memory.empty()) ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size());
+  }
+  m.shared.resize(blocks);
+  for (std::vector<char>& memory : m.shared) {
+    memory.assign(shared + 128, static_cast<char>(0xFF));
+    ASAN_POISON_MEMORY_REGION(memory.data(), memory.size());
+  }
+  if (m.stacks.size() < STACK * all) m.stacks.resize(STACK * all);
   ASAN_UNPOISON_MEMORY_REGION(m.stacks.data(), m.stacks.size());
-  m.fibers.assign(threads, {});
-  m.warps.assign((threads + 31) / 32, {});
+  m.fibers.assign(all, {});
+  m.warps.assign((all + 31) / 32, {});
   for (Exchange& w : m.warps) w.here.expected = 32;
-  m.block = {threads, {}};
+  m.blocks.assign(blocks, {threads, {}});
+  m.cluster = {all, {}};
+  m.cluster_arrived = 0;
   m.phases.clear();
   m.ready = {};
-  m.alive = threads;
-  for (int i = 0; i < threads; ++i) {
+  m.alive = all;
+  for (int i = 0; i < all; ++i) {
     m.fibers[i].thread = i;
     const uintptr_t top = (reinterpret_cast<uintptr_t>(m.stacks.data() + STACK * (i + 1)) & ~uintptr_t{15}) - 8;
     void** p = reinterpret_cast<void**>(top);
@@ -226,16 +244,17 @@ inline void run_block(int threads, size_t shared) {
   cuda_on_cpu_switch(&m.main_stack, choose()->stack_pointer);
 }
 
-inline void launch(Index grid, int threads, size_t shared, std::function<void()> body) {
+inline void launch(Index grid, int threads, size_t shared, std::function<void()> body, int cluster = 1) {
   Machine& m = machine;
   m.body = std::move(body);
   m.grid_size = grid;
   m.block_size = {static_cast<unsigned>(threads), 1, 1};
   m.random.seed(options.seed);
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
+    for (unsigned x = 0; x < grid.x; x += cluster) {
       m.block_index = {x, y, 0};
-      run_block(threads, shared);
+      m.first_block = x;
+      run_cluster(cluster, threads, shared);
     }
   }
 }

@@ -42,6 +42,39 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "test_replay and 63 and kda",
     ),
 }  # fmt: skip
+BLOCK_FAULTS: dict[str, tuple[str, str, str, str]] = {
+    "no cluster's barrier before parts are added": (
+        "blocks.cuh", "    cluster_wait();\n    if (n < 0) return;", "    if (n < 0) return;",
+        "test_equals and (two or four)",
+    ),
+    "parts of two exchanges in one place": (
+        "blocks.cuh", "return m.received((exchanges - 1 - n) & 1);", "return m.received(false && n < exchanges);",
+        "test_equals and pieces",
+    ),
+    "no barrier before h of all is read": (
+        "blocks.cuh", "  SLEEPKERN_DEVICE void meet(float eps) const {\n    cluster_arrive();\n    cluster_wait();",
+        "  SLEEPKERN_DEVICE void meet(float eps) const {", "test_equals and (two or four)",
+    ),
+    "no wait for weights": (
+        "blocks_stream.cuh", "if (place == 0) copy_wait(arrivals + slot, parity);", "", "test_equals and one",
+    ),
+    "weights asked for before all lanes have read": (
+        "blocks_stream.cuh", "    warp_barrier();\n    ask(slot);", "    ask(slot);", "test_equals and one and forward",
+    ),
+    "no barrier before a block of 16 tokens is inverted": (
+        "blocks_walk.cuh", "  warp_barrier();\n  invert_unit(unit, M);", "  invert_unit(unit, M);",
+        "test_equals and four",
+    ),
+    "what is written is not decayed": (
+        "blocks_walk.cuh", "D[n][i] *= scale[n][i & 1].w;", "", "test_equals and four and random",
+    ),
+    "no barrier before the mixer": (
+        "blocks.cuh", "    block_barrier();\n    if (l.recurrent) {", "    if (l.recurrent) {", "test_equals and two",
+    ),
+    "a pad row reads beyond its window": (
+        "blocks_attention.cuh", "return keys < block || j <= i;", "return true;", "test_equals and odd",
+    ),
+}  # fmt: skip
 OVERRUNS: dict[str, tuple[str, str, str, str]] = {
     "reads a row beyond the state": (
         "step.cuh", "first + r < K ? valid : 0, aligned)", "first + r <= K ? valid : 0, aligned)", "test_step and 200",
@@ -64,6 +97,14 @@ def test_a_planted_fault_is_seen(name: str, tmp_path: Path, sound: Path) -> None
     assert done.returncode == 1 or done.returncode < 0, done.stdout + done.stderr  # red, or ended by a signal
 
 
+@pytest.mark.parametrize("name", BLOCK_FAULTS)
+def test_a_fault_planted_in_blocks_is_seen(name: str, tmp_path: Path, sound: Path) -> None:
+    file, good, bad, chosen = BLOCK_FAULTS[name]
+    module = build(tmp_path, fault=(f"cuda/{file}", good, bad), sound=sound)
+    done = run_tests(module, chosen, file="test_blocks.py")
+    assert done.returncode == 1 or done.returncode < 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a build under AddressSanitizer and UndefinedBehaviourSanitizer."""
@@ -74,6 +115,8 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sanitizers_have_nothing_to_say(sanitized: Path) -> None:
     done = run_tests(sanitized / "cuda_on_cpu.so", SANITIZED, sanitize=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_tests(sanitized / "cuda_on_cpu.so", "test_equals and random", sanitize=True, file="test_blocks.py")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

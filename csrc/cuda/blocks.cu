@@ -1,0 +1,27 @@
+#include "cuda/blocks.cuh"
+#include "cuda/launch-inl.h"
+
+namespace sleepkern::cuda {
+
+int64_t blocks_memory(const BlocksCall& call) { return places_of(call).end; }
+
+void sleep_blocks(const BlocksCall& given, void* stream) {
+  BlocksCall call = given;
+  call.at = places_of(given);
+  const Grid grid{static_cast<int64_t>((call.B + call.group - 1) / call.group) * call.cluster, 1};
+  const auto launch = [&](auto kernel) {
+    run("blocks", kernel, grid, THREADS, call.at.end, call, stream, call.cluster);
+  };
+  switch (call.tiles) {
+    case 2:
+      return launch(blocks_kernel<2>);
+    case 5:
+      return launch(blocks_kernel<5>);
+    case 8:
+      return launch(blocks_kernel<8>);
+    default:
+      throw std::runtime_error("sleepkern: no CUDA kernel for " + std::to_string(16 * call.tiles) + " rows");
+  }
+}
+
+}  // namespace sleepkern::cuda

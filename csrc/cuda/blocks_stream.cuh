@@ -1,0 +1,137 @@
+// Products with weights that stream through shared memory.
+//
+//   acc [16 TILES][16] = left [16 TILES][16 steps] weight^T, for each group of 16 of the weight's outputs
+//
+// A group belongs to one warp, which takes all rows of the left operand. So no weight is wanted by two warps, and each
+// warp has a stream of its own: fragments of 16 outputs x 16 terms, 512 bytes, in the order in which it multiplies by
+// them, through all products of all layers, again and again in every pass. They come through a ring of the warp's own,
+// which nobody else waits for and which goes on filling while the block waits, exchanges or mixes tokens.
+//
+// Left operands lie as fragments too: [step][tile of 16 rows][lane][4 words], as lanes hold what left they accumulate.
+#pragma once
+
+#include "cuda/blocks_call.h"
+#include "cuda/call.h"
+#include "cuda/tile.h"
+
+namespace sleepkern::cuda {
+
+constexpr int FRAGMENT = 512;       // bytes of 16 x 16 weights
+constexpr int STAGE_FRAGMENTS = 2;  // that are asked for at a time
+constexpr int STAGE = STAGE_FRAGMENTS * FRAGMENT;
+
+// 16 bytes of each lane, generic where the compiler sees shared memory.
+SLEEPKERN_DEVICE Fragment<Mode::bf16> load_fragment(const uint4* at) {
+  const uint4 x = *at;
+  return {{x.x, x.y, x.z, x.w}, {0}};
+}
+
+// Word of the pair of columns (column, column + 1), an even one, in fragments of `tiles` tiles.
+SLEEPKERN_DEVICE int word_of(int tiles, int row, int column) {
+  const int lane = (row & 7) * 4 + ((column & 7) >> 1);
+  return (((column >> 4) * tiles + (row >> 4)) * 32 + lane) * 4 + ((row >> 3) & 1) + 2 * ((column >> 3) & 1);
+}
+
+struct Stream {
+  const BlocksCall& c;
+  const char* from;  // the warp's stages
+  char* ring;
+  Arrival* arrivals;
+  int count;       // stages of a pass
+  int left, next;  // stages still to ask for; place in the pass of the next one
+  int slot, parity, place;
+
+  SLEEPKERN_DEVICE Stream(const BlocksCall& c, int rank, char* rings, Arrival* all) : c(c) {
+    const int warp = threadIdx.x >> 5;
+    const int32_t* mine = c.stages + 2 * (rank * WARPS + warp);
+    from = static_cast<const char*>(c.weights) + static_cast<int64_t>(mine[0]) * STAGE;
+    count = mine[1];
+    left = count * c.passes;
+    next = slot = parity = place = 0;
+    ring = rings + warp * c.ring * STAGE;
+    arrivals = all + warp * c.ring;
+    for (int s = 0; s < c.ring; ++s) ask(s);
+  }
+
+  SLEEPKERN_DEVICE void ask(int s) {
+    if (left == 0) return;
+    --left;
+    warp_copy(arrivals + s, ring + s * STAGE, from + static_cast<int64_t>(next) * STAGE, STAGE);
+    next = next + 1 == count ? 0 : next + 1;
+  }
+
+  // The fragment at the front, or the one after it; they are there once `wait` has returned.
+  SLEEPKERN_DEVICE void wait() {
+    if (place == 0) copy_wait(arrivals + slot, parity);
+  }
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> front(int ahead) const {
+    const char* at = ring + slot * STAGE + (place + ahead) * FRAGMENT;
+    return load_fragment(reinterpret_cast<const uint4*>(at) + lane_of_warp());
+  }
+  SLEEPKERN_DEVICE void move_on(int fragments) {
+    place += fragments;
+    if (place == STAGE_FRAGMENTS) turn();
+  }
+
+  // The stage has been read: ask for another one in its place.
+  SLEEPKERN_DEVICE void turn() {
+    warp_barrier();
+    ask(slot);
+    place = 0;
+    if (++slot == c.ring) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+
+  // To the end of a stage, with which the groups that are multiplied by together end.
+  SLEEPKERN_DEVICE void finish() {
+    if (place != 0) turn();
+  }
+};
+
+template <int TILES>
+using Products = float[TILES][2][4];  // [16 TILES][two products of 8 columns]
+
+// One group, or two of them side by side: the steps first, first + stride, ...
+template <int TILES>
+SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int steps, bool two, Products<TILES>& one,
+                                      Products<TILES>& other, int first = 0, int stride = 1) {
+  left += lane_of_warp();
+#pragma unroll
+  for (int m = 0; m < TILES; ++m) {
+    clear(one[m]);
+    clear(other[m]);
+  }
+  for (int step = first; step < steps; step += stride) {
+    weights.wait();
+    const Fragment<Mode::bf16> b = weights.front(0);
+    Fragment<Mode::bf16> b_other{};
+    if (two) b_other = weights.front(1);
+    weights.move_on(two ? 2 : 1);
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+      const Fragment<Mode::bf16> a = load_fragment(left + (step * TILES + m) * 32);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mma<Mode::bf16>(one[m][half], a, b, half);
+        if (two) mma<Mode::bf16>(other[m][half], a, b_other, half);
+      }
+    }
+  }
+  weights.finish();
+}
+
+// made(group, products) for all groups.
+template <int TILES, class Made>
+SLEEPKERN_DEVICE void product(Stream& weights, const uint4* left, int steps, int groups, Made made) {
+  for (int first = threadIdx.x >> 5; first < groups; first += 2 * WARPS) {
+    const bool two = first + WARPS < groups;
+    Products<TILES> one, other;
+    multiply_groups<TILES>(weights, left, steps, two, one, other);
+    made(first, one);
+    if (two) made(first + WARPS, other);
+  }
+}
+
+}  // namespace sleepkern::cuda

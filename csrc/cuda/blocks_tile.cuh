@@ -1,0 +1,60 @@
+// Pieces of the tile of bf16 that a layer's inputs lie in: 8 columns of a row, 16 rows x 16 columns as operands.
+#pragma once
+
+#include "cuda/blocks_memory.cuh"
+#include "cuda/rows.cuh"
+
+namespace sleepkern::cuda {
+
+SLEEPKERN_DEVICE float sigmoid(float x) {
+  const float e = decayed(-fabsf(x));
+  return quotient(x < 0.0f ? e : 1.0f, 1.0f + e);
+}
+
+// The bf16 pair in a word.
+SLEEPKERN_DEVICE float low_of(uint32_t word) { return from_bits(word << 16); }
+SLEEPKERN_DEVICE float high_of(uint32_t word) { return from_bits(word & 0xffff0000u); }
+
+// 8 columns of a row, where they lie in a tile.
+SLEEPKERN_DEVICE uint4* eight_at(uint16_t* tile, int columns, int row, int column) {
+  return reinterpret_cast<uint4*>(tile + at<Mode::bf16>(columns, row, column));
+}
+SLEEPKERN_DEVICE void read_eight(float (&x)[8], const uint4& words) {
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = low_of(w[i]);
+    x[2 * i + 1] = high_of(w[i]);
+  }
+}
+SLEEPKERN_DEVICE uint4 eight_of(const float (&x)[8]) {
+  return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+}
+
+// 16 rows x 16 columns of `wide`, from a row that is a multiple of 8 on. Rows that are not there are the last ones.
+struct Blocks16 {
+  const uint16_t* tile;
+  int cores, last;  // cores in a row of them; the last row of cores
+
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> load(int row, int column, bool rows_first, bool transposed) const {
+    const int lane = lane_of_warp(), low = (lane >> 3) & 1, high = lane >> 4;
+    int core = row / 8 + (rows_first ? low : high);
+    core = core < last ? core : last;
+    const int at = core * cores + column / 8 + (rows_first ? high : low);
+    const SharedAddress address = shared_address(tile) + at * 128 + 16 * (lane & 7);
+    Fragment<Mode::bf16> f;
+    if (transposed) {
+      load_matrices_transposed(f.high, address);
+    } else {
+      load_matrices(f.high, address);
+    }
+    return f;
+  }
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> left(int row, int column) const { return load(row, column, true, false); }
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> right(int row, int column) const { return load(row, column, false, false); }
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> right_transposed(int row, int column) const {
+    return load(row, column, true, true);
+  }
+};
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,235 @@
+// The recurrence over a window, 16 tokens at a time. For one such block, i and j its tokens, G the running sum of log
+// a:
+//
+//   M_ij = b_i k_i.k_j exp(G_i - G_j), i > j      X = (I + M)^-1      P_ij = q_i.k_j exp(G_i - G_j), i >= j
+//   D = X b (v - exp(G) S^T k)      o = exp(G) S^T q + P D      S <- exp(G_C) S + sum_j exp(G_C - G_j) k_j D_j^T
+//
+// First X and P of all blocks, a warp each, X by exact substitution in float32. Then a warp walks over a window with 16
+// value columns of a head: S^T [16][K] stays in registers, what one product accumulates is the left operand of the
+// next, and there is no barrier. Of what k and q are multiplied by (1 / |k|, 1 / |q|, K^-1/2) products with scalars
+// take care.
+//
+// The state lies in global memory between two passes over a layer: all layers' states do not fit on chip (Rule 110: 256
+// KB a window), and L2 gives one back in less time than one of the layer's products takes.
+#pragma once
+
+#include "cuda/blocks_tile.cuh"
+
+namespace sleepkern::cuda {
+
+// Of one block of 16 tokens of a head: X and P as right operands, and what its tokens are multiplied by.
+struct Unit {
+  uint4* X;       // [lane]; before that M [16][16] takes the place of both
+  uint4* P;       // [lane]
+  float4* scale;  // [token] b, b exp(G) / |k|, exp(G) / |q|, exp(G_C - G) / |k|
+  float* gamma;   // exp(G_C)
+
+  SLEEPKERN_DEVICE Unit(const BlocksCall& c, const BlockLayer& l, const Shared& m, int w, int head, int block) {
+    char* base = m.units(l) + static_cast<int64_t>((w * l.value_heads + head) * c.blocks() + block) * UNIT;
+    X = reinterpret_cast<uint4*>(base);
+    P = X + 32;
+    scale = reinterpret_cast<float4*>(P + 32);
+    gamma = reinterpret_cast<float*>(scale + 16);
+  }
+};
+
+template <class Each>
+SLEEPKERN_DEVICE void each_unit(const BlocksCall& c, const BlockLayer& l, const Place& p, Each each) {
+  const int units = p.windows * l.value_heads * c.blocks();
+  for (int unit = threadIdx.x >> 5; unit < units; unit += WARPS) {
+    each(unit / c.blocks() / l.value_heads, unit / c.blocks() % l.value_heads, unit % c.blocks());
+  }
+}
+
+SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
+  const int lane = lane_of_warp(), column = lane & 15;
+  float x[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    x[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+    for (int j = 0; j < i; ++j) x[i] -= M[16 * i + j] * x[j];
+  }
+  warp_barrier();  // all have read M
+  uint16_t* X = reinterpret_cast<uint16_t*>(unit.X);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {  // both halves of the warp have the same columns
+    const int word = 2 * (i >> 3) + (column >> 3), owner = (i & 7) * 4 + ((column & 7) >> 1);
+    if (lane < 16) X[2 * (4 * owner + word) + (column & 1)] = narrow<Mode::bf16>(x[i]);
+  }
+}
+
+SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
+                                   int head, int block) {
+  const int lane = lane_of_warp(), rows = 16 * c.tiles, start = w * c.padded() + 16 * block;
+  const int key_head = head / (l.value_heads / l.heads), q_at = key_head * l.KP, k_at = l.heads * l.KP + q_at;
+  const Unit unit(c, l, m, w, head, block);
+  // A lane's token; the upper half of the warp has the same ones.
+  const int token = lane & 15, row = start + token;
+  float G = 0.0f, b = 0.0f, q_factor = 0.0f, k_factor = 0.0f;
+  if (16 * block + token < c.L) {
+    G = m.rates()[row * l.rates() + head];
+    b = m.rates()[row * l.rates() + l.value_heads + head];
+    q_factor = m.factors()[key_head * rows + row];
+    k_factor = m.factors()[(l.heads + key_head) * rows + row];
+  }
+#pragma unroll
+  for (int step = 1; step < 16; step *= 2) {
+    const float other = shuffle_up(G, step);
+    if (token >= step) G += other;
+  }
+  const float last = shuffle_from(G, 15), grown = decayed(G);
+  if (lane < 16) {
+    unit.scale[token] = make_float4(b, b * k_factor * grown, q_factor * grown, k_factor * decayed(last - G));
+    if (lane == 15) *unit.gamma = grown;
+  }
+  const Blocks16 wide{m.wide(), l.into / 8, 2 * static_cast<int>(c.tiles) - 1};
+  float kk[2][4], qk[2][4];
+  clear(kk);
+  clear(qk);
+#pragma unroll 1
+  for (int d = 0; d < l.KP; d += 16) {
+    const Fragment<Mode::bf16> k = wide.left(start, k_at + d), q = wide.left(start, q_at + d);
+    const Fragment<Mode::bf16> right = wide.right(start, k_at + d);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mma<Mode::bf16>(kk[half], k, right, half);
+      mma<Mode::bf16>(qk[half], q, right, half);
+    }
+  }
+  float* M = reinterpret_cast<float*>(unit.X);
+  float P[2][4];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int i = row_of(e), j = column_of(n, e);
+      const float between = decayed(fminf(shuffle_from(G, i) - shuffle_from(G, j), 0.0f)) * shuffle_from(k_factor, j);
+      const float write = shuffle_from(b * k_factor, i), read = shuffle_from(q_factor, i);
+      M[16 * i + j] = i > j ? write * kk[n][e] * between : 0.0f;
+      P[n][e] = i >= j ? read * qk[n][e] * between : 0.0f;
+    }
+  }
+  warp_barrier();
+  invert_unit(unit, M);
+  unit.P[lane] = make_uint4(pack_bf16(P[0][0], P[0][1]), pack_bf16(P[1][0], P[1][1]), pack_bf16(P[0][2], P[0][3]),
+                            pack_bf16(P[1][2], P[1][3]));
+}
+
+// S^T [16 value columns from v0 on][K] of a head of a window, and where it lies.
+struct StateTile {
+  static constexpr int TILES = WIDEST_KEY / 8;
+  float S[TILES][4];
+  float* at;  // [K][V]
+  int K, V, v0;
+
+  template <class Each>
+  SLEEPKERN_DEVICE void each(Each f) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      if (8 * n >= K) continue;
+      const int row = opaque(V);  // or all addresses are found before the first is used
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int k = column_of(n, i), v = v0 + row_of(i);
+        if (k < K && v < V) f(S[n][i], at[k * row + v]);
+      }
+    }
+  }
+};
+
+// 16 value columns from v0 on of value head `head` over window w.
+SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass,
+                                int w, int head, int v0) {
+  const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
+  const int q_at = head / (l.value_heads / l.heads) * l.KP, k_at = l.heads * l.KP + q_at;
+  const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;
+  const int into = opaque(l.into);  // or places in the tile are found before the first window
+  const Blocks16 wide{m.wide(), into / 8, 2 * static_cast<int>(c.tiles) - 1};
+  const bool begun = l.continued || pass > 0;
+  StateTile state{};
+  state.at = l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V;
+  state.K = l.K, state.V = l.V, state.v0 = v0;
+  if (begun) state.each([](float& S, float& there) { S = there; });
+  for (int block = 0; block < c.blocks(); ++block) {
+    const Unit unit(c, l, m, w, head, block);
+    const int start = w * c.padded() + 16 * block;
+    float R[2][4], O[2][4], D[2][4];
+    clear(R);
+    clear(O);
+    clear(D);
+#pragma unroll
+    for (int step = 0; step < StateTile::TILES / 2; ++step) {
+      if (step >= steps) continue;
+      const Fragment<Mode::bf16> left = left_of<Mode::bf16>(state.S, step);
+      const Fragment<Mode::bf16> k = wide.right(start, k_at + 16 * step), q = wide.right(start, q_at + 16 * step);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mma<Mode::bf16>(R[half], left, k, half);
+        mma<Mode::bf16>(O[half], left, q, half);
+      }
+    }
+    float4 scale[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i < 2) scale[n][i] = unit.scale[column_of(n, i)];
+        const float4& of = scale[n][i & 1];
+        const int token = 16 * block + column_of(n, i);
+        const uint16_t* v = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
+        R[n][i] = token < c.L ? of.x * from_bf16(*v) - of.y * R[n][i] : 0.0f;
+        O[n][i] *= of.z;
+      }
+    }
+    const Fragment<Mode::bf16> X = load_fragment(unit.X + lane_of_warp()), P = load_fragment(unit.P + lane_of_warp());
+    const Fragment<Mode::bf16> rest = left_of<Mode::bf16>(R, 0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma<Mode::bf16>(D[half], rest, X, half);
+    const Fragment<Mode::bf16> written = left_of<Mode::bf16>(D, 0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma<Mode::bf16>(O[half], written, P, half);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint16_t* o = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
+        if (16 * block + column_of(n, i) < c.L) *o = narrow<Mode::bf16>(O[n][i]);
+        D[n][i] *= scale[n][i & 1].w;
+      }
+    }
+    const Fragment<Mode::bf16> kept = left_of<Mode::bf16>(D, 0);
+    const float gamma = *unit.gamma;
+#pragma unroll
+    for (int n = 0; n < StateTile::TILES / 2; ++n) {
+      if (n >= steps) continue;
+      const Fragment<Mode::bf16> k = wide.right_transposed(start, k_at + 16 * n);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float (&S)[4] = state.S[2 * n + half];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[i] *= gamma;
+        mma<Mode::bf16>(S, kept, k, half);
+      }
+    }
+  }
+  float change = 0.0f, size = 0.0f;
+  state.each([&](float& S, float& there) {
+    const float before = begun ? there : 0.0f;
+    change += (S - before) * (S - before);
+    size += S * S;
+    there = S;
+  });
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    change += shuffle_xor(change, lanes);
+    size += shuffle_xor(size, lanes);
+  }
+  if (lane_of_warp() != 0) return;
+  const int place = ((p.first + w) * HV + number) * (l.VP / 16) + v0 / 16;
+  float* sums = c.changes + 2 * (static_cast<int64_t>(pass) * c.units + l.first_unit + place);
+  sums[0] = change;
+  sums[1] = size;
+}
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,176 @@
+"""The CUDA kernel of sleep_blocks, run on the CPU by clusters of blocks, against the modules one by one in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from conftest import A100, H100
+from torch import Tensor
+
+from sleepkern.backends import cuda
+from sleepkern.nn import HybridBlock, SleepLM
+from sleepkern.sleep import packed_cuda, plan_cuda
+from sleepkern.sleep.blocks import Slept, one_by_one
+from sleepkern.testing import relative_error
+
+TOLERANCE = 1e-2
+"""Of products in bfloat16."""
+DEVICE = H100._replace(multiprocessors=132)
+
+
+class Case(NamedTuple):
+    """Sizes, how the call is cut, and what it is asked for; kept: tokens before the window."""
+
+    L: int
+    d: int
+    heads: int
+    cluster: int
+    B: int = 1
+    blocks: int = 2
+    pattern: str = "AG"
+    factor: int = 3
+    mixer: dict[str, Any] = {}
+    passes: int = 2
+    feedback: str = "raw"
+    conv_state: str = "rewind"
+    kept: int = 0
+    exchange: int | None = None
+    spread: float = 1.0  # of the tokens of a window: keys are alike where it is small
+    dtype: torch.dtype = torch.bfloat16
+
+
+CASES = {
+    "one block": Case(5, 32, 2, 1, passes=1),
+    "one token": Case(1, 32, 1, 1, B=2, conv_state="carry", passes=3),
+    "one token, continued": Case(1, 32, 1, 1, B=2, kept=3, conv_state="carry", feedback="reinject"),
+    "two blocks, odd": Case(17, 40, 2, 2, B=3),
+    "four blocks": Case(24, 64, 4, 4, B=2, conv_state="carry"),
+    "reinject": Case(24, 64, 4, 4, B=2, feedback="reinject", kept=7),
+    "exchanges by pieces": Case(33, 64, 4, 2, B=3, blocks=3, pattern="GA", feedback="reinject", kept=20, exchange=1),
+    "three exchanges": Case(20, 96, 2, 2, exchange=1),
+    "four exchanges": Case(20, 128, 2, 2, exchange=1, factor=1, passes=1),
+    "a smaller last exchange": Case(9, 192, 2, 2, exchange=5, factor=1, passes=1),
+    "long window": Case(120, 64, 2, 2, exchange=1, factor=1, passes=1),
+    "keys alike": Case(50, 64, 1, 1, spread=0.03, mixer={"negative": True}),
+    "odd heads": Case(
+        5, 24, 2, 2, blocks=3, kept=2, mixer={"key_width": 7, "value_heads": 4, "value_width": 5, "convolution": 3}
+    ),
+    "wide heads": Case(20, 112, 1, 1, mixer={"key_width": 100, "value_width": 120, "negative": True}),
+    "many windows": Case(24, 48, 2, 1, B=7, conv_state="carry", mixer={"convolution": 1}),
+    "float32": Case(24, 32, 2, 2, B=2, dtype=torch.float32, kept=5),
+    "float16": Case(9, 32, 2, 2, dtype=torch.float16, kept=9, conv_state="carry"),
+}
+LARGE = {
+    "rule 110": Case(24, 256, 4, 4, factor=4),
+    "eight blocks": Case(75, 128, 8, 8, factor=4, blocks=1, pattern="G", exchange=1),
+}
+ORDERS: tuple[dict[str, Any], ...] = (
+    {"order": "forward", "early_copies": True}, {"order": "backward"}, {"order": "random", "seed": 7},
+)  # fmt: skip
+
+
+def model(case: Case) -> SleepLM:
+    """With norms that are not 1."""
+    torch.manual_seed(case.L + case.d)
+    made = SleepLM(8, case.d, case.heads, case.blocks, 200, case.pattern, case.factor, case.mixer)
+    for parameter in made.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return made.to(case.dtype)
+
+
+def before(case: Case, blocks: list[HybridBlock]) -> list[Any]:
+    """What blocks remember of `kept` tokens."""
+    states, x = [], torch.randn(case.B, case.kept, case.d).to(case.dtype)
+    for block in blocks:
+        x, state = block(x)
+        states.append(state)
+    return states
+
+
+def all_of(slept: Slept) -> list[Tensor]:
+    return [slept.h, *(t for state in slept.states for t in state)]
+
+
+def check(case: Case, on: Any, **order: Any) -> None:
+    lm = model(case)
+    blocks, exact = lm.blocks(), copy.deepcopy(lm).double().blocks()
+    tokens = torch.randn(case.B, case.L, case.d)
+    h = (tokens if case.spread == 1.0 else torch.randn(case.B, 1, case.d) + case.spread * tokens).to(case.dtype)
+    device, precision = order.pop("device", DEVICE), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.no_grad(), on(device=device, **order), mock.patch.object(plan_cuda, "CLUSTERS", (case.cluster,)):
+            states = before(case, blocks) if case.kept else [None] * case.blocks
+            shapes = packed_cuda._shapes(blocks)
+            plan = plan_cuda._plan.__wrapped__(case.B, case.L, case.d, shapes, device)
+            assert plan is not None
+            plan = plan._replace(exchange=case.exchange or plan.exchange)
+            with mock.patch.object(packed_cuda, "plan", return_value=plan):
+                assert packed_cuda.why_not(h, blocks) is None
+                reinject, carry = case.feedback == "reinject", case.conv_state == "carry"
+                ours = Slept(*packed_cuda.run(h, blocks, states, case.passes, reinject, carry))
+            wide = [s if s is None else type(s)(*(t.double() for t in s)) for s in states]
+            true = one_by_one(h.double(), exact, case.passes, wide, case.feedback, case.conv_state)  # type: ignore[arg-type]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    for got, expected in zip(all_of(ours), all_of(true), strict=True):
+        assert got.shape == expected.shape
+        assert relative_error(got, expected) <= TOLERANCE or expected.numel() == 0
+    assert torch.allclose(ours.changes.double(), true.changes, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: o["order"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_modules(on, name: str, order: dict[str, Any]) -> None:
+    check(CASES[name], on, **order)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_sizes_of_use(on, name: str) -> None:
+    check(LARGE[name], on, order="random")
+
+
+def test_before_clusters(on) -> None:
+    """Compute capability 8.0 has one block for a group of windows, and copies by all lanes."""
+    check(Case(24, 64, 2, 1, B=3, kept=5), on, device=A100, order="backward")
+
+
+@pytest.mark.parametrize("device", [DEVICE, A100, cuda.Device((12, 0), 101376, 170)])
+def test_plans_fit(on, device: cuda.Device) -> None:
+    with on(device=device):
+        for L, d, heads in ((1, 32, 1), (24, 256, 4), (75, 512, 8), (128, 512, 8), (128, 512, 4), (128, 96, 3)):
+            blocks = model(Case(L, d, heads, 1, blocks=2)).blocks()
+            shapes = packed_cuda._shapes(blocks)
+            for B in (1, 16, 128, 1024):
+                plan = plan_cuda.plan(B, L, d, shapes, device)
+                why = packed_cuda.why_not(torch.empty(B, L, d, dtype=torch.bfloat16), blocks)
+                assert (plan is None) == (why is not None)
+                if plan is None:
+                    assert "shared memory" in str(why) and (device != DEVICE or L == 128)
+                    continue
+                layers = [plan_cuda.share(s, plan.cluster) for s in shapes]
+                assert cuda._C.cuda_blocks_memory(plan_cuda.sizes(plan), layers) <= device.shared_memory
+                assert plan.cluster == 1 or device.capability >= (9, 0)
+                assert heads % plan.cluster == 0 and plan.group * L <= 16 * plan.tiles
+
+
+def test_refusals(on) -> None:
+    def why(case: Case, dtype: torch.dtype = torch.bfloat16, L: int | None = None) -> str:
+        blocks = model(case._replace(dtype=dtype)).blocks()
+        return str(packed_cuda.why_not(torch.empty(1, L or case.L, case.d, dtype=dtype), blocks))
+
+    small = Case(5, 32, 2, 1)
+    with on(device=DEVICE):
+        assert why(small) == "None"
+        assert "medium" in why(small, torch.float32)
+        assert "at most 128 tokens" in why(small, L=129)
+        assert "widths of at most 512" in why(small._replace(d=640, heads=5))
+        assert "heads of at most 128" in why(small._replace(mixer={"key_width": 160}))
+        assert "convolutions" in why(small._replace(mixer={"convolution": 5}))
+        assert "at most 24 blocks" in why(small._replace(blocks=25))
+        assert "one type" in str(packed_cuda.why_not(torch.empty(1, 5, 32), model(small).blocks()))
