@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backends import cuda
+from ..backends.tensors import on_device_of
 from .memory import Fast, Slow
 from .packed import State, _eps
 from .plan_cuda import TILE, WARPS, Plan, Shape, paired, plan, share, sizes, up
@@ -97,7 +98,7 @@ def run(
         "carry": carry,
         "units": units,
     }
-    with cuda._current(h):
+    with on_device_of(h):
         cuda._C.cuda_blocks(call, layers, cuda._stream(h))
     squares = changes.sum(1, dtype=torch.float64).sqrt()
     return out, after, (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
