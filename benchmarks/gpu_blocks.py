@@ -110,6 +110,20 @@ def check(size: Size, device: str, feedback: Any, conv_state: Any, passes: int) 
     return {"worst": max(errors), "modules": max(theirs), "red": red}
 
 
+@torch.enable_grad()
+def check_gradients(size: Size, device: str) -> dict[str, Any]:
+    """Of h and all parameters, against the modules' own; the backward runs them from what the launches left."""
+    there = model(size).to(device)
+    h = torch.randn(size.check, size.L, size.d, device=device).bfloat16().requires_grad_()
+    wanted = [h, *(p for block in there.blocks() for p in block.parameters())]
+    ours, theirs = (
+        torch.autograd.grad(run(h, there.blocks(), passes=2).h.float().square().mean(), wanted)
+        for run in (sleep_blocks, one_by_one)
+    )
+    errors = [relative_error(a.cpu(), b.double().cpu()) for a, b in zip(ours, theirs, strict=True)]
+    return {"worst": max(errors), "red": [f"{max(errors):.1e}"] if max(errors) > 10 * TOLERANCE else []}
+
+
 def flat(slept: Slept) -> list[Tensor]:
     """All results."""
     return [slept.h, *(t for state in slept.states for t in state), slept.changes]
@@ -244,6 +258,11 @@ def main() -> int:
                 found["checks"][name] = {"red": [f"{type(error).__name__}: {str(error)[:300]}"]}
             print(f"{name}: {found['checks'][name]}", flush=True)
             save()
+    try:
+        found["checks"]["gradients"] = check_gradients(ODD[2], options.device)
+    except Exception as error:
+        found["checks"]["gradients"] = {"red": [f"{type(error).__name__}: {str(error)[:300]}"]}
+    print(f"gradients: {found['checks']['gradients']}", flush=True)
     for B in BATCHES if options.device == "cuda" else ():
         for size in PAPER:
             lm = model(size).cuda()

@@ -44,9 +44,9 @@ inline Problem describe(int gate, bool delta, bool normalize, float scale, int64
   return problem;
 }
 
-void bind_mixer(pybind11::module_& m);   // what stands around the recurrence
-void bind_blocks(pybind11::module_& m);  // stacks of hybrid blocks
-void bind_cuda(pybind11::module_& m);    // the launches of csrc/cuda
+void bind_mixer(pybind11::module_& m);        // what stands around the recurrence
+void bind_blocks(pybind11::module_& m);       // stacks of hybrid blocks
+void bind_cuda(pybind11::module_& m);         // the launches of csrc/cuda
 void bind_cuda_blocks(pybind11::module_& m);  // of those, the one for stacks of blocks
 
 }  // namespace sleepkern

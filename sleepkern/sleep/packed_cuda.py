@@ -1,4 +1,4 @@
-"""Hybrid blocks as the CUDA kernel takes them: a plan, weights in the order in which it multiplies by them, the launch.
+"""Hybrid blocks as the CUDA kernel takes them, and its launch.
 
 csrc/cuda/blocks.cuh is the other side. A cluster of thread blocks takes a group of windows; each has its share of the
 heads, of the MLP's columns and of the columns of h.
@@ -6,10 +6,9 @@ heads, of the MLP's columns and of the columns of h.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -18,17 +17,16 @@ from torch.nn import functional as F
 from ..backends import cuda
 from ..backends.tensors import on_device_of
 from .memory import Fast, Slow
+from .order_cuda import heads_of, order
 from .packed import State, _eps
-from .plan_cuda import TILE, WARPS, Plan, Shape, paired, plan, share, sizes, up
+from .plan_cuda import TILE, Plan, Shape, paired, plan, share, sizes
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
 
-TAPS, STAGE = 4, 2
-"""Tokens of a convolution; fragments that a warp asks for at a time."""
+TAPS = 4
+"""Tokens of a convolution."""
 WIDEST, LONGEST, HEAD = 512, 128, 128
-Round = tuple[Sequence[int], Sequence[int]]
-"""Groups of 16 outputs that warps multiply by at a time: the first ones, one a warp, and the second ones."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _packed: WeakKeyDictionary[HybridBlock, dict[Any, Packed]] = WeakKeyDictionary()
 
@@ -120,38 +118,29 @@ def _shapes(blocks: Sequence[HybridBlock]) -> tuple[Shape, ...]:
 
 
 class Packed:
-    """Weights of a stack of blocks for a plan: bf16, each norm multiplied into the product after it.
-
-    stream  fragments of 16 outputs x 16 terms: warp after warp of thread block after thread block
-    stages  [cluster, warps, 2] where a warp's begin, and how many
-    """
+    """Weights of a stack of blocks for a plan, in bf16, each norm multiplied into the product after it."""
 
     def __init__(self, blocks: Sequence[HybridBlock], p: Plan, device: torch.device) -> None:
-        self.blocks = list(blocks)
+        self.blocks = [ref(block) for block in blocks]
         self.version = _version(blocks)
-        self.plan = p
+        self.cluster = p.cluster
         self.alive: list[Tensor] = []
-        self.layers: list[dict[str, Any]] = []
-        parts: list[list[list[Tensor]]] = [[[] for _ in range(WARPS)] for _ in range(p.cluster)]
-        for block, shape in zip(blocks, _shapes(blocks), strict=True):
-            self.layers.append(share(shape, p.cluster) | self._layer(block, shape))
-            for rank in range(p.cluster):
-                for weight, rounds, splits in self._products(block, shape, rank):
-                    for warp, fragments in _by_warp(_fragments(weight), rounds, splits):
-                        parts[rank][warp].append(fragments)
-        streams, starts, first = [], [], 0
-        for warp_parts in (warp for rank in parts for warp in rank):
-            stream = torch.cat(warp_parts) if warp_parts else torch.zeros(0, 256, device=device)
-            streams.append(stream.to(torch.bfloat16))
-            starts.append((first, len(stream) // STAGE))
-            first += len(stream) // STAGE
-        self.stream = torch.cat(streams)
-        self.stages = torch.tensor(starts, dtype=torch.int32).to(device)
+        shapes = _shapes(blocks)
+        self.layers = [share(s, p.cluster) | self._layer(block, s) for block, s in zip(blocks, shapes, strict=True)]
+        weights = [w.to(torch.bfloat16).flatten() for block in blocks for w in _weights(block)]
+        d = blocks[0].mixer_norm.weight.shape[0]
+        places, self.stages = order(d, shapes, p, device)
+        self.stream = torch.cat([weights[0].new_zeros(1), *weights]).index_select(0, places)
+
+    def holds(self, blocks: Sequence[HybridBlock]) -> bool:
+        """Whether these are its blocks, and their weights what they were."""
+        same = len(self.blocks) == len(blocks) and all(r() is b for r, b in zip(self.blocks, blocks, strict=True))
+        return same and self.version == _version(blocks)
 
     def _layer(self, block: HybridBlock, s: Shape) -> dict[str, Any]:
         mixer: Any = block.mixer
         epsilons = {"mixer_eps": _eps(block.mixer_norm), "mlp_eps": _eps(block.mlp_norm)}
-        own = share(s, self.plan.cluster)
+        own = share(s, self.cluster)
         if not block.recurrent:
             return epsilons | {
                 "q_gain": self._floats(mixer.q_norm.weight * s.K**-0.5, own["KP"]),
@@ -160,65 +149,15 @@ class Packed:
                 "k_eps": _eps(mixer.k_norm),
             }
         taps = F.pad(mixer.convolution.weight.detach().float(), (TAPS - s.W, 0))
-        q, k, v = taps.split(mixer.split)
-        by_rank = [
-            torch.cat([_heads(x, n, width, self.plan.cluster, rank) for x, n, width in self._inputs(s, q, k, v)])
-            for rank in range(self.plan.cluster)
-        ]
+        parts = zip(taps.split(mixer.split), (s.heads, s.heads, s.value_heads), (s.K, s.K, s.V), strict=True)
+        q, k, v = ([heads_of(x, n, width, self.cluster, r) for r in range(self.cluster)] for x, n, width in parts)
         return epsilons | {
-            "taps": self._floats(torch.stack(by_rank)),
+            "taps": self._floats(torch.cat([x for each in zip(q, k, v, strict=True) for x in each])),
             "gain": self._floats(mixer.norm.weight, own["VP"]),
             "gain_eps": mixer.norm.eps,
             "decay_bias": mixer.decay_bias,
             "strength": mixer.strength,
         }
-
-    @staticmethod
-    def _inputs(s: Shape, q: Tensor, k: Tensor, *values: Tensor) -> list[tuple[Tensor, int, int]]:
-        """Each with its heads and their width."""
-        return [(q, s.heads, s.K), (k, s.heads, s.K), *((v, s.value_heads, s.V) for v in values)]
-
-    def _products(self, block: HybridBlock, s: Shape, rank: int) -> Iterator[tuple[Tensor, list[Round], int]]:
-        """Each weight of a layer [outputs, terms], in what order and how many parts they are multiplied by."""
-        p, m = self.plan, cast(Any, block.mixer)
-        all_columns = p.cluster * p.columns
-        norm, mlp_norm = (n.weight.detach().float() for n in (block.mixer_norm, block.mlp_norm))
-        parts = [*m.qkv.weight.detach().float().split([s.heads * s.K] * 2 + [s.value_heads * s.V])]
-        if s.recurrent:
-            parts.append(m.gate.weight.detach().float())
-        rows = [_heads(x, n, width, p.cluster, rank) for x, n, width in self._inputs(s, *parts)]
-        into = torch.cat(rows) * norm
-        yield _padded(into, len(into), all_columns), _rounds(len(into) // TILE), 1
-        if s.recurrent:
-            rates = m.rates.weight.detach().float().view(2, p.cluster, -1, len(norm))[:, rank].flatten(0, 1) * norm
-            groups, splits = -(-len(rates) // TILE), _splits(p)
-            each: list[Round] = [([group] * splits, []) for group in range(groups)]
-            yield _padded(rates, groups * TILE, all_columns), each, splits
-
-        exchanges = self._exchanges()
-        columns = m.out.weight.detach().float().T  # one row a term
-        terms = _heads(columns, s.value_heads, s.V, p.cluster, rank)
-        yield _padded(terms.T, all_columns), exchanges, 1
-
-        hidden = share(s, p.cluster)["hidden"]
-        mine = slice(rank * hidden, (rank + 1) * hidden)
-        wider, down = block.mlp.up.weight.detach().float(), block.mlp.out.weight.detach().float()
-        yield _padded(wider[mine] * mlp_norm, hidden, all_columns), _rounds(hidden // TILE), 1
-        yield _padded(down[:, mine], all_columns, hidden), exchanges, 1
-
-    def _exchanges(self) -> list[Round]:
-        """Of groups of columns of h, those that are summed together: of one owner after another."""
-        p = self.plan
-        own = p.columns // TILE
-        exchanges = [
-            [owner * own + group for group in range(first, min(own, first + p.exchange)) for owner in range(p.cluster)]
-            for first in range(0, own, p.exchange)
-        ]
-        if not paired(p.tiles):
-            return [(exchange, []) for exchange in exchanges]
-        if p.cluster * p.exchange > WARPS:
-            return [(exchange[:WARPS], exchange[WARPS:]) for exchange in exchanges]
-        return list(zip_longest(exchanges[::2], exchanges[1::2], fillvalue=[]))
 
     def _floats(self, t: Tensor, width: int | None = None) -> int:
         """The address of a copy, with zeros up to a width, that lives as long as this."""
@@ -233,53 +172,23 @@ def packed(blocks: Sequence[HybridBlock], p: Plan, device: torch.device) -> Pack
     key = (p.cluster, p.columns, p.exchange, paired(p.tiles), len(blocks))
     kept = _packed.setdefault(blocks[0], {})
     found = kept.get(key)
-    if found is None or found.blocks != list(blocks) or found.version != _version(blocks):
+    if found is None or not found.holds(blocks):
         with torch.no_grad():
             found = kept[key] = Packed(blocks, p, device)
     return found
 
 
+def _weights(block: HybridBlock) -> list[Tensor]:
+    """As `order_cuda.sizes_of` has them."""
+    m, mlp = cast(Any, block.mixer), block.mlp
+    norm, mlp_norm = (n.weight.detach().float() for n in (block.mixer_norm, block.mlp_norm))
+    into = [m.qkv, m.gate, m.rates] if block.recurrent else [m.qkv]
+    return [*(x.weight.detach() * norm for x in into), m.out.weight, mlp.up.weight.detach() * mlp_norm, mlp.out.weight]
+
+
 def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
     """Changes with every write to a weight."""
     return tuple((p.data_ptr(), p._version) for block in blocks for p in block.parameters())
-
-
-def _padded(t: Tensor, rows: int, columns: int | None = None) -> Tensor:
-    """With zeros up to a size, rounded up to fragments."""
-    columns = up(t.shape[1], 16) if columns is None else columns
-    return F.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0]))
-
-
-def _heads(x: Tensor, heads: int, width: int, cluster: int, rank: int) -> Tensor:
-    """Rows of one thread block's heads, each with zeros up to a multiple of 16."""
-    mine = x.unflatten(0, (heads, width))[rank * (heads // cluster) : (rank + 1) * (heads // cluster)]
-    return F.pad(mine, (0, 0, 0, up(width, TILE) - width)).flatten(0, 1)
-
-
-def _fragments(weight: Tensor) -> Tensor:
-    """[outputs / 16, terms / 16, 256] of a weight [outputs, terms], as lanes hold right operands (csrc/cuda/tile.h)."""
-    groups, steps = weight.shape[0] // 16, weight.shape[1] // 16
-    x = weight.reshape(groups, 2, 8, steps, 2, 4, 2)  # group, half, g; step, half, t, pair
-    return x.permute(0, 3, 2, 5, 1, 4, 6).reshape(groups, steps, 256)
-
-
-def _rounds(groups: int) -> list[Round]:
-    every = range(groups)
-    return [(every[i : i + WARPS], every[i + WARPS : i + 2 * WARPS]) for i in range(0, groups, 2 * WARPS)]
-
-
-def _splits(p: Plan) -> int:
-    """Parts of the terms of the rates, as csrc/cuda/blocks_call.h has it."""
-    return next(n for n in (8, 4, 2, 1) if n <= p.cluster * p.exchange)
-
-
-def _by_warp(fragments: Tensor, rounds: list[Round], splits: int) -> Iterator[tuple[int, Tensor]]:
-    """Fragments [n, 256] of a warp in the order of csrc/cuda/blocks_stream.cuh, in whole stages."""
-    for one, other in rounds:
-        for warp in range(len(one)):
-            mine = [one[warp], other[warp]] if warp < len(other) else [one[warp]]
-            taken = fragments[mine][:, warp % splits :: splits].transpose(0, 1).reshape(-1, 256)
-            yield warp, F.pad(taken, (0, 0, 0, -len(taken) % STAGE))
 
 
 def _fast(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], Fast, Any]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sleepkern.backends import cuda
 from sleepkern.nn import HybridBlock, SleepLM
+from sleepkern.sleep import blocks as module_by_module
 from sleepkern.sleep import packed_cuda, plan_cuda
-from sleepkern.sleep.blocks import Slept, one_by_one
+from sleepkern.sleep.blocks import Slept, one_by_one, sleep_blocks
 from sleepkern.testing import relative_error
 
 TOLERANCE = 1e-2
@@ -138,6 +139,27 @@ def test_sizes_of_use(on, name: str) -> None:
 def test_before_clusters(on) -> None:
     """Compute capability 8.0 has one block for a group of windows, and copies by all lanes."""
     check(Case(24, 64, 2, 1, B=3, kept=5), on, device=A100, order="backward")
+
+
+def test_gradients(on) -> None:
+    """The kernel forward, the modules backward from what lay between its passes."""
+    case = Case(11, 24, 2, 2, B=2, dtype=torch.float32)
+    lm, exact = model(case), model(case).double()
+    h = torch.randn(case.B, case.L, case.d)
+
+    def gradients(run: Any, lm: SleepLM, h: Tensor) -> list[Tensor]:
+        slept = run(h.requires_grad_(), lm.blocks(), passes=3, feedback="reinject")
+        loss = sum(t.square().sum() for t in all_of(slept))
+        return list(torch.autograd.grad(loss, [h, *(p for block in lm.blocks() for p in block.parameters())]))
+
+    with (
+        on(device=DEVICE),
+        mock.patch.object(module_by_module, "why_not", return_value=None),
+        mock.patch.object(module_by_module, "_run", lambda h, b, s, how: Slept(*packed_cuda.run(h, b, s, *how))),
+    ):
+        ours = gradients(sleep_blocks, lm, h.clone())
+    true = gradients(one_by_one, exact, h.double())
+    assert max(relative_error(a, b) for a, b in zip(ours, true, strict=True)) <= 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("device", [DEVICE, A100, cuda.Device((12, 0), 101376, 170)])
