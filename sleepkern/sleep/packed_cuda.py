@@ -19,7 +19,7 @@ from ..backends.tensors import on_device_of
 from .memory import Fast, Slow
 from .order_cuda import heads_of, order
 from .packed import State, _eps
-from .plan_cuda import TILE, Plan, Shape, paired, plan, share, sizes
+from .plan_cuda import TILE, Plan, Shape, paired, plan, share, sizes, slower
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
@@ -57,9 +57,11 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
     B, L, d = h.shape
     if d > WIDEST or L > LONGEST:
         return f"one launch for windows of at most {LONGEST} tokens and widths of at most {WIDEST}, got {L} and {d}"
-    if plan(B, L, d, shapes, cuda.device_at_hand()) is None:
+    device = cuda.device_at_hand()
+    found = plan(B, L, d, shapes, device)
+    if found is None:
         return "the window does not fit a cluster's shared memory"
-    return None
+    return slower(found, B, device, h.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def run(

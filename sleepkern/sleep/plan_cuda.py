@@ -19,6 +19,8 @@ TILES = (2, 5, 8)
 CLUSTERS = (8, 4, 2, 1)
 RINGS = (16, 12, 8, 6, 4, 3, 2)
 """Stages of a warp, best first."""
+MOST_TURNS = 6
+"""Groups of windows that a cluster's place on the device takes one after the other."""
 TILE = 16
 """Rows and columns of a tile; value columns whose sums of squares stand together."""
 
@@ -77,27 +79,43 @@ def plans(B: int, L: int, d: int, shapes: Sequence[Shape], device: cuda.Device) 
                 continue
             group = ceil(B / ceil(B / most))
             exchange = min(columns // TILE, (1 + paired(tiles)) * WARPS // cluster)
-            fits = _fit(Plan(cluster, group, tiles, columns, exchange, RINGS[0]), shapes, device)
+            fits = _fit(Plan(cluster, group, tiles, columns, exchange, RINGS[0]), L, shapes, device)
             if fits is not None:
                 yield fits
 
 
-def _fit(tried: Plan, shapes: Sequence[Shape], device: cuda.Device) -> Plan | None:
+def _fit(tried: Plan, L: int, shapes: Sequence[Shape], device: cuda.Device) -> Plan | None:
     """With as much at a time as shared memory holds: exchanges first, they make the cluster wait."""
     layers = [share(s, tried.cluster) for s in shapes]
     for exchange in range(tried.exchange, 0, -1):
         for ring in RINGS:
             found = tried._replace(exchange=exchange, ring=ring)
-            if cuda._C.cuda_blocks_memory(sizes(found), layers) <= device.shared_memory:
+            if cuda._C.cuda_blocks_memory(sizes(found) | {"L": L}, layers) <= device.shared_memory:
                 return found
             if ring <= 4 and exchange > 1:
                 break
     return None
 
 
+def slower(p: Plan, B: int, device: cuda.Device, captured: bool) -> str | None:
+    """The sentence why ordinary operators are expected to be faster than one launch, by what an H200 was seen to do;
+
+    None where one launch is. captured: they would be part of a CUDA graph, which spares them their launches.
+    """
+    turns = _turns(p, B, device)
+    if captured and p.tiles > TILES[0]:
+        return f"in a CUDA graph ordinary operators are faster for windows of more than {16 * TILES[0]} rows"
+    if turns > MOST_TURNS:
+        return f"{B} windows take {turns} turns on this device, and ordinary operators are faster from {MOST_TURNS} on"
+    return None
+
+
+def _turns(p: Plan, B: int, device: cuda.Device) -> int:
+    return ceil(ceil(B / p.group) / (device.multiprocessors // p.cluster))
+
+
 def _time(p: Plan, B: int, d: int, shapes: Sequence[Shape], device: cuda.Device) -> float:
     """Clocks of a pass, roughly: of products or of their weights' way from L2, and of what is waited for."""
-    waves = ceil(ceil(B / p.group) / (device.multiprocessors // p.cluster))
     total = 0.0
     for s in shapes:
         inner = s.value_heads * s.V
@@ -108,7 +126,7 @@ def _time(p: Plan, B: int, d: int, shapes: Sequence[Shape], device: cuda.Device)
         heads, tokens = p.group * s.value_heads // p.cluster, p.tiles / p.group
         walks = 1000 * ceil(heads * tokens / WARPS) + 600 * tokens * ceil(heads * s.V / TILE / WARPS)
         total += walks + 3000 if s.recurrent else 2000
-    return waves * total
+    return _turns(p, B, device) * total
 
 
 def share(s: Shape, cluster: int) -> dict[str, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -97,6 +99,19 @@ def all_of(slept: Slept) -> list[Tensor]:
     return [slept.h, *(t for state in slept.states for t in state)]
 
 
+@contextmanager
+def memory_as_planned(device: cuda.Device) -> Iterator[None]:
+    """A launch asks for no more shared memory than the device has."""
+    launch = cuda._C.cuda_blocks
+
+    def held(call: dict[str, Any], layers: list[dict[str, Any]], stream: int) -> None:
+        assert cuda._C.cuda_blocks_memory(call, layers) <= device.shared_memory
+        launch(call, layers, stream)
+
+    with mock.patch.object(cuda._C, "cuda_blocks", held):
+        yield
+
+
 def check(case: Case, on: Any, **order: Any) -> None:
     lm = model(case)
     blocks, exact = lm.blocks(), copy.deepcopy(lm).double().blocks()
@@ -111,7 +126,7 @@ def check(case: Case, on: Any, **order: Any) -> None:
             plan = plan_cuda._plan.__wrapped__(case.B, case.L, case.d, shapes, device)
             assert plan is not None
             plan = plan._replace(exchange=case.exchange or plan.exchange)
-            with mock.patch.object(packed_cuda, "plan", return_value=plan):
+            with mock.patch.object(packed_cuda, "plan", return_value=plan), memory_as_planned(device):
                 assert packed_cuda.why_not(h, blocks) is None
                 reinject, carry = case.feedback == "reinject", case.conv_state == "carry"
                 ours = Slept(*packed_cuda.run(h, blocks, states, case.passes, reinject, carry))
@@ -170,15 +185,28 @@ def test_plans_fit(on, device: cuda.Device) -> None:
             shapes = packed_cuda._shapes(blocks)
             for B in (1, 16, 128, 1024):
                 plan = plan_cuda.plan(B, L, d, shapes, device)
-                why = packed_cuda.why_not(torch.empty(B, L, d, dtype=torch.bfloat16), blocks)
-                assert (plan is None) == (why is not None)
+                why = str(packed_cuda.why_not(torch.empty(B, L, d, dtype=torch.bfloat16), blocks))
                 if plan is None:
-                    assert "shared memory" in str(why) and (device != DEVICE or L == 128)
+                    assert "shared memory" in why and (device != DEVICE or L == 128)
                     continue
+                assert "turns" in why if plan_cuda.slower(plan, B, device, captured=False) else why == "None"
                 layers = [plan_cuda.share(s, plan.cluster) for s in shapes]
-                assert cuda._C.cuda_blocks_memory(plan_cuda.sizes(plan), layers) <= device.shared_memory
+                assert cuda._C.cuda_blocks_memory(plan_cuda.sizes(plan) | {"L": L}, layers) <= device.shared_memory
                 assert plan.cluster == 1 or device.capability >= (9, 0)
                 assert heads % plan.cluster == 0 and plan.group * L <= 16 * plan.tiles
+
+
+def test_where_ordinary_operators_win(on) -> None:
+    """As an H200 was seen to: many windows, and graphs of windows of many rows."""
+    with on(device=DEVICE):
+        for L, d, heads, B, captured, wins in (
+            (24, 256, 4, 16, True, False), (24, 256, 4, 1024, False, False), (24, 256, 4, 1024, True, True),
+            (75, 512, 8, 16, False, False), (75, 512, 8, 1, True, True), (75, 512, 8, 128, False, True),
+        ):  # fmt: skip
+            shapes = packed_cuda._shapes(model(Case(L, d, heads, 1)).blocks())
+            plan = plan_cuda.plan(B, L, d, shapes, DEVICE)
+            assert plan is not None
+            assert (plan_cuda.slower(plan, B, DEVICE, captured) is not None) == wins, (L, B, captured)
 
 
 def test_refusals(on) -> None:

@@ -145,16 +145,29 @@ def _plain(plan: Plan, operands: Operands) -> Plan:
 
     and windows, which walk too, on two warps.
     """
-    walk, columns = Tile(plan.ingest.keys, 16, 2, 2), 32 if operands == "bf16" and plan.ingest.keys < 256 else 16
-    chunk = 16 if operands == "tf32" and plan.ingest.keys == 256 else min(plan.chunk, 32)
+    width = plan.ingest.keys
+    walk, columns = Tile(width, 16, 2, 2), 32 if operands == "bf16" and width < 256 else 16
+    chunk = 16 if operands == "tf32" and width == 256 else min(plan.chunk, 32)
     return Plan(chunk, plan.prepare, walk, walk, plan.gradients, Tile(columns, columns, 2, 1))
 
 
+def _plain_measured(prepare: tuple[int, int, int], walk: Tile, gradients: tuple[int, int, int]) -> Plan:
+    """The same, measured on an H200 with the assembler of Triton 3.6."""
+    return Plan(32, Tile(*prepare, 1), walk, walk, Tile(*gradients, 1), Tile(32, 32, 2, 1))
+
+
+_PLAIN = {
+    (False, 64): _plain_measured((64, 64, 1), Tile(64, 16, 2, 4), (64, 64, 2)),
+    (False, 128): _plain_measured((64, 64, 2), Tile(128, 16, 2, 4), (64, 64, 4)),
+    (True, 64): _plain_measured((32, 64, 2), Tile(64, 16, 2, 3), (32, 64, 4)),
+    (True, 128): _plain_measured((32, 64, 2), Tile(128, 16, 2, 3), (32, 64, 4)),
+}
 TABLE |= {
     key._replace(capability=PLAIN_HOPPER): _plain(plan, key.operands)
     for key, plan in TABLE.items()
     if key.capability == 0 and key.operands != "exact"
 }
+TABLE |= {Key(PLAIN_HOPPER, d, "bf16", channel, w): plan for (channel, w), plan in _PLAIN.items() for d in _DIRECTIONS}
 
 
 def plan_for(
