@@ -10,11 +10,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= out/gpu
+PARTS ?= info launches replays verify graphs blocks bench memcheck racecheck
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
-.PHONY: demo test bench lint gpu-check clean help
+.PHONY: demo test bench lint gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -54,29 +55,40 @@ $(VENV)/built: $(VENV)/installed $(SOURCES) pyproject.toml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-# No network and no virtual environment: builds in place and runs with what the machine has; the limits add up to about
-# 9 minutes (docs/gpu.md). One red part does not hide the others: all run, and the exit status is the last bad one.
+# No network and no virtual environment: builds in place and runs with what the machine has. One red part does not hide
+# the others: all run, and the exit status is the last bad one. PARTS="verify bench" runs only those (docs/gpu.md).
 SANITIZER := $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 gpu-check:
 	mkdir -p $(OUT)
-	timeout 100 $(PYTHON) setup.py --quiet build_ext --inplace
-	status=0; \
-	timeout 20 $(PYTHON) -m sleepkern info --json $(OUT)/info.json || status=$$?; \
-	timeout 30 $(PYTHON) -m benchmarks.gpu_checks launches || status=$$?; \
-	timeout 40 $(PYTHON) -m benchmarks.gpu_checks replays --json $(OUT)/replays.json > $(OUT)/replays.txt \
-	  || { status=$$?; grep -v ": ok" $(OUT)/replays.txt; }; \
-	timeout 80 $(PYTHON) -m benchmarks.gpu_blocks $(OUT)/blocks.json --seconds 60 || status=$$?; \
-	timeout 80 $(PYTHON) -m benchmarks.gpu_verify $(OUT) --seconds 70 || status=$$?; \
-	timeout 30 $(PYTHON) -m benchmarks.gpu_checks graphs --json $(OUT)/graphs.json || status=$$?; \
-	timeout 120 $(PYTHON) -m sleepkern bench --device cuda --quick --json $(OUT)/bench.json --plot $(OUT)/bench.png \
-	  || status=$$?; \
-	for tool in memcheck racecheck; do for of in cuda triton; do \
-	  if [ -z "$(SANITIZER)" ]; then echo "compute-sanitizer is not here: $$tool left out"; else \
-	    timeout 15 $(SANITIZER) --tool $$tool --error-exitcode 9 $(PYTHON) -m benchmarks.gpu_checks launches --of $$of \
-	      > $(OUT)/$$tool-$$of.txt 2>&1 || status=$$?; tail -3 $(OUT)/$$tool-$$of.txt; \
-	  fi; \
-	done; done; \
-	exit $$status
+	timeout 200 $(PYTHON) setup.py --quiet build_ext --inplace
+	status=0; for part in $(PARTS); do $(MAKE) --no-print-directory gpu-$$part || status=$$?; done; exit $$status
+
+gpu-info:
+	timeout 30 $(PYTHON) -m sleepkern info --json $(OUT)/info.json
+
+gpu-launches:
+	timeout 150 $(PYTHON) -m benchmarks.gpu_checks launches
+
+gpu-replays:
+	timeout 90 $(PYTHON) -m benchmarks.gpu_checks replays --json $(OUT)/replays.json > $(OUT)/replays.txt \
+	  || { grep -v ": ok" $(OUT)/replays.txt; exit 1; }
+
+gpu-verify:
+	timeout 230 $(PYTHON) -m benchmarks.gpu_verify $(OUT) --seconds 220
+
+gpu-graphs:
+	timeout 150 $(PYTHON) -m benchmarks.gpu_checks graphs --json $(OUT)/graphs.json
+
+gpu-blocks:
+	timeout 90 $(PYTHON) -m benchmarks.gpu_blocks $(OUT)/blocks.json --seconds 60
+
+gpu-bench:
+	timeout 400 $(PYTHON) -m sleepkern bench --device cuda --quick --json $(OUT)/bench.json --plot $(OUT)/bench.png
+
+gpu-memcheck gpu-racecheck: gpu-%:
+	@if [ -z "$(SANITIZER)" ]; then echo "compute-sanitizer is not here: $* left out"; else \
+	  timeout 60 $(SANITIZER) --tool $* --error-exitcode 9 $(PYTHON) -m benchmarks.gpu_checks launches --of cuda \
+	    > $(OUT)/$*.txt 2>&1; status=$$?; tail -n 3 $(OUT)/$*.txt; exit $$status; fi
 
 clean:
 	rm -rf $(VENV) build out dist *.egg-info sleepkern/*.so

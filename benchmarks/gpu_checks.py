@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 import sleepkern
+from sleepkern.backends import cuda
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
-from sleepkern.sleep import SleepSession
+from sleepkern.sleep import SleepSession, packed_cuda
 from sleepkern.sleep.session import Eviction
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
@@ -54,9 +55,23 @@ def triton_launches(rule: Rule, device: str) -> None:
 
 
 def cuda_launches(device: str) -> None:
-    """Every CUDA kernel, those of a replay's backward among them."""
+    """Every CUDA kernel, and none of Triton's: racecheck finds those of exact products at fault, whose lanes write sums
+
+    of one number that are rounded one way or another (the last bits of it, for the compiler fuses what it likes).
+    """
     for one in calls(small=True):
         one.run(one.inputs(device))
+    for K in (32, 128):
+        A, states = 0.1 * torch.randn(1, 2, K, K, device=device), torch.randn(2, 1, 2, K, 48, device=device)
+        cuda.adjoint(A, cuda.powers(A, states[0], states[1], 3), states[0], None)
+    model = SleepLM(8, width=64, heads=2, blocks=2, window=20).to(device, torch.bfloat16)
+    h = torch.randn(3, 20, 64, device=device).bfloat16()
+    with torch.no_grad():
+        packed_cuda.run(h, model.blocks(), [None, None], 2, reinject=True, carry=True)
+
+
+def cuda_backward_launches(device: str) -> None:
+    """A replay's backward, whose ordinary passes are Triton's."""
     for shape in (SHAPES[1], Shape(T=24, H=1, HV=1, K=128, V=128)):
         x = make_inputs(GATED_DELTA_RULE, shape, device=device)
         leaves = {n: t.requires_grad_() for n, t in x.items() if t is not None}
@@ -66,6 +81,7 @@ def cuda_launches(device: str) -> None:
 
 LAUNCHES: dict[str, Callable[[str], None]] = {
     "cuda": cuda_launches,
+    "cuda-backward": cuda_backward_launches,
     **{f"triton-{rule.name}": partial(triton_launches, rule) for rule in RULES.values()},
 }
 """In parts, because nearly all of the time is compiling, on one core each."""

@@ -273,7 +273,7 @@ def _compiled(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
     return compiled
 
 
-COMPILED_TOKENS = 2048
+COMPILED_TOKENS = 512
 GPU_PEERS = (
     Peer("fla", _fla_why_not, _fla),
     Peer("torch.compile", _compiled_why_not, _compiled),

@@ -249,5 +249,6 @@ def test_what_a_gpu_machine_checks(on) -> None:
     """`make gpu-check` makes the same calls there."""
     with on():
         gpu_checks.cuda_launches("cpu")
+        gpu_checks.cuda_backward_launches("cpu")
         found = dict(gpu_checks.replays("cpu", small=True))
     assert len(found) > 60 and not any(found.values()), {name: fault for name, fault in found.items() if fault}
