@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from ..backends.triton.assembler import assembler
 
 _PACKAGES = ("torch", "transformers", "ggml-python", "flash-linear-attention", "triton")
 
@@ -32,7 +35,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "isa": None if native is None else native.isa(),
         "threads_source": None if native is None else native.threads_source(),
         "python": platform.python_version(),
-        "versions": {"sleepkern": __version__, **_versions()},
+        "versions": {"sleepkern": __version__, **_versions(), **_assembler(device)},
     }
 
 
@@ -66,6 +69,13 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _assembler(device: str) -> dict[str, str]:
+    """Of a GPU, the ptxas that Triton takes: what kernels it gets depends on it (backends/triton/assembler.py)."""
+    if torch.device(device).type != "cuda" or importlib.util.find_spec("triton") is None:
+        return {}
+    return {"ptxas": assembler()}
 
 
 def _versions() -> dict[str, str]:

@@ -81,15 +81,26 @@ def subjects(quick: bool) -> Iterator[Subject]:
     for key in TABLE:
         if quick and (key.width != 128 or key.operands != "bf16"):
             continue
-        every = CAPABILITIES if key.capability == 0 else (key.capability,)
-        some = every if key.operands == "bf16" or key.capability else (90,)
+        every, some = _capabilities(key)
         shape = Shape(T=LONG, H=16, HV=16, K=key.width, V=key.width)
         rule = KDA if key.channel else GATED_DELTA_RULE
         shared = () if key.direction == "backward" else ("prepare_kernel",)
-        yield from _of(rule, shape, key, every if key.operands != "exact" else some, without=shared)
+        yield from _of(rule, shape, key, every, without=shared)
         window = replace(shape, T=TABLE[key].chunk if key.operands == "bf16" else 16)
         yield from _of(rule, window, key, some, without=shared)
     yield from _switches()
+
+
+def _capabilities(key: Key) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the row of a key is compiled for, and its windows. A device with a row of its own needs no other; of tf32
+
+    Blackwell takes what Hopper takes.
+    """
+    if key.capability != 0:
+        return (key.capability,), (key.capability,)
+    wanted = {"bf16": CAPABILITIES, "tf32": (80, 90), "exact": (90,)}[key.operands]
+    every = tuple(c for c in wanted if key._replace(capability=c) not in TABLE)
+    return every, every if key.operands == "bf16" else tuple(c for c in every if c == 90)
 
 
 def _switches() -> Iterator[Subject]:
