@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backends import triton as backend
 from ..backends.triton.assembler import capability_of_plans
-from ..backends.triton.plan import TABLE, Direction, Key, Plan, Tile, padded
+from ..backends.triton.plan import PLAIN_HOPPER, TABLE, Direction, Key, Plan, Tile, padded
 from ..ops import explain
 from ..rules import Rule
 from ..testing import TOLERANCE, Shape, call, make_inputs, relative_error
@@ -33,8 +33,8 @@ STAGES: dict[Direction, tuple[str, ...]] = {
 }
 CHUNKS = (16, 32, 64)
 COLUMNS = (16, 32, 64)
-WARPS = (4, 8)
-LOADS = (1, 2, 3)
+WARPS = (2, 4, 8)
+LOADS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def tune(
         expected = run()
         candidates = _Search(key, run, expected, TOLERANCE[dtype], device, seconds, trials, progress)
         fastest = float("inf")
-        for chunk in chunks:
+        for chunk in (c for c in chunks if c <= 32 or capability != PLAIN_HOPPER):
             tuned, took = candidates.descend(replace(plan, chunk=chunk), direction)
             if took < fastest:
                 best[key], fastest = tuned, took
@@ -129,11 +129,15 @@ class _Search:
 
 
 def _tiles(stage: str, key: Key, now: Tile) -> Iterator[Tile]:
-    """Candidates for a stage: all of a small grid, the present one left out. Walks hold all key columns."""
+    """Candidates for a stage: all of a small grid, the present one left out. Walks hold all key columns, and have two
+
+    warps where there must be no warp-group products (assembler.py).
+    """
     walks = stage in ("ingest", "adjoint")
     keys = (key.width,) if walks else tuple(c for c in COLUMNS if c <= key.width)
     loads = LOADS if walks else (1,)
-    for tile in product(keys, COLUMNS, WARPS, loads):
+    warps = (2,) if walks and key.capability == PLAIN_HOPPER else WARPS
+    for tile in product(keys, COLUMNS, warps, loads):
         if tile != now:
             yield Tile(*tile)
 

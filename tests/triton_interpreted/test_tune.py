@@ -34,6 +34,15 @@ def test_tuned_plans_are_written_and_used(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert all(plan.TABLE[key] == found for key, found in best.items())
 
 
+def test_candidates_keep_to_what_the_assembler_can_do() -> None:
+    """Walks have products of as many rows as keys: with four warps they would be warp-group products."""
+    now = plan.Tile(128, 16, 2, 2)
+    for capability, warps in ((plan.PLAIN_HOPPER, {2}), (90, {2, 4, 8})):
+        key = plan.Key(capability, "forward", "bf16", False, 128)
+        assert {tile.warps for tile in tune._tiles("ingest", key, now)} == warps
+        assert {tile.warps for tile in tune._tiles("prepare", key, now)} == {2, 4, 8}
+
+
 def test_another_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text(json.dumps({"rows": []}))
