@@ -39,10 +39,10 @@ CAPABILITIES = (80, 90, 100)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY = 512
 LONG = 8192
-STACK = 640
+STACK = {64: 640, 128: 640, 256: 704}
 STACK_EXACT = {64: 1024, 128: 1024, 256: 8192}
-STACK_PLAIN = {64: STACK, 128: STACK, 256: 1408}
-"""Bytes of stack a thread may spill. Exact products take no matrix unit and hold more at a time, by width of the head:
+STACK_PLAIN = {64: 640, 128: 640, 256: 1408}
+"""Bytes of stack a thread may spill, by width of the head. Exact products take no matrix unit and hold more at a time:
 they are there to check numbers by, not for speed. So do windows of two warps (plan.PLAIN_HOPPER)."""
 
 
@@ -142,8 +142,8 @@ def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
     operands = subject.key.operands
     if made.shared > SHARED[subject.architecture]:
         yield f"shared memory {made.shared} > {SHARED[subject.architecture]}"
-    width = subject.key.width
-    stack = STACK_EXACT[width] if operands == "exact" else STACK_PLAIN[width] if subject.capability < 0 else STACK
+    budget = STACK_EXACT if operands == "exact" else STACK_PLAIN if subject.capability < 0 else STACK
+    stack = budget[subject.key.width]
     if made.stack > stack:
         yield f"stack {made.stack} > {stack}"
     if made.tensor_memory > TENSOR_MEMORY:

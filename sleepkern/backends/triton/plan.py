@@ -66,11 +66,14 @@ class Key(NamedTuple):
 def _row(
     width: int, chunk: int, prepare: tuple[int, int, int], walk: tuple[int, int, int], gradients: tuple[int, int, int]
 ) -> tuple[int, Plan]:
-    """prepare, gradients: (keys, values, warps); walk: (values, warps, stages)."""
+    """prepare, gradients: (keys, values, warps); walk: (values, warps, stages). Windows of the widest heads, which hold
+
+    all key columns of the state beside what a chunk needs, take few columns at a time.
+    """
     values, warps, stages = walk
-    whole = Tile(width, values, warps, stages)
-    cut = Tile(*gradients, 1)
-    return width, Plan(chunk, Tile(*prepare, 1), whole, whole, cut, cut)
+    whole, cut = Tile(width, values, warps, stages), Tile(*gradients, 1)
+    window = cut if width < 256 else Tile(16, 16, 2 if chunk == 32 else 4, 1)
+    return width, Plan(chunk, Tile(*prepare, 1), whole, whole, cut, window)
 
 
 _HEAD: dict[Operands, tuple[tuple[int, Plan], ...]] = {
@@ -125,17 +128,18 @@ TABLE |= {Key(80, "backward", "bf16", channel, w): plan for channel, (_, plan) i
 """One plan for every key with capability 0; keys with a capability come first, and `use_plans` adds more of them."""
 
 
-def _hopper(prepare: tuple[int, int, int], walk: Tile, gradients: tuple[int, int, int], window: int) -> Plan:
-    """Chunks of 64 rows; measured on an H200 with a sound assembler. window: its warps."""
-    cut = Tile(*gradients, 1)
-    return Plan(64, Tile(*prepare, 1), walk, walk, cut, Tile(min(cut.keys, 64), 64, window, 1))
+def _hopper(
+    prepare: tuple[int, int, int], walk: Tile, gradients: tuple[int, int, int], window: tuple[int, int, int]
+) -> Plan:
+    """Chunks of 64 rows; measured on an H200 with a sound assembler."""
+    return Plan(64, Tile(*prepare, 1), walk, walk, Tile(*gradients, 1), Tile(*window, 1))
 
 
 _HOPPER = {
-    (False, 64): _hopper((64, 64, 4), Tile(64, 16, 4, 3), (64, 64, 4), 4),
-    (False, 128): _hopper((128, 128, 4), Tile(128, 32, 4, 3), (128, 64, 8), 8),
-    (True, 64): _hopper((32, 64, 8), Tile(64, 16, 4, 3), (32, 64, 8), 8),
-    (True, 128): _hopper((32, 64, 8), Tile(128, 32, 4, 3), (32, 64, 8), 8),
+    (False, 64): _hopper((64, 64, 4), Tile(64, 16, 4, 3), (64, 64, 4), (32, 32, 4)),
+    (False, 128): _hopper((128, 128, 4), Tile(128, 32, 4, 3), (64, 64, 8), (64, 64, 8)),
+    (True, 64): _hopper((32, 64, 8), Tile(64, 16, 4, 3), (32, 64, 8), (32, 64, 8)),
+    (True, 128): _hopper((32, 64, 8), Tile(128, 32, 4, 3), (32, 64, 8), (32, 64, 8)),
 }
 TABLE |= {Key(90, d, "bf16", channel, w): plan for (channel, w), plan in _HOPPER.items() for d in _DIRECTIONS}
 
