@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from checking import errors, results
 
 import sleepkern
-from sleepkern.backends.triton.plan import plan_for
+from sleepkern.backends.triton import launch
+from sleepkern.backends.triton.plan import PLAIN_HOPPER, Direction, Operands, Plan, plan_for
+from sleepkern.problem import Problem
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
 
@@ -106,6 +109,18 @@ def test_packed_sequences_in_bfloat16(rule: Rule) -> None:
     """Chunks of 64 rows: one sequence ends inside its second one, and slots stay empty."""
     shape = Shape(K=16, V=16, **ONE, lengths=(1, 70, 0, 5))
     within(errors(rule, shape, torch.bfloat16), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("rule", [GATED_DELTA_RULE, KDA], ids=["gated_delta_rule", "kda"])
+@pytest.mark.parametrize(("capability", "T"), [(90, 70), (PLAIN_HOPPER, 24), (PLAIN_HOPPER, 70)])
+def test_plans_of_hopper(rule: Rule, capability: int, T: int) -> None:
+    """Which of two tables a Hopper takes depends on its assembler: neither is what this device would take."""
+
+    def plan_of(p: Problem, operands: Operands, direction: Direction) -> Plan:
+        return plan_for(p.K, p.V, operands, p.rule.gate == "channel", p.T, direction, capability)
+
+    with mock.patch.object(launch, "plan_of", plan_of):
+        within(errors(rule, Shape(T=T, K=32, V=32, **ONE), torch.bfloat16), TOLERANCE[torch.bfloat16])
 
 
 @ALL
