@@ -58,15 +58,7 @@ SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, 
   for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
     const int row = 8 * (task % cores) + (lane & 7), head = task / cores;  // of q, then of k
     const bool query = head < l.heads;
-    float square = 0.0f;
-    for (int d = 8 * (lane >> 3); d < l.KP; d += 32) {
-      float x[8];
-      read_eight(x, *eight_at(wide, l.into, row, head * l.KP + d));
-#pragma unroll
-      for (int e = 0; e < 8; ++e) square += x[e] * x[e];
-    }
-    square += shuffle_xor(square, 8);
-    square += shuffle_xor(square, 16);
+    const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
     const float factor = rsqrtf(quotient(square, static_cast<float>(l.K)) + (query ? l.q_eps : l.k_eps));
     const float* gain = query ? l.q_gain : l.k_gain;
     const bool kept = keep && !query && p.has_token(c, row);

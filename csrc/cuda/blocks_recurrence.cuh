@@ -99,15 +99,7 @@ SLEEPKERN_DEVICE void find_factors(const BlocksCall& c, const BlockLayer& l, uin
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
     const int row = 8 * (task % cores) + (lane & 7), head = task / cores;  // of q, then of k
-    float square = 0.0f;
-    for (int d = 8 * (lane >> 3); d < l.KP; d += 32) {
-      float x[8];
-      read_eight(x, *eight_at(wide, l.into, row, head * l.KP + d));
-#pragma unroll
-      for (int e = 0; e < 8; ++e) square += x[e] * x[e];
-    }
-    square += shuffle_xor(square, 8);
-    square += shuffle_xor(square, 16);
+    const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
     const float scale = head < l.heads ? rsqrtf(static_cast<float>(l.K)) : 1.0f;
     if (lane < 8) factors[head * 8 * cores + row] = scale * rsqrtf(square + NORM_EPS);
   }
@@ -120,15 +112,7 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
   for (int task = threadIdx.x >> 5; task < l.value_heads * cores; task += WARPS) {
     const int row = 8 * (task % cores) + (lane & 7), head = task / cores;
     const int from = 2 * l.heads * l.KP + head * l.VP, gates = from + l.value_heads * l.VP;
-    float square = 0.0f;
-    for (int d = 8 * (lane >> 3); d < l.VP; d += 32) {
-      float x[8];
-      read_eight(x, *eight_at(m.wide(), l.into, row, from + d));
-#pragma unroll
-      for (int e = 0; e < 8; ++e) square += x[e] * x[e];
-    }
-    square += shuffle_xor(square, 8);
-    square += shuffle_xor(square, 16);
+    const float square = sum_of_squares(m.wide(), l.into, row, from, l.VP);
     const float factor = p.has_token(c, row) ? rsqrtf(quotient(square, static_cast<float>(l.V)) + l.gain_eps) : 0.0f;
     for (int d = 8 * (lane >> 3); d < l.VP; d += 32) {
       float x[8], gate[8];

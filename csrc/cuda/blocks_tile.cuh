@@ -31,6 +31,19 @@ SLEEPKERN_DEVICE uint4 eight_of(const float (&x)[8]) {
   return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
 }
 
+// Sum of squares of `width` columns of a row from `column` on; the four lanes l, l + 8, ... of a row call it together.
+SLEEPKERN_DEVICE float sum_of_squares(uint16_t* tile, int columns, int row, int column, int width) {
+  float sum = 0.0f;
+  for (int d = 8 * (lane_of_warp() >> 3); d < width; d += 32) {
+    float x[8];
+    read_eight(x, *eight_at(tile, columns, row, column + d));
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum += x[e] * x[e];
+  }
+  sum += shuffle_xor(sum, 8);
+  return sum + shuffle_xor(sum, 16);
+}
+
 // 16 rows x 16 columns of `wide`, from a row that is a multiple of 8 on. Rows that are not there are the last ones.
 struct Blocks16 {
   const uint16_t* tile;

@@ -131,7 +131,10 @@ TABLE |= {Key(80, "backward", "bf16", channel, w): plan for channel, (_, plan) i
 def _hopper(
     prepare: tuple[int, int, int], walk: Tile, gradients: tuple[int, int, int], window: tuple[int, int, int]
 ) -> Plan:
-    """Chunks of 64 rows; measured on an H200 with a sound assembler."""
+    """Chunks of 64 rows. Without channel decay the fastest on an H200 with a sound assembler of those that keep within
+
+    the gate's limits; with it only the walk of 128 channels was measured.
+    """
     return Plan(64, Tile(*prepare, 1), walk, walk, Tile(*gradients, 1), Tile(*window, 1))
 
 
@@ -156,7 +159,7 @@ def _plain(plan: Plan, operands: Operands) -> Plan:
 
 
 def _plain_measured(prepare: tuple[int, int, int], walk: Tile, gradients: tuple[int, int, int]) -> Plan:
-    """The same, measured on an H200 with the assembler of Triton 3.6."""
+    """The same, the fastest on an H200 with the assembler of Triton 3.6, but for 64 channels: like 128."""
     return Plan(32, Tile(*prepare, 1), walk, walk, Tile(*gradients, 1), Tile(32, 32, 2, 1))
 
 
