@@ -277,8 +277,9 @@ def _check_contraction(problem: Problem, k: Tensor, beta: Tensor) -> None:
     """A pass is a contraction while beta |k|^2 <= 2; beyond, the passes of a replay grow without bound."""
     norm = torch.ones((), device=k.device)
     if not problem.normalize:
-        norm = k.detach().to(problem.state_dtype).square().sum(-1)
-        norm = norm.repeat_interleave(problem.HV // problem.H, dim=2)
+        norm = torch.linalg.vector_norm(k.detach(), dim=-1, dtype=problem.state_dtype).square()
+        if problem.HV != problem.H:
+            norm = norm.repeat_interleave(problem.HV // problem.H, dim=2)
     gain = float((norm * beta.detach().to(problem.state_dtype)).amax())
     if gain > 2 * (1 + 4 * torch.finfo(problem.dtype).eps):
         raise ValueError(

@@ -190,6 +190,9 @@ expected = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend="chunked", m
 for method in ("wy", "rank", "affine"):
     state = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend="cpu", method=method).final_state
     wrong += [method] if not relative_error(state, expected) < 2e-5 else []
+x = make_inputs(rule, Shape(T=60, H=1, HV=1, K=32, V=128), seed=5, decay="slow") | {"initial_state": None}
+one, two = (sleepkern.sleep_ingest(**x, passes=23, rule=rule, backend="cpu", method=m) for m in ("rank", "affine"))
+wrong += ["strides"] if not relative_error(one.final_state, two.final_state) < 2e-5 else []
 u, weight = torch.randn(1, 9, 8, requires_grad=True), torch.randn(8, 4)
 one, two = (torch.autograd.grad(short_convolution(t, weight.to(t))[1].sum(), u)[0] for t in (u, u.double()))
 wrong += ["dlast"] if not relative_error(one, two.double()) < 2e-5 else []
@@ -202,16 +205,18 @@ print(*wrong)
 
 
 def test_broken_gradients_and_replay_are_found(tmp_path: Path) -> None:
-    """A gate whose gradient forgets the state at the chunk's end; a rank form that does not decay the first state; a
-    convolution that forgets a gradient of what it hands on; attention in which a token does not see itself.
+    """A gate whose gradient forgets the state at the chunk's end; a rank form that does not decay the first state, and
+    one whose several passes at once leave one out; a convolution that forgets a gradient of what it hands on; attention
+    in which a token does not see itself.
 
     What the faults do not touch stays right, so the check does not just fail.
     """
     end = "store(a.end + panel * PANEL + n * LANES, total[n]);"
-    reach = " + load(x.held + at) * reach;"
+    reach = " + load(s.H + at) * reach;"
     faults = (
         ("cpu/adjoint-inl.h", end, end.replace("total[n]", "Vec{}")),
-        ("cpu/replay-inl.h", reach, reach.replace(" * reach", "")),
+        ("cpu/rank-inl.h", reach, reach.replace(" * reach", "")),
+        ("cpu/rank-inl.h", "x.G[diagonal] += 1 + gamma;", "x.G[diagonal] += 1;"),
         ("cpu/convolution-inl.h", "kept >= 1 - W;", "kept >= 2 - W;"),
         (
             "cpu/attention-inl.h",
@@ -220,6 +225,6 @@ def test_broken_gradients_and_replay_are_found(tmp_path: Path) -> None:
         ),
     )
     done = run_with(build(tmp_path, faults=faults), GRADIENTS_AND_REPLAY)
-    assert done.stdout.split() == ["dg", "rank", "dlast", "blocks"], done.stdout + done.stderr
+    assert done.stdout.split() == ["dg", "rank", "strides", "dlast", "blocks"], done.stdout + done.stderr
     sound = run_with(Path(str(_C.__file__)), GRADIENTS_AND_REPLAY)
     assert sound.stdout.split() == [] and sound.returncode == 0, sound.stdout + sound.stderr

@@ -37,12 +37,12 @@ SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Ad
     multiply_add<1>(t, end_keys + column_at(j, w.K), dstate, w.K);
     scale_rows(t, w.to_end + j);
     if (c.p.reads) {
-      multiply_add<1>(t, a.scores_turned + column_at(j, CHUNK) + j * PANEL, dout + j * PANEL, c.padded - j);
+      multiply_add<1>(t, a.scores_turned + column_at(j, CHUNK) + j * PANEL, dout + j * PANEL, c.count - j);
     }
     if (c.p.delta) {
       const float* M = a.couplings_turned + column_at(j, CHUNK);
       const int64_t behind = j + ROWS;
-      multiply_add<-1>(t, M + behind * PANEL, dvalues + behind * PANEL, c.padded - behind);
+      multiply_add<-1>(t, M + behind * PANEL, dvalues + behind * PANEL, c.count - behind);
       substitute_back(t, M + j * PANEL);
     }
     store(t, dvalues + j * PANEL);
@@ -69,31 +69,16 @@ SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const Adjoint&
   }
 }
 
-// Rows j .. j + ROWS, columns i .. i + PANEL of sign * left^T right over V, times D and a factor.
-template <int SIGN>
-SLEEPKERN_INLINE void adjoint_gram_block(const Workspace& w, const Adjoint& a, const float* right, int64_t j, int64_t i,
-                                         float factor, float* out) {
-  Tile t;
-  clear(t);
-  multiply_add<SIGN>(t, a.writes_turned + column_at(j, a.V_rows), right + i * a.V_rows, w.V);
-  const float* D = w.decays + i * CHUNK + j * PANEL;
-  SLEEPKERN_EACH_ROW(r)
-    SLEEPKERN_EACH_VEC(n) t.at[r][n] *= load(D + r * PANEL + n * LANES) * factor;
-  store(t, out + i * CHUNK + j * PANEL);
-}
-
 // scale dP D and dM D, and both turned, the latter times b_i.
 SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
   const int64_t end = round_up(c.count, PANEL);
-  for (int64_t i = 0; i < c.count; i += PANEL) {
-    for (int64_t j = 0; j < min_of(i + PANEL, c.padded); j += ROWS) {
-      if (c.p.reads) adjoint_gram_block<1>(w, a, a.dout_turned, j, i, c.p.scale, a.dscores);
-      if (!c.p.delta) continue;
-      adjoint_gram_block<-1>(w, a, a.dvalues_turned, j, i, 1.0f, a.dcouplings);
-      for (int64_t r = max_of(i - j, 0); r < ROWS; ++r) {
-        a.dcouplings[i * CHUNK + (j + r) * PANEL + j + r - i] = 0;
-      }
-    }
+  auto finish = [&w](float factor) {
+    return [&w, factor](Vec x, int64_t at, int64_t) { return x * load(w.decays + at) * factor; };
+  };
+  if (c.p.reads) upper_gram<1>(a.writes_turned, a.dout_turned, a.V_rows, c.count, CHUNK, a.dscores, finish(c.p.scale));
+  if (c.p.delta) {
+    upper_gram<-1>(a.writes_turned, a.dvalues_turned, a.V_rows, c.count, CHUNK, a.dcouplings, finish(1));
+    for (int64_t i = 0; i < c.count; ++i) a.dcouplings[column_at(i, CHUNK) + i * PANEL] = 0;
   }
   if (c.p.reads) turn(a.dscores, CHUNK, end, end, a.dscores_turned, CHUNK);
   if (!c.p.delta) return;
@@ -125,7 +110,7 @@ SLEEPKERN_STAGE void adjoint_readers(const Chunk& c, const Workspace& w, const A
       if (w.since_rows) {
         scale_by_rows(t, w.since_rows + at + i * PANEL);
       } else {
-        multiply_add<1>(t, a.dscores + column_at(i, CHUNK), k, i + ROWS);
+        multiply_add<1>(t, a.dscores + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
       }
       store(t, a.dreaders + at + i * PANEL);
     }
@@ -144,7 +129,7 @@ SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjo
       if (w.since_rows) {
         scale_by_rows(t, w.since_rows + at + i * PANEL);
       } else {
-        multiply_add<1>(t, a.dcouplings + column_at(i, CHUNK), k, i + ROWS);
+        multiply_add<1>(t, a.dcouplings + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
       }
       store(t, a.dheld + at + i * PANEL);
     }
@@ -164,8 +149,8 @@ SLEEPKERN_STAGE void adjoint_writers(const Chunk& c, const Workspace& w, const A
       if (w.until_rows) {
         scale_by_rows(t, w.until_rows + at + i * PANEL);
       } else {
-        if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + i * PANEL, c.padded - i);
-        if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + i * PANEL, c.padded - i);
+        if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + i * PANEL, c.count - i);
+        if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + i * PANEL, c.count - i);
       }
       store(t, a.dkeys + at + i * PANEL);
     }
@@ -227,8 +212,8 @@ SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adj
     Tile t;
     load(t, dstate + d * PANEL);
     scale_rows(t, w.keep + d);
-    if (c.p.reads) multiply_add<1>(t, w.readers_turned + left, a.scaled_dout, c.padded);
-    if (c.p.delta) multiply_add<-1>(t, w.keys_turned + left, a.scaled_dvalues, c.padded);
+    if (c.p.reads) multiply_add<1>(t, w.readers_turned + left, a.scaled_dout, c.count);
+    if (c.p.delta) multiply_add<-1>(t, w.keys_turned + left, a.scaled_dvalues, c.count);
     store(t, dstate + d * PANEL);
     ahead.step();
   }

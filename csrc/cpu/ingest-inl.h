@@ -63,7 +63,7 @@ SLEEPKERN_STAGE void read_out(const Chunk& c, const Workspace& w, const float* s
     clear(t);
     multiply_add<1>(t, w.readers + column_at(i, w.K), state, w.K);
     scale_rows(t, w.read_scale + i);
-    multiply_add<1>(t, w.scores + column_at(i, CHUNK), w.values, i + ROWS);
+    multiply_add<1>(t, w.scores + column_at(i, CHUNK), w.values, min_of(i + ROWS, c.count));
     store_readouts(c, t, i, min_of(ROWS, c.count - i), first, width);
   }
 }
@@ -73,7 +73,7 @@ SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, float* sta
     Tile t;
     load(t, state + d * PANEL);
     scale_rows(t, w.keep + d);
-    multiply_add<1>(t, w.writers + column_at(d, CHUNK), w.values, c.padded);
+    multiply_add<1>(t, w.writers + column_at(d, CHUNK), w.values, c.count);
     ahead.step();
     store(t, state + d * PANEL);
   }
@@ -95,23 +95,25 @@ SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, const Chunk& next) {
   }
 }
 
-// A state between the caller's row-major [units, K, V] and panels; none is zero. Rows beyond K exist up to a whole
-// panel, are zero, and stay zero.
+// A state between the caller's row-major [units, K, V] and panels, row by row, which the hardware foresees; none is
+// zero. Rows beyond K exist up to a whole panel, are zero, and stay zero.
 SLEEPKERN_STAGE void load_state(const Workspace& w, const float* states, int64_t unit, float* panels) {
-  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
-    const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
-    for (int64_t d = 0; d < w.K_rows; ++d) {
+  for (int64_t d = 0; d < w.K_rows; ++d) {
+    for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+      const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+      const float* from = d < w.K && states ? states + (unit * w.K + d) * w.V + first : nullptr;
       float* to = panels + (panel * w.K_rows + d) * PANEL;
-      SLEEPKERN_EACH_VEC(n) store(to + n * LANES, Vec{});
-      if (d < w.K && states) load_row(states + (unit * w.K + d) * w.V + first, Type::float32, width, to);
+      const bool whole = from && width == PANEL;
+      SLEEPKERN_EACH_VEC(n) store(to + n * LANES, whole ? load(from + n * LANES) : Vec{});
+      if (from && !whole) load_row(from, Type::float32, width, to);
     }
   }
 }
 
 SLEEPKERN_STAGE void store_state(const Workspace& w, const float* panels, int64_t unit, float* states) {
-  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
-    const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
-    for (int64_t d = 0; d < w.K; ++d) {
+  for (int64_t d = 0; d < w.K; ++d) {
+    for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+      const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
       const float* from = panels + (panel * w.K_rows + d) * PANEL;
       store_row(from, Type::float32, width, states + (unit * w.K + d) * w.V + first);
     }

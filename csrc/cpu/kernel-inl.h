@@ -33,6 +33,7 @@ namespace {
 #include "adjoint-inl.h"
 #include "backward-inl.h"
 #include "replay-inl.h"
+#include "rank-inl.h"
 #include "activation-inl.h"
 #include "convolution-inl.h"
 #include "norm-inl.h"

@@ -40,56 +40,44 @@ SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
   }
 }
 
-// decay[r][l] = exp(G_i - G_j) of rows j + r and columns i + l; 0 for i < j. The differences are taken in double.
-// Behind the tile's last row R it is a product, exp(G_i - R) exp(R - G_j): few exponentials. Among the tile's own
-// tokens it is taken as it is.
-SLEEPKERN_INLINE void decay_block(const Workspace& w, int64_t j, int64_t i, float (&decay)[ROWS][PANEL]) {
-  const double *G = w.log_decay, R = G[j + ROWS - 1];
-  alignas(64) float columns[PANEL], rows[LANES] = {};
-  for (int l = 0; l < PANEL; ++l) columns[l] = static_cast<float>(G[i + l] - R);
-  for (int64_t l = 0; l < j + ROWS - i; ++l) columns[l] = -INFINITY;
-  for (int r = 0; r < ROWS; ++r) rows[r] = static_cast<float>(R - G[j + r]);
-  store(rows, exp_nonpositive(load(rows)));
-  SLEEPKERN_EACH_VEC(n) {
-    const Vec by_column = exp_nonpositive(load(columns + n * LANES));
-    SLEEPKERN_EACH_ROW(r) store(decay[r] + n * LANES, by_column * rows[r]);
-  }
-  if (i > j) return;
-  constexpr int OWN = ROWS * ROWS;
-  alignas(64) float own[OWN];
-  for (int x = 0; x < OWN; ++x) own[x] = static_cast<float>(G[j + x % ROWS] - G[j + x / ROWS]);
-  for (int x = 0; x < OWN; x += LANES) {
-    for (int l = x; l < x + LANES; ++l) own[l] = l % ROWS < l / ROWS ? -INFINITY : own[l];
-    store(own + x, exp_nonpositive(load(own + x)));
-  }
-  for (int r = 0; r < ROWS; ++r) copy_tail(decay[r] + j - i, own + r * ROWS, ROWS);
+// exp(G_i - G_j) of row j and LANES columns from i on; 0 for i < j. The differences are taken in double.
+SLEEPKERN_INLINE Vec decay_row(const double* G, int64_t j, int64_t i) {
+  const Vec span = narrow(load_double(G + i) - G[j]);
+  const BitVec later = reinterpret_cast<BitVec>(lane_numbers() >= static_cast<int32_t>(j - i));
+  const Vec decay = exp_nonpositive(reinterpret_cast<Vec>(reinterpret_cast<BitVec>(span) & later));
+  return reinterpret_cast<Vec>(reinterpret_cast<BitVec>(decay) & later);
 }
 
-// Rows j .. j + ROWS of left^T right, columns i .. i + PANEL, times the decay and a factor a column.
-SLEEPKERN_INLINE void gram_block(const Workspace& w, const float* right, int64_t j, int64_t i,
-                                 const float (&decay)[ROWS][PANEL], const Vec (&by)[VECS], float* out) {
-  Tile t;
-  clear(t);
-  multiply_add<1>(t, w.keys + column_at(j, w.K), right + i * w.K, w.K);
-  SLEEPKERN_EACH_ROW(r)
-    SLEEPKERN_EACH_VEC(n) t.at[r][n] *= by[n] * load(decay[r] + n * LANES);
-  store(t, out + i * CHUNK + j * PANEL);
-}
-
-// Scores and couplings by one sweep over the upper triangle of (j, i).
-SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
-  Vec scale[VECS], beta[VECS];
-  SLEEPKERN_EACH_VEC(n) scale[n] = broadcast(c.p.scale);
-  for (int64_t i = 0; i < c.count; i += PANEL) {
-    SLEEPKERN_EACH_VEC(n) beta[n] = load(w.beta + i + n * LANES);
-    for (int64_t j = 0; j < min_of(i + PANEL, c.padded); j += ROWS) {
-      alignas(64) float decay[ROWS][PANEL];
-      decay_block(w, j, i, decay);
-      if (w.decays) std::memcpy(w.decays + i * CHUNK + j * PANEL, decay, sizeof(decay));
-      if (c.p.delta) gram_block(w, w.keys, j, i, decay, beta, w.couplings);
-      if (c.p.reads) gram_block(w, w.readers, j, i, decay, scale, w.scores);
+// The decay between any two tokens. Of columns behind a row's own vector R is the last token of that: a product,
+// exp(G_i - R) exp(R - G_j), takes fewer exponentials.
+SLEEPKERN_STAGE void prepare_decays(const Chunk& c, Workspace& w) {
+  const double* G = w.log_decay;
+  const int64_t end = round_up(c.count, PANEL);
+  auto place = [&](int64_t j, int64_t i) { return w.decays + column_at(i, CHUNK) + j * PANEL; };
+  for (int64_t own = 0; own < end; own += LANES) {
+    const double R = G[own + LANES - 1];
+    alignas(64) float until[LANES];
+    store(until, exp_nonpositive(narrow(R - load_double(G + own))));
+    for (int64_t j = own; j < own + LANES; ++j) {
+      for (int64_t i = own / PANEL * PANEL; i < own; i += LANES) store(place(j, i), Vec{});
+      store(place(j, own), decay_row(G, j, own));
+    }
+    for (int64_t i = own + LANES; i < end; i += LANES) {
+      const Vec since = exp_nonpositive(narrow(load_double(G + i) - R));
+      for (int64_t j = own; j < own + LANES; ++j) store(place(j, i), since * until[j - own]);
     }
   }
+}
+
+// Scores and couplings.
+SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
+  const Vec scale = broadcast(c.p.scale);
+  auto finish = [&](const float* by) {
+    return
+        [&w, by, scale](Vec x, int64_t at, int64_t i) { return x * load(w.decays + at) * (by ? load(by + i) : scale); };
+  };
+  if (c.p.delta) upper_gram<1>(w.keys, w.keys, w.K, c.count, CHUNK, w.couplings, finish(w.beta));
+  if (c.p.reads) upper_gram<1>(w.keys, w.readers, w.K, c.count, CHUNK, w.scores, finish(nullptr));
 }
 
 SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
@@ -115,5 +103,6 @@ SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
     pack_tokens(w, w.rows, t, w.readers);
     for (int l = 0; w.readers_turned && l < LANES; ++l) pack_row(w, w.rows + l * w.row_size, t + l, w.readers_turned);
   }
+  prepare_decays(c, w);
   prepare_grams(c, w);
 }

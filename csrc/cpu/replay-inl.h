@@ -1,8 +1,7 @@
 // Looped ingestion: a window's factors are made once and stay in cache while the state passes over them N times.
 //
 //   wy     S <- Gam S + Kt^T (U - W S)                               4 L K V flop a pass
-//   rank   Y <- Gam Y + (U - Gam^n W S_0) - Z Y,  Z = W Kt^T         2 L^2 V flop a pass; a window of one block, at the
-//          S_N = Gam^N S_0 + Kt^T Y_N                                end the state; no channel decay
+//   rank   in the rows of the window, where that has one block: rank-inl.h
 //
 // with U = (I + M)^-1 b v and W = (I + M)^-1 b E k, and W = 0 for rules without delta. Factors are those of blocks of
 // two chunks: longer products keep the state longer in registers. The second chunk takes in the first's writing,
@@ -29,8 +28,6 @@ struct Window {
   float* first_writers;        // [CHUNK / PANEL][K_rows][PANEL]  Kt_1^T
   float* values;               // [REPLAY_BLOCK][PANEL]
   float* before;               // a state in panels, for tol
-  float* Z;                    // [REPLAY_BLOCK / PANEL][REPLAY_BLOCK][PANEL]  Z^T
-  float *held, *next;          // [REPLAY_BLOCK][PANEL]  W S_0, the next Y
 };
 
 static Factors factors_of(const Window& x, const Workspace& w, int64_t block, int64_t tokens) {
@@ -52,9 +49,6 @@ static void lay_out(Window& x, const Workspace& w, int64_t longest, Taker& take)
   x.first_writers = take(CHUNK * w.K_rows);
   x.values = take(REPLAY_BLOCK * PANEL);
   x.before = take(w.state_size);
-  x.Z = take(REPLAY_BLOCK * REPLAY_BLOCK);
-  x.held = take(REPLAY_BLOCK * PANEL);
-  x.next = take(REPLAY_BLOCK * PANEL);
 }
 
 // (I + M)^-1 of one panel of rows, in place.
@@ -236,81 +230,4 @@ SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& 
   if (r.residual) r.residual[unit] = static_cast<float>(settling.residual);
   if (r.made) r.made[unit] = static_cast<int32_t>(made);
   if (r.before) store_state(w, x.before, unit, r.before);
-}
-
-// Z^T of the one block: row j, column i of Kt W^T.
-SLEEPKERN_STAGE void prepare_rank(const Workspace& w, const Window& x, const Factors& f, int64_t tokens) {
-  const int64_t end = round_up(tokens, PANEL);
-  turn(f.writers, REPLAY_BLOCK, round_up(tokens, LANES), w.K_rows, x.W, w.K_rows);
-  for (int64_t i = 0; i < end; i += PANEL) {
-    for (int64_t j = 0; j < f.rows; j += ROWS) {
-      Tile t;
-      clear(t);
-      multiply_add<1>(t, x.W + column_at(j, w.K_rows), f.W + i * w.K_rows, w.K);
-      store(t, x.Z + i * REPLAY_BLOCK + j * PANEL);
-    }
-  }
-}
-
-// The passes of one value panel in the block's rows; `state` goes from S_0 to S_N.
-SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Window& x, const Factors& f, const Replay& r, const float* U,
-                                 bool delta, bool from_zero, float* state) {
-  const float gamma = f.keep[0];
-  float *Y = x.values, *next = x.next, reach = 1;
-  const int64_t size = f.rows * PANEL;
-  std::memset(Y, 0, size * sizeof(float));
-  std::memset(x.held, 0, size * sizeof(float));
-  if (delta && !from_zero) write_values(w, f, x.held, state, x.held);  // -W S_0
-  for (int64_t n = 0; n < r.passes; ++n) {
-    for (int64_t i = 0; i < f.rows; i += ROWS) {
-      Tile t;
-      load(t, Y + i * PANEL);
-      SLEEPKERN_EACH_ROW(row) {
-        SLEEPKERN_EACH_VEC(v) {
-          const int64_t at = (i + row) * PANEL + v * LANES;
-          t.at[row][v] = t.at[row][v] * gamma + load(U + at) + load(x.held + at) * reach;
-        }
-      }
-      if (delta && n > 0) multiply_add<-1>(t, x.Z + column_at(i, REPLAY_BLOCK), Y, f.rows);
-      store(t, next + i * PANEL);
-    }
-    reach *= gamma;
-    float* const last = Y;
-    Y = next;
-    next = last;
-  }
-  alignas(64) float keep[ROWS];
-  for (int d = 0; d < ROWS; ++d) keep[d] = reach;
-  for (int64_t d = 0; d < w.K; d += ROWS) {
-    Tile t;
-    load(t, state + d * PANEL);
-    scale_rows(t, keep);
-    multiply_add<1>(t, f.writers + column_at(d, REPLAY_BLOCK), Y, f.rows);
-    store(t, state + d * PANEL);
-  }
-}
-
-// Heads [begin, end) of sequences * HV, one after the other.
-void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end) {
-  Workspace& w = thread_local_arrays<Workspace>(p, true);
-  const Window& x = thread_local_arrays<Window>(w, p.longest());
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
-    load_state(w, p.state, unit, w.state);
-    for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
-      const int64_t at = block * REPLAY_BLOCK;
-      make_block(p, w, x, first + at, min_of(REPLAY_BLOCK, tokens - at), unit % p.HV, block);
-    }
-    if (!r.rank || tokens == 0) {
-      replay_passes(w, x, r, unit, tokens, p.delta);
-    } else {
-      const Factors f = factors_of(x, w, 0, tokens);
-      if (p.delta) prepare_rank(w, x, f, tokens);
-      for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-        replay_rank(w, x, f, r, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
-                    w.state + panel * w.K_rows * PANEL);
-      }
-    }
-    store_state(w, w.state, unit, p.final_state);
-  }
 }

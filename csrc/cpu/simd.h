@@ -10,6 +10,8 @@ typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(LANES * 4)));
+typedef double DoubleVec __attribute__((vector_size(LANES * 8)));
+typedef double DoubleVecUnaligned __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 
@@ -25,14 +27,30 @@ SLEEPKERN_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) { return (n
 
 SLEEPKERN_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 SLEEPKERN_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecUnaligned*>(p) = x; }
+SLEEPKERN_INLINE DoubleVec load_double(const double* p) { return *reinterpret_cast<const DoubleVecUnaligned*>(p); }
+SLEEPKERN_INLINE Vec narrow(DoubleVec x) { return __builtin_convertvector(x, Vec); }
 SLEEPKERN_INLINE Vec broadcast(float x) { return x - Vec{}; }
 SLEEPKERN_INLINE BitVec broadcast_bits(uint32_t x) { return x - BitVec{}; }
+// 0, 1, 2, ...
+SLEEPKERN_INLINE IntVec lane_numbers() {
+  IntVec n{};
+  for (int l = 0; l < LANES; ++l) n[l] = l;
+  return n;
+}
 SLEEPKERN_INLINE BitVec select(BitVec mask, BitVec a, BitVec b) { return (mask & a) | (~mask & b); }
 
+template <int STEP, int... LANE>
+SLEEPKERN_INLINE Vec add_from(Vec x, std::integer_sequence<int, LANE...>) {
+  return x + __builtin_shufflevector(x, x, (LANE ^ STEP)...);
+}
+
+// By halves: one after the other would wait for 15 additions.
 SLEEPKERN_INLINE float sum(Vec x) {
-  float total = 0;
-  for (int l = 0; l < LANES; ++l) total += x[l];
-  return total;
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+  if constexpr (LANES >= 16) x = add_from<8>(x, lanes);
+  if constexpr (LANES >= 8) x = add_from<4>(x, lanes);
+  x = add_from<2>(x, lanes);
+  return x[0] + x[1];
 }
 
 // exp for x <= 0, relative error 2e-7; 0 below -87, where float32 would be subnormal.

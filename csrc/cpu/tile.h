@@ -109,3 +109,48 @@ SLEEPKERN_STAGE void turn(const float* panels, int64_t depth, int64_t rows, int6
     }
   }
 }
+
+// Rows and columns [i + LANES, i + PANEL) of a gram, and zeros left of them.
+template <int SIGN, class Finish>
+SLEEPKERN_INLINE void half_gram(const float* left, const float* right, int64_t depth, int64_t i, int64_t out_depth,
+                                float* out, Finish finish) {
+  Vec t[LANES] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    const Vec b = load(right + d * PANEL);
+#pragma GCC unroll 16
+    for (int r = 0; r < LANES; ++r) {
+      const Vec a = broadcast(left[d * PANEL + r]);
+      t[r] = SIGN > 0 ? t[r] + a * b : t[r] - a * b;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES; ++r) {
+    const int64_t at = i * out_depth + (i + LANES + r) * PANEL;
+    store(out + at, Vec{});
+    store(out + at + LANES, finish(t[r], at + LANES, i + LANES));
+  }
+}
+
+// The upper triangle, rows j and columns i >= j, of sign * left^T right over `depth`, both of `count` columns up to a
+// whole panel, to panels of out_depth rows. finish(vector, its place in `out`, its first column) makes what is stored.
+// Of a panel on the diagonal the lower half has only zeros in its first vector, so there a tile is half as wide and
+// LANES high.
+template <int SIGN, class Finish>
+SLEEPKERN_INLINE void upper_gram(const float* left, const float* right, int64_t depth, int64_t count, int64_t out_depth,
+                                 float* out, Finish finish) {
+  for (int64_t i = 0; i < count; i += PANEL) {
+    const float* columns = right + i * depth;
+    for (int64_t j = 0; j < min_of(i + LANES, round_up(count, ROWS)); j += ROWS) {
+      Tile t;
+      clear(t);
+      multiply_add<SIGN>(t, left + column_at(j, depth), columns, depth);
+      SLEEPKERN_EACH_ROW(r) {
+        SLEEPKERN_EACH_VEC(n) {
+          const int64_t at = i * out_depth + (j + r) * PANEL + n * LANES;
+          store(out + at, finish(t.at[r][n], at, i + n * LANES));
+        }
+      }
+    }
+    if (i + LANES < count) half_gram<SIGN>(left + i * depth + LANES, columns + LANES, depth, i, out_depth, out, finish);
+  }
+}

@@ -20,6 +20,7 @@ struct Workspace {
   float* writers;    // [K_rows / PANEL][CHUNK][PANEL]  Kt = k exp(G_C - G)
   float* couplings;  // [CHUNK / PANEL][CHUNK][PANEL]  M^T, strictly upper: row j, column i > j
   float* scores;     // same, P^T, i >= j
+  float* decays;     // same, exp(G_i - G_j), 1 for channel decay; 0 for i < j
   float* values;     // [CHUNK][PANEL]  b v, then Vn, of one value panel
 
   float* rows;  // [LANES][row_size] tokens being packed
@@ -34,12 +35,11 @@ struct Workspace {
   float* level_readers;  // like readers
 
   // For a backward only, nullptr else. Turned: the transpose of what the name says, in panels as well.
-  float* keys_turned;     // [K_rows / PANEL][CHUNK][PANEL]
-  float* readers_turned;  // same
-  float* decays;          // like scores: exp(G_i - G_j) of row j and column i, 1 for channel decay; 0 for i < j
-  float* end_keys;        // like keys: Kt^T; with channel decay, as the next two
-  float* since_rows;      // like keys_turned: E
-  float* until_rows;      // same: exp(G_C - G)
+  float* keys_turned;                         // [K_rows / PANEL][CHUNK][PANEL]
+  float* readers_turned;                      // same
+  float* end_keys;                            // like keys: Kt^T; with channel decay, as the next two
+  float* since_rows;                          // like keys_turned: E
+  float* until_rows;                          // same: exp(G_C - G)
   float key_norm[CHUNK], reader_norm[CHUNK];  // what k and q were multiplied by to have length 1
 
   float beta[CHUNK];         // b
@@ -81,6 +81,7 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   w.writers = take(w.K_rows * CHUNK);
   w.couplings = take(CHUNK * CHUNK);
   w.scores = take(CHUNK * CHUNK);
+  w.decays = take(CHUNK * CHUNK);
   w.values = take(CHUNK * PANEL);
   w.rows = take(LANES * w.row_size);
   w.gates = take(channel ? CHUNK * w.row_size : 0);
@@ -93,7 +94,6 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   const int64_t turned = backward ? w.K_rows * CHUNK : 0;
   w.keys_turned = take(turned);
   w.readers_turned = take(turned);
-  w.decays = take(backward ? CHUNK * CHUNK : 0);
   w.end_keys = take(backward && channel ? token_panels : 0);
   w.since_rows = take(channel ? turned : 0);
   w.until_rows = take(channel ? turned : 0);

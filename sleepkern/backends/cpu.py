@@ -54,7 +54,7 @@ def method_of(problem: Problem) -> str:
     T, K, V = problem.T, problem.K, problem.V
     wy, rank = 4 * T * K * V, None
     if _one_block(problem) and problem.tol is None:
-        rank = Cost(setup=2 * T * K * (T + 2 * V), a_pass=2 * T * T * V)
+        rank = Cost(setup=2 * T * K * (T + 2 * V) + T * T * (3 * K + V), a_pass=2 * T * T * V)
     return cheapest(problem, wy=Cost(0, wy), affine=Cost(6 * T * K * (K + V), 2 * K * K * V), rank=rank)
 
 
@@ -67,20 +67,20 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
     """Readouts and final state of `problem.passes` passes."""
     if problem.passes == 1 and problem.tol is None:
         return Ingested(*_one_pass(problem, x, x.state, problem.output))
+    passes, method = problem.passes, method_of(problem)
+    if passes > 1 and method in ("wy", "rank"):
+        return _replay(problem, x, method)
     zero = x.k.new_zeros((problem.sequences, problem.HV, problem.K, problem.V), dtype=torch.float32)
     state = zero if x.state is None else x.state
 
     def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
         return _one_pass(problem, x, state, output)
 
-    passes, method = problem.passes, method_of(problem)
     if passes > 1 and method == "closed":
         state, passes = closed(window_decay(problem, x), one_pass(zero, False)[1], state, passes - 1), 1
     elif passes > 1 and method == "affine":
         A, B = _transition(problem, x), one_pass(zero, False)[1]
         return repeat(affine(A, B, one_pass), state, passes, problem.tol, problem.output)
-    elif passes > 1 and method in ("wy", "rank"):
-        return _replay(problem, x, method)
     return repeat(one_pass, state, passes, problem.tol, problem.output)
 
 
