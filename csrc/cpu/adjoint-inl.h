@@ -294,22 +294,32 @@ SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, co
   }
 }
 
-// What the chunk whose turn comes next will read and write.
-static void foresee(const Chunk& next, const Workspace& w, const Gradients& out, Ahead& ahead) {
-  const Problem& p = next.p;
-  ahead.add_inputs(next);
-  ahead.add(next, {out.dk, p.H * w.K, out.key_type}, next.key_head() * w.K, w.K);
-  ahead.add(next, {out.dv, p.HV * w.V, p.v.type}, next.head * w.V, w.V);
-  if (p.gate == Gate::channel) ahead.add(next, {out.dg, p.HV * w.K, p.g.type}, next.head * w.K, w.K);
-  if (!p.reads) return;
-  ahead.add(next, out.dout, next.head * w.V, w.V);
-  ahead.add(next, {out.dq, p.H * w.K, out.key_type}, next.key_head() * w.K, w.K);
+// The chunk whose turn comes next; `unit` is that of the head it starts, or -1.
+struct Next {
+  Chunk chunk;
+  int64_t unit;
+};
+
+// What it will read and write.
+static void foresee(const Next& next, const Workspace& w, const Gradients& out, Ahead& ahead) {
+  const Chunk& c = next.chunk;
+  const Problem& p = c.p;
+  if (c.count <= 0) return;
+  ahead.add_inputs(c);
+  ahead.add(c, {out.dk, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
+  ahead.add(c, {out.dv, p.HV * w.V, p.v.type}, c.head * w.V, w.V);
+  if (p.gate == Gate::channel) ahead.add(c, {out.dg, p.HV * w.K, p.g.type}, c.head * w.K, w.K);
+  if (p.reads) ahead.add(c, out.dout, c.head * w.V, w.V);
+  if (p.reads) ahead.add(c, {out.dq, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
+  for (const float* states : {p.state, out.dfinal, const_cast<const float*>(out.dstate)}) {
+    if (next.unit >= 0 && states) ahead.add_state(p, states, next.unit);
+  }
 }
 
-// All of one chunk. `state` and `state_behind`, turned, are those before and behind it, `writes` its Vn; `next` is the
-// chunk whose turn comes after it, the one before it in time.
+// All of one chunk. `state` and `state_behind`, turned, are those before and behind it, `writes` its Vn; `next` comes
+// after it: the one before it in time, or another head's.
 SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
-                             const float* state_behind, const float* writes, bool add, const Chunk& next) {
+                             const float* state_behind, const float* writes, bool add, const Next& next) {
   const int64_t end = round_up(c.count, PANEL);
   turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
   std::memset(a.beta_lanes, 0, CHUNK * LANES * sizeof(float));

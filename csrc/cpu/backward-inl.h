@@ -21,9 +21,10 @@ struct Span {
   int64_t begin, end;
 };
 
-// The gradients of one segment; w.state is the state before it, a.dstate that of the state behind.
+// The gradients of one segment; w.state is the state before it, a.dstate that of the state behind. `following`: whose
+// turn comes after its first chunk.
 SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t head,
-                                      Span tokens, bool add) {
+                                      Span tokens, bool add, const Next& following) {
   Problem without_readouts = p;
   without_readouts.reads = false;
   const int64_t chunks = (tokens.end - tokens.begin + CHUNK - 1) / CHUNK;
@@ -40,7 +41,8 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
   }
   turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(chunks), a.V_rows);
   for (int64_t n = chunks - 1; n >= 0; --n) {
-    const Chunk c = chunk(p, n), next(p, c.first - CHUNK, n > 0 ? CHUNK : 0, head);
+    const Chunk c = chunk(p, n);
+    const Next next = n > 0 ? Next{Chunk(p, c.first - CHUNK, CHUNK, head), -1} : following;
     if (n + 1 < chunks) prepare(c, w);
     adjoint(c, w, a, out, state(n), state(n + 1), a.writes + n * a.values_size, add, next);
   }
@@ -48,7 +50,7 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
 
 // One value head of one sequence, unit = sequence * HV + head. `add`: dq and dk hold those of an earlier head.
 SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t unit,
-                                   Span tokens, bool add) {
+                                   Span tokens, bool add, const Next& following) {
   const int64_t length = a.segment * CHUNK, segments = max_of((tokens.end - tokens.begin + length - 1) / length, 1);
   const int64_t bytes = w.state_size * sizeof(float);
   Problem without_readouts = p;
@@ -64,7 +66,9 @@ SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, c
   for (int64_t s = segments - 1; s >= 0; --s) {
     if (s + 1 < segments) std::memcpy(w.state, a.marks + s * w.state_size, bytes);
     const int64_t first = tokens.begin + s * length;
-    backward_segment(p, w, a, out, unit % p.HV, {first, min_of(first + length, tokens.end)}, add);
+    const Span segment{first, min_of(first + length, tokens.end)};
+    const Next earlier{Chunk(p, first - length, s > 0 ? CHUNK : 0, unit % p.HV), -1};
+    backward_segment(p, w, a, out, unit % p.HV, segment, add, s > 0 ? earlier : following);
   }
   if (out.dstate) store_state(w, a.dstate, unit, out.dstate);
 }
@@ -76,17 +80,22 @@ static void fill_triangle(const Workspace& w) {
   }
 }
 
+// What comes first of head `unit`, if that is before `end`.
+static Next first_chunk(const Problem& p, int64_t unit, int64_t end) {
+  if (unit >= end) return {Chunk(p, 0, 0, 0), -1};
+  const int64_t first = p.first(unit / p.HV);
+  return {Chunk(p, first, min_of(CHUNK, p.first(unit / p.HV + 1) - first), unit % p.HV), unit};
+}
+
 // Key heads [begin, end) of sequences * H: the value heads of one follow each other, for they add up on its dq and dk.
 void backward_heads(const Problem& p, const Gradients& out, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, true);
   Adjoint& a = thread_local_arrays<Adjoint>(p, w, p.longest());
   if (p.gate == Gate::channel) fill_triangle(w);
   const int64_t group = p.HV / p.H;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t sequence = unit / p.H, head = unit % p.H * group;
+  for (int64_t unit = begin * group; unit < end * group; ++unit) {
+    const int64_t sequence = unit / p.HV;
     const Span tokens{p.first(sequence), p.first(sequence + 1)};
-    for (int64_t n = 0; n < group; ++n) {
-      backward_head(p, w, a, out, sequence * p.HV + head + n, tokens, n > 0);
-    }
+    backward_head(p, w, a, out, unit, tokens, unit % group > 0, first_chunk(p, unit + 1, end * group));
   }
 }

@@ -82,10 +82,8 @@ SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, float* sta
 // How often `step` of an Ahead is called in a loop over all tiles of the state.
 static int64_t state_tiles(const Workspace& w) { return (w.end_panel - w.first_panel) * ((w.K + ROWS - 1) / ROWS); }
 
-SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, const Chunk& next) {
-  Ahead ahead(state_tiles(w));
-  ahead.add_inputs(next);
-  ahead.add(next, {c.p.o, c.p.HV * c.p.V, c.p.v.type}, next.head * c.p.V, c.p.V);
+// `ahead` knows what comes next.
+SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, Ahead& ahead) {
   for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
     float* state = w.state + panel * w.K_rows * PANEL;
     load_values(c, w, panel);

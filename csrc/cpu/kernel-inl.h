@@ -53,46 +53,70 @@ SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int
   for (int64_t t = 0; t < end - begin; ++t) step_token(tokens, w, t, state);
 }
 
-// `heads` heads of one sequence from `unit` on, taking turns chunk by chunk.
-SLEEPKERN_STAGE void ingest_group(const Problem& p, Workspace& w, int64_t unit, int64_t heads, int64_t begin,
-                                  int64_t end) {
-  auto state_of = [&](int64_t h) { return w.states + h * w.state_size; };
-  for (int64_t h = 0; h < heads; ++h) {
-    w.state = state_of(h);
-    load_state(w, p.state, unit + h, w.state);
+// Heads of one sequence that take turns, and its tokens.
+struct Turns {
+  int64_t unit, heads, begin, end;
+
+  // From `unit` on, before unit `last`; none if that is reached.
+  Turns(const Problem& p, int64_t unit, int64_t last, int64_t most) : unit(unit) {
+    const int64_t sequence = unit / p.HV;
+    heads = min_of(min_of(most, last - unit), (sequence + 1) * p.HV - unit);
+    begin = heads > 0 ? p.first(sequence) : 0;
+    end = heads > 0 ? p.first(sequence + 1) : 0;
   }
-  for (int64_t first = begin; first < end; first += CHUNK) {
-    const int64_t after = min_of(first + CHUNK, end);
-    for (int64_t h = 0; h < heads; ++h) {
-      const bool last = h + 1 == heads;
-      const int64_t next = last ? 0 : h + 1, next_first = last ? after : first;
-      const int64_t next_count = min_of(CHUNK, end - next_first);
-      const Chunk chunk(p, first, after - first, (unit + h) % p.HV);
-      w.state = state_of(h);
+
+  bool chunked() const { return end - begin > STEP_LIMIT; }
+};
+
+// What comes after `first` tokens of head h have had their turn: the same tokens of the next head, the next tokens of
+// the first, or what `following` starts with.
+static Ahead foresee(const Problem& p, const Workspace& w, const Turns& now, const Turns& following, int64_t first,
+                     int64_t h) {
+  Ahead ahead(state_tiles(w));
+  const bool last_head = h + 1 == now.heads, last = last_head && first + CHUNK >= now.end;
+  if (last && !following.chunked()) return ahead;
+  const Turns& then = last ? following : now;
+  const int64_t unit = last_head ? then.unit : then.unit + h + 1;
+  const int64_t start = last ? then.begin : last_head ? first + CHUNK : first;
+  const Chunk next(p, start, min_of(CHUNK, then.end - start), unit % p.HV);
+  ahead.add_inputs(next);
+  ahead.add(next, {p.o, p.HV * p.V, p.v.type}, next.head * p.V, p.V);
+  if (start == then.begin) {
+    if (p.state && p.state != p.final_state) ahead.add_state(p, p.state, unit);
+    ahead.add_state(p, p.final_state, unit);
+  }
+  return ahead;
+}
+
+SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns& now, const Turns& following) {
+  for (int64_t first = now.begin; first < now.end; first += CHUNK) {
+    for (int64_t h = 0; h < now.heads; ++h) {
+      const Chunk chunk(p, first, min_of(CHUNK, now.end - first), (now.unit + h) % p.HV);
+      Ahead ahead = foresee(p, w, now, following, first, h);
+      w.state = w.states + h * w.state_size;
+      if (first == now.begin) load_state(w, p.state, now.unit + h, w.state);
       prepare(chunk, w);
-      ingest(chunk, w, Chunk(p, next_first, next_count, (unit + next) % p.HV));
+      ingest(chunk, w, ahead);
+      if (first + CHUNK >= now.end) store_state(w, w.state, now.unit + h, p.final_state);
     }
-  }
-  for (int64_t h = 0; h < heads; ++h) {
-    w.state = state_of(h);
-    store_state(w, w.state, unit + h, p.final_state);
   }
 }
 
+// Units [begin, end): whole heads, or blocks of value columns of them.
 void forward_units(const Problem& p, int64_t blocks, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, false);
+  const int64_t most = blocks > 1 ? 1 : GROUP;
   for (int64_t unit = begin; unit < end;) {
-    const int64_t head = unit / blocks, block = unit % blocks, sequence = head / p.HV;
-    const int64_t first = p.first(sequence), last = p.first(sequence + 1);
-    const int64_t group = blocks > 1 ? 1 : min_of(GROUP, min_of(end, (sequence + 1) * p.HV) - unit);
+    const int64_t head = unit / blocks, block = unit % blocks, last = (end + blocks - 1) / blocks;
+    const Turns now(p, head, last, most), following(p, head + now.heads, last, most);
     w.first_panel = w.V_panels * block / blocks;
     w.end_panel = w.V_panels * (block + 1) / blocks;
-    if (last - first > STEP_LIMIT) {
-      if (w.first_panel < w.end_panel) ingest_group(p, w, head, group, first, last);
+    if (now.chunked()) {
+      if (w.first_panel < w.end_panel) ingest_in_turns(p, w, now, following);
     } else if (block == 0) {
-      for (int64_t h = 0; h < group; ++h) step_head(p, w, head + h, first, last);
+      for (int64_t h = 0; h < now.heads; ++h) step_head(p, w, head + h, now.begin, now.end);
     }
-    unit += group;
+    unit += blocks > 1 ? 1 : now.heads;
   }
 }
 

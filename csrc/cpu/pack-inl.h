@@ -63,7 +63,7 @@ struct Ahead {
     const char* row;
     int64_t rows, stride, bytes;
   };
-  Tensor tensors[9];  // k, v, q, g, their gradients and that of the readouts
+  Tensor tensors[12];  // k, v, q, g, o or its gradient, their gradients, states
   int64_t count = 0, tensor = 0, total = 0, turns, due = 0;
 
   // `turns`: how often step is called until the chunk at hand is done.
@@ -73,8 +73,18 @@ struct Ahead {
   void add(const Chunk& c, const Rows& x, int64_t offset, int64_t n) {
     if (!x.data || c.count <= 0) return;
     const int64_t size = x.type == Type::float32 ? 4 : 2;
-    tensors[count++] = {static_cast<const char*>(c.row(x, 0, offset)), c.count, x.stride * size, n * size};
-    total += c.count;
+    add(c.row(x, 0, offset), c.count, x.stride * size, n * size);
+  }
+
+  void add(const void* first, int64_t rows, int64_t stride, int64_t bytes) {
+    tensors[count++] = {static_cast<const char*>(first), rows, stride, bytes};
+    total += rows;
+  }
+
+  // A head's state as the caller keeps it.
+  void add_state(const Problem& p, const float* states, int64_t unit) {
+    const int64_t bytes = p.V * static_cast<int64_t>(sizeof(float));
+    add(states + unit * p.K * p.V, p.K, bytes, bytes);
   }
 
   void add_inputs(const Chunk& c) {

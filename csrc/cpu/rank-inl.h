@@ -29,6 +29,7 @@ struct Rank {
   float *held, *next;             // [REPLAY_BLOCK][PANEL]  H, the next Y
   float *values, *stride_values;  // Y; G U
   float* stride_held;             // C H
+  float* keep;                    // [K_rows]  gamma^N
 };
 
 // What a step needs; a step is one pass, or as many as a stride has.
@@ -37,13 +38,14 @@ struct RankStep {
   const float *Z, *U, *H;
 };
 
-static void lay_out(Rank& x, Taker& take) {
+static void lay_out(Rank& x, const Workspace& w, Taker& take) {
   for (float** square : {&x.Z, &x.R, &x.R_turned, &x.Z_stride, &x.Z_doubled, &x.G, &x.C, &x.G_turned, &x.C_turned}) {
     *square = take(REPLAY_BLOCK * REPLAY_BLOCK);
   }
   for (float** rows : {&x.held, &x.next, &x.values, &x.stride_values, &x.stride_held}) {
     *rows = take(REPLAY_BLOCK * PANEL);
   }
+  x.keep = take(w.K_rows);
 }
 
 // Passes to make at once, a power of two: the fewest multiply-adds for all passes, in units of rows^2.
@@ -258,7 +260,7 @@ SLEEPKERN_STAGE void multiply_rows(const Factors& f, const float* left, const fl
 
 // The passes of one value panel; `state` goes from S_0 to S_N. from_zero: S_0 is zero.
 SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factors& f, int64_t passes, int64_t stride,
-                                 const float* U, bool delta, bool from_zero, float* state) {
+                                 const float* U, bool delta, bool from_zero, float* state, Ahead& ahead) {
   float *Y = x.values, *next = x.next, reach = 1;
   const size_t bytes = f.rows * PANEL * sizeof(float);
   std::memset(Y, 0, bytes);
@@ -283,20 +285,13 @@ SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factor
     make({gamma, x.Z_stride, x.stride_values, x.stride_held}, stride);
   }
   make(one, 1);
-  alignas(64) float keep[ROWS];
-  for (int r = 0; r < ROWS; ++r) keep[r] = reach;
-  for (int64_t d = 0; d < w.K; d += ROWS) {
-    Tile t;
-    load(t, state + d * PANEL);
-    scale_rows(t, keep);
-    multiply_add<1>(t, f.writers + column_at(d, REPLAY_BLOCK), Y, f.rows);
-    store(t, state + d * PANEL);
-  }
+  for (int64_t d = 0; d < w.K_rows; ++d) x.keep[d] = reach;
+  write_state(w, f, x.keep, Y, state, ahead);
 }
 
 // All passes of a head over its one block.
 SLEEPKERN_STAGE void replay_in_rows(const Problem& p, const Workspace& w, const Window& window, const Rank& x,
-                                    int64_t passes, int64_t tokens) {
+                                    int64_t passes, int64_t tokens, Ahead& ahead) {
   const Factors f = factors_of(window, w, 0, tokens);
   const int64_t stride = p.delta ? cheapest_stride(passes, f.rows, w.V_panels * PANEL) : 1;
   if (p.delta && passes > UNBALANCED_PASSES) balance(w, window, x, f, tokens);
@@ -304,15 +299,23 @@ SLEEPKERN_STAGE void replay_in_rows(const Problem& p, const Workspace& w, const 
   if (stride > 1) prepare_stride(x, f, stride, passes / stride > 1);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     replay_rank(w, x, f, passes, stride, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
-                w.state + panel * w.K_rows * PANEL);
+                w.state + panel * w.K_rows * PANEL, ahead);
   }
+}
+
+// The first block of a head, and its states.
+static void foresee(const Problem& p, int64_t unit, Ahead& ahead) {
+  const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
+  ahead.add_inputs(Chunk(p, first, min_of(tokens, REPLAY_BLOCK), unit % p.HV));
+  if (p.state) ahead.add_state(p, p.state, unit);
+  ahead.add_state(p, p.final_state, unit);
 }
 
 // Heads [begin, end) of sequences * HV, one after the other.
 void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, true);
   const Window& window = thread_local_arrays<Window>(w, p.longest());
-  const Rank& rank = thread_local_arrays<Rank>();
+  const Rank& rank = thread_local_arrays<Rank>(w);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
     load_state(w, p.state, unit, w.state);
@@ -320,10 +323,14 @@ void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end)
       const int64_t at = block * REPLAY_BLOCK;
       make_block(p, w, window, first + at, min_of(REPLAY_BLOCK, tokens - at), unit % p.HV, block);
     }
-    if (r.rank && tokens > 0) {
-      replay_in_rows(p, w, window, rank, r.passes, tokens);
+    const bool in_rows = r.rank && tokens > 0;
+    const int64_t blocks = (tokens + REPLAY_BLOCK - 1) / REPLAY_BLOCK;
+    Ahead ahead(state_tiles(w) * (in_rows ? 1 : r.passes * blocks));
+    if (unit + 1 < end) foresee(p, unit + 1, ahead);
+    if (in_rows) {
+      replay_in_rows(p, w, window, rank, r.passes, tokens, ahead);
     } else {
-      replay_passes(w, window, r, unit, tokens, p.delta);
+      replay_passes(w, window, r, unit, tokens, p.delta, ahead);
     }
     store_state(w, w.state, unit, p.final_state);
   }

@@ -166,12 +166,13 @@ SLEEPKERN_STAGE void write_values(const Workspace& w, const Factors& f, const fl
 
 // state = keep state + Kt^T values of one value panel.
 SLEEPKERN_STAGE void write_state(const Workspace& w, const Factors& f, const float* keep, const float* values,
-                                 float* state) {
+                                 float* state, Ahead& ahead) {
   for (int64_t d = 0; d < w.K; d += ROWS) {
     Tile t;
     load(t, state + d * PANEL);
     scale_rows(t, keep + d);
     multiply_add<1>(t, f.writers + column_at(d, REPLAY_BLOCK), values, f.rows);
+    ahead.step();
     store(t, state + d * PANEL);
   }
 }
@@ -205,7 +206,7 @@ struct Settling {
 
 // `r.passes` passes, or fewer with tol.
 SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& r, int64_t unit, int64_t tokens,
-                                   bool delta) {
+                                   bool delta, Ahead& ahead) {
   Settling settling;
   int64_t made = 0;
   for (bool done = false; made < r.passes && !done; ++made) {
@@ -216,7 +217,7 @@ SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& 
         float* state = w.state + panel * w.K_rows * PANEL;
         const float* U = f.U + panel * REPLAY_BLOCK * PANEL;
         if (delta) write_values(w, f, U, state, x.values);
-        write_state(w, f, f.keep, delta ? x.values : U, state);
+        write_state(w, f, f.keep, delta ? x.values : U, state, ahead);
       }
     }
     if (r.tol <= 0) continue;
