@@ -50,6 +50,7 @@ SLEEPKERN_STAGE void step_read(const StepToken& x, const StateBlock& s, float* u
 }
 
 SLEEPKERN_STAGE void step_write(const StepToken& x, const StateBlock& s, const float* e) {
+  const int64_t next = s.rows * s.stride;  // the next head's state lies behind this one; else nothing is lost
   for (int64_t d = 0; d < s.rows; d += STEP_ROWS) {
     float* rows[STEP_ROWS];
     Vec k[STEP_ROWS], a[STEP_ROWS];
@@ -63,6 +64,7 @@ SLEEPKERN_STAGE void step_write(const StepToken& x, const StateBlock& s, const f
       const Vec write = load(e + n);
       SLEEPKERN_EACH_STEP_ROW(r) {
         if (whole || d + r < s.rows) store(rows[r] + n, a[r] * load(rows[r] + n) + k[r] * write);
+        __builtin_prefetch(rows[r] + n + next, 0, 2);
       }
     }
   }
