@@ -117,8 +117,8 @@ AVX512_AGREES = """
 import sleepkern
 from sleepkern.backends import cpu
 from sleepkern.rules import RULES
-from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error
-assert cpu._C.isas()[0] == "avx512", cpu._C.isas()
+from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error, to_float64
+assert cpu._C.isas()[:2] == ["avx512bf16", "avx512"], cpu._C.isas()
 shapes = {**AWKWARD_SHAPES, "wide": Shape(T=200, H=1, HV=2, K=128, V=128)}
 shapes |= {f"T={T}": Shape(T=T, H=1, HV=2, K=48, V=40) for T in (20, 50)}
 
@@ -147,13 +147,28 @@ for rule in RULES.values():
                 if what == "dg" and decay == "mixed":  # what is left where far larger terms cancel: absolute below 1
                     error, tolerance = error * min(1, float(value.norm())), 1e-4
                 assert error < tolerance, (rule.name, name, decay, what, error)
+
+# Products of bfloat16, which only inputs of that type take.
+for rule in RULES.values():
+    for name, shape in shapes.items():
+        for options in ({}, {"decay": "slow"}, {"decay": "slow", "beta_max": 2.0, "correlation": 0.9}):
+            x = make_inputs(rule, shape, torch.bfloat16, seed=3, **options)
+            truth, found = call(rule, to_float64(x), "reference"), {}
+            for isa in ("avx512", "avx512bf16"):
+                cpu._C.set_isa(isa)
+                found[isa] = call(rule, x, "cpu")
+                for got, true in zip(found[isa], truth):
+                    assert relative_error(got, true) < 1e-2, (rule.name, name, options, isa)
+            longest = shape.T if shape.lengths is None else max(shape.lengths)
+            differ = relative_error(found["avx512bf16"][1], found["avx512"][1]) > 1e-4
+            assert differ == (rule.gate == "head" and longest > cpu._C.step_limit()), (rule.name, name)
 print("agrees")
 """
 
 
 def test_avx512_source_agrees(tmp_path: Path) -> None:
-    """Natively where the machine has AVX-512, else the same source compiled for AVX2."""
-    options = [] if "avx512" in _C.isas() else ["-DSLEEPKERN_EMULATE_AVX512=ON"]
+    """Natively where the machine has AVX-512 with bfloat16, else the same source compiled for AVX2."""
+    options = [] if "avx512bf16" in _C.isas() else ["-DSLEEPKERN_EMULATE_AVX512=ON"]
     module = build(tmp_path, *options)
     done = run_with(module, AVX512_AGREES)
     assert done.stdout.strip() == "agrees", done.stderr

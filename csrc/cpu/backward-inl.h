@@ -5,13 +5,14 @@ SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes,
   Ahead ahead(state_tiles(w));
   ahead.add_inputs(next);
   float* const values = w.values;
-  prepare(c, w);
+  prepare<float>(c, w);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     float* state = w.state + panel * w.K_rows * PANEL;
     w.values = writes + panel * CHUNK * PANEL;
     load_values(c, w, panel);
-    if (c.p.delta) subtract_held(c, w, state);
-    update_state(c, w, state, ahead);
+    const Operands<float> x = operands<float>(w, panel);
+    if (c.p.delta) subtract_held(c, w, x);
+    update_state(c, w, x, state, nullptr, ahead);
     for (int64_t x = c.padded * PANEL; x < CHUNK * PANEL; x += LANES) store(w.values + x, Vec{});
   }
   w.values = values;
@@ -43,7 +44,7 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
   for (int64_t n = chunks - 1; n >= 0; --n) {
     const Chunk c = chunk(p, n);
     const Next next = n > 0 ? Next{Chunk(p, c.first - CHUNK, CHUNK, head), -1} : following;
-    if (n + 1 < chunks) prepare(c, w);
+    if (n + 1 < chunks) prepare<float>(c, w);
     adjoint(c, w, a, out, state(n), state(n + 1), a.writes + n * a.values_size, add, next);
   }
 }

@@ -17,7 +17,10 @@ extern const Implementation table;
 namespace avx512 {
 extern const Implementation table;
 }
-static const Implementation* const ALL[] = {&avx512::table, &avx2::table, &baseline::table};
+namespace avx512bf16 {
+extern const Implementation table;
+}
+static const Implementation* const ALL[] = {&avx512bf16::table, &avx512::table, &avx2::table, &baseline::table};
 #else
 static const Implementation* const ALL[] = {&baseline::table};
 #endif

@@ -20,14 +20,17 @@ SLEEPKERN_STAGE void load_values(const Chunk& c, const Workspace& w, int64_t pan
   }
 }
 
-SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const float* state) {
+template <class E>
+SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const Operands<E>& x) {
+  const int64_t depth = steps<E>(w.K);
   for (int64_t i = 0; i < c.padded; i += ROWS) {
     Tile t;
     clear(t);
-    multiply_add<-1>(t, w.keys + column_at(i, w.K), state, w.K);
-    scale_rows(t, w.key_scale + i);
-    SLEEPKERN_EACH_ROW(r)
-      SLEEPKERN_EACH_VEC(n) t.at[r][n] += load(w.values + (i + r) * PANEL + n * LANES);
+    multiply_add<1>(t, x.keys + column_at(i, depth), x.state, depth);
+    SLEEPKERN_EACH_ROW(r) {
+      const Vec by = broadcast(w.key_scale[i + r]);
+      SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(w.values + (i + r) * PANEL + n * LANES) - t.at[r][n] * by;
+    }
     const float* M = w.couplings + column_at(i, CHUNK);
     multiply_add<-1>(t, M, w.values, i);
     substitute(t, M + i * PANEL);
@@ -56,26 +59,37 @@ SLEEPKERN_INLINE void store_readouts(const Chunk& c, const Tile& t, int64_t toke
   }
 }
 
-SLEEPKERN_STAGE void read_out(const Chunk& c, const Workspace& w, const float* state, int64_t panel) {
+template <class E>
+SLEEPKERN_STAGE void read_out(const Chunk& c, const Workspace& w, const Operands<E>& x, int64_t panel) {
+  const int64_t depth = steps<E>(w.K), scores_depth = steps<E>(CHUNK);
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
   for (int64_t i = 0; i < c.padded; i += ROWS) {
     Tile t;
     clear(t);
-    multiply_add<1>(t, w.readers + column_at(i, w.K), state, w.K);
+    multiply_add<1>(t, x.readers + column_at(i, depth), x.state, depth);
     scale_rows(t, w.read_scale + i);
-    multiply_add<1>(t, w.scores + column_at(i, CHUNK), w.values, min_of(i + ROWS, c.count));
+    multiply_add<1>(t, x.scores + column_at(i, scores_depth), x.values, steps<E>(min_of(i + ROWS, c.count)));
     store_readouts(c, t, i, min_of(ROWS, c.count - i), first, width);
   }
 }
 
-SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, float* state, Ahead& ahead) {
+// pairs: where the state goes as pairs, too, if E is Pair.
+template <class E>
+SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, const Operands<E>& x, float* state, Pair* pairs,
+                                  Ahead& ahead) {
   for (int64_t d = 0; d < w.K; d += ROWS) {
     Tile t;
     load(t, state + d * PANEL);
     scale_rows(t, w.keep + d);
-    multiply_add<1>(t, w.writers + column_at(d, CHUNK), w.values, c.count);
+    multiply_add<1>(t, x.writers + column_at(d, steps<E>(CHUNK)), x.values, steps<E>(c.count));
     ahead.step();
     store(t, state + d * PANEL);
+    if constexpr (IS_PAIR<E>) {
+      SLEEPKERN_EACH_ROW(r) {
+        if (r % 2 != 0) continue;
+        SLEEPKERN_EACH_VEC(n) store(pairs + (d + r) / 2 * PANEL + n * LANES, interleave(t.at[r][n], t.at[r + 1][n]));
+      }
+    }
   }
 }
 
@@ -83,13 +97,16 @@ SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, float* sta
 static int64_t state_tiles(const Workspace& w) { return (w.end_panel - w.first_panel) * ((w.K + ROWS - 1) / ROWS); }
 
 // `ahead` knows what comes next.
+template <class E>
 SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, Ahead& ahead) {
   for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
-    float* state = w.state + panel * w.K_rows * PANEL;
+    const Operands<E> x = operands<E>(w, panel);
     load_values(c, w, panel);
-    if (c.p.delta) subtract_held(c, w, state);
-    if (c.p.reads) read_out(c, w, state, panel);
-    update_state(c, w, state, ahead);
+    if (c.p.delta) subtract_held(c, w, x);
+    if constexpr (IS_PAIR<E>) pair_rows(w.values, c.padded, w.value_pairs);
+    if (c.p.reads) read_out(c, w, x, panel);
+    const int64_t at = panel * w.K_rows * PANEL;
+    update_state(c, w, x, w.state + at, w.state_pairs + at / 2, ahead);
   }
 }
 
@@ -105,6 +122,13 @@ SLEEPKERN_STAGE void load_state(const Workspace& w, const float* states, int64_t
       SLEEPKERN_EACH_VEC(n) store(to + n * LANES, whole ? load(from + n * LANES) : Vec{});
       if (from && !whole) load_row(from, Type::float32, width, to);
     }
+  }
+}
+
+SLEEPKERN_STAGE void pair_state(const Workspace& w) {
+  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+    const int64_t at = panel * w.K_rows * PANEL;
+    pair_rows(w.state + at, w.K_rows, w.state_pairs + at / 2);
   }
 }
 

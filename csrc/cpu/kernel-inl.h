@@ -1,6 +1,10 @@
 // Everything, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name) and
 // SLEEPKERN_LANES (floats per vector); everything below it has internal linkage in that namespace.
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -21,6 +25,7 @@ namespace SLEEPKERN_ISA {
 namespace {
 
 #include "simd.h"
+#include "dot-inl.h"
 #include "tile.h"
 #include "workspace.h"
 #include "pack-inl.h"
@@ -88,15 +93,20 @@ static Ahead foresee(const Problem& p, const Workspace& w, const Turns& now, con
   return ahead;
 }
 
+template <class E>
 SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns& now, const Turns& following) {
   for (int64_t first = now.begin; first < now.end; first += CHUNK) {
     for (int64_t h = 0; h < now.heads; ++h) {
       const Chunk chunk(p, first, min_of(CHUNK, now.end - first), (now.unit + h) % p.HV);
       Ahead ahead = foresee(p, w, now, following, first, h);
       w.state = w.states + h * w.state_size;
-      if (first == now.begin) load_state(w, p.state, now.unit + h, w.state);
-      prepare(chunk, w);
-      ingest(chunk, w, ahead);
+      w.state_pairs = w.states_pairs + h * w.state_size / 2;
+      if (first == now.begin) {
+        load_state(w, p.state, now.unit + h, w.state);
+        if (IS_PAIR<E>) pair_state(w);
+      }
+      prepare<E>(chunk, w);
+      ingest<E>(chunk, w, ahead);
       if (first + CHUNK >= now.end) store_state(w, w.state, now.unit + h, p.final_state);
     }
   }
@@ -106,13 +116,14 @@ SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns
 void forward_units(const Problem& p, int64_t blocks, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, false);
   const int64_t most = blocks > 1 ? 1 : GROUP;
+  const auto run = takes_pairs(p) ? ingest_in_turns<std::conditional_t<DOTS, Pair, float>> : ingest_in_turns<float>;
   for (int64_t unit = begin; unit < end;) {
     const int64_t head = unit / blocks, block = unit % blocks, last = (end + blocks - 1) / blocks;
     const Turns now(p, head, last, most), following(p, head + now.heads, last, most);
     w.first_panel = w.V_panels * block / blocks;
     w.end_panel = w.V_panels * (block + 1) / blocks;
     if (now.chunked()) {
-      if (w.first_panel < w.end_panel) ingest_in_turns(p, w, now, following);
+      if (w.first_panel < w.end_panel) run(p, w, now, following);
     } else if (block == 0) {
       for (int64_t h = 0; h < now.heads; ++h) step_head(p, w, head + h, now.begin, now.end);
     }

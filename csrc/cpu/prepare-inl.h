@@ -70,18 +70,30 @@ SLEEPKERN_STAGE void prepare_decays(const Chunk& c, Workspace& w) {
 }
 
 // Scores and couplings.
+template <class E>
 SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
+  const Operands<E> x = operands<E>(w, 0);
+  const int64_t depth = steps<E>(w.K);
   const Vec scale = broadcast(c.p.scale);
   auto finish = [&](const float* by) {
     return
         [&w, by, scale](Vec x, int64_t at, int64_t i) { return x * load(w.decays + at) * (by ? load(by + i) : scale); };
   };
-  if (c.p.delta) upper_gram<1>(w.keys, w.keys, w.K, c.count, CHUNK, w.couplings, finish(w.beta));
-  if (c.p.reads) upper_gram<1>(w.keys, w.readers, w.K, c.count, CHUNK, w.scores, finish(nullptr));
+  if (c.p.delta) upper_gram<1>(x.keys, x.keys, depth, c.count, CHUNK, w.couplings, finish(w.beta));
+  if (!c.p.reads) return;
+  upper_gram<1>(x.keys, x.readers, depth, c.count, CHUNK, w.scores, finish(nullptr));
+  if constexpr (IS_PAIR<E>) {
+    for (int64_t i = 0; i < c.count; i += PANEL) {
+      pair_rows(w.scores + i * CHUNK, min_of(i + PANEL, c.padded), w.score_pairs + i * CHUNK / 2);
+    }
+  }
 }
 
+// E: float, or Pair where products take bfloat16.
+template <class E>
 SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
   const Problem& p = c.p;
+  auto panels = [](float* x) { return reinterpret_cast<E*>(x); };
   prepare_gates(c, w);
   if (p.gate == Gate::channel) {
     prepare_channel_decay(c, w);
@@ -90,19 +102,19 @@ SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
   const int64_t end = round_up(c.count, PANEL);
   for (int64_t t = 0; t < end; t += LANES) {
     for (int l = 0; l < LANES; ++l) w.key_norm[t + l] = load_token(c, w, p.k, t + l, w.rows + l * w.row_size);
-    pack_tokens(w, w.rows, t, w.keys);
+    pack_tokens(w, w.rows, t, panels(w.keys));
+    if (w.keys_turned) pack_rows(w, w.rows, t, w.keys_turned);
     for (int l = 0; l < LANES; ++l) {
       float* row = w.rows + l * w.row_size;
-      if (w.keys_turned) pack_row(w, row, t + l, w.keys_turned);
       const Vec factor = broadcast(w.to_end[t + l]);
       for (int64_t d = 0; d < w.K_rows; d += LANES) store(row + d, load(row + d) * factor);
-      pack_row(w, row, t + l, w.writers);
     }
+    pack_rows(w, w.rows, t, panels(w.writers));
     if (!p.reads) continue;
     for (int l = 0; l < LANES; ++l) w.reader_norm[t + l] = load_token(c, w, p.q, t + l, w.rows + l * w.row_size);
-    pack_tokens(w, w.rows, t, w.readers);
-    for (int l = 0; w.readers_turned && l < LANES; ++l) pack_row(w, w.rows + l * w.row_size, t + l, w.readers_turned);
+    pack_tokens(w, w.rows, t, panels(w.readers));
+    if (w.readers_turned) pack_rows(w, w.rows, t, w.readers_turned);
   }
   prepare_decays(c, w);
-  prepare_grams(c, w);
+  prepare_grams<E>(c, w);
 }

@@ -65,7 +65,7 @@ SLEEPKERN_STAGE void solve(const Chunk& c, const Workspace& w, float* rows) {
 
 // The factors of one chunk, to rows `at`, at + 1, ... of a block.
 SLEEPKERN_STAGE void make_factors(const Chunk& c, Workspace& w, const Window& x, const Factors& f, int64_t at) {
-  prepare(c, w);
+  prepare<float>(c, w);
   const int64_t bytes = c.padded * PANEL * sizeof(float);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     float* U = f.U + (panel * REPLAY_BLOCK + at) * PANEL;

@@ -48,21 +48,15 @@ SLEEPKERN_INLINE void scale_rows(Tile& t, const float* by) {
   }
 }
 
-// tile += sign * left^T right; left is a panel advanced to the tile's first row.
-template <int SIGN>
-SLEEPKERN_INLINE void multiply_add(Tile& t, const float* left, const float* right, int64_t depth) {
+// tile += sign * left^T right over `depth` steps; left is a panel advanced to the tile's first row. E: float or Pair.
+template <int SIGN, class E>
+SLEEPKERN_INLINE void multiply_add(Tile& t, const E* left, const E* right, int64_t depth) {
   for (int64_t d = 0; d < depth; ++d) {
-    Vec b[VECS];
+    decltype(load(right)) b[VECS];
     SLEEPKERN_EACH_VEC(n) b[n] = load(right + d * PANEL + n * LANES);
     SLEEPKERN_EACH_ROW(r) {
-      Vec a = broadcast(left[d * PANEL + r]);
-      SLEEPKERN_EACH_VEC(n) {
-        if constexpr (SIGN > 0) {
-          t.at[r][n] += a * b[n];
-        } else {
-          t.at[r][n] -= a * b[n];
-        }
-      }
+      const E a = left[d * PANEL + r];
+      SLEEPKERN_EACH_VEC(n) t.at[r][n] = multiply_add<SIGN>(t.at[r][n], a, b[n]);
     }
   }
 }
@@ -111,17 +105,14 @@ SLEEPKERN_STAGE void turn(const float* panels, int64_t depth, int64_t rows, int6
 }
 
 // Rows and columns [i + LANES, i + PANEL) of a gram, and zeros left of them.
-template <int SIGN, class Finish>
-SLEEPKERN_INLINE void half_gram(const float* left, const float* right, int64_t depth, int64_t i, int64_t out_depth,
-                                float* out, Finish finish) {
+template <int SIGN, class E, class Finish>
+SLEEPKERN_INLINE void half_gram(const E* left, const E* right, int64_t depth, int64_t i, int64_t out_depth, float* out,
+                                Finish finish) {
   Vec t[LANES] = {};
   for (int64_t d = 0; d < depth; ++d) {
-    const Vec b = load(right + d * PANEL);
+    const auto b = load(right + d * PANEL);
 #pragma GCC unroll 16
-    for (int r = 0; r < LANES; ++r) {
-      const Vec a = broadcast(left[d * PANEL + r]);
-      t[r] = SIGN > 0 ? t[r] + a * b : t[r] - a * b;
-    }
+    for (int r = 0; r < LANES; ++r) t[r] = multiply_add<SIGN>(t[r], left[d * PANEL + r], b);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < LANES; ++r) {
@@ -131,15 +122,15 @@ SLEEPKERN_INLINE void half_gram(const float* left, const float* right, int64_t d
   }
 }
 
-// The upper triangle, rows j and columns i >= j, of sign * left^T right over `depth`, both of `count` columns up to a
-// whole panel, to panels of out_depth rows. finish(vector, its place in `out`, its first column) makes what is stored.
-// Of a panel on the diagonal the lower half has only zeros in its first vector, so there a tile is half as wide and
-// LANES high.
-template <int SIGN, class Finish>
-SLEEPKERN_INLINE void upper_gram(const float* left, const float* right, int64_t depth, int64_t count, int64_t out_depth,
+// The upper triangle, rows j and columns i >= j, of sign * left^T right over `depth` steps, both of `count` columns up
+// to a whole panel, to panels of out_depth rows. finish(vector, its place in `out`, its first column) makes what is
+// stored. Of a panel on the diagonal the lower half has only zeros in its first vector, so there a tile is half as wide
+// and LANES high.
+template <int SIGN, class E, class Finish>
+SLEEPKERN_INLINE void upper_gram(const E* left, const E* right, int64_t depth, int64_t count, int64_t out_depth,
                                  float* out, Finish finish) {
   for (int64_t i = 0; i < count; i += PANEL) {
-    const float* columns = right + i * depth;
+    const E* columns = right + i * depth;
     for (int64_t j = 0; j < min_of(i + LANES, round_up(count, ROWS)); j += ROWS) {
       Tile t;
       clear(t);
@@ -152,5 +143,15 @@ SLEEPKERN_INLINE void upper_gram(const float* left, const float* right, int64_t 
       }
     }
     if (i + LANES < count) half_gram<SIGN>(left + i * depth + LANES, columns + LANES, depth, i, out_depth, out, finish);
+  }
+}
+
+// Rows of a panel, an even number of them, as pairs.
+SLEEPKERN_INLINE void pair_rows(const float* rows, int64_t count, Pair* pairs) {
+  for (int64_t t = 0; t < count; t += 2) {
+    SLEEPKERN_EACH_VEC(n) {
+      const float* row = rows + t * PANEL + n * LANES;
+      store(pairs + t / 2 * PANEL + n * LANES, interleave(load(row), load(row + PANEL)));
+    }
   }
 }

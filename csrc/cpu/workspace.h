@@ -23,6 +23,13 @@ struct Workspace {
   float* decays;     // same, exp(G_i - G_j), 1 for channel decay; 0 for i < j
   float* values;     // [CHUNK][PANEL]  b v, then Vn, of one value panel
 
+  // Where products take bfloat16: of each array of operands above its counterpart in pairs of neighbours of the depth,
+  // with half the rows. keys, readers and writers are pairs themselves then.
+  Pair* state_pairs;   // of `state`, at the same place among those of all heads
+  Pair* states_pairs;  // [GROUP][V_panels][K_rows / 2][PANEL]
+  Pair* score_pairs;   // [CHUNK / PANEL][CHUNK / 2][PANEL]
+  Pair* value_pairs;   // [CHUNK / 2][PANEL]
+
   float* rows;  // [LANES][row_size] tokens being packed
   int64_t row_size;
 
@@ -63,6 +70,11 @@ struct Taker {
   }
 };
 
+// Whether products take bfloat16. Not where nothing decays: at b = 2 and without decay a state keeps every error, and
+// those of rounded operands would add up beyond 1e-2 in some thousand tokens. With channel decay operands are products
+// of decays, rescaled at every level, which stay in float32.
+static bool takes_pairs(const Problem& p) { return DOTS && p.k.type == Type::bfloat16 && p.gate == Gate::head; }
+
 static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) {
   const bool channel = p.gate == Gate::channel;
   const int64_t token_panels = CHUNK * p.K;
@@ -83,6 +95,11 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   w.scores = take(CHUNK * CHUNK);
   w.decays = take(CHUNK * CHUNK);
   w.values = take(CHUNK * PANEL);
+  const bool pairs = !backward && takes_pairs(p);
+  w.states_pairs = reinterpret_cast<Pair*>(take(pairs ? GROUP * w.state_size / 2 : 0));
+  w.score_pairs = reinterpret_cast<Pair*>(take(pairs ? CHUNK * CHUNK / 2 : 0));
+  w.value_pairs = reinterpret_cast<Pair*>(take(pairs ? CHUNK * PANEL / 2 : 0));
+  w.state_pairs = w.states_pairs;
   w.rows = take(LANES * w.row_size);
   w.gates = take(channel ? CHUNK * w.row_size : 0);
   w.key_rows = take(channel ? CHUNK * w.row_size : 0);
@@ -132,4 +149,21 @@ static T& thread_local_arrays(const Args&... args) {
   Taker take{owner.memory};
   lay_out(owner.arrays, args..., take);
   return owner.arrays;
+}
+
+// Operands of the products of one value panel, E: float or Pair.
+template <class E>
+struct Operands {
+  const E *keys, *readers, *writers, *scores, *values, *state;
+};
+
+template <class E>
+SLEEPKERN_INLINE Operands<E> operands(const Workspace& w, int64_t panel) {
+  if constexpr (IS_PAIR<E>) {
+    auto pairs = [](const float* x) { return reinterpret_cast<const Pair*>(x); };
+    return {pairs(w.keys), pairs(w.readers), pairs(w.writers),
+            w.score_pairs, w.value_pairs,    w.state_pairs + panel * w.K_rows / 2 * PANEL};
+  } else {
+    return {w.keys, w.readers, w.writers, w.scores, w.values, w.state + panel * w.K_rows * PANEL};
+  }
 }
