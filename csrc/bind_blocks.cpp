@@ -63,18 +63,19 @@ Layer layer(const py::dict& values) {
   return l;
 }
 
-void run_blocks(int64_t B, int64_t L, int64_t d, int64_t passes, bool reinject, bool carry,
+void run_blocks(int64_t B, int64_t L, int64_t d, int64_t passes, bool reinject, bool carry, bool pairs,
                 const std::vector<py::dict>& layers, Address h, Address changes) {
-  Blocks b{B, L, d, passes, reinject, carry, {}, reinterpret_cast<float*>(h), reinterpret_cast<double*>(changes)};
+  Blocks b{
+      B, L, d, passes, reinject, pairs, carry, {}, reinterpret_cast<float*>(h), reinterpret_cast<double*>(changes)};
   for (const py::dict& one : layers) b.layers.push_back(layer(one));
   py::gil_scoped_release unlocked;
   sleep_blocks(b);
 }
 
-void run_pack(Address matrix, int64_t n, int64_t depth, Address scale, Address packed) {
+void run_pack(Address matrix, int64_t n, int64_t depth, Address scale, bool pairs, Address packed) {
   py::gil_scoped_release unlocked;
-  pack_weight(reinterpret_cast<const float*>(matrix), n, depth, reinterpret_cast<const float*>(scale),
-              reinterpret_cast<float*>(packed));
+  pack_weight(reinterpret_cast<const float*>(matrix), n, depth, reinterpret_cast<const float*>(scale), pairs,
+              reinterpret_cast<void*>(packed));
 }
 
 }  // namespace
@@ -83,6 +84,7 @@ void bind_blocks(py::module_& m) {
   m.def("sleep_blocks", &run_blocks);
   m.def("pack_weight", &run_pack);
   m.def("panel_width", &panel_width);
+  m.def("multiplies_pairs", &multiplies_pairs, "Whether products of the instruction set in use can take bfloat16.");
 }
 
 }  // namespace sleepkern

@@ -12,11 +12,11 @@ namespace sleepkern {
 // h <- h + mixer(norm h);  h <- h + down relu(up (norm h))^2
 struct Layer {
   bool recurrent;      // gated DeltaNet, else attention
-  const float* into;   // packed [d -> into_width]: q, k, v, then of gated DeltaNet gate, decay, strength
+  const void* into;    // packed [d -> into_width]: q, k, v, then of gated DeltaNet gate, decay, strength
   int64_t into_width;  // before padding
-  const float* out;    // packed [mixed -> d]
-  const float* up;     // packed [d -> hidden]
-  const float* down;   // packed [hidden -> d]
+  const void* out;     // packed [mixed -> d]
+  const void* up;      // packed [d -> hidden]
+  const void* down;    // packed [hidden -> d]
   int64_t hidden;
   float mixer_eps, mlp_eps;
   int64_t H;  // heads
@@ -45,6 +45,7 @@ struct Blocks {
   int64_t B, L, d;
   int64_t passes;
   bool reinject;  // a pass starts from rmsnorm(h) + what the first one started from, else from h
+  bool pairs;     // weights are packed in bfloat16, and what they are multiplied with is rounded to it
   bool carry;     // convolutions of a later pass see the window's own end before it, else what preceded the window
   std::vector<Layer> layers;
   float* h;         // [B, L, d], in place
@@ -54,8 +55,10 @@ struct Blocks {
 void sleep_blocks(const Blocks& blocks);
 
 // A matrix [n, depth], times scale [depth] unless that is null, as the weights of a product: outputs rounded up to
-// whole panels of panel_width(), [panels, depth, panel_width()].
+// whole panels of panel_width(), [panels, depth, panel_width()]; or in bfloat16, two neighbours of the depth in the
+// place of one float, where multiplies_pairs().
 int64_t panel_width();
-void pack_weight(const float* matrix, int64_t n, int64_t depth, const float* scale, float* packed);
+bool multiplies_pairs();
+void pack_weight(const float* matrix, int64_t n, int64_t depth, const float* scale, bool pairs, void* packed);
 
 }  // namespace sleepkern

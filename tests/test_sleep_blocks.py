@@ -226,15 +226,41 @@ def test_a_session_says_why_it_is_not_one_call() -> None:
     assert "gradients" in SleepSession(lm, 8, 2).explain()
 
 
-def test_half_types_compute_in_float32() -> None:
-    lm = model(40, 5, {}).to(torch.bfloat16)
-    h = torch.randn(3, 17, 40, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", list(SIZES))
+def test_half_types(size: str, dtype: torch.dtype) -> None:
+    L, d, heads, B, mixer = SIZES[size]
+    lm = model(d, heads, mixer).to(dtype)
+    exact, h = copy.deepcopy(lm).double(), torch.randn(B, L, d, dtype=dtype)
+    for options in OPTIONS:
+        with torch.no_grad():
+            ours = sleep_blocks(h, lm.blocks(), None, options[2], options[0], options[1])  # type: ignore[arg-type]
+            true = by_hand(h.double(), exact.blocks(), [None] * 3, options[2], *options[:2])
+        assert ours.h.dtype == dtype
+        for a, b in zip(all_of(ours), all_of(true), strict=True):
+            assert relative_error(a, b) < 1e-2
+
+
+@pytest.fixture
+def restore_precision() -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.usefixtures("restore_isa", "restore_precision")
+def test_float32_multiplies_in_bfloat16_where_that_is_allowed() -> None:
+    """Only by "medium", and only on a machine that has the instruction; weights are packed anew each time."""
+    lm, h = model(40, 5, {}), torch.randn(3, 17, 40)
     with torch.no_grad():
-        ours = sleep_blocks(h, lm.blocks(), passes=2)
         true = by_hand(h.double(), copy.deepcopy(lm).double().blocks(), [None] * 3, 2, "raw", "rewind")
-    assert ours.h.dtype == torch.bfloat16
-    for a, b in zip(all_of(ours), all_of(true), strict=True):
-        assert relative_error(a, b) < 1e-2
+        for isa in _C.isas():
+            _C.set_isa(isa)
+            for precision in ("highest", "medium", "high"):
+                torch.set_float32_matmul_precision(precision)
+                error = relative_error(sleep_blocks(h, lm.blocks(), passes=2).h, true.h)
+                allowed = precision == "medium" and isa == "avx512bf16"
+                assert 1e-4 < error < 1e-2 if allowed else error < 1e-5, (isa, precision)
 
 
 def test_what_is_not_ours_runs_by_the_modules() -> None:

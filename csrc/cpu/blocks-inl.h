@@ -58,7 +58,8 @@ struct Team {
   }
 };
 
-// Sequences [first, first + sequences) of a call.
+// Sequences [first, first + sequences) of a call; E: Pair where products take bfloat16, else float.
+template <class E>
 struct Group {
   const Blocks& b;
   BlockArrays& a;
@@ -67,9 +68,16 @@ struct Group {
 
   // One product, by `panel`, which makes one panel of the weights' outputs.
   template <class Panel>
-  void multiply(Panel panel, const float* x, const float* weight, int64_t width, int64_t depth, float* y,
+  void multiply(Panel panel, const float* x, const void* weight, int64_t width, int64_t depth, float* y,
                 int64_t stride) const {
-    const Product p{x, weight, a.rows, a.padded, round_up(width, PANEL), depth, y, stride};
+    const Product<E> p{reinterpret_cast<const E*>(x),
+                       static_cast<const E*>(weight),
+                       a.rows,
+                       a.padded,
+                       round_up(width, PANEL),
+                       steps<E>(depth),
+                       y,
+                       stride};
     team.each(p.width / PANEL, 4, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) panel(p, n);
     });
@@ -84,7 +92,7 @@ struct Group {
           const int64_t row = block * LANES + l;
           factor[l] = row >= a.rows ? 0.0f : eps ? rms_factor(rows + row * stride, n, *eps) : 1.0f;
         }
-        pack_rows(rows + block * LANES * stride, stride, n, factor, a.x, block * LANES);
+        pack_rows(rows + block * LANES * stride, stride, n, factor, reinterpret_cast<E*>(a.x), block * LANES);
       }
     });
   }
@@ -98,7 +106,8 @@ struct Group {
   void attend_window(const Layer& l, int64_t pass) const;
 };
 
-void Group::convolve_inputs(const Layer& l, int64_t pass) const {
+template <class E>
+void Group<E>::convolve_inputs(const Layer& l, int64_t pass) const {
   const int64_t kept = first * (l.W - 1) * l.channels();
   Convolution c{};
   c.sequences = sequences;
@@ -116,7 +125,8 @@ void Group::convolve_inputs(const Layer& l, int64_t pass) const {
 }
 
 // g = log sigmoid(decay + bias), beta = strength sigmoid(.)
-void Group::rates(const Layer& l) const {
+template <class E>
+void Group<E>::rates(const Layer& l) const {
   const int64_t stride = round_up(l.into_width, PANEL);
   const float* from = a.wide + l.channels() + l.HV * l.V;
   for (int64_t row = 0; row < a.rows; ++row) {
@@ -128,7 +138,8 @@ void Group::rates(const Layer& l) const {
   }
 }
 
-void Group::ingest(const Layer& l) const {
+template <class E>
+void Group<E>::ingest(const Layer& l) const {
   const int64_t size = l.HV * l.K * l.V, count = sequences * size;
   float* state = l.state + first * size;
   std::memcpy(a.before, state, count * sizeof(float));
@@ -171,7 +182,8 @@ void Group::ingest(const Layer& l) const {
   a.sums[1] += after;
 }
 
-void Group::mix_recurrent(const Layer& l, int64_t pass) const {
+template <class E>
+void Group<E>::mix_recurrent(const Layer& l, int64_t pass) const {
   convolve_inputs(l, pass);
   rates(l);
   ingest(l);
@@ -189,7 +201,8 @@ void Group::mix_recurrent(const Layer& l, int64_t pass) const {
   pack(a.normed, l.HV * l.V, l.HV * l.V, nullptr);
 }
 
-void Group::attend_window(const Layer& l, int64_t pass) const {
+template <class E>
+void Group<E>::attend_window(const Layer& l, int64_t pass) const {
   const int64_t D = b.d / l.H, S = l.kept + b.L;
   const bool last = pass + 1 == b.passes;
   team.each(sequences * l.H, 1, [&](int64_t begin, int64_t end) {
@@ -221,21 +234,23 @@ void Group::attend_window(const Layer& l, int64_t pass) const {
   pack(a.mixed, b.d, b.d, nullptr);
 }
 
-void Group::run_pass(int64_t pass) const {
+template <class E>
+void Group<E>::run_pass(int64_t pass) const {
   a.sums[0] = a.sums[1] = 0;
   for (const Layer& l : b.layers) {
     pack(a.h, a.d_padded, b.d, &l.mixer_eps);
-    multiply(multiply_panel<false>, a.x, l.into, l.into_width, b.d, a.wide, round_up(l.into_width, PANEL));
+    multiply(multiply_panel<false, E>, a.x, l.into, l.into_width, b.d, a.wide, round_up(l.into_width, PANEL));
     l.recurrent ? mix_recurrent(l, pass) : attend_window(l, pass);
-    multiply(multiply_panel<true>, a.x, l.out, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
+    multiply(multiply_panel<true, E>, a.x, l.out, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
     pack(a.h, a.d_padded, b.d, &l.mlp_eps);
-    multiply(multiply_squared_relu, a.x, l.up, l.hidden, b.d, a.wide, 0);
-    multiply(multiply_panel<true>, a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
+    multiply(multiply_squared_relu<E>, a.x, l.up, l.hidden, b.d, a.wide, 0);
+    multiply(multiply_panel<true, E>, a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
   }
 }
 
 // changes [passes][2]: sums of squares over the group's states, of a pass's change, and after it.
-void Group::run(double* changes) const {
+template <class E>
+void Group<E>::run(double* changes) const {
   float* h = b.h + first * b.L * b.d;
   const size_t row_bytes = b.d * sizeof(float);
   std::memset(a.h, 0, a.padded * a.d_padded * sizeof(float));
@@ -259,5 +274,8 @@ void Group::run(double* changes) const {
 
 void run_group(const Blocks& b, int64_t first, int64_t sequences, bool shared, double* changes) {
   BlockArrays& arrays = thread_local_arrays<BlockArrays>(b, sequences);
-  Group{b, arrays, Team{shared}, first, sequences}.run(changes);
+  if constexpr (DOTS) {
+    if (b.pairs) return Group<Pair>{b, arrays, Team{shared}, first, sequences}.run(changes);
+  }
+  Group<float>{b, arrays, Team{shared}, first, sequences}.run(changes);
 }

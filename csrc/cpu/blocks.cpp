@@ -39,8 +39,10 @@ void sleep_blocks(const Blocks& b) {
 
 int64_t panel_width() { return implementation().panel_width; }
 
-void pack_weight(const float* matrix, int64_t n, int64_t depth, const float* scale, float* packed) {
-  implementation().pack_weight(matrix, n, depth, scale, packed);
+bool multiplies_pairs() { return implementation().pairs; }
+
+void pack_weight(const float* matrix, int64_t n, int64_t depth, const float* scale, bool pairs, void* packed) {
+  implementation().pack_weight(matrix, n, depth, scale, pairs, packed);
 }
 
 }  // namespace sleepkern

@@ -181,6 +181,7 @@ const Implementation table = {
     run_group,
     pack_matrix,
     PANEL,
+    DOTS,
     peak,
 };
 

@@ -36,6 +36,7 @@ class BlocksCase:
     batch    windows
     passes   N
     threads  None, the bench's own
+    dtype    of weights and window
     """
 
     label: str
@@ -46,9 +47,14 @@ class BlocksCase:
     batch: int
     passes: int = 4
     threads: int | None = None
+    dtype: torch.dtype = torch.float32
 
     op = "blocks"
-    tolerance = TOLERANCE[torch.float32]
+
+    @property
+    def tolerance(self) -> float:
+        """Of the result."""
+        return TOLERANCE[self.dtype]
 
     @property
     def rule(self) -> Rule:
@@ -56,14 +62,10 @@ class BlocksCase:
         return GATED_DELTA_RULE
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of its weights."""
-        return torch.float32
-
-    @property
     def name(self) -> str:
         """Unique, e.g. "blocks rule 110 L=24 d=256 x4 B=1 N=4"."""
         name = f"blocks {self.label} L={self.L} d={self.width} x{self.blocks} B={self.batch} N={self.passes}"
+        name += "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
         return name + (f" threads={self.threads}" if self.threads is not None else "")
 
     @property
@@ -86,10 +88,11 @@ class BlocksCase:
     def prepare(self, quick: bool) -> Prepared:
         """torch.compile takes a minute to compile and is left out when quick."""
         torch.manual_seed(0)
-        model = SleepLM(2, self.width, self.heads, self.blocks, self.L, factor=4)
-        exact, blocks, few = copy.deepcopy(model).double(), model.blocks(), torch.randn(2, self.L, self.width)
+        model = SleepLM(2, self.width, self.heads, self.blocks, self.L, factor=4).to(self.dtype)
+        exact, blocks = copy.deepcopy(model).double(), model.blocks()
+        few = torch.randn(2, self.L, self.width, dtype=self.dtype)
         true = one_by_one(few.double(), exact.blocks(), self.passes).h
-        h = torch.randn(self.batch, self.L, self.width)
+        h = torch.randn(self.batch, self.L, self.width, dtype=self.dtype)
 
         def modules(h: Tensor) -> Tensor:
             return one_by_one(h, blocks, self.passes).h
@@ -105,11 +108,15 @@ class BlocksCase:
         return Prepared(relative_error(sleep_blocks(few, blocks, passes=self.passes).h, true), calls)
 
 
-def _sizes(batches: tuple[int, ...], **options: Any) -> tuple[BlocksCase, ...]:
-    """Of the paper: Rule 110, and Depo."""
-    sizes = (("rule 110", 24, 256, 4, 4), ("depo", 75, 512, 8, 10))
-    return tuple(BlocksCase(*size, batch, **options) for size in sizes for batch in batches)
+_RULE_110, _DEPO = ("rule 110", 24, 256, 4, 4), ("depo", 75, 512, 8, 10)
+"""Of the paper."""
 
 
-CASES = _sizes((1, 64)) + _sizes((1,), threads=2)
+def _cases(*batches: tuple[int, ...], **options: Any) -> tuple[BlocksCase, ...]:
+    """Those of Rule 110 with the first batches, of Depo with the second."""
+    sizes = zip((_RULE_110, _DEPO), batches, strict=True)
+    return tuple(BlocksCase(*size, batch, **options) for size, some in sizes for batch in some)
+
+
+CASES = _cases((1, 64), (1, 64)) + _cases((1, 64), (1,), dtype=torch.bfloat16) + _cases((1, 64), (1,), threads=2)
 QUICK = (BlocksCase("rule 110", 24, 256, 4, 4, 1),)

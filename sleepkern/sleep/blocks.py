@@ -105,10 +105,10 @@ class _How(NamedTuple):
 
 
 def _run(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], how: _How) -> Slept:
-    """In one launch, or by C++ in float32 whatever the types; results in those that the modules leave."""
+    """In one launch, or by C++, in float32 but for products with weights; results in the types that modules leave."""
     if h.device.type == "cuda":
         return Slept(*packed_cuda.run(h, blocks, states, *how))
-    out, after, changes = native.packed(blocks).run(h.float(), states, *how)
+    out, after, changes = native.packed(blocks, h.dtype).run(h.float(), states, *how)
     return Slept(out.to(h.dtype), [_like(x, h.dtype) for x in after], changes)
 
 

@@ -25,10 +25,14 @@ _packed: WeakKeyDictionary[HybridBlock, Packed] = WeakKeyDictionary()
 
 
 class Packed:
-    """Weights of a stack of blocks, each norm multiplied into the product after it; see csrc/blocks.h."""
+    """Weights of a stack of blocks, each norm multiplied into the product after it; see csrc/blocks.h.
 
-    def __init__(self, blocks: Sequence[HybridBlock]) -> None:
+    pairs: in bfloat16, two in the place of a float32.
+    """
+
+    def __init__(self, blocks: Sequence[HybridBlock], pairs: bool) -> None:
         self.blocks = list(blocks)
+        self.pairs = pairs
         self.width: int = blocks[0].mixer_norm.weight.shape[0]
         self.version = _version(blocks)
         self.alive: list[Tensor] = []
@@ -86,9 +90,10 @@ class Packed:
         """The address of a packed matrix [n, depth], columns times the gains of the norm before it."""
         n, depth = weight.shape
         panel = _C.panel_width()
-        packed = torch.empty(-(-n // panel) * panel * depth)
+        packed = torch.empty(-(-n // panel) * panel * (-(-depth // 2) if self.pairs else depth))
         matrix, scale = weight.detach().float().contiguous(), None if norm is None else norm.detach().float()
-        _C.pack_weight(matrix.data_ptr(), n, depth, 0 if scale is None else scale.data_ptr(), packed.data_ptr())
+        scale_address = 0 if scale is None else scale.data_ptr()
+        _C.pack_weight(matrix.data_ptr(), n, depth, scale_address, self.pairs, packed.data_ptr())
         self.alive.append(packed)
         return packed.data_ptr()
 
@@ -105,7 +110,7 @@ class Packed:
             layers.append(layer | addresses)
             after.append(now)
             alive.append(read)
-        _C.sleep_blocks(B, L, d, passes, reinject, carry, layers, h.data_ptr(), changes.data_ptr())
+        _C.sleep_blocks(B, L, d, passes, reinject, carry, self.pairs, layers, h.data_ptr(), changes.data_ptr())
         squares = changes.sqrt()
         return h, after, (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
 
@@ -121,12 +126,20 @@ def why_not(blocks: Sequence[HybridBlock]) -> str | None:
     return None
 
 
-def packed(blocks: Sequence[HybridBlock]) -> Packed:
-    """Of these blocks, made anew if their weights are not what they were."""
+def packed(blocks: Sequence[HybridBlock], dtype: torch.dtype) -> Packed:
+    """Of these blocks for h of this type, made anew if their weights are not what they were."""
+    pairs = multiplies_bfloat16(dtype)
     found = _packed.get(blocks[0])
-    if found is None or found.blocks != list(blocks) or found.version != _version(blocks):
-        found = _packed[blocks[0]] = Packed(blocks)
+    if found is None or found.blocks != list(blocks) or found.pairs != pairs or found.version != _version(blocks):
+        found = _packed[blocks[0]] = Packed(blocks, pairs)
     return found
+
+
+def multiplies_bfloat16(dtype: torch.dtype) -> bool:
+    """Whether products with weights take bfloat16 for h of this type: where the machine multiplies it in one
+    instruction, and h is bfloat16, or float32 of which torch.set_float32_matmul_precision("medium") allows it."""
+    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    return bool(_C.multiplies_pairs()) and (dtype == torch.bfloat16 or allowed)
 
 
 def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
