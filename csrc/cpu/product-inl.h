@@ -9,6 +9,7 @@
 // a handful, come past it from L2. The weights after it, which follow in memory, are asked for meanwhile.
 
 constexpr int64_t DEPTH = 256;
+constexpr int64_t STRIDE = 16;  // steps of a tile between two askings: many at once would keep its own loads waiting
 
 template <class E>
 struct Product {
@@ -19,18 +20,22 @@ struct Product {
   int64_t stride;                      // of row-major y
 };
 
-// Asks for the weights that follow, a share of them with each tile.
+// Asks for the weights that follow, a share of them each time; `times` in all.
 struct Following {
   const char* next;
   int64_t share;
 
   template <class E>
-  Following(const E* weights, int64_t count, int64_t tiles)
-      : next(reinterpret_cast<const char*>(weights)), share(count / tiles * static_cast<int64_t>(sizeof(E))) {}
+  Following(const E* weights, int64_t count, int64_t times)
+      : next(reinterpret_cast<const char*>(weights)),
+        share((count * static_cast<int64_t>(sizeof(E)) + times - 1) / times) {}
   void step() {
-    for (int64_t n = 0; n < share; n += 64, next += 64) __builtin_prefetch(next, 0, 2);
+    for (const char* end = next + share; next < end; next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
+
+// How often tiles `depth` deep ask.
+SLEEPKERN_INLINE int64_t askings(int64_t tiles, int64_t depth) { return tiles * ((depth + STRIDE - 1) / STRIDE); }
 
 // y = x w, or y += x w: all rows of panel number `panel` of the weights, row-major.
 template <bool ADD, class E>
@@ -38,9 +43,8 @@ SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
   for (int64_t first = 0; first < p.depth; first += DEPTH) {
     const int64_t depth = min_of(DEPTH, p.depth - first);
     const E* w = p.weight + (panel * p.depth + first) * PANEL;
-    Following following(w + depth * PANEL, depth * PANEL, (p.rows + ROWS - 1) / ROWS);
+    Following following(w + depth * PANEL, depth * PANEL, askings((p.rows + ROWS - 1) / ROWS, depth));
     for (int64_t row = 0; row < p.rows; row += ROWS) {
-      following.step();
       const E* x = p.x + row / PANEL * PANEL * p.depth + first * PANEL + row % PANEL;
       float* y = static_cast<float*>(p.y) + row * p.stride + panel * PANEL;
       Tile t;
@@ -49,7 +53,10 @@ SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
         SLEEPKERN_EACH_ROW(r)
           SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(y + r * p.stride + n * LANES);
       }
-      multiply_add<1>(t, x, w, depth);
+      for (int64_t d = 0; d < depth; d += STRIDE) {
+        following.step();
+        multiply_add<1>(t, x + d * PANEL, w + d * PANEL, min_of(STRIDE, depth - d));
+      }
       SLEEPKERN_EACH_ROW(r)
         SLEEPKERN_EACH_VEC(n) store(y + r * p.stride + n * LANES, t.at[r][n]);
     }
@@ -62,7 +69,8 @@ SLEEPKERN_INLINE Vec squared_relu(Vec z) {
 
 // OUTPUTS outputs of VECTORS vectors of rows, a piece of y in panels: the squares of what is positive, if last.
 template <int OUTPUTS, int VECTORS, class E>
-SLEEPKERN_INLINE void turned_tile(const E* w, const E* x, int64_t depth, bool begun, bool last, E* y) {
+SLEEPKERN_INLINE void turned_tile(const E* w, const E* x, int64_t depth, bool begun, bool last, E* y,
+                                  Following& following) {
   Vec t[OUTPUTS][VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < OUTPUTS; ++r) {
@@ -72,6 +80,7 @@ SLEEPKERN_INLINE void turned_tile(const E* w, const E* x, int64_t depth, bool be
     }
   }
   for (int64_t d = 0; d < depth; ++d) {
+    if (d % STRIDE == 0) following.step();
 #pragma GCC unroll 16
     for (int r = 0; r < OUTPUTS; ++r) {
       const E a = w[d * PANEL + r];
@@ -101,17 +110,16 @@ SLEEPKERN_STAGE void multiply_squared_relu(const Product<E>& p, int64_t panel) {
     const int64_t depth = min_of(most, p.depth - first);
     const bool begun = first > 0, last = first + depth == p.depth;
     const E* w = p.weight + (panel * p.depth + first) * PANEL;
-    Following following(w + depth * PANEL, depth * PANEL, p.padded / ROWS);
+    Following following(w + depth * PANEL, depth * PANEL, askings(p.padded / ROWS, depth));
     for (int64_t row = 0; row < p.rows; row += PANEL) {
       const E* x = p.x + row * p.depth + first * PANEL;
       E* y = static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * PANEL;
       const bool half = p.rows - row <= LANES;
       for (int64_t i = 0; i < PANEL; i += half ? 2 * ROWS : ROWS) {
-        following.step();
         if (half) {
-          turned_tile<2 * ROWS, 1>(w + i, x, depth, begun, last, y + steps<E>(i) * PANEL);
+          turned_tile<2 * ROWS, 1>(w + i, x, depth, begun, last, y + steps<E>(i) * PANEL, following);
         } else {
-          turned_tile<ROWS, VECS>(w + i, x, depth, begun, last, y + steps<E>(i) * PANEL);
+          turned_tile<ROWS, VECS>(w + i, x, depth, begun, last, y + steps<E>(i) * PANEL, following);
         }
       }
     }
