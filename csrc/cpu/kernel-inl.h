@@ -1,7 +1,7 @@
 // Everything, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name) and
 // SLEEPKERN_LANES (floats per vector); everything below it has internal linkage in that namespace.
 
-#ifdef __AVX512BF16__
+#ifdef __F16C__
 #include <immintrin.h>
 #endif
 

@@ -93,6 +93,23 @@ SLEEPKERN_INLINE HalfVec to_bfloat16(Vec x) {
   return __builtin_convertvector(select(nan, broadcast_bits(0x7fc0u), rounded), HalfVec);
 }
 
+// Masks that keep everything, because gcc's header has the plain intrinsics read a register it never set, and warns.
+#if SLEEPKERN_LANES == 16 && defined(__AVX512F__)
+SLEEPKERN_INLINE Vec from_float16(HalfVec h) {
+  return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
+}
+SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
+  return reinterpret_cast<HalfVec>(
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif SLEEPKERN_LANES == 8 && defined(__F16C__)
+SLEEPKERN_INLINE Vec from_float16(HalfVec h) {
+  return reinterpret_cast<Vec>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(h)));
+}
+SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
+  return reinterpret_cast<HalfVec>(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
 // The exponent is moved by a product with 2^112, which also normalises subnormals; inf and NaN get theirs back.
 SLEEPKERN_INLINE Vec from_float16(HalfVec h) {
   BitVec u = __builtin_convertvector(h, BitVec);
@@ -117,6 +134,7 @@ SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
   BitVec bits = select(is_huge, huge, select(is_tiny, tiny, normal)) | (sign >> 16);
   return __builtin_convertvector(bits, HalfVec);
 }
+#endif
 
 // n < LANES numbers, one by one: a memcpy of unknown size would be a call into libc.
 template <class T>

@@ -43,8 +43,12 @@ def why_not(problem: Problem) -> str | None:
 
 def kernel(problem: Problem) -> str:
     """One line on the code that runs."""
-    form = "token by token" if _C.step_limit() >= problem.T else "chunked"
-    return f"C++ {_C.isa()}, {form}" + (f", replay {method_of(problem)}" if problem.passes > 1 else "")
+    if problem.passes > 1:
+        return f"C++ {_C.isa()}, replay {method_of(problem)}"
+    if _C.step_limit() >= problem.T:
+        return f"C++ {_C.isa()}, token by token"
+    rounded = _C.multiplies_pairs() and problem.dtype == torch.bfloat16 and problem.rule.gate == "head"
+    return f"C++ {_C.isa()}, chunked" + (", products of bfloat16" if rounded else "")
 
 
 def method_of(problem: Problem) -> str:
