@@ -19,6 +19,10 @@ Options of every rule:
     cu_seqlens               [n+1] int32 or int64: B = 1 and n sequences laid end to end, one state each
     backend                  name of a backend (see `explain`), default the best that can
 
+Sums and states are float32, float64 for float64 inputs. Products of bfloat16 inputs take bfloat16 operands on a GPU,
+and on processors that multiply it in one instruction where the rule decays by head; elsewhere float32 ones (`explain`
+says which).
+
 All are differentiable in every tensor, run under torch.compile(fullgraph=True) and autocast, and raise ValueError or
 TypeError naming the argument, what it got and what it expects, before any kernel runs.
 """

@@ -12,7 +12,7 @@ SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes,
     load_values(c, w, panel);
     const Operands<float> x = operands<float>(w, panel);
     if (c.p.delta) subtract_held(c, w, x);
-    update_state(c, w, x, state, nullptr, ahead);
+    update_state(c, w, x, state, ahead);
     for (int64_t x = c.padded * PANEL; x < CHUNK * PANEL; x += LANES) store(w.values + x, Vec{});
   }
   w.values = values;

@@ -73,9 +73,9 @@ SLEEPKERN_STAGE void read_out(const Chunk& c, const Workspace& w, const Operands
   }
 }
 
-// pairs: where the state goes as pairs, too, if E is Pair.
+// With pairs the state goes to x.state, too.
 template <class E>
-SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, const Operands<E>& x, float* state, Pair* pairs,
+SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, const Operands<E>& x, float* state,
                                   Ahead& ahead) {
   for (int64_t d = 0; d < w.K; d += ROWS) {
     Tile t;
@@ -87,7 +87,7 @@ SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, const Oper
     if constexpr (IS_PAIR<E>) {
       SLEEPKERN_EACH_ROW(r) {
         if (r % 2 != 0) continue;
-        SLEEPKERN_EACH_VEC(n) store(pairs + (d + r) / 2 * PANEL + n * LANES, interleave(t.at[r][n], t.at[r + 1][n]));
+        SLEEPKERN_EACH_VEC(n) store(x.state + (d + r) / 2 * PANEL + n * LANES, interleave(t.at[r][n], t.at[r + 1][n]));
       }
     }
   }
@@ -105,8 +105,7 @@ SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, Ahead& ahead) {
     if (c.p.delta) subtract_held(c, w, x);
     if constexpr (IS_PAIR<E>) pair_rows(w.values, c.padded, w.value_pairs);
     if (c.p.reads) read_out(c, w, x, panel);
-    const int64_t at = panel * w.K_rows * PANEL;
-    update_state(c, w, x, w.state + at, w.state_pairs + at / 2, ahead);
+    update_state(c, w, x, w.state + panel * w.K_rows * PANEL, ahead);
   }
 }
 

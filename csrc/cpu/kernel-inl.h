@@ -100,7 +100,7 @@ SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns
       const Chunk chunk(p, first, min_of(CHUNK, now.end - first), (now.unit + h) % p.HV);
       Ahead ahead = foresee(p, w, now, following, first, h);
       w.state = w.states + h * w.state_size;
-      w.state_pairs = w.states_pairs + h * w.state_size / 2;
+      if (IS_PAIR<E>) w.state_pairs = w.states_pairs + h * w.state_size / 2;
       if (first == now.begin) {
         load_state(w, p.state, now.unit + h, w.state);
         if (IS_PAIR<E>) pair_state(w);

@@ -154,7 +154,8 @@ static T& thread_local_arrays(const Args&... args) {
 // Operands of the products of one value panel, E: float or Pair.
 template <class E>
 struct Operands {
-  const E *keys, *readers, *writers, *scores, *values, *state;
+  const E *keys, *readers, *writers, *scores, *values;
+  E* state;
 };
 
 template <class E>

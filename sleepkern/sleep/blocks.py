@@ -57,7 +57,9 @@ def sleep_blocks(
             window, or "carry", the window's own end.
 
     On the CPU all of it is one call of C++: groups of sequences go through all passes and blocks without leaving the
-    caches. On a GPU it is one launch, whose products multiply in bfloat16. With gradients h and the fast weights are
+    caches. Products with weights multiply in bfloat16 where h is that, or float32 of which
+    torch.set_float32_matmul_precision("medium") allows it, and the processor does it in one instruction. On a GPU it is
+    one launch, whose products multiply in bfloat16. With gradients h and the fast weights are
     kept between passes only, and each pass is run again in the backward. What `why_not` names runs module by module.
 
     Raises:
