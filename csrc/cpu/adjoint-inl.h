@@ -311,7 +311,7 @@ static void foresee(const Next& next, const Workspace& w, const Gradients& out, 
   if (p.gate == Gate::channel) ahead.add(c, {out.dg, p.HV * w.K, p.g.type}, c.head * w.K, w.K);
   if (p.reads) ahead.add(c, out.dout, c.head * w.V, w.V);
   if (p.reads) ahead.add(c, {out.dq, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
-  for (const float* states : {p.state, out.dfinal, const_cast<const float*>(out.dstate)}) {
+  for (const float* states : {p.state, out.dfinal, static_cast<const float*>(out.dstate)}) {
     if (next.unit >= 0 && states) ahead.add_state(p, states, next.unit);
   }
 }

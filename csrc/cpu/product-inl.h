@@ -126,7 +126,7 @@ SLEEPKERN_STAGE void multiply_squared_relu(const Product<E>& p, int64_t panel) {
   }
 }
 
-// Up to LANES numbers of row l, times its factor, zeros behind them. Rows with factor 0 need not be there.
+// Up to LANES numbers of a row, times its factor, zeros behind them. A row with factor 0 need not be there.
 SLEEPKERN_INLINE void scaled_part(const float* row, int64_t n, float factor, float* out) {
   if (n >= LANES) return store(out, factor == 0 ? Vec{} : load(row) * factor);
   store(out, Vec{});

@@ -9,15 +9,15 @@
 //
 //   Z_2m = 2 gamma^m Z_m - Z_m Z_m;   G_2m = (1 + gamma^m) G_m - Z_m G_m;   C_2m = 2 gamma^m C_m - Z_m C_m
 //
-// Keys that resemble each other have Y grow in directions that Kt^T maps to almost nothing: at correlation .99 and b =
-// 2 sixteen passes lose two digits, and powers of the map lose more. So for more than a few passes the factors are
-// balanced first: with Kt Kt^T = R^T R (Cholesky),
+// Keys that resemble each other have Y grow in directions that Kt^T maps to almost nothing: at correlation .99, b = 2,
+// sixteen passes lose a digit and a half, and powers of the map lose more. So for more than a few passes the factors
+// are balanced first: with Kt Kt^T = R^T R (Cholesky),
 //
 //   U <- R U,  W <- R W,  Kt <- R^-T Kt
 //
 // leaves Kt^T U and Kt^T W as they are, and makes |Y| the size of what it adds to the state, which no pass grows.
 
-constexpr int64_t UNBALANCED_PASSES = 4;
+constexpr int64_t UNBALANCED_PASSES = 4;  // up to so many lose less than the factors have lost already
 
 // Square matrices over the block's rows, [REPLAY_BLOCK / PANEL][REPLAY_BLOCK][PANEL], and rows of one value panel.
 struct Rank {
@@ -74,7 +74,7 @@ SLEEPKERN_STAGE void advance(const Factors& f, const float* Z, float by, const f
   }
 }
 
-// Rows j .. of a tile, forward: row r is divided by its diagonal, m[r][r], after losing m[j][r] times row j for j < r.
+// As substitute, but with a diagonal: row r is divided by m[r][r] after it lost m[j][r] times row j for every j < r.
 SLEEPKERN_INLINE void substitute_divided(Tile& t, const float* m, const float* inverse_diagonal) {
   SLEEPKERN_EACH_ROW(j) {
     const Vec by = broadcast(inverse_diagonal[j]);
@@ -114,7 +114,7 @@ SLEEPKERN_STAGE void factor(const Factors& f, const Rank& x, float* inverse_diag
       Tile t;
       load(t, panel + i * PANEL);
       multiply_add<-1>(t, above, panel, i);
-      if (j > i - PANEL && j <= i) {
+      if (j <= i) {
         factor_diagonal(t, panel, i, inverse_diagonal);
         for (int64_t r = i; r < i + ROWS; ++r) {
           for (int64_t l = 0; l < r - j; ++l) panel[r * PANEL + l] = 0;

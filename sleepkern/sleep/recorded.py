@@ -8,6 +8,7 @@ transformers is imported here, so that models of older versions can be adapted t
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ class Call(NamedTuple):
         return _tensor(self.block(h, *self.arguments, **self.options))
 
 
-class RecordedStack:
+class RecordedStack(ABC):
     """The blocks of a causal language model; a subclass says what its memory is, a Memory with the model's `cache`."""
 
     tuples = False
@@ -61,9 +62,9 @@ class RecordedStack:
     def __len__(self) -> int:
         return len(self.base.layers)
 
+    @abstractmethod
     def memory(self) -> Memory:
         """An empty one."""
-        raise NotImplementedError
 
     def open(self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
         calls: list[Any] = []
