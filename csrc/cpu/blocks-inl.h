@@ -73,7 +73,6 @@ struct Group {
     const Product<E> p{reinterpret_cast<const E*>(x),
                        static_cast<const E*>(weight),
                        a.rows,
-                       a.padded,
                        round_up(width, PANEL),
                        steps<E>(depth),
                        y,

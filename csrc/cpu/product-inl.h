@@ -5,19 +5,20 @@
 // side by side, as row-major y wants them; with the weights there it is ROWS outputs of PANEL rows, which is a piece of
 // y in panels, ready to be the next product's x.
 //
-// A panel of weights, DEPTH deep, stays in L1 (16 KB with 8 lanes) while the panels of x, of which a group of rows has
-// a handful, come past it from L2. The weights after it, which follow in memory, are asked for meanwhile.
+// A panel of weights, DEPTH deep, stays in L1 or next to it (32 KB with 8 lanes, 64 with 16) while the panels of x, of
+// which a group of rows has a handful, come past it from L2: less depth would keep it in L1 and fetch sums more often,
+// which is a hundredth slower. The weights after it, which follow in memory, are asked for meanwhile.
 
-constexpr int64_t DEPTH = 256;
+constexpr int64_t DEPTH = 512;
 constexpr int64_t STRIDE = 16;  // steps of a tile between two askings: many at once would keep its own loads waiting
 
 template <class E>
 struct Product {
-  const E* x;                          // panels of `rows` rows
-  const E* weight;                     // panels of `width` outputs
-  int64_t rows, padded, width, depth;  // rows, and those up to a whole panel; width: of whole panels, too; depth: steps
-  void* y;                             // float, row-major; or E, in panels
-  int64_t stride;                      // of row-major y
+  const E* x;                  // panels of `rows` rows
+  const E* weight;             // panels of `width` outputs
+  int64_t rows, width, depth;  // width: of whole panels; depth: steps
+  void* y;                     // float, row-major; or E, in panels
+  int64_t stride;              // of row-major y
 };
 
 // Asks for the weights that follow, a share of them each time; `times` in all.
@@ -37,6 +38,41 @@ struct Following {
 // How often tiles `depth` deep ask.
 SLEEPKERN_INLINE int64_t askings(int64_t tiles, int64_t depth) { return tiles * ((depth + STRIDE - 1) / STRIDE); }
 
+// Adds to a tile, asking for weights on the way.
+template <int HEIGHT, class E>
+SLEEPKERN_INLINE void accumulate(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth,
+                                 Following& following) {
+  for (int64_t d = 0; d < depth; d += STRIDE) {
+    following.step();
+    multiply_add<1>(t, left + d * PANEL, right + d * PANEL, min_of(STRIDE, depth - d));
+  }
+}
+
+// HEIGHT rows of row-major y, `add` to what is there or in its place.
+template <int HEIGHT, class E>
+SLEEPKERN_INLINE void multiply_tile(const E* x, const E* w, int64_t depth, bool add, float* y, int64_t stride,
+                                    Following& following) {
+  TileOf<HEIGHT> t;
+  add ? load(t, y, stride) : clear(t);
+  accumulate(t, x, w, depth, following);
+  store(t, y, stride);
+}
+
+// Rows [first_row, rows) of y, row-major; of a last tile that is at most half full only that half is made.
+template <class E>
+SLEEPKERN_INLINE void multiply_rows(const Product<E>& p, const E* x, const E* w, int64_t first_row, int64_t depth,
+                                    bool add, float* y, int64_t stride, Following& following) {
+  for (int64_t row = first_row; row < p.rows; row += ROWS) {
+    const E* left = x + row / PANEL * PANEL * p.depth + row % PANEL;
+    float* to = y + (row - first_row) * stride;
+    if (p.rows - row > ROWS / 2) {
+      multiply_tile<ROWS>(left, w, depth, add, to, stride, following);
+    } else {
+      multiply_tile<ROWS / 2>(left, w, depth, add, to, stride, following);
+    }
+  }
+}
+
 // y = x w, or y += x w: all rows of panel number `panel` of the weights, row-major.
 template <bool ADD, class E>
 SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
@@ -44,22 +80,8 @@ SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
     const int64_t depth = min_of(DEPTH, p.depth - first);
     const E* w = p.weight + (panel * p.depth + first) * PANEL;
     Following following(w + depth * PANEL, depth * PANEL, askings((p.rows + ROWS - 1) / ROWS, depth));
-    for (int64_t row = 0; row < p.rows; row += ROWS) {
-      const E* x = p.x + row / PANEL * PANEL * p.depth + first * PANEL + row % PANEL;
-      float* y = static_cast<float*>(p.y) + row * p.stride + panel * PANEL;
-      Tile t;
-      clear(t);
-      if (ADD || first > 0) {
-        SLEEPKERN_EACH_ROW(r)
-          SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(y + r * p.stride + n * LANES);
-      }
-      for (int64_t d = 0; d < depth; d += STRIDE) {
-        following.step();
-        multiply_add<1>(t, x + d * PANEL, w + d * PANEL, min_of(STRIDE, depth - d));
-      }
-      SLEEPKERN_EACH_ROW(r)
-        SLEEPKERN_EACH_VEC(n) store(y + r * p.stride + n * LANES, t.at[r][n]);
-    }
+    float* y = static_cast<float*>(p.y) + panel * PANEL;
+    multiply_rows(p, p.x + first * PANEL, w, 0, depth, ADD || first > 0, y, p.stride, following);
   }
 }
 
@@ -67,62 +89,26 @@ SLEEPKERN_INLINE Vec squared_relu(Vec z) {
   return z * reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) & reinterpret_cast<BitVec>(z > Vec{}));
 }
 
-// OUTPUTS outputs of VECTORS vectors of rows, a piece of y in panels: the squares of what is positive, if last.
-template <int OUTPUTS, int VECTORS, class E>
+// ROWS outputs of PANEL rows, a piece of y in panels; the squares of what is positive, if last.
+template <class E>
 SLEEPKERN_INLINE void turned_tile(const E* w, const E* x, int64_t depth, bool begun, bool last, E* y,
                                   Following& following) {
-  Vec t[OUTPUTS][VECTORS];
-#pragma GCC unroll 16
-  for (int r = 0; r < OUTPUTS; ++r) {
-#pragma GCC unroll 2
-    for (int n = 0; n < VECTORS; ++n) {
-      t[r][n] = begun ? reinterpret_cast<Vec>(load(y + r * PANEL + n * LANES)) : Vec{};
-    }
+  Tile t;
+  if constexpr (!IS_PAIR<E>) {
+    begun ? load(t, y) : clear(t);
+  } else {
+    clear(t);
   }
-  for (int64_t d = 0; d < depth; ++d) {
-    if (d % STRIDE == 0) following.step();
-#pragma GCC unroll 16
-    for (int r = 0; r < OUTPUTS; ++r) {
-      const E a = w[d * PANEL + r];
-#pragma GCC unroll 2
-      for (int n = 0; n < VECTORS; ++n) t[r][n] = multiply_add<1>(t[r][n], a, load(x + d * PANEL + n * LANES));
-    }
+  accumulate(t, w, x, depth, following);
+  if (last) {
+    SLEEPKERN_EACH_ROW(r)
+      SLEEPKERN_EACH_VEC(n) t.at[r][n] = squared_relu(t.at[r][n]);
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < OUTPUTS; ++r) {
-#pragma GCC unroll 2
-    for (int n = 0; n < VECTORS; ++n) {
-      if constexpr (!IS_PAIR<E>) {
-        store(y + r * PANEL + n * LANES, last ? squared_relu(t[r][n]) : t[r][n]);
-      } else if (r % 2 == 0) {
-        store(y + r / 2 * PANEL + n * LANES, interleave(squared_relu(t[r][n]), squared_relu(t[r + 1][n])));
-      }
-    }
-  }
-}
-
-// y = relu(x w)^2, in panels. Of a last panel that is at most half full only that half is made. Unfinished sums of
-// floats lie in y meanwhile; in pairs they would lose digits, so those go through the whole depth at once.
-template <class E>
-SLEEPKERN_STAGE void multiply_squared_relu(const Product<E>& p, int64_t panel) {
-  const int64_t most = IS_PAIR<E> ? p.depth : DEPTH;
-  for (int64_t first = 0; first < p.depth; first += most) {
-    const int64_t depth = min_of(most, p.depth - first);
-    const bool begun = first > 0, last = first + depth == p.depth;
-    const E* w = p.weight + (panel * p.depth + first) * PANEL;
-    Following following(w + depth * PANEL, depth * PANEL, askings(p.padded / ROWS, depth));
-    for (int64_t row = 0; row < p.rows; row += PANEL) {
-      const E* x = p.x + row * p.depth + first * PANEL;
-      E* y = static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * PANEL;
-      const bool half = p.rows - row <= LANES;
-      for (int64_t i = 0; i < PANEL; i += half ? 2 * ROWS : ROWS) {
-        if (half) {
-          turned_tile<2 * ROWS, 1>(w + i, x, depth, begun, last, y + steps<E>(i) * PANEL, following);
-        } else {
-          turned_tile<ROWS, VECS>(w + i, x, depth, begun, last, y + steps<E>(i) * PANEL, following);
-        }
-      }
-    }
+  if constexpr (!IS_PAIR<E>) {
+    store(t, y);
+  } else {
+    SLEEPKERN_EACH_OF(ROWS / 2, r)
+      SLEEPKERN_EACH_VEC(n) store(y + r * PANEL + n * LANES, interleave(t.at[2 * r][n], t.at[2 * r + 1][n]));
   }
 }
 
@@ -157,6 +143,53 @@ SLEEPKERN_STAGE void pack_rows(const float* rows, int64_t stride, int64_t n, con
       store(reinterpret_cast<float*>(to + (d + c) * PANEL), load(turned + c * LANES));
     }
   }
+}
+
+// Where outputs of panel number `panel` of the weights lie in a panel of rows of y.
+template <class E>
+SLEEPKERN_INLINE E* outputs_at(const Product<E>& p, int64_t row, int64_t panel) {
+  return static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * PANEL;
+}
+
+// y = relu(x w)^2, in panels, of whole panels of rows. Unfinished sums of floats lie in y meanwhile; in pairs they
+// would lose digits, so those go through the whole depth at once.
+template <class E>
+SLEEPKERN_STAGE void square_whole_panels(const Product<E>& p, int64_t panel) {
+  const int64_t most = IS_PAIR<E> ? p.depth : DEPTH, whole = p.rows / PANEL * PANEL;
+  for (int64_t first = 0; first < p.depth; first += most) {
+    const int64_t depth = min_of(most, p.depth - first);
+    const bool begun = first > 0, last = first + depth == p.depth;
+    const E* w = p.weight + (panel * p.depth + first) * PANEL;
+    Following following(w + depth * PANEL, depth * PANEL, askings(whole / ROWS, depth));
+    for (int64_t row = 0; row < whole; row += PANEL) {
+      E* y = outputs_at(p, row, panel);
+      for (int64_t i = 0; i < PANEL; i += ROWS) {
+        turned_tile(w + i, p.x + row * p.depth + first * PANEL, depth, begun, last, y + steps<E>(i) * PANEL, following);
+      }
+    }
+  }
+}
+
+// The same of the rows after them, which turned would be taken for a whole panel: made row-major and turned then.
+template <class E>
+SLEEPKERN_STAGE void square_last_rows(const Product<E>& p, int64_t panel) {
+  const int64_t first_row = p.rows / PANEL * PANEL, rows = p.rows - first_row;
+  alignas(64) float block[PANEL * PANEL], factor[PANEL];
+  const E* w = p.weight + panel * p.depth * PANEL;
+  Following following(w + p.depth * PANEL, first_row > 0 ? 0 : p.depth * PANEL,
+                      askings((rows + ROWS - 1) / ROWS, p.depth));
+  multiply_rows(p, p.x, w, first_row, p.depth, false, block, PANEL, following);
+  for (int64_t i = 0; i < rows * PANEL; i += LANES) store(block + i, squared_relu(load(block + i)));
+  for (int64_t row = 0; row < PANEL; ++row) factor[row] = row < rows ? 1.0f : 0.0f;
+  for (int64_t row = 0; row < PANEL; row += LANES) {
+    pack_rows(block + row * PANEL, PANEL, PANEL, factor + row, outputs_at(p, first_row, panel), row);
+  }
+}
+
+template <class E>
+SLEEPKERN_INLINE void multiply_squared_relu(const Product<E>& p, int64_t panel) {
+  if (p.rows >= PANEL) square_whole_panels(p, panel);
+  if (p.rows % PANEL) square_last_rows(p, panel);
 }
 
 // (mean of squares + eps)^-1/2 of n numbers.

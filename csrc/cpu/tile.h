@@ -17,27 +17,34 @@ constexpr int ROWS = LANES == 16 ? 8 : 4;
 constexpr int CHUNK = 32;
 static_assert(PANEL % ROWS == 0 && CHUNK % PANEL == 0, "tiles must not cross panels");
 
-struct Tile {
-  Vec at[ROWS][VECS];
+template <int HEIGHT>
+struct TileOf {
+  Vec at[HEIGHT][VECS];
 };
+using Tile = TileOf<ROWS>;
 
 // Loops over a tile are unrolled whole, or the accumulators would live in memory.
-#define SLEEPKERN_EACH_ROW(r) _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; ++r)
+#define SLEEPKERN_EACH_OF(height, r) _Pragma("GCC unroll 8") for (int r = 0; r < height; ++r)
+#define SLEEPKERN_EACH_ROW(r) SLEEPKERN_EACH_OF(ROWS, r)
 #define SLEEPKERN_EACH_VEC(n) _Pragma("GCC unroll 2") for (int n = 0; n < VECS; ++n)
 
-SLEEPKERN_INLINE void clear(Tile& t) {
-  SLEEPKERN_EACH_ROW(r)
+template <int HEIGHT>
+SLEEPKERN_INLINE void clear(TileOf<HEIGHT>& t) {
+  SLEEPKERN_EACH_OF(HEIGHT, r)
     SLEEPKERN_EACH_VEC(n) t.at[r][n] = Vec{};
 }
 
-SLEEPKERN_INLINE void load(Tile& t, const float* panel) {
-  SLEEPKERN_EACH_ROW(r)
-    SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(panel + r * PANEL + n * LANES);
+// Rows of a tile lie `stride` apart: those of a panel by default.
+template <int HEIGHT>
+SLEEPKERN_INLINE void load(TileOf<HEIGHT>& t, const float* from, int64_t stride = PANEL) {
+  SLEEPKERN_EACH_OF(HEIGHT, r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(from + r * stride + n * LANES);
 }
 
-SLEEPKERN_INLINE void store(const Tile& t, float* panel) {
-  SLEEPKERN_EACH_ROW(r)
-    SLEEPKERN_EACH_VEC(n) store(panel + r * PANEL + n * LANES, t.at[r][n]);
+template <int HEIGHT>
+SLEEPKERN_INLINE void store(const TileOf<HEIGHT>& t, float* to, int64_t stride = PANEL) {
+  SLEEPKERN_EACH_OF(HEIGHT, r)
+    SLEEPKERN_EACH_VEC(n) store(to + r * stride + n * LANES, t.at[r][n]);
 }
 
 // Row r times by[r].
@@ -49,12 +56,12 @@ SLEEPKERN_INLINE void scale_rows(Tile& t, const float* by) {
 }
 
 // tile += sign * left^T right over `depth` steps; left is a panel advanced to the tile's first row. E: float or Pair.
-template <int SIGN, class E>
-SLEEPKERN_INLINE void multiply_add(Tile& t, const E* left, const E* right, int64_t depth) {
+template <int SIGN, int HEIGHT, class E>
+SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth) {
   for (int64_t d = 0; d < depth; ++d) {
     decltype(load(right)) b[VECS];
     SLEEPKERN_EACH_VEC(n) b[n] = load(right + d * PANEL + n * LANES);
-    SLEEPKERN_EACH_ROW(r) {
+    SLEEPKERN_EACH_OF(HEIGHT, r) {
       const E a = left[d * PANEL + r];
       SLEEPKERN_EACH_VEC(n) t.at[r][n] = multiply_add<SIGN>(t.at[r][n], a, b[n]);
     }
