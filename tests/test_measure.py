@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+import time
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -79,6 +81,13 @@ def test_candidates_take_turns_and_inputs_rotate():
     turns = "".join(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])
     assert turns == "ab" * 4  # the warm-up, then three turns
     assert {i for _, i in log} == {0, 1}
+
+
+def test_slow_candidates_take_few_turns():
+    took = {"quick": 0.001, "slow": 0.05, "slowest": 0.15}
+    candidates = {name: timing.Candidate([lambda s=s: time.sleep(s)]) for name, s in took.items()}
+    times = timing.time_in_turns(candidates, seconds=0.1, turns=(3, 5))
+    assert [len(times[name].samples) for name in took] == [3, 3, 1]
 
 
 def test_ratio_is_the_median_of_the_turns():
@@ -193,6 +202,21 @@ def test_bench_reports_no_time_and_no_ratio_on_a_red_check(monkeypatch):
     assert (row.milliseconds, row.gflops, row.share_of_peak, row.peers) == (None, None, None, ())
 
 
+def test_bench_checks_what_it_times(monkeypatch):
+    """Right on the first tokens, wrong in the rest."""
+    right = cases_module.call
+
+    def spoiled(rule, inputs, **options):
+        o, S = right(rule, inputs, **options)
+        if options.get("backend") is None and o.shape[1] > bench_module.CHECKED_TOKENS:
+            o[:, -1] *= 2
+        return o, S
+
+    monkeypatch.setattr(cases_module, "call", spoiled)
+    (row,) = bench_cases([Case("forward", TINY.rule, Shape(T=400, H=1, HV=1, K=8, V=8))], quick=True).rows
+    assert not row.passed and row.milliseconds is None
+
+
 def test_a_wrong_peer_is_named_wrong_and_not_compared_with(monkeypatch):
     def doubled(case, inputs, threads):
         return lambda: tuple(2 * x for x in run(case, inputs))
@@ -257,7 +281,10 @@ def test_a_patched_function_is_not_taken_for_transformers(monkeypatch):
 
 def test_inputs_are_rotated_and_repeatable():
     sets = TINY.rotation()
-    assert len(sets) == cases_module.COPIES
+    assert len(sets) == cases_module.MOST_SETS and len(replace(TINY, cached=True).rotation()) == 1
+    few = Case("forward", TINY.rule, Shape(T=1000, H=4, HV=4, K=128, V=128)).rotation()
+    size = sum(x.numel() * x.element_size() for x in few[0].values() if x is not None)
+    assert cases_module.CACHE_BYTES <= size * len(few) < cases_module.CACHE_BYTES + size
     assert not torch.equal(sets[0]["k"], sets[1]["k"])
     train = Case("train", TINY.rule, TINY.shape)
     assert torch.equal(train.inputs()["do"], train.inputs()["do"])

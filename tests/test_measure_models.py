@@ -88,6 +88,26 @@ def test_a_stack_that_differs_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> N
     assert not row.passed and row.milliseconds is None and row.peers == ()
 
 
+@pytest.mark.parametrize("who", ["ours", "modules"])
+def test_a_stack_is_checked_on_all_that_is_timed(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong in the last window of a batch only: ours gets no time, a peer no ratio."""
+    right = stacks.sleep_blocks if who == "ours" else stacks.one_by_one
+
+    def spoiled(h: torch.Tensor, *args: Any, **options: Any) -> Any:
+        slept = right(h, *args, **options)
+        if h.dtype == torch.float32:
+            slept.h[-1] *= 2
+        return slept
+
+    monkeypatch.setattr(stacks, "sleep_blocks" if who == "ours" else "one_by_one", spoiled)
+    (row,) = bench_cases([BlocksCase("tiny", 9, 32, 2, 2, 20)], quick=True).rows
+    if who == "ours":
+        assert not row.passed and row.milliseconds is None and row.peers == ()
+    else:
+        (peer,) = row.peers
+        assert row.passed and peer.ratio is None and str(peer.note).startswith("wrong")
+
+
 def test_generating_attends_to_as_many_keys_every_time() -> None:
     lengths: list[int] = []
     model = build("qwen3_next")

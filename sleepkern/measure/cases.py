@@ -23,13 +23,13 @@ Result = tuple[Tensor | None, Tensor | None]
 """(readouts or None, final state or None)"""
 
 CACHE_BYTES = 64 << 20
-"""Sets of inputs are made until they exceed this, so that no cache holds them all."""
+"""Sets of inputs are made until they take as much, so that no cache holds them all."""
+MOST_SETS = 64
+"""But at most so many, of which those of a tiny case do stay in a cache."""
 MOST_CHECKED = 4
 """Sequences of a case whose result is checked."""
 MOST_DRAWN = 1024
 """Tokens of an input on a GPU that are drawn."""
-COPIES = 4
-"""But at most so many sets."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Case:
     method   of ingest
     threads  None takes the bench's own; a number overrides it, and the case is compared with ours
              on one thread
+    cached   always the same inputs, which a cache then holds if they fit into one
     """
 
     op: Op
@@ -51,6 +52,7 @@ class Case:
     passes: int = 1
     method: str = "auto"
     threads: int | None = None
+    cached: bool = False
 
     @property
     def name(self) -> str:
@@ -64,6 +66,7 @@ class Case:
             name += f" N={self.passes}"
         if self.method != "auto":
             name += f" {self.method}"
+        name += " cached" if self.cached else ""
         return name + (f" threads={self.threads}" if self.threads is not None else "")
 
     @property
@@ -120,10 +123,8 @@ class Case:
         """Sets of inputs to rotate through."""
         first = self.inputs(0, device)
         size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor))
-        return [
-            first,
-            *(self.inputs(i, device) for i in range(1, min(COPIES, -(-CACHE_BYTES // size)))),
-        ]
+        sets = 1 if self.cached else min(MOST_SETS, -(-CACHE_BYTES // size))
+        return [first, *(self.inputs(i, device) for i in range(1, sets))]
 
 
 def type_name(dtype: torch.dtype) -> str:
@@ -175,7 +176,7 @@ SUITES: dict[str, tuple[AnyCase, ...]] = {
     "heads": _cases("forward", 2048, K=64, V=64) + _cases("forward", 2048, K=96, V=256),
     "types": _cases("forward", 2048, dtype=torch.bfloat16),
     "rules": sum((_cases("forward", 2048, rule=rule) for rule in _RULES[1:]), ()),
-    "decode": _cases("decode", 1, 4, 16) + _cases("decode", 1, rule=KDA),
+    "decode": _cases("decode", 1, 4, 16) + _cases("decode", 1, rule=KDA) + _cases("decode", 1, cached=True),
     "ingest": (
         _cases("ingest", 64, 512, passes=4)
         + _cases("ingest", 64, 512, 2048, passes=16)

@@ -85,4 +85,8 @@ def _versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if "ggml-python" in found:  # pip builds it for the machine it runs on
+        from .peer_ggml import built_with
+
+        found["ggml-python"] += f" ({built_with()})"
     return found

@@ -92,8 +92,10 @@ class ModelCase:
         """Patched, and stock as the peer whose logits and tokens it has to have."""
         model = hybrid_model()
         error = check(model, self)
-        patched, stock = calls(model, self) if error <= CLOSE else (None, None)
-        return Prepared(error, {"ours": patched, "transformers": stock} if patched and stock else {})
+        if not error <= CLOSE:
+            return Prepared({}, {"ours": error})
+        patched, stock = calls(model, self)
+        return Prepared({"ours": patched, "transformers": stock}, {"ours": error, "transformers": 0.0})
 
 
 class Session(NamedTuple):

@@ -25,7 +25,8 @@ _GRAPH_BYTES = 1 << 20
 
 def built_with() -> str:
     """The instruction sets it was built with: a build without AVX2 would be no fair peer."""
-    built = [isa for isa in ("avx2", "fma", "avx512") if getattr(ggml, f"ggml_cpu_has_{isa}")()]
+    sets = ("avx2", "fma", "avx512", "avx512_vnni", "avx512_bf16")
+    built = [isa for isa in sets if getattr(ggml, f"ggml_cpu_has_{isa}")()]
     return ", ".join(built) or "no AVX2"
 
 

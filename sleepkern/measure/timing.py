@@ -2,7 +2,8 @@
 
 Candidates are timed in turns (A, B, A, B, ...), so that a drift of the machine meets all of them
 alike, and a ratio is the median of the quotients of one turn. Each candidate gets a warm-up and its
-inputs are rotated, so that no operand is found in a cache because the previous call left it there.
+inputs are rotated, so that no operand is found in a cache because the previous call left it there
+(cases.py says of how many sets).
 Short calls are repeated within one sample. On a GPU a sample lies between two events; elsewhere
 perf_counter is read.
 """
@@ -67,7 +68,8 @@ def time_in_turns(
     """Time all candidates in turns for about `seconds`, at least turns[0] and at most turns[1]
     turns.
 
-    A candidate whose call takes more than a third of `seconds` only takes part in the first turn.
+    A candidate whose call takes more than a third of `seconds` takes part in the first turns[0] only, and one whose
+    call takes longer than `seconds` in the first.
     """
     took = {name: _warm_up(c, device) for name, c in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -76,7 +78,7 @@ def time_in_turns(
         if turn >= turns[0] and time.perf_counter() - start > seconds:
             break
         for name, candidate in candidates.items():
-            if turn and took[name] > seconds / 3:
+            if turn and took[name] > seconds or turn >= turns[0] and took[name] > seconds / 3:
                 continue
             repeats = max(1, round(SHORTEST_SAMPLE / max(took[name], 1e-7)))
             with threads(candidate.threads):
