@@ -6,12 +6,35 @@
 
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 
 #include "problem.h"
 
 namespace sleepkern {
 
 using View = std::tuple<uintptr_t, int64_t, int>;
+
+// A dict of sizes and addresses; what it does not name raises KeyError.
+class Described {
+ public:
+  explicit Described(const pybind11::dict& values) : values_(values) {}
+
+  template <class T>
+  T get(const char* name) const {
+    if constexpr (std::is_pointer_v<T>) {
+      return reinterpret_cast<T>(get<uintptr_t>(name));
+    } else {
+      return values_[name].cast<T>();
+    }
+  }
+  template <class T>
+  void read(const char* name, T& field) const {
+    field = get<T>(name);
+  }
+
+ private:
+  const pybind11::dict& values_;
+};
 
 inline Rows rows(const View& view) {
   const auto& [address, stride, type] = view;

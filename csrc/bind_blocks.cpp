@@ -9,29 +9,17 @@ namespace {
 
 using Address = uintptr_t;
 
-class Described {
- public:
-  explicit Described(const py::dict& values) : values_(values) {}
-  template <class T>
-  T get(const char* name) const {
-    return values_[name].cast<T>();
-  }
-  float* at(const char* name) const { return reinterpret_cast<float*>(get<Address>(name)); }
-  Array array(const char* name) const { return {at(name), Type::float32}; }
-
- private:
-  const py::dict& values_;
-};
+Array floats(const Described& of, const char* name) { return {of.get<float*>(name), Type::float32}; }
 
 Layer layer(const py::dict& values) {
   const Described of(values);
   Layer l{};
   l.recurrent = of.get<bool>("recurrent");
-  l.into = of.at("into");
+  l.into = of.get<float*>("into");
   l.into_width = of.get<int64_t>("into_width");
-  l.out = of.at("out");
-  l.up = of.at("up");
-  l.down = of.at("down");
+  l.out = of.get<float*>("out");
+  l.up = of.get<float*>("up");
+  l.down = of.get<float*>("down");
   l.hidden = of.get<int64_t>("hidden");
   l.mixer_eps = of.get<float>("mixer_eps");
   l.mlp_eps = of.get<float>("mlp_eps");
@@ -43,22 +31,22 @@ Layer layer(const py::dict& values) {
     l.W = of.get<int64_t>("W");
     l.decay_bias = of.get<float>("decay_bias");
     l.strength = of.get<float>("strength");
-    l.taps = of.array("taps");
-    l.gain = of.array("gain");
+    l.taps = floats(of, "taps");
+    l.gain = floats(of, "gain");
     l.gain_eps = of.get<float>("gain_eps");
-    l.past = of.at("past");
-    l.last = of.at("last");
-    l.state = of.at("state");
+    l.past = of.get<float*>("past");
+    l.last = of.get<float*>("last");
+    l.state = of.get<float*>("state");
   } else {
-    l.q_gain = of.at("q_gain");
-    l.k_gain = of.at("k_gain");
+    l.q_gain = of.get<float*>("q_gain");
+    l.k_gain = of.get<float*>("k_gain");
     l.q_eps = of.get<float>("q_eps");
     l.k_eps = of.get<float>("k_eps");
     l.kept = of.get<int64_t>("kept");
-    l.keys = of.at("keys");
-    l.values = of.at("values");
-    l.all_keys = of.at("all_keys");
-    l.all_values = of.at("all_values");
+    l.keys = of.get<float*>("keys");
+    l.values = of.get<float*>("values");
+    l.all_keys = of.get<float*>("all_keys");
+    l.all_values = of.get<float*>("all_values");
   }
   return l;
 }

@@ -8,40 +8,11 @@ namespace py = pybind11;
 namespace sleepkern {
 namespace {
 
-// values[name] into a field of that type; what a dict does not name stays 0.
-class Described {
- public:
-  explicit Described(const py::dict& values) : values_(values) {}
-  template <class T>
-  void read(const char* name, T& field) const {
-    if (!values_.contains(name)) return;
-    if constexpr (std::is_pointer_v<T>) {
-      field = reinterpret_cast<T>(values_[name].cast<uintptr_t>());
-    } else {
-      field = values_[name].cast<T>();
-    }
-  }
-
- private:
-  const py::dict& values_;
-};
-
 #define SLEEPKERN_READ(field) of.read(#field, to.field)
 
-void read_layer(const py::dict& values, cuda::BlockLayer& to) {
-  const Described of(values);
-  SLEEPKERN_READ(taps);
-  SLEEPKERN_READ(gain);
-  SLEEPKERN_READ(state);
-  SLEEPKERN_READ(past);
-  SLEEPKERN_READ(last);
-  SLEEPKERN_READ(q_gain);
-  SLEEPKERN_READ(k_gain);
-  SLEEPKERN_READ(keys);
-  SLEEPKERN_READ(values);
+// What the memory of a launch depends on.
+void read_share(const Described& of, cuda::BlockLayer& to) {
   SLEEPKERN_READ(recurrent);
-  SLEEPKERN_READ(continued);
-  SLEEPKERN_READ(kept);
   SLEEPKERN_READ(heads);
   SLEEPKERN_READ(value_heads);
   SLEEPKERN_READ(K);
@@ -51,18 +22,51 @@ void read_layer(const py::dict& values, cuda::BlockLayer& to) {
   SLEEPKERN_READ(W);
   SLEEPKERN_READ(into);
   SLEEPKERN_READ(hidden);
+}
+
+void read_layer(const Described& of, cuda::BlockLayer& to) {
   SLEEPKERN_READ(first_unit);
   SLEEPKERN_READ(mixer_eps);
   SLEEPKERN_READ(mlp_eps);
-  SLEEPKERN_READ(decay_bias);
-  SLEEPKERN_READ(strength);
-  SLEEPKERN_READ(gain_eps);
-  SLEEPKERN_READ(q_eps);
-  SLEEPKERN_READ(k_eps);
+  if (to.recurrent) {
+    SLEEPKERN_READ(taps);
+    SLEEPKERN_READ(gain);
+    SLEEPKERN_READ(state);
+    SLEEPKERN_READ(past);
+    SLEEPKERN_READ(last);
+    SLEEPKERN_READ(continued);
+    SLEEPKERN_READ(decay_bias);
+    SLEEPKERN_READ(strength);
+    SLEEPKERN_READ(gain_eps);
+  } else {
+    SLEEPKERN_READ(q_gain);
+    SLEEPKERN_READ(k_gain);
+    SLEEPKERN_READ(keys);
+    SLEEPKERN_READ(values);
+    SLEEPKERN_READ(kept);
+    SLEEPKERN_READ(q_eps);
+    SLEEPKERN_READ(k_eps);
+  }
+}
+
+cuda::BlocksCall read_sizes(const py::dict& values, const std::vector<py::dict>& layers) {
+  cuda::BlocksCall to{};
+  const Described of(values);
+  SLEEPKERN_READ(tiles);
+  SLEEPKERN_READ(cluster);
+  SLEEPKERN_READ(group);
+  SLEEPKERN_READ(exchange);
+  SLEEPKERN_READ(ring);
+  SLEEPKERN_READ(columns);
+  SLEEPKERN_READ(L);
+  if (layers.size() > cuda::MOST_LAYERS) throw std::runtime_error("sleepkern: more layers than a launch takes");
+  to.depth = static_cast<int32_t>(layers.size());
+  for (int i = 0; i < to.depth; ++i) read_share(Described(layers[i]), to.layers[i]);
+  return to;
 }
 
 cuda::BlocksCall read_call(const py::dict& values, const std::vector<py::dict>& layers) {
-  cuda::BlocksCall to{};
+  cuda::BlocksCall to = read_sizes(values, layers);
   const Described of(values);
   SLEEPKERN_READ(h);
   SLEEPKERN_READ(out);
@@ -70,22 +74,13 @@ cuda::BlocksCall read_call(const py::dict& values, const std::vector<py::dict>& 
   SLEEPKERN_READ(stages);
   SLEEPKERN_READ(changes);
   SLEEPKERN_READ(type);
-  SLEEPKERN_READ(tiles);
-  SLEEPKERN_READ(cluster);
-  SLEEPKERN_READ(group);
-  SLEEPKERN_READ(exchange);
-  SLEEPKERN_READ(ring);
   SLEEPKERN_READ(B);
-  SLEEPKERN_READ(L);
   SLEEPKERN_READ(d);
   SLEEPKERN_READ(passes);
   SLEEPKERN_READ(reinject);
   SLEEPKERN_READ(carry);
-  SLEEPKERN_READ(columns);
   SLEEPKERN_READ(units);
-  if (layers.size() > cuda::MOST_LAYERS) throw std::runtime_error("sleepkern: more layers than a launch takes");
-  to.depth = static_cast<int32_t>(layers.size());
-  for (int i = 0; i < to.depth; ++i) read_layer(layers[i], to.layers[i]);
+  for (int i = 0; i < to.depth; ++i) read_layer(Described(layers[i]), to.layers[i]);
   return to;
 }
 
@@ -100,7 +95,7 @@ void run_blocks(const py::dict& values, const std::vector<py::dict>& layers, uin
 void bind_cuda_blocks(py::module_& m) {
   m.def("cuda_blocks", &run_blocks);
   m.def("cuda_blocks_memory", [](const py::dict& values, const std::vector<py::dict>& layers) {
-    return cuda::blocks_memory(read_call(values, layers));
+    return cuda::blocks_memory(read_sizes(values, layers));
   });
   m.attr("cuda_blocks_layers") = cuda::MOST_LAYERS;
 }

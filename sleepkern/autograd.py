@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.tensors import Ingested, step_in_pool
+from .backends.tensors import Ingested, on_device_of, step_in_pool
 from .dispatch import backend_named
 from .problem import Problem, Tensors, check_places, check_values, describe
 from .rules import RULES
@@ -40,7 +40,8 @@ def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
     """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator."""
     if unrecorded(x):
         check_values(problem, x)
-        out: Ingested = engine.forward(problem, x)
+        with on_device_of(x.k):
+            out: Ingested = engine.forward(problem, x)
         return out
     o, state, residual, passes = torch.ops.sleepkern.ingest.default(
         *x,
@@ -71,13 +72,14 @@ def step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None
 
 def _checked_step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None) -> Tensor:
     check_values(problem, x)
-    if places is None:
-        o: Tensor = engine.step(problem, x)
-        return o
-    assert x.state is not None
-    check_places(x.state, places)
-    own: Callable[[Problem, Tensors, Tensor], Tensor] | None = getattr(engine, "step_in_pool", None)
-    return step_in_pool(problem, x, places, engine.step) if own is None else own(problem, x, places)
+    with on_device_of(x.k):
+        if places is None:
+            o: Tensor = engine.step(problem, x)
+            return o
+        assert x.state is not None
+        check_places(x.state, places)
+        own: Callable[[Problem, Tensors, Tensor], Tensor] | None = getattr(engine, "step_in_pool", None)
+        return step_in_pool(problem, x, places, engine.step) if own is None else own(problem, x, places)
 
 
 def wants_grad(x: Tensors) -> bool:
@@ -118,7 +120,8 @@ def _ingest(
     x = Tensors(q, k, v, g, beta, state, cu_seqlens)
     problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
     check_values(problem, x)
-    out = backend_named(backend).forward(problem, x)
+    with on_device_of(k):
+        out = backend_named(backend).forward(problem, x)
     empty = k.new_empty(0)
     residual = k.new_empty(0, dtype=torch.float32) if out.residual is None else out.residual.float()
     made = k.new_empty(0, dtype=torch.int32) if out.passes is None else out.passes
@@ -158,7 +161,8 @@ def _ingest_backward(
 ) -> tuple[Tensor, ...]:
     x = Tensors(q, k, v, g, beta, state, cu_seqlens)
     problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
-    grads = backend_named(backend).backward(problem, x, do, dstate)
+    with on_device_of(k):
+        grads = backend_named(backend).backward(problem, x, do, dstate)
     return tuple(k.new_empty(0) if d is None else d.contiguous() for d in grads)
 
 

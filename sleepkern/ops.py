@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, express
+from .backends.tensors import on_device_of
 from .dispatch import Explanation, choose, explain_problem
 from .problem import Tensors, check, check_pool
 from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
@@ -199,7 +200,8 @@ def recurrent_step(
         return plain, state
     x = _cast(x)
     problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
-    engine = choose(problem, backend)
+    with on_device_of(x.k):
+        engine = choose(problem, backend)
     if inplace and not autograd.wants_grad(x):
         return autograd.step(problem, engine, x), state
     if inplace:  # what is saved for the gradient must not be the buffer that is about to be overwritten
@@ -218,7 +220,8 @@ def _step_in_pool(
     problem = check(rule, x._replace(state=None), scale, normalize)
     check_pool(problem, pool, places)
     assert pool is not None
-    engine = choose(problem, backend)
+    with on_device_of(x.k):
+        engine = choose(problem, backend)
     pool = pool if inplace else pool.clone()
     if not autograd.wants_grad(x):
         return autograd.step(problem, engine, x._replace(state=pool), places), pool
@@ -289,7 +292,8 @@ def explain(
     """
     x = _cast(Tensors(q, k, v, g, beta, initial_state, cu_seqlens))
     problem = check(rule, x, None, False, passes, tol, method, readouts=False)
-    return explain_problem(problem, backend)
+    with on_device_of(x.k):
+        return explain_problem(problem, backend)
 
 
 def run(
@@ -306,10 +310,11 @@ def run(
     """Check, choose, apply: the one way from every public function to a kernel."""
     x = _cast(x)
     problem = check(rule, x, scale, normalize, passes, tol, method, readouts)
-    engine = choose(problem, backend)
+    with on_device_of(x.k):
+        engine = choose(problem, backend)
+        made_by = engine.method_of(problem)
     out = autograd.ingest(problem, engine, x)
-    made = passes if out.passes is None else out.passes
-    return SleepResult(out.state, out.o, made, out.residual, engine.method_of(problem))
+    return SleepResult(out.state, out.o, passes if out.passes is None else out.passes, out.residual, made_by)
 
 
 def _one_pass(

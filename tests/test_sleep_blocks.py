@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from sleepkern.backends import cpu
 from sleepkern.nn import HybridBlock, SleepLM
-from sleepkern.sleep import SleepSession, sleep_blocks
+from sleepkern.sleep import SleepSession, forget_packed, packed, sleep_blocks
 from sleepkern.sleep.blocks import Slept, why_not
 from sleepkern.sleep.memory import Fast, Slow
 from sleepkern.testing import relative_error
@@ -182,6 +184,15 @@ def test_changed_weights_are_packed_anew() -> None:
         second = sleep_blocks(h, lm.blocks()).h
         assert relative_error(second, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < 1e-5
         assert relative_error(first, second.double()) > 1e-2
+        lm.blocks()[1].mixer.decay_bias = -3.0  # type: ignore[assignment]
+        third = sleep_blocks(h, lm.blocks()).h
+        assert relative_error(third, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < 1e-5
+        for parameter in lm.parameters():
+            parameter.data.mul_(1.1)
+        assert torch.equal(sleep_blocks(h, lm.blocks()).h, third)  # torch does not count that
+        forget_packed(lm.blocks())
+        fourth = sleep_blocks(h, lm.blocks()).h
+        assert relative_error(fourth, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < 1e-5
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "checkpointed"])
@@ -279,6 +290,67 @@ def test_what_is_not_ours_runs_by_the_modules() -> None:
     handle.remove()
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in str(why_not(h, narrow.blocks()))
+    with torch.inference_mode():
+        frozen = model(24, 2, {})
+    assert "inference mode" in str(why_not(h, frozen.blocks()))
+    with torch.no_grad():
+        assert sleep_blocks(h, frozen.blocks()).h.isfinite().all()
+    assert "weights lie on meta, h on cpu" in str(why_not(h, narrow.to("meta").blocks()))
+
+
+class Adapted(torch.nn.Module):
+    """A projection with a part of its own beside it, as adapters make it."""
+
+    def __init__(self, inner: torch.nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.own = inner, torch.nn.Parameter(torch.randn_like(inner.weight) / 10)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.inner.weight + self.own)
+
+
+def with_bias(block: HybridBlock) -> None:
+    block.mlp.up.bias = torch.nn.Parameter(torch.randn(block.mlp.up.weight.shape[0]))
+
+
+def adapted(block: HybridBlock) -> None:
+    block.mixer.out = Adapted(block.mixer.out)  # type: ignore[assignment]
+
+
+def parametrized(block: HybridBlock) -> None:
+    torch.nn.utils.parametrizations.weight_norm(block.mlp.out)
+
+
+def wrapped(block: HybridBlock) -> None:
+    inner = block.mlp.forward
+    block.mlp.forward = lambda x: 2 * inner(x)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [with_bias, adapted, parametrized, wrapped])
+def test_changed_blocks_run_by_themselves(change: Callable[[HybridBlock], None]) -> None:
+    lm, h = model(24, 2, {}), torch.randn(2, 9, 24)
+    change(lm.blocks()[1])
+    assert "as sleepkern.nn made it" in str(why_not(h, lm.blocks()))
+    with torch.no_grad():
+        ours = sleep_blocks(h, lm.blocks(), passes=2)
+        true = by_hand(h, lm.blocks(), [None] * 3, 2, "raw", "rewind")
+    for a, b in zip(all_of(ours), all_of(true), strict=True):
+        assert relative_error(a, b.double()) < 1e-6
+
+
+def test_packed_weights_go_with_their_blocks() -> None:
+    lm, h = model(24, 2, {}), torch.randn(2, 9, 24)
+    with torch.no_grad():
+        sleep_blocks(h, lm.blocks())
+        kept = weakref.ref(packed._packed[lm.blocks()[0]])
+    assert kept() is not None
+    del lm
+    gc.collect()
+    assert kept() is None
 
 
 BAD: dict[str, dict[str, Any]] = {
@@ -288,6 +360,19 @@ BAD: dict[str, dict[str, Any]] = {
     "passes: got 0": {"passes": 0},
     "feedback: got": {"feedback": "loud"},
     "conv_state: got": {"conv_state": "keep"},
+    "h: got a width of 9; expected 8": {"h": torch.randn(1, 3, 9)},
+    r"states: got conv torch.float32 \[2, 3, 24\].*expected floats \[1, 3, 24\]": {
+        "states": [None, Fast(torch.zeros(2, 3, 24), torch.zeros(2, 2, 4, 4)), None]
+    },
+    r"states: got state torch.int64.*for block 1": {
+        "states": [None, Fast(torch.zeros(1, 3, 24), torch.zeros(1, 2, 4, 4).long()), None]
+    },
+    r"states: got values torch.float32 \[1, 2, 6, 4\].*for block 0": {
+        "states": [Slow(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 6, 4)), None, None]
+    },
+    r"states: got keys torch.float32 \[1, 2, 5, 4\] on meta": {
+        "states": [Slow(*torch.zeros(2, 1, 2, 5, 4, device="meta")), None, None]
+    },
 }
 
 

@@ -316,7 +316,11 @@ SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
 template <int TILES>
 SLEEPKERN_KERNEL(THREADS, 1)
 blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {
-  if constexpr (CLUSTERS || TILES <= ALONE) run_group<TILES>(c);
+  if constexpr (CLUSTERS || TILES <= ALONE) {
+    run_group<TILES>(c);
+  } else {
+    trap();  // planned for another device
+  }
 }
 
 }  // namespace sleepkern::cuda

@@ -1,7 +1,7 @@
 // Attention between its products, for the heads of one thread block.
 //
-//   o_i = sum_j softmax_j(q_i . k_j / D^1/2) v_j,  j <= i or kept from before the window      q, k over their rms,
-//   times gain
+//   q, k <- q, k / rms . gain
+//   o_i = sum_j softmax_j(q_i . k_j / D^1/2) v_j,  j <= i or kept from before the window
 //
 // `wide` holds q, k and v of all rows as a tile (tile.h), q and k normalised in place. A warp takes 16 queries of a
 // head; 16 keys at a time their scores, in registers, become the left operand of the product with the values, under a
@@ -149,7 +149,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
                                   int head, int block) {
   const int start = w * c.padded(), groups = l.KP / 16;
   const int q_at = head * l.KP, k_at = l.heads * l.KP + q_at, v_at = l.heads * l.KP + k_at;
-  const Blocks16 wide{m.wide(), l.into / 8, 2 * static_cast<int>(c.tiles) - 1};
+  const Blocks16 wide(c, m.wide(), l.into, w);
   Reading read;
   for (int first = 0; first < l.kept; first += 16) {
     const Kept kept(c, l, p, w, head);

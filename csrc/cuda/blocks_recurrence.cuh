@@ -1,7 +1,9 @@
 // Gated DeltaNet between its products, for the heads of one thread block.
 //
-//   x <- silu(sum_j taps_j x_(t-j))      S_t = a_t S_(t-1) + k_t b_t (v_t - a_t S_(t-1)^T k_t)^T      o_t = S_t^T q_t /
-//   K^1/2 mixed = o / rms(o) . gain . silu(gate)                                           q and k normalised
+//   x_t <- silu(sum_j taps_j x_(t-j)), x any of q, k, v;  q, k <- q, k / |q|, |k|
+//   S_t = a_t S_(t-1) + k_t b_t (v_t - a_t S_(t-1)^T k_t)^T
+//   o_t = S_t^T q_t / K^1/2
+//   mixed = o / rms(o) . gain . silu(gate)
 //
 // `wide` holds q, k, v and gate of all rows as a tile (tile.h): the convolution writes over its own inputs, o over v.
 #pragma once

@@ -44,10 +44,14 @@ SLEEPKERN_DEVICE float sum_of_squares(uint16_t* tile, int columns, int row, int 
   return sum + shuffle_xor(sum, 16);
 }
 
-// 16 rows x 16 columns of `wide`, from a row that is a multiple of 8 on. Rows that are not there are the last ones.
+// 16 rows x 16 columns of `wide`, of a window, from a row that is a multiple of 8 on. Rows beyond the window are its
+// last ones: they count 0 times, which would not keep a neighbour's NaN away.
 struct Blocks16 {
   const uint16_t* tile;
-  int cores, last;  // cores in a row of them; the last row of cores
+  int cores, last;  // cores in a row of them; the window's last row of cores
+
+  SLEEPKERN_DEVICE Blocks16(const BlocksCall& c, const uint16_t* tile, int columns, int window)
+      : tile(tile), cores(columns / 8), last((window + 1) * c.padded() / 8 - 1) {}
 
   SLEEPKERN_DEVICE Fragment<Mode::bf16> load(int row, int column, bool rows_first, bool transposed) const {
     const int lane = lane_of_warp(), low = (lane >> 3) & 1, high = lane >> 4;

@@ -1,8 +1,11 @@
-// The recurrence over a window, 16 tokens at a time. For one such block, i and j its tokens, G the running sum of log
-// a:
+// The recurrence over a window, 16 tokens at a time. For one such block, i and j its tokens, G the running sum of
+// log a:
 //
-//   M_ij = b_i k_i.k_j exp(G_i - G_j), i > j      X = (I + M)^-1      P_ij = q_i.k_j exp(G_i - G_j), i >= j
-//   D = X b (v - exp(G) S^T k)      o = exp(G) S^T q + P D      S <- exp(G_C) S + sum_j exp(G_C - G_j) k_j D_j^T
+//   M_ij = b_i k_i.k_j exp(G_i - G_j), i > j;  X = (I + M)^-1
+//   P_ij = q_i.k_j exp(G_i - G_j), i >= j
+//   D = X b (v - exp(G) S^T k)
+//   o = exp(G) S^T q + P D
+//   S <- exp(G_C) S + sum_j exp(G_C - G_j) k_j D_j^T
 //
 // First X and P of all blocks, a warp each, X by exact substitution in float32. Then a warp walks over a window with 16
 // value columns of a head: S^T [16][K] stays in registers, what one product accumulates is the left operand of the
@@ -83,7 +86,7 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
     unit.scale[token] = make_float4(b, b * k_factor * grown, q_factor * grown, k_factor * decayed(last - G));
     if (lane == 15) *unit.gamma = grown;
   }
-  const Blocks16 wide{m.wide(), l.into / 8, 2 * static_cast<int>(c.tiles) - 1};
+  const Blocks16 wide(c, m.wide(), l.into, w);
   float kk[2][4], qk[2][4];
   clear(kk);
   clear(qk);
@@ -145,7 +148,7 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
   const int q_at = head / (l.value_heads / l.heads) * l.KP, k_at = l.heads * l.KP + q_at;
   const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;
   const int into = opaque(l.into);  // or places in the tile are found before the first window
-  const Blocks16 wide{m.wide(), into / 8, 2 * static_cast<int>(c.tiles) - 1};
+  const Blocks16 wide(c, m.wide(), into, w);
   const bool begun = l.continued || pass > 0;
   StateTile state{};
   state.at = l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V;

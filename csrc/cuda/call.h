@@ -27,15 +27,17 @@ struct Call {
   Problem p;  // pointers to the device's memory
   int mode;   // Mode
   int passes;
-  float tol;        // above 0: a head stops once its estimated residual is at most this
-  float* residual;  // [sequences, HV], with tol
-  int32_t* made;    // [sequences, HV], with tol
+  float tol;        // a head stops once its estimated residual is at most this, if residuals are wanted
+  float* residual;  // [sequences, HV], nullptr without tol
+  int32_t* made;    // [sequences, HV] passes made, with tol
   bool affine, rank;
   float* before;     // [sequences, HV, K, V] with affine and readouts: the state before the last pass
   int block;         // value columns of a block, a multiple of 16
   int value_blocks;  // blocks across V
   int slots;         // chunks that shared memory holds
   Factors factors;
+
+  constexpr bool stops() const { return residual != nullptr; }
 };
 
 // Powers of a transition, forward and backward: chain.cuh.

@@ -18,16 +18,11 @@ std::vector<Device> devices() {
   std::vector<Device> found;
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp p;
-    if (cudaGetDeviceProperties(&p, i) != cudaSuccess) continue;
+    const cudaError_t asked = cudaGetDeviceProperties(&p, i);
+    if (asked != cudaSuccess) throw std::runtime_error(cudaGetErrorString(asked));
     found.push_back({p.name, p.major, p.minor, p.totalGlobalMem, p.multiProcessorCount, p.sharedMemPerBlockOptin});
   }
   return found;
-}
-
-int runtime_version() {
-  int version = 0;
-  cudaRuntimeGetVersion(&version);
-  return version;
 }
 
 }  // namespace sleepkern::cuda

@@ -15,6 +15,5 @@ struct Device {
 };
 
 std::vector<Device> devices();
-int runtime_version();  // e.g. 13000
 
 }  // namespace sleepkern::cuda

@@ -90,7 +90,6 @@ struct Decay {
   // Sums over the blocks before and after a block, [4][KP] each.
   SLEEPKERN_DEVICE const float* before() const { return G + CHUNK * KP; }
   SLEEPKERN_DEVICE const float* after() const { return before() + CHUNK / 16 * KP; }
-  static constexpr int SIZE = CHANNEL ? (CHUNK + CHUNK / 8) * KP : 2 * CHUNK;
 };
 
 // G and beta of a chunk; what lies beyond its tokens has g = 0 and beta = 0.

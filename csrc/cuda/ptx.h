@@ -111,6 +111,7 @@ SLEEPKERN_DEVICE float log_of(float x) { return __logf(x); }
 SLEEPKERN_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 SLEEPKERN_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
 
+SLEEPKERN_DEVICE void trap() { __trap(); }
 SLEEPKERN_DEVICE void block_barrier() { __syncthreads(); }
 SLEEPKERN_DEVICE void warp_barrier() { __syncwarp(); }
 SLEEPKERN_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
@@ -190,13 +191,6 @@ SLEEPKERN_DEVICE void warp_copy(Arrival* a, void* to, const void* from, int byte
                  : "memory");
   }
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(a)) : "memory");
-#endif
-}
-
-// Between ordinary accesses to shared memory and copies into the same place, by all threads, before a block_barrier.
-SLEEPKERN_DEVICE void copy_fence() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

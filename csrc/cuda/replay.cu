@@ -32,7 +32,7 @@ void replay(const Call& call, void* stream) {
     });
   };
   if (!call.affine) return walk(call);
-  if (call.passes > (call.p.reads && call.tol <= 0.0f ? 1 : 0)) {
+  if (call.passes > (call.p.reads && !call.stops() ? 1 : 0)) {
     const int64_t shared = replay_memory(call.mode, K, false, call.block, call.slots);
     with_kernel(call.mode, K, [&](auto m, auto width) {
       run("affine", affine_kernel<decltype(m)::value, decltype(width)::value>, grid, THREADS, shared, call, stream);
@@ -41,8 +41,8 @@ void replay(const Call& call, void* stream) {
   if (!call.p.reads) return;
   Call last = call;
   last.passes = 1;
-  last.tol = 0.0f;
-  if (call.passes > 1 || call.tol > 0.0f) last.p.state = call.before;
+  last.residual = nullptr;
+  if (call.passes > 1 || call.stops()) last.p.state = call.before;
   walk(last);
 }
 

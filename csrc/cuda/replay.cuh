@@ -231,7 +231,7 @@ walk_kernel(const Call c) {
   const Lane lane(c);
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), warp = threadIdx.x >> 5;
   const ReplayMemory<MODE, KP> m = replay_memory<MODE, KP>(c, p.reads);
-  const bool resident = lane.chunks <= c.slots, stops = c.tol > 0.0f;
+  const bool resident = lane.chunks <= c.slots, stops = c.stops();
   float* final = p.final_state + lane.state(p);
   Stream<MODE, KP> stream{c,          m,        first_slot(p, lane.sequence),           lane.head, lane.chunks,
                           lane.first, resident, lane.chunks * (resident ? 1 : c.passes)};
@@ -285,7 +285,7 @@ affine_kernel(const Call c) {
   const ReplayMemory<MODE, KP> m = replay_memory<MODE, KP>(c, false);
   const float* initial = p.state ? p.state + lane.state(p) : nullptr;
   float* final = (p.reads ? c.before : p.final_state) + lane.state(p);
-  const bool stops = c.tol > 0.0f;
+  const bool stops = c.stops();
   const int passes = c.passes - (p.reads && !stops ? 1 : 0);
   Stream<MODE, KP> stream{c, m, first_slot(p, lane.sequence), lane.head, lane.chunks, lane.first, false, lane.chunks};
   State<KP> S, d;  // d: first 16 columns of A

@@ -113,7 +113,7 @@ window_kernel(const Call c) {
       }
     }
   };
-  const bool stops = c.tol > 0.0f;
+  const bool stops = c.stops();
   State<KP> S;
   const bool rank = !CHANNEL && c.rank;
   if (rank) {

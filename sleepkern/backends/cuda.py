@@ -140,7 +140,8 @@ def forward(problem: Problem, x: Tensors) -> Ingested:
     """Readouts and final state of `problem.passes` passes."""
     size = (problem.sequences, problem.HV, problem.K, problem.V)
     if not _replays(problem):
-        new = x.k.new_zeros(size, dtype=torch.float32) if x.state is None else x.state.clone()
+        dense = torch.contiguous_format
+        new = x.k.new_zeros(size, dtype=torch.float32) if x.state is None else x.state.clone(memory_format=dense)
         return Ingested(_step(problem, x, new, None), new)
     return _replay(problem, x)
 
@@ -236,11 +237,17 @@ def _replay(problem: Problem, x: Tensors) -> Ingested:
 def _step_on(problem: Problem, x: Tensors, places: Tensor | None) -> Tensor:
     """In place also where the state is not contiguous; the states of a pool may lie apart."""
     assert x.state is not None
-    state = x.state if x.state.shape[0] and x.state[0].is_contiguous() else x.state.contiguous()
+    state = x.state if _dense_states(x.state) else x.state.contiguous()
     o = _step(problem, x, state, places)
     if state is not x.state:
         x.state.copy_(state)
     return o
+
+
+def _dense_states(state: Tensor) -> bool:
+    """Whether each is contiguous, and none of them lies in another."""
+    n, HV, K, V = state.shape
+    return n > 0 and state[0].is_contiguous() and (n == 1 or state.stride(0) >= HV * K * V)
 
 
 def _step(problem: Problem, x: Tensors, state: Tensor, places: Tensor | None) -> Tensor:

@@ -45,9 +45,13 @@ class Heads(NamedTuple):
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:
-    """The device of a tensor as the current one, to which launches go; entering it costs more than asking."""
-    elsewhere = t.is_cuda and t.device.index != torch.cuda.current_device()
-    return torch.cuda.device(t.device) if elsewhere else nullcontext()
+    """The device of a tensor as the current one, which plans are made for and to which launches go.
+
+    Entering it costs more than asking. A graph that is being compiled is of one device, and fakes are of none.
+    """
+    if torch.compiler.is_compiling() or not t.is_cuda or not torch.cuda.is_initialized():
+        return nullcontext()
+    return nullcontext() if t.device.index == torch.cuda.current_device() else torch.cuda.device(t.device)
 
 
 def by_sequence(problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested]) -> Ingested:

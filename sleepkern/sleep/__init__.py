@@ -1,6 +1,6 @@
 """Sleep: running a model's blocks N times over a window before its attention cache is dropped (arXiv 2605.26099)."""
 
-from .blocks import Slept, sleep_blocks
+from .blocks import Slept, forget_packed, sleep_blocks
 from .inserted import InsertedMixer, retrofit
 from .memory import Fast, Memory, Slow, Stack
 from .recorded import RecordedStack
@@ -8,5 +8,5 @@ from .session import SleepReport, SleepSession
 
 __all__ = [
     "Fast", "InsertedMixer", "Memory", "RecordedStack", "SleepReport", "SleepSession", "Slept", "Slow", "Stack",
-    "retrofit", "sleep_blocks",
+    "forget_packed", "retrofit", "sleep_blocks",
 ]  # fmt: skip

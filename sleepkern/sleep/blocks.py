@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import settings
+from ..backends.tensors import on_device_of
 from . import packed as native
 from . import packed_cuda
 from .memory import Fast, Slow
@@ -61,14 +62,29 @@ def sleep_blocks(
     torch.set_float32_matmul_precision("medium") allows it, and the processor does it in one instruction. On a GPU it is
     one launch, whose products multiply in bfloat16. With gradients h and the fast weights are
     kept between passes only, and each pass is run again in the backward. What `why_not` names runs module by module.
+    Weights are packed once, and again when they have changed, but for writes that torch does not count: see
+    `forget_packed`.
 
     Raises:
         ValueError: an argument out of range.
     """
     states = [None] * len(blocks) if states is None else list(states)
     _check(h, blocks, states, passes, feedback, conv_state)
+    with on_device_of(h):
+        return _run_where_it_may(h, blocks, states, passes, feedback, conv_state)
+
+
+def _run_where_it_may(
+    h: Tensor,
+    blocks: Sequence[HybridBlock],
+    states: list[State],
+    passes: int,
+    feedback: Literal["raw", "reinject"],
+    conv_state: Literal["rewind", "carry"],
+) -> Slept:
     if why_not(h, blocks) is not None:
         return one_by_one(h, blocks, passes, states, feedback, conv_state)
+    _check_sizes(h, blocks, states)
     how = _How(passes, feedback == "reinject", conv_state == "carry")
     tensors = [t for state in states if state is not None for t in state]
     parameters = [p for block in blocks for p in block.parameters()]
@@ -79,10 +95,18 @@ def sleep_blocks(
     return _run(h, blocks, states, how)
 
 
+def forget_packed(blocks: Sequence[HybridBlock]) -> None:
+    """Have `sleep_blocks` pack the weights of these blocks anew.
+
+    It does so by itself after any change that torch counts; a write through a parameter's `.data` is not counted.
+    """
+    for block in blocks:
+        native.forget(block)
+        packed_cuda.forget(block)
+
+
 def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
     """None where `sleep_blocks` is one call of C++ or one launch, else the sentence why it runs module by module."""
-    from ..nn import GatedDeltaNet, HybridBlock, WindowAttention
-
     if native._C is None:
         return "the compiled module sleepkern._C is not there"
     device = h.device.type
@@ -93,11 +117,33 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device) or torch._C._len_torch_dispatch_stack() > 0:
         return "a compiled graph, autocast or a dispatch mode wants to see the operators"
     for block in blocks:
-        if type(block) is not HybridBlock or type(block.mixer) not in (GatedDeltaNet, WindowAttention):
-            return f"a {type(block).__name__} with {type(getattr(block, 'mixer', None)).__name__} is not ours"
-        if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
-            return "a module has hooks, which want to be called"
+        reason = _why_not_packed(block, h.device)
+        if reason is not None:
+            return reason
     return packed_cuda.why_not(h, blocks) if device == "cuda" else native.why_not(blocks)
+
+
+def _why_not_packed(block: HybridBlock, device: torch.device) -> str | None:
+    """None where weights say all of what a block does."""
+    from .. import nn
+
+    ours = {
+        nn.HybridBlock, nn.GatedDeltaNet, nn.WindowAttention, nn.MLP, nn.ShortConvolution, nn.GatedRMSNorm,
+        torch.nn.Linear, torch.nn.RMSNorm,
+    }  # fmt: skip
+    if type(block) is not nn.HybridBlock:
+        return f"a {type(block).__name__} is not a HybridBlock of sleepkern.nn"
+    for m in block.modules():
+        if m._forward_hooks or m._forward_pre_hooks:
+            return "a module has hooks, which want to be called"
+        if type(m) not in ours or getattr(m, "bias", None) is not None or "forward" in vars(m):
+            return f"a {type(m).__name__} in a block is not as sleepkern.nn made it"
+    for p in block.parameters():
+        if p.device != device:
+            return f"weights lie on {p.device}, h on {device}"
+        if p.is_inference():
+            return "weights made in inference mode do not say when they change"
+    return None
 
 
 class _How(NamedTuple):
@@ -110,7 +156,7 @@ def _run(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], how:
     """In one launch, or by C++, in float32 but for products with weights; results in the types that modules leave."""
     if h.device.type == "cuda":
         return Slept(*packed_cuda.run(h, blocks, states, *how))
-    out, after, changes = native.packed(blocks, h.dtype).run(h.float(), states, *how)
+    out, after, changes = native.packed(blocks, h.dtype).run(h.float(), blocks, states, *how)
     return Slept(out.to(h.dtype), [_like(x, h.dtype) for x in after], changes)
 
 
@@ -282,3 +328,29 @@ def _check(
     for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
         if state is not None and isinstance(state, Fast) != block.recurrent:
             raise ValueError(f"states: got {type(state).__name__} for block {i}; expected that of its mixer")
+
+
+def _check_sizes(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State]) -> None:
+    """What native code takes on trust; modules would see it by themselves."""
+    for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        width = block.mixer_norm.weight.shape[0]
+        if h.shape[2] != width:
+            raise ValueError(f"h: got a width of {h.shape[2]}; expected {width}, that of block {i}")
+        if state is None:
+            continue
+        for name, t, size in zip(state._fields, state, _sizes_of(block, h.shape[0], state), strict=True):
+            if t.shape != size or t.device != h.device or not t.is_floating_point():
+                raise ValueError(
+                    f"states: got {name} {t.dtype} {list(t.shape)} on {t.device} for block {i}; expected floats "
+                    f"{list(size)} on {h.device}"
+                )
+
+
+def _sizes_of(block: HybridBlock, B: int, state: Fast | Slow) -> list[tuple[int, ...]]:
+    """Shapes of what a block remembers of B sequences; keys and values may be of any number of tokens."""
+    mixer: Any = block.mixer
+    if isinstance(state, Slow):
+        size = (B, mixer.heads, state.keys.shape[-2] if state.keys.ndim > 1 else 0, mixer.q_norm.weight.shape[0])
+        return [size, size]
+    channels, W = mixer.convolution.weight.shape
+    return [(B, W - 1, channels), (B, mixer.value_heads, mixer.key_width, mixer.value_width)]

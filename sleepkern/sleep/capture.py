@@ -3,7 +3,8 @@
 N passes over a model's blocks are thousands of small launches out of Python; a graph launches them at once. What
 differs between two sleeps goes in and out by tensors that stay where they are: ids, the position of the first, fast
 weights, keys and values that were kept. The model's weights are read where they lay when the graph was recorded, by the
-kernels that were there then.
+kernels that were there then; where a launch reads a packed copy of them (packed_cuda.py), a sleep after they have
+changed is recorded anew.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from . import packed_cuda
 from .memory import Fast, Slow
 
 if TYPE_CHECKING:
@@ -82,6 +84,10 @@ class _Graph(NamedTuple):
     given: _Given
     replay: Callable[[], None]
     made: Made
+    weights: list[packed_cuda.Packed]
+
+    def current(self) -> bool:
+        return all(packed.current() for packed in self.weights)
 
 
 class Captures:
@@ -110,7 +116,7 @@ class Captures:
         first = ids.new_full((), session.position)
         given = _Given(ids, first, session.memory.fast(), session.memory.slow())
         form = given.form()
-        if form not in self.graphs:
+        if form not in self.graphs or not self.graphs[form].current():
             self.graphs[form] = self._recorded(session, given)
         graph = self.graphs[form]
         for own, new in zip(graph.given.tensors(), given.tensors(), strict=True):
@@ -132,7 +138,9 @@ class Captures:
             changes = sleeper.pass_through(own.ids, None, own.first)
             return Made(changes, sleeper.memory.fast(), sleeper.memory.slow())
 
-        return _Graph(own, *self.recorder.record(run))
+        with packed_cuda.reading() as weights:
+            replay, made = self.recorder.record(run)
+        return _Graph(own, replay, made, weights)
 
 
 def _apart(made: Made) -> Made:

@@ -7,7 +7,6 @@ then put in order by one indexing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -41,13 +40,8 @@ def sizes_of(s: Shape, d: int) -> list[tuple[int, int]]:
     return [(2 * keys + values, d), *gated, (d, values), (s.hidden, d), (d, s.hidden)]
 
 
-def order(d: int, shapes: tuple[Shape, ...], p: Plan, device: torch.device) -> Order:
-    """For these layers and this plan; what of a plan does not matter is left out of what is remembered."""
-    return _order(d, shapes, p._replace(group=0, ring=0, tiles=int(paired(p.tiles))), device)
-
-
-@lru_cache(maxsize=8)
-def _order(d: int, shapes: tuple[Shape, ...], p: Plan, device: torch.device) -> Order:
+def order(d: int, shapes: tuple[Shape, ...], device: torch.device, p: Plan) -> Order:
+    """For these layers and this plan, of which group and ring do not matter."""
     parts: list[list[list[Tensor]]] = [[[] for _ in range(WARPS)] for _ in range(p.cluster)]
     first = 1
     for s in shapes:
@@ -105,7 +99,7 @@ def _exchanges(p: Plan) -> list[Round]:
         [owner * own + group for group in range(first, min(own, first + p.exchange)) for owner in range(p.cluster)]
         for first in range(0, own, p.exchange)
     ]
-    if not p.tiles:  # one group a warp at a time
+    if not paired(p.tiles):  # one group a warp at a time
         return [(exchange, []) for exchange in exchanges]
     if p.cluster * p.exchange > WARPS:
         return [(exchange[:WARPS], exchange[WARPS:]) for exchange in exchanges]

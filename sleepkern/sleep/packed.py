@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -31,12 +31,15 @@ class Packed:
     """
 
     def __init__(self, blocks: Sequence[HybridBlock], pairs: bool) -> None:
-        self.blocks = list(blocks)
+        self.blocks = [ref(block) for block in blocks]
         self.pairs = pairs
-        self.width: int = blocks[0].mixer_norm.weight.shape[0]
         self.version = _version(blocks)
         self.alive: list[Tensor] = []
         self.layers = [self._layer(block) for block in blocks]
+
+    def holds(self, blocks: Sequence[HybridBlock], pairs: bool) -> bool:
+        """Whether these are its blocks, packed so, and their weights what they were."""
+        return self.pairs == pairs and same_blocks(self.blocks, blocks) and self.version == _version(blocks)
 
     def _layer(self, block: HybridBlock) -> dict[str, Any]:
         mlp, norm = block.mlp, block.mlp_norm
@@ -98,14 +101,20 @@ class Packed:
         return packed.data_ptr()
 
     def run(
-        self, h: Tensor, states: Sequence[State], passes: int, reinject: bool, carry: bool
+        self,
+        h: Tensor,
+        blocks: Sequence[HybridBlock],
+        states: Sequence[State],
+        passes: int,
+        reinject: bool,
+        carry: bool,
     ) -> tuple[Tensor, list[Fast | Slow], Tensor]:
         """h [B,L,d] float32 after all passes, what each block remembers, and [passes] relative changes of the state."""
         B, L, d = h.shape
         h, changes = h.contiguous().clone(), torch.empty(passes, 2, dtype=torch.float64)
         after: list[Fast | Slow] = []
         layers, alive = [], []
-        for layer, block, state in zip(self.layers, self.blocks, states, strict=True):
+        for layer, block, state in zip(self.layers, blocks, states, strict=True):
             addresses, now, read = (_fast if block.recurrent else _slow)(block.mixer, state, B, L)
             layers.append(layer | addresses)
             after.append(now)
@@ -130,9 +139,19 @@ def packed(blocks: Sequence[HybridBlock], dtype: torch.dtype) -> Packed:
     """Of these blocks for h of this type, made anew if their weights are not what they were."""
     pairs = multiplies_bfloat16(dtype)
     found = _packed.get(blocks[0])
-    if found is None or found.blocks != list(blocks) or found.pairs != pairs or found.version != _version(blocks):
+    if found is None or not found.holds(blocks, pairs):
         found = _packed[blocks[0]] = Packed(blocks, pairs)
     return found
+
+
+def forget(block: HybridBlock) -> None:
+    """What was packed of the stack that begins with this block."""
+    _packed.pop(block, None)
+
+
+def same_blocks(kept: Sequence[ref[HybridBlock]], blocks: Sequence[HybridBlock]) -> bool:
+    """Whether these are the blocks that were packed, all of them alive."""
+    return len(kept) == len(blocks) and all(r() is b for r, b in zip(kept, blocks, strict=True))
 
 
 def multiplies_bfloat16(dtype: torch.dtype) -> bool:
@@ -142,9 +161,24 @@ def multiplies_bfloat16(dtype: torch.dtype) -> bool:
     return bool(_C.multiplies_pairs()) and (dtype == torch.bfloat16 or allowed)
 
 
+def version_of(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
+    """Changes with every write to a weight that torch counts, which one through `.data` is not, and with the numbers
+    that are packed beside them."""
+    weights = ((p.data_ptr(), p._version) for block in blocks for p in block.parameters())
+    return (*weights, *(_numbers(block) for block in blocks))
+
+
+def _numbers(block: HybridBlock) -> tuple[float | None, ...]:
+    mixer: Any = block.mixer
+    norms = (block.mixer_norm.eps, block.mlp_norm.eps)
+    if block.recurrent:
+        return (*norms, mixer.decay_bias, mixer.strength, mixer.norm.eps)
+    return (*norms, mixer.q_norm.eps, mixer.k_norm.eps)
+
+
 def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
-    """Changes with every write to a weight, and with the instruction set, whose panels differ in width."""
-    return (_C.isa(), *((p.data_ptr(), p._version) for block in blocks for p in block.parameters()))
+    """And with the instruction set, whose panels differ in width."""
+    return (_C.isa(), *version_of(blocks))
 
 
 def _eps(norm: torch.nn.RMSNorm) -> float:
@@ -162,7 +196,7 @@ def _fast(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Fa
         state = torch.zeros(B, mixer.value_heads, mixer.key_width, mixer.value_width)
     else:
         assert isinstance(before, Fast)
-        past, state = before.conv.float().contiguous(), before.state.contiguous().clone()
+        past, state = before.conv.float().contiguous(), before.state.float().contiguous().clone()
     last = torch.empty(B, W - 1, channels)
     addresses = {"past": past.data_ptr(), "last": last.data_ptr(), "state": state.data_ptr()}
     return addresses, Fast(last, state), past

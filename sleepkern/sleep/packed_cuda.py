@@ -6,7 +6,8 @@ heads, of the MLP's columns and of the columns of h.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -17,8 +18,8 @@ from torch.nn import functional as F
 from ..backends import cuda
 from ..backends.tensors import on_device_of
 from .memory import Fast, Slow
-from .order_cuda import heads_of, order
-from .packed import State, _eps
+from .order_cuda import Order, heads_of, order
+from .packed import State, _eps, same_blocks, version_of
 from .plan_cuda import TILE, Plan, Shape, paired, plan, share, sizes, slower
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ TAPS = 4
 WIDEST, LONGEST, HEAD = 512, 128, 128
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _packed: WeakKeyDictionary[HybridBlock, dict[Any, Packed]] = WeakKeyDictionary()
+_reading: list[list[Packed]] = []
 
 
 def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
@@ -42,6 +44,9 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
     types = {str(t.dtype) for t in (h, *(p for block in blocks for p in block.parameters()))}
     if len(types) > 1:
         return f"one launch for h and weights of one type, got {', '.join(sorted(types))}"
+    captured = h.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured and not _reading:
+        return "a CUDA graph of the caller's own would not keep the packed weights; SleepSession(capture=True) does"
     if h.dtype != torch.bfloat16 and torch.get_float32_matmul_precision() != "medium":
         return (
             f"one launch multiplies in bfloat16, which {h.dtype} allows only with "
@@ -61,7 +66,19 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
     found = plan(B, L, d, shapes, device)
     if found is None:
         return "the window does not fit a cluster's shared memory"
-    return slower(found, B, device, h.is_cuda and torch.cuda.is_current_stream_capturing())
+    return slower(found, B, device, captured)
+
+
+@contextmanager
+def reading() -> Iterator[list[Packed]]:
+    """Packed weights that launches read meanwhile: who records launches has to keep them, and to look whether they are
+    still `current` before each replay."""
+    read: list[Packed] = []
+    _reading.append(read)
+    try:
+        yield read
+    finally:
+        _reading[:] = [other for other in _reading if other is not read]
 
 
 def run(
@@ -72,6 +89,8 @@ def run(
     found = plan(B, L, d, _shapes(blocks), cuda.device_at_hand())
     assert found is not None
     weights = packed(blocks, found, h.device)
+    for read in _reading:
+        read.append(weights)
     h = h.contiguous()
     out = torch.empty_like(h)
     layers, after, alive, units = [], [], [], 0
@@ -87,7 +106,7 @@ def run(
         "h": h.data_ptr(),
         "out": out.data_ptr(),
         "weights": weights.stream.data_ptr(),
-        "stages": weights.stages.data_ptr(),
+        "stages": weights.order.stages.data_ptr(),
         "changes": changes.data_ptr(),
         "type": _TYPES[h.dtype],
         "B": B,
@@ -122,22 +141,30 @@ def _shapes(blocks: Sequence[HybridBlock]) -> tuple[Shape, ...]:
 class Packed:
     """Weights of a stack of blocks for a plan, in bf16, each norm multiplied into the product after it."""
 
-    def __init__(self, blocks: Sequence[HybridBlock], p: Plan, device: torch.device) -> None:
+    def __init__(
+        self, blocks: Sequence[HybridBlock], p: Plan, device: torch.device, before: Packed | None = None
+    ) -> None:
+        """before: of the same plan, whose order is taken over if it is that of these blocks."""
         self.blocks = [ref(block) for block in blocks]
-        self.version = _version(blocks)
+        self.version = version_of(blocks)
         self.cluster = p.cluster
         self.alive: list[Tensor] = []
         shapes = _shapes(blocks)
         self.layers = [share(s, p.cluster) | self._layer(block, s) for block, s in zip(blocks, shapes, strict=True)]
         weights = [w.to(torch.bfloat16).flatten() for block in blocks for w in _weights(block)]
-        d = blocks[0].mixer_norm.weight.shape[0]
-        places, self.stages = order(d, shapes, p, device)
-        self.stream = torch.cat([weights[0].new_zeros(1), *weights]).index_select(0, places)
+        self.ordered = (blocks[0].mixer_norm.weight.shape[0], shapes, device)
+        same = before is not None and before.ordered == self.ordered
+        self.order: Order = before.order if before is not None and same else order(*self.ordered, p)
+        self.stream = torch.cat([weights[0].new_zeros(1), *weights]).index_select(0, self.order.places)
 
     def holds(self, blocks: Sequence[HybridBlock]) -> bool:
         """Whether these are its blocks, and their weights what they were."""
-        same = len(self.blocks) == len(blocks) and all(r() is b for r, b in zip(self.blocks, blocks, strict=True))
-        return same and self.version == _version(blocks)
+        return same_blocks(self.blocks, blocks) and self.version == version_of(blocks)
+
+    def current(self) -> bool:
+        """Whether its blocks are still there, with the weights that were packed."""
+        blocks = [block for r in self.blocks if (block := r()) is not None]
+        return self.holds(blocks)
 
     def _layer(self, block: HybridBlock, s: Shape) -> dict[str, Any]:
         mixer: Any = block.mixer
@@ -176,8 +203,14 @@ def packed(blocks: Sequence[HybridBlock], p: Plan, device: torch.device) -> Pack
     found = kept.get(key)
     if found is None or not found.holds(blocks):
         with torch.no_grad():
-            found = kept[key] = Packed(blocks, p, device)
+            found = kept[key] = Packed(blocks, p, device, found)
     return found
+
+
+def forget(block: HybridBlock) -> None:
+    """What was packed of stacks that begin with this block; recordings that read it see that it is not current."""
+    for found in _packed.pop(block, {}).values():
+        found.version = ()
 
 
 def _weights(block: HybridBlock) -> list[Tensor]:
@@ -186,11 +219,6 @@ def _weights(block: HybridBlock) -> list[Tensor]:
     norm, mlp_norm = (n.weight.detach().float() for n in (block.mixer_norm, block.mlp_norm))
     into = [m.qkv, m.gate, m.rates] if block.recurrent else [m.qkv]
     return [*(x.weight.detach() * norm for x in into), m.out.weight, mlp.up.weight.detach() * mlp_norm, mlp.out.weight]
-
-
-def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
-    """Changes with every write to a weight."""
-    return tuple((p.data_ptr(), p._version) for block in blocks for p in block.parameters())
 
 
 def _fast(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], Fast, Any]:

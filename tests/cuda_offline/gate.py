@@ -55,24 +55,36 @@ class Kernel(NamedTuple):
         """Of a block."""
         return 128 if self.name == "step" else 256
 
-    def shared(self) -> int:
-        """Bytes of shared memory of its smallest plan that reads out."""
+    def together(self) -> int:
+        """Blocks that a multiprocessor is promised to hold at once, as the kernels' launch bounds have it."""
+        if self.name == "step":
+            return {64: 4, 128: 3, 256: 2}[self.width]
+        return 2 if self.name == "prepare" else 1
+
+    def shared(self, capability: int) -> int:
+        """Bytes of shared memory of its smallest plan that reads out, on an architecture."""
         mode = MODES.index(self.mode) if self.mode else 0
         if self.name in ("window", "prepare"):
             return int(_C.cuda_window_memory(mode, self.width, True, self.channel))
         if self.name in ("walk", "affine"):
             return int(_C.cuda_replay_memory(mode, self.width, self.name == "walk", _C.cuda_widest_block, 1))
         if self.name == "blocks":
-            return blocks_memory(*BLOCKS[self.width])
+            return blocks_memory(capability, *BLOCKS[self.width])
         return int(_C.cuda_chain_memory(self.width, self.name == "adjoint")) if self.name in CHAIN else 0
 
 
-def blocks_memory(B: int, L: int, d: int, heads: int) -> int:
+def blocks_memory(capability: int, B: int, L: int, d: int, heads: int) -> int:
     """Bytes of shared memory of attention and gated DeltaNet in turns, of an MLP of factor 4."""
     shapes = tuple(plan_cuda.Shape(r, heads, heads, d // heads, d // heads, 4, 4 * d) for r in (False, True))
-    plan = plan_cuda.plan(B, L, d, shapes, Device((9, 0), SHARED[90], 132))
+    plan = plan_cuda.plan(B, L, d, shapes, Device((capability // 10, 0), SHARED[capability], 132))
     assert plan is not None
-    return int(_C.cuda_blocks_memory(plan_cuda.sizes(plan), [plan_cuda.share(s, plan.cluster) for s in shapes]))
+    return int(
+        _C.cuda_blocks_memory(plan_cuda.sizes(plan) | {"L": L}, [plan_cuda.share(s, plan.cluster) for s in shapes])
+    )
+
+
+REFUSED = {(Kernel(name, "exact", 128, True), 80) for name in ("window", "prepare")}
+"""Kernels whose shared memory an architecture does not have: `why_not` says so there."""
 
 
 class Built(NamedTuple):
@@ -148,12 +160,12 @@ def faults(kernel: Kernel, capability: int, built: Built | None) -> Iterator[str
     ops = built.opcodes
     if built.stack > 0 or ops["STL"] + ops["LDL"] > 0:
         yield f"spills: a stack of {built.stack} bytes"
-    if built.registers * kernel.threads() > REGISTERS:
-        yield f"{built.registers} registers x {kernel.threads()} threads"
+    if -(-built.registers // 8) * 8 * kernel.threads() * kernel.together() > REGISTERS:
+        yield f"{built.registers} registers x {kernel.threads()} threads x {kernel.together()} blocks"
     if ops.total() < 500:
         yield f"an empty body ({ops.total()} instructions)"
-    if kernel.shared() > SHARED[90]:
-        yield f"{kernel.shared()} bytes of shared memory"
+    if kernel.shared(capability) > SHARED[capability] and (kernel, capability) not in REFUSED:
+        yield f"{kernel.shared(capability)} bytes of shared memory"
     if kernel.name != "step" and (ops["HMMA"] == 0 or ops["LDSM"] == 0):
         yield "no matrix units, or no matrix loads"
     if kernel.name in ("walk", "affine", "blocks"):
@@ -221,7 +233,13 @@ def main() -> int:
             faulty += bool(fault)
             numbers = [""] * 5
             if built is not None:
-                counts = (built.registers, built.stack, kernel.shared(), built.opcodes["HMMA"], built.opcodes.total())
+                counts = (
+                    built.registers,
+                    built.stack,
+                    kernel.shared(capability),
+                    built.opcodes["HMMA"],
+                    built.opcodes.total(),
+                )
                 numbers = [str(n) for n in counts]
             decay = "" if kernel.name not in ("window", "prepare") else "channel" if kernel.channel else "head, none"
             table.add_row(

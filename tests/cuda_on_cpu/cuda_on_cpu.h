@@ -192,6 +192,7 @@ inline float decayed(float x) { return std::exp(x); }
 inline float quotient(float x, float y) { return x / y; }
 inline float log_of(float x) { return std::log(x); }
 
+[[noreturn]] inline void trap() { std::abort(); }
 inline void block_barrier() {
   cuda_on_cpu::gather(cuda_on_cpu::machine.blocks[cuda_on_cpu::rank()], [] {});
 }
@@ -281,8 +282,6 @@ inline void warp_copy(Arrival* a, void* to, const void* from, int bytes) {
   --p.missing;
   cuda_on_cpu::try_to_end(p, !p.waiting.empty());
 }
-
-inline void copy_fence() {}
 
 inline void copy_wait(Arrival* a, int parity) {
   cuda_on_cpu::Phase& p = cuda_on_cpu::machine.phases.at(a);

@@ -7,17 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
+from weakref import ref
 
 import pytest
 import torch
 from conftest import A100, H100
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sleepkern.backends import cuda
 from sleepkern.nn import HybridBlock, SleepLM
+from sleepkern.sleep import SleepSession, packed_cuda, plan_cuda
 from sleepkern.sleep import blocks as module_by_module
-from sleepkern.sleep import packed_cuda, plan_cuda
 from sleepkern.sleep.blocks import Slept, one_by_one, sleep_blocks
+from sleepkern.sleep.capture import Captures
 from sleepkern.testing import relative_error
 
 TOLERANCE = 1e-2
@@ -112,6 +115,17 @@ def memory_as_planned(device: cuda.Device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_launch(on: Any, **options: Any) -> Iterator[None]:
+    """sleep_blocks goes to the kernel."""
+    with (
+        on(device=DEVICE, **options),
+        mock.patch.object(module_by_module, "why_not", return_value=None),
+        mock.patch.object(module_by_module, "_run", lambda h, b, s, how: Slept(*packed_cuda.run(h, b, s, *how))),
+    ):
+        yield
+
+
 def check(case: Case, on: Any, **order: Any) -> None:
     lm = model(case)
     blocks, exact = lm.blocks(), copy.deepcopy(lm).double().blocks()
@@ -167,14 +181,62 @@ def test_gradients(on) -> None:
         loss = sum(t.square().sum() for t in all_of(slept))
         return list(torch.autograd.grad(loss, [h, *(p for block in lm.blocks() for p in block.parameters())]))
 
-    with (
-        on(device=DEVICE),
-        mock.patch.object(module_by_module, "why_not", return_value=None),
-        mock.patch.object(module_by_module, "_run", lambda h, b, s, how: Slept(*packed_cuda.run(h, b, s, *how))),
-    ):
+    with one_launch(on):
         ours = gradients(sleep_blocks, lm, h.clone())
     true = gradients(one_by_one, exact, h.double())
     assert max(relative_error(a, b) for a, b in zip(ours, true, strict=True)) <= 2 * TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("L", [5, 24])
+def test_windows_of_a_group_keep_to_themselves(on, L: int) -> None:
+    """Also what is not a number."""
+    case = Case(L, 32, 1, 1, B=2)
+    lm, h = model(case), torch.randn(2, L, 32).bfloat16()
+    found = plan_cuda.Plan(cluster=1, group=2, tiles=5, columns=32, exchange=2, ring=2)
+    with one_launch(on), mock.patch.object(packed_cuda, "plan", return_value=found):
+        clean = sleep_blocks(h, lm.blocks(), passes=2)
+        h[1, 0] = torch.nan
+        poisoned = sleep_blocks(h, lm.blocks(), passes=2)
+    for a, b in zip(all_of(clean), all_of(poisoned), strict=True):
+        assert torch.equal(a[0], b[0]) and b[1].isnan().any()
+
+
+class Recorder:
+    """Records nothing: a replay is another run. Counts."""
+
+    device, count = "cpu", 0
+
+    def record(self, run: Any) -> Any:
+        self.count += 1
+        made = run()
+
+        def again() -> None:
+            for old, new in zip(tree_leaves(made), tree_leaves(run()), strict=True):
+                old.copy_(new)
+
+        return again, made
+
+
+@torch.no_grad()
+def test_recordings_keep_packed_weights_and_go_with_them(on) -> None:
+    case = Case(8, 32, 2, 1, B=1)
+    lm, recorder = model(case), Recorder()
+    ids = torch.randint(8, (1, 8))
+    session = SleepSession(lm, 8, 2, capture=True)
+    session.captures = Captures(recorder)
+    with one_launch(on):
+        for times in (1, 1):
+            session.fork().ingest(ids)
+            assert recorder.count == times
+        (graph,) = session.captures.graphs.values()
+        kept = [ref(packed) for packed in graph.weights]
+        assert kept
+        lm.blocks()[0].mlp.up.weight *= 2
+        sleep_blocks(torch.randn(1, 8, 32).bfloat16(), lm.blocks())  # packs them anew
+        assert all(packed() is not None for packed in kept) and not graph.current()
+        session.fork().ingest(ids)
+        assert recorder.count == 2
 
 
 @pytest.mark.parametrize("device", [DEVICE, A100, cuda.Device((12, 0), 101376, 170)])

@@ -133,6 +133,17 @@ def test_tol_stops_each_head(on, shape: str, method: str, readouts: bool, order:
         assert relative_error(made.output, expected.output) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("T", [50, 65])
+@pytest.mark.parametrize("method", ["wy", "affine"])
+def test_a_tol_below_float32_still_reports(on, T: int, method: str) -> None:
+    x = make_inputs(GATED_DELTA_RULE, Shape(T=T, **ONE, K=16, V=16))
+    with on():
+        made = sleepkern.sleep_ingest(**x, passes=3, tol=1e-50, method=method, backend="cuda")
+    expected = sleepkern.sleep_ingest(**to_float64(x), passes=3, tol=1e-50, backend="reference")
+    assert made.passes.unique().tolist() == [3]
+    torch.testing.assert_close(made.residual, expected.residual.float(), rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("K", [16, 64, 100, 128])
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_chain(on, K: int, blocks: int) -> None:
@@ -181,6 +192,28 @@ def test_step(on, rule, dtype: torch.dtype, shape: Shape) -> None:
         )
         assert relative_error(o, o_expected) <= TOLERANCE[dtype]
         assert relative_error(S, S_expected) <= 2e-6
+
+
+def test_states_as_they_lie(on) -> None:
+    """A few tokens from a turned state; in place too, but not into one memory for all rows."""
+    x = make_inputs(GATED_DELTA_RULE, Shape(B=2, T=4, H=1, HV=2, K=32, V=32))
+    x.pop("cu_seqlens")
+    state = x.pop("initial_state").transpose(-1, -2)
+    o_expected, S_expected = sleepkern.gated_delta_rule(
+        **to_float64(x), initial_state=state.double(), output_final_state=True, backend="reference"
+    )
+    with on():
+        o, S = sleepkern.gated_delta_rule(**x, initial_state=state, output_final_state=True, backend="cuda")
+        assert S is not None and S.is_contiguous()
+        kept = state.clone()
+        assert not kept.is_contiguous()
+        in_place, _ = sleepkern.recurrent_step(**x, state=kept, backend="cuda")
+        with pytest.raises(RuntimeError, match="single memory location"):
+            sleepkern.recurrent_step(**x, state=torch.zeros(1, 2, 32, 32).expand(2, -1, -1, -1), backend="cuda")
+    for ours in (o, in_place):
+        assert relative_error(ours, o_expected) <= 1e-6
+    for final in (S, kept):
+        assert relative_error(final, S_expected) <= 1e-6
 
 
 def test_step_in_a_pool(on) -> None:
