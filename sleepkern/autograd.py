@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from .backends import chunked, reference
 from .backends.tensors import Ingested, on_device_of, step_in_pool
 from .dispatch import backend_named
 from .problem import Problem, Tensors, check_places, check_values, describe
@@ -38,6 +40,7 @@ _library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}, Tensor? places=Non
 
 def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
     """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator."""
+    _refuse_tangents(x)
     if unrecorded(x):
         check_values(problem, x)
         with on_device_of(x.k):
@@ -63,6 +66,7 @@ def step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None
 
     Not differentiable: callers take `ingest` then.
     """
+    _refuse_tangents(x)
     if unrecorded(x):
         return _checked_step(problem, engine, x, places)
     return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
@@ -208,9 +212,37 @@ def _differentiate(ctx: Any, do: Tensor | None, dstate: Tensor | None, *unused: 
     nothing = (None,) * (7 + len(ctx.options))
     if (do is None or not ctx.has_output) and dstate is None:
         return nothing
+    if torch.is_grad_enabled():
+        grads = _differentiable(ctx, Tensors(*tensors), do, dstate)
+        return (*grads, None, *(None for _ in ctx.options))
     grads = torch.ops.sleepkern.ingest_backward.default(*tensors, *ctx.options, do if ctx.has_output else None, dstate)
     wanted = [d if t is not None else None for t, d in zip(tensors, grads, strict=False)]
     return (*wanted, None, *(None for _ in ctx.options))
+
+
+def _differentiable(ctx: Any, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, beta, state for create_graph=True: by torch's own operators, so that they have some."""
+    rule, _, scale, normalize, passes, tol, method = ctx.options
+    problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
+    engine = next(backend for backend in (chunked, reference) if backend.why_not(problem) is None)
+    # Views, because one tensor may come as two inputs, each with a gradient of its own.
+    inputs = [None if t is None else t.view_as(t) for t in x[:6]]
+    out = engine.forward(problem, Tensors._make([*inputs, x.cu_seqlens]))
+    pairs = [(y, dy) for y, dy in ((out.o, do), (out.state, dstate)) if y is not None and dy is not None]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in pairs], wanted, [dy for _, dy in pairs], create_graph=True, allow_unused=True
+        )
+    )
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _refuse_tangents(x: Tensors) -> None:
+    if forward_ad._current_level < 0:
+        return
+    if any(t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in x):
+        raise NotImplementedError("sleepkern has derivatives in reverse mode only: got a tangent of forward mode")
 
 
 for _key in ("CPU", "CUDA"):

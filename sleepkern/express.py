@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import settings
 from .autograd import unrecorded
@@ -52,7 +53,7 @@ def _open(x: Tensors, backend: str | None) -> bool:
     for t in x:
         if t is not None and type(t) is not Tensor:
             return False
-    return unrecorded(x) and not torch.is_autocast_enabled("cpu")
+    return unrecorded(x) and not torch.is_autocast_enabled("cpu") and forward_ad._current_level < 0
 
 
 def _run(rule: Rule, x: Tensors, scale: float | None, normalize: bool, o: Tensor, final: Tensor) -> bool:

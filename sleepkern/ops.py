@@ -23,8 +23,9 @@ Sums and states are float32, float64 for float64 inputs. Products of bfloat16 in
 and on processors that multiply it in one instruction where the rule decays by head; elsewhere float32 ones (`explain`
 says which).
 
-All are differentiable in every tensor, run under torch.compile(fullgraph=True) and autocast, and raise ValueError or
-TypeError naming the argument, what it got and what it expects, before any kernel runs.
+All are differentiable in every tensor, in reverse mode; gradients that are differentiated again (create_graph=True) are
+made by torch's operators, which is slower. All run under torch.compile(fullgraph=True) and autocast, and raise
+ValueError or TypeError naming the argument, what it got and what it expects, before any kernel runs.
 """
 
 from __future__ import annotations

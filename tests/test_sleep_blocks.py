@@ -15,7 +15,7 @@ from torch import Tensor
 from sleepkern.backends import cpu
 from sleepkern.nn import HybridBlock, SleepLM
 from sleepkern.sleep import SleepSession, forget_packed, packed, sleep_blocks
-from sleepkern.sleep.blocks import Slept, why_not
+from sleepkern.sleep.blocks import Slept, one_by_one, why_not
 from sleepkern.sleep.memory import Fast, Slow
 from sleepkern.testing import relative_error
 
@@ -169,10 +169,47 @@ def test_memory_of_a_backward_is_what_lies_between_passes() -> None:
     h = torch.randn(B, L, d, requires_grad=True)
     slept = sleep_blocks(h, lm.blocks(), passes=N)
     assert slept.h.grad_fn is not None
-    kept = slept.h.grad_fn.kept  # type: ignore[attr-defined]
-    numbers = sum(t.numel() for x, states in kept for t in (x, *(y for s in states if s is not None for y in s)))
+    weights = {p.data_ptr() for p in lm.parameters()}
+    kept = {t.data_ptr(): t for t in slept.h.grad_fn.saved_tensors if t.data_ptr() not in weights}  # type: ignore[union-attr]
     of_a_pass = h.numel() + sum(t.numel() for state in slept.states for t in state)
-    assert len(kept) == N and numbers <= N * of_a_pass
+    assert N * h.numel() < sum(t.numel() for t in kept.values()) <= N * of_a_pass
+
+
+def test_shared_weights_count_once() -> None:
+    lm, h = model(24, 2, {}, "GG"), torch.randn(2, 9, 24)
+    blocks = [lm.blocks()[0], lm.blocks()[1], lm.blocks()[0]]
+    blocks[1].mlp = blocks[0].mlp
+    wanted = list(dict.fromkeys(p for block in blocks for p in block.parameters()))
+    ours, true = (
+        torch.autograd.grad(run(h, blocks, passes=2).h.square().sum(), wanted) for run in (sleep_blocks, one_by_one)
+    )
+    for a, b in zip(ours, true, strict=True):
+        assert relative_error(a, b.double()) < 1e-5
+
+
+def test_weights_written_to_before_the_backward_are_seen() -> None:
+    lm, h = model(24, 2, {}), torch.randn(2, 9, 24, requires_grad=True)
+    loss = sleep_blocks(h, lm.blocks(), passes=2).h.sum()
+    with torch.no_grad():
+        lm.blocks()[0].mlp.up.weight.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_backward_is_not_cast() -> None:
+    lm, h = model(24, 2, {}), torch.randn(2, 9, 24, requires_grad=True)
+    first, second = (sleep_blocks(h, lm.blocks(), passes=2).h.sum() for _ in range(2))
+    (true,) = torch.autograd.grad(first, h)
+    with torch.autocast("cpu", torch.bfloat16):
+        (ours,) = torch.autograd.grad(second, h)
+    assert torch.equal(ours, true)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    lm, h = model(24, 2, {}), torch.randn(2, 9, 24, requires_grad=True)
+    (grad,) = torch.autograd.grad(sleep_blocks(h, lm.blocks()).h.square().sum(), h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_changed_weights_are_packed_anew() -> None:
@@ -295,7 +332,7 @@ def test_what_is_not_ours_runs_by_the_modules() -> None:
     assert "inference mode" in str(why_not(h, frozen.blocks()))
     with torch.no_grad():
         assert sleep_blocks(h, frozen.blocks()).h.isfinite().all()
-    assert "weights lie on meta, h on cpu" in str(why_not(h, narrow.to("meta").blocks()))
+    assert "on meta, h is torch.float32 on cpu" in str(why_not(h, narrow.to("meta").blocks()))
 
 
 class Adapted(torch.nn.Module):

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as _module
 
 from .. import settings
 from ..backends.tensors import on_device_of
@@ -87,7 +90,7 @@ def _run_where_it_may(
     _check_sizes(h, blocks, states)
     how = _How(passes, feedback == "reinject", conv_state == "carry")
     tensors = [t for state in states if state is not None for t in state]
-    parameters = [p for block in blocks for p in block.parameters()]
+    parameters = _parameters(blocks)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors, *parameters)):
         changes = torch.empty(passes, device=h.device)
         made = _Recorded.apply(blocks, states, how, changes, h, *tensors, *parameters)
@@ -116,14 +119,18 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
         return f"one call for {h.dtype} on {h.device} is not there, only for at most 32 bits on CPU and GPU"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device) or torch._C._len_torch_dispatch_stack() > 0:
         return "a compiled graph, autocast or a dispatch mode wants to see the operators"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "a transform of torch.func or forward mode wants to see the operators"
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks:
+        return "modules have hooks, which want to be called"
     for block in blocks:
-        reason = _why_not_packed(block, h.device)
+        reason = _why_not_packed(block, h)
         if reason is not None:
             return reason
     return packed_cuda.why_not(h, blocks) if device == "cuda" else native.why_not(blocks)
 
 
-def _why_not_packed(block: HybridBlock, device: torch.device) -> str | None:
+def _why_not_packed(block: HybridBlock, h: Tensor) -> str | None:
     """None where weights say all of what a block does."""
     from .. import nn
 
@@ -139,8 +146,8 @@ def _why_not_packed(block: HybridBlock, device: torch.device) -> str | None:
         if type(m) not in ours or getattr(m, "bias", None) is not None or "forward" in vars(m):
             return f"a {type(m).__name__} in a block is not as sleepkern.nn made it"
     for p in block.parameters():
-        if p.device != device:
-            return f"weights lie on {p.device}, h on {device}"
+        if p.device != h.device or p.dtype != h.dtype:
+            return f"weights are {p.dtype} on {p.device}, h is {h.dtype} on {h.device}"
         if p.is_inference():
             return "weights made in inference mode do not say when they change"
     return None
@@ -231,12 +238,22 @@ class _Recorded(torch.autograd.Function):
             h, after, change = _run(entry, blocks, now, how._replace(passes=1))
             now = list(after)
             changes[n] = change[0]
-        ctx.blocks, ctx.states, ctx.how, ctx.kept = blocks, states, how, kept
-        return (h, *(t for state in now if state is not None for t in state))
+        ctx.blocks, ctx.how = blocks, how
+        # As saved tensors, and weights among them, so that torch sees it if they are written to before the backward.
+        ctx.forms = [[None if s is None else type(s) for s in began] for _, began in [*kept, (h, states)]]
+        began = [*kept, (start, states)]
+        ctx.save_for_backward(*_parameters(blocks), *(t for x, before in began for t in (x, *_tensors_of(before))))
+        return (h, *_tensors_of(now))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return (None, None, None, None, *_differentiate(ctx.blocks, ctx.states, ctx.how, ctx.kept, grads))
+        tensors = iter(ctx.saved_tensors[len(_parameters(ctx.blocks)) :])
+        began = [(next(tensors), [None if f is None else f(next(tensors), next(tensors)) for f in forms])
+                 for forms in ctx.forms]  # fmt: skip
+        *kept, (_, states) = began
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return (None, None, None, None, *_differentiate(ctx.blocks, states, ctx.how, kept, grads))
 
 
 def _differentiate(
@@ -247,7 +264,7 @@ def _differentiate(
     grads: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients of h, of all tensors in states, and of all parameters."""
-    parameters = [p for block in blocks for p in block.parameters()]
+    parameters = _parameters(blocks)
     wanted = [p for p in parameters if p.requires_grad]
     start = kept[0][0]
     dstart, dparameters = torch.zeros_like(start), [torch.zeros_like(p) for p in wanted]
@@ -272,6 +289,15 @@ def _differentiate(
         *(t for s in dstates if s is not None for t in s),
         *(next(by_parameter) if p.requires_grad else None for p in parameters),
     ]
+
+
+def _parameters(blocks: Sequence[HybridBlock]) -> list[Tensor]:
+    """Each once, though blocks may share some."""
+    return list(dict.fromkeys(p for block in blocks for p in block.parameters()))
+
+
+def _tensors_of(states: Sequence[State]) -> list[Tensor]:
+    return [t for state in states if state is not None for t in state]
 
 
 def _filled(states: Sequence[State], tensors: list[Tensor]) -> list[State]:
