@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_blocks OUT.json [--seconds 60] [--compile] [--plans]
 
 Checks come first, on a few windows, against the modules in float64 on the CPU: an error may be 1e-2, or 1.5 times what
-the modules make of the same bfloat16. Then the times of a call, by CUDA events: ours, ours and the modules each as one
+the modules make of the same bfloat16. Then the times of a call, in turns, by CUDA events: ours, ours and the modules each as one
 CUDA graph, and the modules one by one; with --compile also those compiled by torch, a minute a row. OUT.json
 is written after every row; a row that fails says so and does not end the run. --plans times, instead, every way to cut
 a call that fits, with N = 4 as a graph, beside what the plan's model expects. Exit status 1 when a check is red.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,15 +25,18 @@ import torch
 from torch import Tensor
 
 from sleepkern.backends import cuda
+from sleepkern.measure import timing
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
 from sleepkern.sleep import packed_cuda, plan_cuda, sleep_blocks
 from sleepkern.sleep.blocks import Slept, one_by_one, why_not
+from sleepkern.sleep.capture import CudaRecorder
 from sleepkern.testing import relative_error
 
 TOLERANCE = 1e-2
 BATCHES, PASSES = (1, 16, 128, 1024), (4, 1, 2, 8)
-SAMPLES, SAMPLE_SECONDS = 7, 2e-3
+SECONDS, TURNS = 0.5, (3, 15)
+"""Of all ways of a row together."""
 
 
 class Size(NamedTuple):
@@ -131,45 +133,23 @@ def flat(slept: Slept) -> list[Tensor]:
 
 def graph_of(call: Callable[[], Any]) -> Callable[[], None]:
     """The call, captured."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
+    with packed_cuda.reading() as weights:
+        replay, made = CudaRecorder().record(call)
 
-    def replay(kept: Any = kept) -> None:
-        graph.replay()
+    def again(kept: Any = (made, weights)) -> None:
+        replay()
 
-    return replay
+    return again
 
 
-def microseconds(call: Callable[[], Any]) -> float:
-    """Median of a few samples of as many calls as fill one."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    repeats = max(1, int(SAMPLE_SECONDS / (time.perf_counter() - begin)))
-    samples = []
-    for _ in range(SAMPLES):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        end.synchronize()
-        samples.append(1e3 * start.elapsed_time(end) / repeats)
-    return statistics.median(samples)
+def microseconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Medians over turns."""
+    candidates = {name: timing.Candidate([call]) for name, call in calls.items()}
+    return {name: 1e6 * t.median for name, t in timing.time_in_turns(candidates, "cuda", SECONDS, TURNS).items()}
 
 
 def times(size: Size, lm: SleepLM, B: int, N: int, compiled: bool) -> Iterator[tuple[str, float | str]]:
-    """Of one row, as they come; a way that fails gives its error."""
+    """Of one row, all ways in turns; one that fails gives its error."""
     h, blocks = torch.randn(B, size.L, size.d, device="cuda").bfloat16(), lm.blocks()
     reason = why_not(h, blocks)
     if reason is not None:
@@ -190,11 +170,15 @@ def times(size: Size, lm: SleepLM, B: int, N: int, compiled: bool) -> Iterator[t
     }
     if compiled:
         ways["modules, compiled"] = lambda: graph_of(torch.compile(modules, dynamic=False))
+    calls = {}
     for name, prepare in ways.items():
         try:
-            yield name, microseconds(prepare())
+            call = prepare()
+            call()
+            calls[name] = call
         except Exception as error:  # the next way is still worth timing
             yield name, f"{type(error).__name__}: {str(error)[:200]}"
+    yield from microseconds(calls).items()
 
 
 def table_row(row: dict[str, Any]) -> str:
@@ -214,7 +198,7 @@ def all_plans(size: Size, lm: SleepLM, B: int) -> Iterator[dict[str, Any]]:
         row["expected"] = 4 * plan_cuda._time(plan, B, size.d, shapes, device) / CLOCK
         try:
             with mock.patch.multiple(packed_cuda, plan=lambda *_, plan=plan: plan, slower=lambda *_: None):
-                row["ours, graph"] = microseconds(graph_of(lambda: sleep_blocks(h, blocks, passes=4)))
+                row |= microseconds({"ours, graph": graph_of(lambda: sleep_blocks(h, blocks, passes=4))})
         except Exception as error:  # the next plan is still worth timing
             row["ours, graph"] = f"{type(error).__name__}: {str(error)[:200]}"
         yield row
