@@ -3,10 +3,11 @@
     python -m benchmarks.gpu_blocks OUT.json [--seconds 60] [--compile] [--plans]
 
 Checks come first, on a few windows, against the modules in float64 on the CPU: an error may be 1e-2, or 1.5 times what
-the modules make of the same bfloat16. Then the times of a call, in turns, by CUDA events: ours, ours and the modules each as one
-CUDA graph, and the modules one by one; with --compile also those compiled by torch, a minute a row. OUT.json
-is written after every row; a row that fails says so and does not end the run. --plans times, instead, every way to cut
-a call that fits, with N = 4 as a graph, beside what the plan's model expects. Exit status 1 when a check is red.
+the modules make of the same bfloat16. Then the times of a call, in turns, by CUDA events: ours, ours and the modules
+each as one CUDA graph, and the modules one by one; with --compile also those compiled by torch, a minute a row.
+OUT.json is written after every row; a row that fails says so and does not end the run. --plans times, instead, every
+way to cut a call that fits, with N = 4 as a graph, beside what the plan's model expects. Exit status 1 when a check is
+red.
 """
 
 from __future__ import annotations
