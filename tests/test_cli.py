@@ -1,9 +1,11 @@
 """The command line: what it prints, writes, and exits with."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from typer.testing import CliRunner
@@ -11,11 +13,13 @@ from typer.testing import CliRunner
 from sleepkern import rules, settings
 from sleepkern.backends import chunked
 from sleepkern.cli import app
-from sleepkern.measure import cases
+from sleepkern.measure import Report, cases
+from sleepkern.measure.bench import PeerRow, Row
 from sleepkern.measure.cases import Case
 from sleepkern.testing import Shape
 
 demo = importlib.import_module("sleepkern.cli.demo")
+output = importlib.import_module("sleepkern.cli.output")
 verify_module = importlib.import_module("sleepkern.measure.verify")
 
 TINY = (Case("forward", rules.GATED_DELTA_RULE, Shape(T=33, H=1, HV=1, K=16, V=16)),)
@@ -79,6 +83,15 @@ def test_verify_exits_1_when_the_backend_asked_for_refuses_everything(tiny, monk
     assert "chunked refused: on strike" in result.output
 
 
+def test_verify_json_agrees_with_the_exit_status_when_one_of_two_backends_refuses(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(chunked, "why_not", lambda problem: "on strike")
+    both = ("--backend", "reference", "--backend", "chunked")
+    result = invoke("verify", "--quick", *both, "--rule", "gla", "--json", tmp_path / "verify.json")
+    content = json.loads((tmp_path / "verify.json").read_text())
+    assert all(row["passed"] for row in content["rows"])
+    assert result.exit_code == 1 and content["passed"] is False
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -88,7 +101,10 @@ def test_verify_exits_1_when_the_backend_asked_for_refuses_everything(tiny, monk
         (["bench", "--suite", "nope"], "got 'nope'"),
         (["bench", "--threads", "0"], "threads: got 0"),
         (["explain", "nope"], "expected one of gated_delta_rule"),
-        (["explain", "--dtype", "int8"], "expected one of float32"),
+        (["explain", "--dtype", "int8"], "Invalid value for --dtype: got 'int8'; expected one of float32"),
+        (["explain", "--device", "tpu"], "Invalid value for --device: got 'tpu'; expected one of cpu, cuda"),
+        (["tune", "plans.json", "--dtype", "int8"], "Invalid value for --dtype: got 'int8'"),
+        (["tune", "plans.json", "--rule", "nope"], "Invalid value for --rule: got 'nope'"),
         (["explain", "--H", "2", "--HV", "3"], "expected a multiple of H = 2"),
         (["demo", "--text", "nowhere"], "nowhere is not a file"),
         (["train", "chess"], "task: got 'chess'; expected one of depo, rule110, arithmetic"),
@@ -105,6 +121,72 @@ def test_wrong_usage_exits_2_and_says_what(arguments, expected):
     assert expected in result.output
 
 
+@pytest.fixture
+def at_work(monkeypatch):
+    """What fails a test in which a command begins its work."""
+
+    def began(*args, **options):
+        pytest.fail("the work has begun")
+
+    for module, name in (
+        ("verify", "run"), ("bench", "run"), ("info", "gather"), ("tune", "tune"), ("train", "Training"),
+        ("curves", "read_logs"), ("study", "run_study"), ("study", "step_costs"),
+    ):  # fmt: skip
+        monkeypatch.setattr(importlib.import_module(f"sleepkern.cli.{module}"), name, began)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("verify",), "--json"),
+        (("bench",), "--json"),
+        (("info",), "--json"),
+        (("tune", "--device", "cpu"), "out"),
+        (("bench",), "--plot"),
+        (("curves", "runs"), "--out"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_wrong_usage_before_the_work(at_work, tmp_path, command, option):
+    (tmp_path / "file.png").write_text("kept")
+    (tmp_path / "folder.png").mkdir()
+    for place, reason in (("folder.png", "Is a directory"), ("file.png/x.png", "Not a directory")):
+        given = (tmp_path / place,) if option == "out" else (option, tmp_path / place)
+        result = invoke(*command, *given)
+        assert result.exit_code == 2, result.output
+        assert f"Invalid value for {option}: got" in result.output and reason in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"file.png", "folder.png"}
+    assert (tmp_path / "file.png").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command", [("train", "depo"), ("study", "mini-depo"), ("study", "costs"), ("demo",)])
+def test_a_folder_that_cannot_be_written_to_is_wrong_usage_before_the_work(at_work, tmp_path, command):
+    (tmp_path / "file").write_text("kept")
+    text = ("--text", tmp_path / "file") if command == ("demo",) else ()
+    for place in ("file", "file/x"):
+        result = invoke(*command, *text, "--out", tmp_path / place)
+        assert result.exit_code == 2, result.output
+        assert "Invalid value for --out: got" in result.output and "Not a directory" in result.output
+
+
+@pytest.mark.parametrize("command", [("bench", "--plot"), ("curves", "runs", "--out")])
+@pytest.mark.parametrize("name", ["x.nope", "x", "x.pgf"])
+def test_a_picture_of_no_known_format_is_wrong_usage_before_the_work(at_work, tmp_path, command, name):
+    result = invoke(*command, tmp_path / name)
+    assert result.exit_code == 2, result.output
+    assert ".pdf, " in result.output and ".png, " in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_may_be_written_is_left_as_it_was(tmp_path):
+    old = tmp_path / "old.json"
+    old.write_text("kept")
+    for place, folder in ((old, False), (tmp_path / "a" / "b.json", False), (tmp_path / "a" / "b", True)):
+        output.writable(place, "--json", folder)
+    output.writable(None, "--json")
+    output.drawable(tmp_path / "x.PNG", "--plot")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"] and old.read_text() == "kept"
+
+
 def test_bench_writes_json_and_a_plot(tiny, tmp_path):
     result = invoke("bench", "--quick", "--json", tmp_path / "b.json", "--plot", tmp_path / "b.png")
     assert result.exit_code == 0, result.output
@@ -115,15 +197,16 @@ def test_bench_writes_json_and_a_plot(tiny, tmp_path):
     row = content["rows"][0]
     assert row["milliseconds"] > 0
     assert row["backend"] in ("cpu", "chunked")
-    assert {"name", "milliseconds", "ratio", "error", "note"} == set(row["peers"][0])
+    assert {"name", "milliseconds", "turns", "ratio", "error", "note"} == set(row["peers"][0])
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_exits_1_on_a_planted_fault_and_shows_no_speed_up(tiny, fault, monkeypatch):
+def test_bench_exits_1_on_a_planted_fault_and_shows_no_speed_up(tiny, fault, monkeypatch, tmp_path):
     monkeypatch.setattr(settings, "BACKEND", "chunked")
-    result = invoke("bench", "--quick")
+    result = invoke("bench", "--quick", "--plot", tmp_path / "b.png")
     assert result.exit_code == 1
-    assert "not timed" in result.output
+    assert "not timed" in result.output and "nothing to draw" in result.output
+    assert not list(tmp_path.iterdir())
     assert "x token" not in result.output
 
 
@@ -136,6 +219,82 @@ def test_explain_says_what_is_chosen_and_why_not():
     forward, both = invoke("explain").output, invoke("explain", "--backward").output
     assert "work: 3.89 GFLOP" in forward
     assert "work: 11.7 GFLOP" in both
+
+
+@pytest.mark.parametrize("rule", [rules.KDA, rules.GLA], ids=str)
+def test_work_of_gradients_counts_the_passes(rule):
+    """Products of each pass forward and twice backward, states between passes out and in; GLA has a closed form."""
+    shape = Shape(B=2, T=64, H=2, HV=2, K=16, V=8)
+    one, many = (Case("train", rule, shape, passes=passes) for passes in (1, 16))
+    a_pass = 2 * 64 * 2 * (2 * 2 * 16 * 8) if rule.delta else 0
+    a_state = 2 * 2 * 16 * 8 * 4 if rule.delta else 0
+    assert many.flops - one.flops == 15 * 3 * a_pass
+    assert many.bytes - one.bytes == 15 * 2 * a_state
+    counts = [invoke("explain", rule.name, "--T", 64, "--backward", "--passes", n).output for n in (1, 16)]
+    assert len({text.partition("work: ")[2] for text in counts}) == (2 if rule.delta else 1)
+
+
+def test_help_tells_defaults_that_are_not_numbers_and_the_suites_of_a_gpu():
+    assert "[default: (H)]" in invoke("explain", "--help").output
+    shown = invoke("tune", "--help").output
+    assert "[default: (gated_delta_rule, kda)]" in shown and "[default: (16, 32, 64)]" in shown
+    shown = invoke("bench", "--help").output
+    assert "ingest" in shown and "state" in shown and "replay" in shown
+
+
+def bench_report(shares, peers, gigabytes=None):
+    """A Report of one row a share, the last with all peers, the others with one less each."""
+    rows = []
+    for i, share in enumerate(shares):
+        here = peers[: len(peers) - (len(shares) - 1 - i)]
+        timed = [{"name": name, "milliseconds": 2.0, "ratio": 2.0 + j, "error": 0.0, "note": None}
+                 for j, name in enumerate(here)]  # fmt: skip
+        rows.append(_filled(Row, case=f"case {i}", rule="kda", milliseconds=1.0, share_of_peak=share,
+                            peers=tuple(_filled(PeerRow, **peer) for peer in timed)))  # fmt: skip
+    where = {"versions": {"sleepkern": "0"}, "device": "a device", "threads": 1, "date": "2026-11-23T00:00"}
+    return Report(where, 100.0, gigabytes, tuple(rows))
+
+
+def _filled(made, **given):
+    return made(**{field.name: given.get(field.name, 0) for field in fields(made)})
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws a report and returns the figure."""
+    plot = importlib.import_module("sleepkern.cli.plot")
+
+    def draw(report):
+        figures = []
+        monkeypatch.setattr(plot.pyplot, "close", figures.append)
+        plot.draw_report(report, tmp_path / "x.png")
+        return figures[0]
+
+    return draw
+
+
+def test_plot_has_room_for_every_share_and_says_of_what(drawn):
+    for shares, most in (((0.3, 0.9), 100), ((0.3, 4.2), 420)):
+        panel = drawn(bench_report(shares, ["a", "b"])).axes[1]
+        renderer = panel.figure.canvas.get_renderer()
+        assert panel.get_xlim()[1] >= most
+        for text in panel.texts:
+            assert text.get_window_extent(renderer).x1 <= panel.get_window_extent(renderer).x1
+        assert "float32 peak" in panel.get_xlabel()
+    label = drawn(bench_report((0.3,), ["a"], gigabytes=3e3)).axes[1].xaxis.label
+    assert "bfloat16" in label.get_text() and label.get_window_extent().x1 <= label.figure.bbox.width
+
+
+def test_plot_gives_each_of_many_peers_a_colour_and_room(drawn):
+    peers = [f"peer {i}" for i in range(8)]
+    panel = drawn(bench_report((0.3, 0.3), peers)).axes[0]
+    bars = sorted(panel.patches, key=lambda bar: bar.get_y())
+    assert len({bar.get_facecolor() for bar in bars}) == 8
+    for upper, lower in itertools.pairwise(bars):
+        assert upper.get_y() + upper.get_height() <= lower.get_y() + 1e-9
+    legend, figure = panel.get_legend(), panel.figure
+    box = legend.get_window_extent(figure.canvas.get_renderer())
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 def test_info_lists_backends_and_versions(tmp_path):
@@ -190,6 +349,19 @@ def test_demo_shows_all_parts_and_writes_them(tiny, dropin, tmp_path):
 def test_demo_exits_1_on_a_planted_fault(tiny, dropin, fault, tmp_path):
     (tmp_path / "text").write_bytes(b"words")
     assert invoke("demo", "--out", tmp_path / "out", "--text", tmp_path / "text").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "found", [{"same_tokens": False}, {"relative_logit_difference": 0.01}, {"relative_logit_difference": float("nan")}]
+)
+def test_demo_exits_1_when_the_model_is_not_the_same_with_sleepkern(tiny, dropin, monkeypatch, tmp_path, found):
+    module = importlib.import_module("sleepkern.cli.dropin")
+    monkeypatch.setattr(module, "run_dropin", lambda text, progress=None: {**DROPIN, **found})
+    (tmp_path / "text").write_bytes(b"words")
+    result = invoke("demo", "--out", tmp_path / "out", "--text", tmp_path / "text")
+    assert result.exit_code == 1
+    assert "expected the same bytes, and logits within 1e-05" in result.output
+    assert json.loads((tmp_path / "out" / "dropin.json").read_text())["passed"] is False
 
 
 def test_train_writes_a_log_that_curves_draws(tmp_path):

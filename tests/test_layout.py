@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,3 +36,21 @@ def test_make_knows_its_targets() -> None:
     for target in ("demo", "test", "bench", "lint", "gpu-check"):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_source_archive_has_what_make_and_the_tests_need(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    listed = set((tmp_path / "sleepkern.egg-info" / "SOURCES.txt").read_text().splitlines())
+    needed = [*SOURCES, *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]
+    names = {str(path.relative_to(ROOT)) for path in needed}
+    names |= {"README.md", "Makefile", "CMakeLists.txt", "pyproject.toml", "setup.py", ".ci/run", ".clang-format"}
+    names |= {"requirements.txt", "requirements-fla.txt", "MANIFEST.in", "benchmarks/README.md"}
+    assert not names - listed
+    assert not [name for name in listed if name.endswith((".so", ".pyc"))]
+
+
+def test_the_readme_of_the_benchmarks_names_results_that_exist() -> None:
+    named = re.findall(r"`([\w.-]+\.json)`", (ROOT / "benchmarks" / "README.md").read_text())
+    assert named and all((ROOT / "benchmarks" / "results" / name).is_file() for name in named)

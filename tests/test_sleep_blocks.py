@@ -1,91 +1,26 @@
-"""Passes of a stack of blocks in one call against the modules one by one, forward and every gradient."""
+"""Passes of a stack of blocks in one call against the modules one by one, and what does not take it."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from block_stacks import OPTIONS, SIZES, State, all_of, as_type, before, by_hand, model
 from torch import Tensor
 
 from sleepkern.backends import cpu
-from sleepkern.nn import HybridBlock, SleepLM
+from sleepkern.nn import HybridBlock
 from sleepkern.sleep import SleepSession, forget_packed, packed, sleep_blocks
-from sleepkern.sleep.blocks import Slept, one_by_one, why_not
+from sleepkern.sleep.blocks import why_not
 from sleepkern.sleep.memory import Fast, Slow
 from sleepkern.testing import relative_error
 
 _C = cpu._C
-State = Fast | Slow | None
-OPTIONS = [("raw", "rewind", 1), ("raw", "carry", 3), ("reinject", "rewind", 2), ("reinject", "carry", 2)]
-SIZES = {  # L, d, heads, batch, further arguments of the mixers
-    "rule 110": (24, 256, 4, 3, {}),
-    "depo": (75, 512, 8, 2, {}),
-    "tiny": (5, 24, 2, 1, {"key_width": 7, "value_heads": 4, "value_width": 5, "convolution": 3}),
-    "odd": (17, 40, 5, 7, {"negative": True, "convolution": 2}),
-    "one token": (1, 8, 1, 2, {"decay_bias": 2.0}),
-    "two chunks": (40, 36, 3, 5, {"value_width": 20, "convolution": 1}),
-}
-
-
-def model(d: int, heads: int, mixer: dict[str, Any], pattern: str = "AG", blocks: int = 3) -> SleepLM:
-    """With norms that are not 1."""
-    torch.manual_seed(d)
-    made = SleepLM(8, d, heads, blocks, window=100, factor=3, pattern=pattern, mixer=mixer)
-    for parameter in made.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return made
-
-
-def by_hand(
-    h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], passes: int, feedback: str, conv_state: str
-) -> Slept:
-    """The loop written out."""
-    start, now, changes = h, list(states), []
-    for n in range(passes):
-        began = []
-        for block, old, new in zip(blocks, states, now, strict=True):
-            if n == 0 or not block.recurrent:
-                began.append(old)
-            elif conv_state == "carry":
-                began.append(new)
-            else:
-                assert isinstance(new, Fast)
-                began.append(Fast(old.conv if isinstance(old, Fast) else torch.zeros_like(new.conv), new.state))
-        if n > 0 and feedback == "reinject":
-            h = h / (h.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt() + start
-        now = []
-        for block, state in zip(blocks, began, strict=True):
-            h, after = block(h, state)
-            now.append(after)
-        pairs = [(a, b) for a, b in zip(began, now, strict=True) if isinstance(b, Fast)]
-        step = sum((b.state - (0 if a is None else a[1])).square().sum() for a, b in pairs)
-        changes.append((step / sum(b.state.square().sum() for _, b in pairs)).sqrt())
-    return Slept(h, now, torch.stack(changes))
-
-
-def before(blocks: Sequence[HybridBlock], h: Tensor) -> list[State]:
-    """What blocks remember after a few other tokens."""
-    states: list[State] = []
-    with torch.no_grad():
-        x = torch.randn(h.shape[0], 7, h.shape[2], dtype=h.dtype)
-        for block in blocks:
-            x, state = block(x)
-            states.append(state)
-    return states
-
-
-def all_of(slept: Slept) -> list[Tensor]:
-    return [slept.h, *(t for state in slept.states for t in state)]
-
-
-def as_type(states: Sequence[State], dtype: torch.dtype) -> list[State]:
-    return [s if s is None else type(s)(*(t.to(dtype) for t in s)) for s in states]
 
 
 @pytest.fixture
@@ -129,87 +64,6 @@ def test_instruction_sets_threads_and_groups_agree() -> None:
             for a, b in zip(all_of(other), all_of(results[0]), strict=True):
                 assert relative_error(a, b.double()) < 2e-6
             assert torch.allclose(other.changes, results[0].changes, rtol=1e-5)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("continued", [False, True], ids=["from nothing", "continued"])
-def test_gradients_are_autograd_s(continued: bool, options: tuple[str, str, int]) -> None:
-    lm = model(24, 2, {"value_heads": 4})
-    exact = copy.deepcopy(lm).double()
-    h = torch.randn(3, 11, 24, requires_grad=True)
-    states = before(lm.blocks(), h) if continued else [None] * 3
-
-    def gradients(run: Callable[..., Slept], lm: SleepLM, dtype: torch.dtype) -> list[Tensor]:
-        x, began = h.detach().to(dtype).requires_grad_(), as_type(states, dtype)
-        leaves = [t.requires_grad_() for s in began if s is not None for t in s]
-        slept = run(x, lm.blocks(), began, options[2], options[0], options[1])
-        loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=dtype).view(t.shape)).sum() for t in all_of(slept))
-        parameters = [p for block in lm.blocks() for p in block.parameters()]
-        return list(torch.autograd.grad(loss, [x, *leaves, *parameters]))  # type: ignore[arg-type]
-
-    lm.blocks()[1].mlp_norm.weight.requires_grad_(True)
-    ours, true = gradients(sleep_blocks, lm, torch.float32), gradients(by_hand, exact, torch.float64)
-    for i, (a, b) in enumerate(zip(ours, true, strict=True)):
-        assert relative_error(a, b) < 1e-4, i
-
-
-def test_frozen_parameters_get_no_gradient() -> None:
-    lm = model(24, 2, {})
-    lm.blocks()[0].requires_grad_(False)
-    slept = sleep_blocks(torch.randn(2, 9, 24), lm.blocks(), passes=2)
-    slept.h.sum().backward()
-    assert all(p.grad is None for p in lm.blocks()[0].parameters())
-    assert all(p.grad is not None for p in lm.blocks()[1].parameters())
-
-
-def test_memory_of_a_backward_is_what_lies_between_passes() -> None:
-    """Tensors that the graph keeps: h and the fast weights of each pass, nothing that blocks make inside."""
-    B, L, d, N = 4, 64, 48, 8
-    lm = model(d, 2, {}, "G", 4)
-    h = torch.randn(B, L, d, requires_grad=True)
-    slept = sleep_blocks(h, lm.blocks(), passes=N)
-    assert slept.h.grad_fn is not None
-    weights = {p.data_ptr() for p in lm.parameters()}
-    kept = {t.data_ptr(): t for t in slept.h.grad_fn.saved_tensors if t.data_ptr() not in weights}  # type: ignore[union-attr]
-    of_a_pass = h.numel() + sum(t.numel() for state in slept.states for t in state)
-    assert N * h.numel() < sum(t.numel() for t in kept.values()) <= N * of_a_pass
-
-
-def test_shared_weights_count_once() -> None:
-    lm, h = model(24, 2, {}, "GG"), torch.randn(2, 9, 24)
-    blocks = [lm.blocks()[0], lm.blocks()[1], lm.blocks()[0]]
-    blocks[1].mlp = blocks[0].mlp
-    wanted = list(dict.fromkeys(p for block in blocks for p in block.parameters()))
-    ours, true = (
-        torch.autograd.grad(run(h, blocks, passes=2).h.square().sum(), wanted) for run in (sleep_blocks, one_by_one)
-    )
-    for a, b in zip(ours, true, strict=True):
-        assert relative_error(a, b.double()) < 1e-5
-
-
-def test_weights_written_to_before_the_backward_are_seen() -> None:
-    lm, h = model(24, 2, {}), torch.randn(2, 9, 24, requires_grad=True)
-    loss = sleep_blocks(h, lm.blocks(), passes=2).h.sum()
-    with torch.no_grad():
-        lm.blocks()[0].mlp.up.weight.add_(0.1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_the_backward_is_not_cast() -> None:
-    lm, h = model(24, 2, {}), torch.randn(2, 9, 24, requires_grad=True)
-    first, second = (sleep_blocks(h, lm.blocks(), passes=2).h.sum() for _ in range(2))
-    (true,) = torch.autograd.grad(first, h)
-    with torch.autocast("cpu", torch.bfloat16):
-        (ours,) = torch.autograd.grad(second, h)
-    assert torch.equal(ours, true)
-
-
-def test_gradients_of_gradients_are_refused() -> None:
-    lm, h = model(24, 2, {}), torch.randn(2, 9, 24, requires_grad=True)
-    (grad,) = torch.autograd.grad(sleep_blocks(h, lm.blocks()).h.square().sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
 
 
 def test_changed_weights_are_packed_anew() -> None:

@@ -9,27 +9,30 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..measure import Report, bench
+from ..measure import Report, bench, gpu_cases
 from ..measure.bench import Row
 from ..measure.cases import SUITES
-from .output import check_device, console, finish, progress_bar, usage, write_json
+from .output import check_device, console, drawable, finish, progress_bar, usage, writable, write_json
 
+SUITES_HELP = f"all, or one of {', '.join(SUITES)}; with --device cuda one of {', '.join(gpu_cases.SUITES)}"
 TITLE = "bench: medians, results checked against the reference before"
 OURS = "ours, "
 """Begins the names of sleepkern itself under other settings (measure/peers.py)."""
 
 
 def command(
-    suite: Annotated[str, typer.Option(help=f"all, or one of {', '.join(SUITES)}")] = "all",
+    suite: Annotated[str, typer.Option(help=SUITES_HELP)] = "all",
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="threads of ours and of every peer")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="shorter sequences, about a minute")] = False,
     json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw them into this PNG file")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw them into this file: .png, .pdf, .svg, ...")] = None,
 ) -> None:
     """Time every suite next to its peers, results checked first. Exit status 1 when one is
     wrong."""
     check_device(device)
+    writable(json, "--json")
+    drawable(plot, "--plot")
     try:
         report = run(suite, quick, threads, device, json)
     except ValueError as error:
@@ -59,7 +62,10 @@ def to_dict(report: Report) -> dict[str, Any]:
 
 
 def draw(report: Report, path: Path) -> None:
-    """The plot; matplotlib is only imported here."""
+    """The plot, if there is something to draw; matplotlib is only imported here."""
+    if all(row.milliseconds is None for row in report.rows):
+        console.print("[yellow]no case was timed: nothing to draw[/]")
+        return
     from .plot import draw_report
 
     draw_report(report, path)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..training.logs import Log, read_logs
-from .output import console, usage
+from .output import console, drawable, usage
 
 
 def command(
@@ -16,6 +16,7 @@ def command(
     out: Annotated[Path, typer.Option(help="PNG to write")] = Path("curves.png"),
 ) -> None:
     """Draw accuracy at each level over the steps, and at the end; runs of one label share a colour."""
+    drawable(out, "--out")
     try:
         draw_curves(read_logs(folders), out)
     except ValueError as error:

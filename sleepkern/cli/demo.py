@@ -10,10 +10,12 @@ import typer
 from rich.table import Table
 
 from ..measure import environment
+from ..measure.models import CLOSE
 from ..measure.timing import threads
 from . import bench as bench_command
 from . import verify as verify_command
-from .output import console, finish, write_json
+from .dropin import agrees
+from .output import console, finish, writable, write_json
 
 
 def command(
@@ -23,6 +25,7 @@ def command(
     """Verify and bench (quick), a model with and without sleepkern, sleep, and thinking. Exit status 1 when red."""
     if not text.is_file():
         raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
+    writable(out, "--out", folder=True)
     console.rule("1. Is it right?")
     with threads(1):
         rows = verify_command.run(quick=True)
@@ -33,17 +36,18 @@ def command(
     report = bench_command.run(quick=True)
     bench_command.show(report)
     write_json(out / "bench.json", bench_command.to_dict(report))
-    if any(row.passed for row in report.rows):
-        bench_command.draw(report, out / "bench.png")
+    bench_command.draw(report, out / "bench.png")
     console.rule("3. In a model")
     result = _run_dropin(text)
-    write_json(out / "dropin.json", {"command": "dropin", "environment": environment(), **result})
+    write_json(
+        out / "dropin.json", {"command": "dropin", "environment": environment(), "passed": agrees(result), **result}
+    )
     console.rule("4. Asleep")
     slept = _run_sleep(text)
     write_json(out / "sleep.json", {"command": "sleep", "environment": environment(), **slept})
     console.rule("5. Does it think?")
     thought = _run_thinking(out / "thinking")
-    finish(verify_command.passed(rows) and report.passed and thought["passed"])
+    finish(verify_command.passed(rows) and report.passed and agrees(result) and thought["passed"])
 
 
 def _run_dropin(text: Path) -> dict[str, Any]:
@@ -53,6 +57,8 @@ def _run_dropin(text: Path) -> dict[str, Any]:
         result = run_dropin(text.read_bytes(), progress=status.update)
     console.print(result["model"])
     console.print(dropin_table(result, text.name))
+    if not agrees(result):
+        console.print(f"[red]not the same model: expected the same bytes, and logits within {CLOSE:.0e}[/]")
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..measure.models import MODEL, Session, difference, hybrid_model, quiet_transformers, sessions
+from ..measure.models import CLOSE, MODEL, Session, difference, hybrid_model, quiet_transformers, sessions
 
 _GENERATED = 32
 _REPEATS = 3
@@ -55,6 +55,11 @@ def run_dropin(text: bytes, progress: Callable[[str], None] | None = None, token
         "generate_tokens_per_second": _rates(pairs, _GENERATED, "generate_seconds"),
         **difference(*pairs[0]),
     }
+
+
+def agrees(result: dict[str, Any]) -> bool:
+    """Same bytes, and logits as near as `bench` asks of the same model (CLOSE); NaN is not near."""
+    return bool(result["same_tokens"]) and result["relative_logit_difference"] <= CLOSE
 
 
 def _rates(pairs: list[tuple[Session, Session]], tokens: int, seconds: str) -> dict[str, float]:

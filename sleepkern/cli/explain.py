@@ -22,7 +22,9 @@ def command(
     B: Annotated[int, typer.Option("--B", min=1, help="batch")] = 1,
     T: Annotated[int, typer.Option("--T", min=0, help="tokens")] = 2048,
     H: Annotated[int, typer.Option("--H", min=1, help="key heads")] = 16,
-    HV: Annotated[int | None, typer.Option("--HV", min=1, help="value heads, a multiple of H  [default: H]")] = None,
+    HV: Annotated[
+        int | None, typer.Option("--HV", min=1, help="value heads, a multiple of H", show_default="H")
+    ] = None,
     K: Annotated[int, typer.Option("--K", min=1, help="key width")] = 128,
     V: Annotated[int, typer.Option("--V", min=1, help="value width")] = 128,
     passes: Annotated[int, typer.Option(min=1, help="passes of sleep_ingest over the window")] = 1,
@@ -32,7 +34,7 @@ def command(
 ) -> None:
     """Which backend and kernel a call of this shape takes, why not the others, how much work it
     is."""
-    choices = (("rule", rule, RULES), ("dtype", dtype, TYPES), ("device", device, ("cpu", "cuda")))
+    choices = (("rule", rule, RULES), ("--dtype", dtype, TYPES), ("--device", device, ("cpu", "cuda")))
     for name, value, known in choices:
         if value not in known:
             raise typer.BadParameter(f"got {value!r}; expected one of {', '.join(known)}", param_hint=name)

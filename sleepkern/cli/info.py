@@ -17,13 +17,14 @@ from ..measure.cases import Case
 from ..measure.environment import environment, native_module
 from ..rules import GATED_DELTA_RULE
 from ..testing import Shape
-from .output import console, write_json
+from .output import console, writable, write_json
 
 
 def command(
     json: Annotated[Path | None, typer.Option(help="write it to this file")] = None,
 ) -> None:
     """Versions, processor, instruction sets, GPUs, and what each backend says to a plain call."""
+    writable(json, "--json")
     facts = gather()
     table = Table(title="sleepkern", show_header=False)
     for name, value in flatten(facts):

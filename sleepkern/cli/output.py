@@ -1,9 +1,10 @@
-"""What the commands share: the console, progress, JSON files, the check of --device, and the exit
-status."""
+"""What the commands share: the console, progress, JSON files, the checks of --device and of where to write, and the
+exit status."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,37 @@ def check_device(device: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA device here", param_hint="--device")
     return device
+
+
+def writable(path: Path | None, option: str, folder: bool = False) -> None:
+    """A usage error of `option` unless a file, or files in a folder, can be written there; leaves nothing behind.
+
+    Asked before the work, so that hours of it do not end in a traceback.
+    """
+    if path is None:
+        return
+    try:
+        if path.exists() and not folder:
+            path.open("ab").close()
+        else:
+            above = path.parents if not folder else (path, *path.parents)
+            tempfile.TemporaryFile(dir=next(place for place in above if place.exists())).close()
+    except OSError as error:
+        message = f"got {path}; expected a {'folder' if folder else 'file'} that can be written to: {error.strerror}"
+        raise typer.BadParameter(message, param_hint=option) from error
+
+
+def drawable(path: Path | None, option: str) -> None:
+    """`writable`, and of a format that matplotlib writes, which it takes from the name."""
+    if path is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(set(FigureCanvasBase.filetypes) - {"pgf"})  # which needs LaTeX
+    if path.suffix.lower().removeprefix(".") not in known:
+        expected = ", ".join(f".{suffix}" for suffix in known)
+        raise typer.BadParameter(f"got {path}; expected a name that ends in one of {expected}", param_hint=option)
+    writable(path, option)
 
 
 def usage(error: ValueError) -> typer.BadParameter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -61,5 +63,5 @@ def _over_steps(panel: Any, logs: list[Log], level: int, color: str) -> None:
     panel.plot(steps, means, color=color, linewidth=1.8)
 
 
-def _colors() -> tuple[str, ...]:
-    return COLORS[1:] + COLORS[:1]
+def _colors() -> Iterator[str]:
+    return cycle(COLORS[1:] + COLORS[:1])

@@ -18,7 +18,7 @@ from ..training.costs import adaptive, step_costs, throughput
 from ..training.logs import Log, read_logs
 from ..training.study import N1, N4, Study, gaps, markdown, seeds_of, summary
 from .curves import draw_curves
-from .output import console, finish, progress_bar, usage, write_json
+from .output import console, finish, progress_bar, usage, writable, write_json
 
 app = typer.Typer(no_args_is_help=True, help="What N passes are good for, and what they cost.")
 
@@ -35,6 +35,7 @@ def mini_depo(
         study = Study(out, seeds=seeds_of(seeds), steps=steps)
     except ValueError as error:
         raise usage(error) from error
+    writable(out, "--out", folder=True)
     finish(run_study(study, processes)["passed"])
 
 
@@ -44,6 +45,7 @@ def costs(
     trained: Annotated[Path | None, typer.Option(help="folder of a trained mini-Depo, to sleep until settled")] = None,
 ) -> None:
     """Seconds and memory of a training step by passes, checkpoints and eviction; tokens a second by backend."""
+    writable(out, "--out", folder=True)
     with progress_bar() as progress, threads(1):
         steps = step_costs(progress)
         rates = [throughput(configuration("depo", "mini"), passes) for passes in (1, 4)]

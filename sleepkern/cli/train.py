@@ -16,7 +16,7 @@ from ..measure.timing import threads
 from ..training import CONFIGURATIONS, Run, Training, configuration, placed
 from ..training.estimate import estimate
 from ..training.logs import CHECKPOINT, LOG, default_label, written
-from .output import check_device, console, usage, write_json
+from .output import check_device, console, usage, writable, write_json
 
 
 def command(
@@ -44,6 +44,7 @@ def command(
         console.print(configurations_table())
         return
     check_device(device)
+    writable(out, "--out", folder=True)
     try:
         given: dict[str, Any] = {"feedback": feedback, "eviction": eviction, "settled": settled}
         run = Run(configuration(task, size), passes, checkpoint=checkpoint, seed=seed, steps=steps, **given)

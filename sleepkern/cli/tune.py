@@ -14,32 +14,36 @@ from ..measure.environment import environment
 from ..measure.tune import CHUNKS, Trial, tune
 from ..rules import RULES
 from ..testing import Shape
-from .output import check_device, console, finish, progress_bar, usage, write_json
+from .output import check_device, console, finish, progress_bar, usage, writable, write_json
 
+BOTH = ("gated_delta_rule", "kda")
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def command(
     out: Annotated[Path, typer.Argument(help="file to write; `sleepkern.use_plans(file)` reads it")],
-    rule: Annotated[list[str] | None, typer.Option(help="once per rule  [default: gated_delta_rule, kda]")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="once per rule", show_default=", ".join(BOTH))] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(TYPES))] = "bfloat16",
     K: Annotated[int, typer.Option("--K", min=1, help="key width")] = 128,
     V: Annotated[int, typer.Option("--V", min=1, help="value width")] = 128,
     T: Annotated[int, typer.Option("--T", min=1, help="tokens")] = 8192,
     H: Annotated[int, typer.Option("--H", min=1, help="heads")] = 32,
     device: Annotated[str, typer.Option(help="where to measure")] = "cuda",
-    chunk: Annotated[list[int] | None, typer.Option(help="rows of a chunk to try  [default: 16, 32, 64]")] = None,
+    chunk: Annotated[
+        list[int] | None, typer.Option(help="rows of a chunk to try", show_default=", ".join(map(str, CHUNKS)))
+    ] = None,
     seconds: Annotated[float, typer.Option(help="how long a candidate is timed")] = 0.2,
 ) -> None:
     """Time every candidate of every stage on the device at hand; some minutes, most of them compiling."""
-    for name, value, known in (("dtype", dtype, set(TYPES)), *(("rule", r, set(RULES)) for r in rule or ())):
+    for name, value, known in (("--dtype", dtype, set(TYPES)), *(("--rule", r, set(RULES)) for r in rule or ())):
         if value not in known:
             raise typer.BadParameter(f"got {value!r}; expected one of {', '.join(sorted(known))}", param_hint=name)
     check_device(device)
+    writable(out, "out")
     plans: dict[Key, Plan] = {}
     trials: list[Trial] = []
     with progress_bar() as step:
-        for name in rule or ("gated_delta_rule", "kda"):
+        for name in rule or BOTH:
             shape = Shape(T=T, H=H, HV=H, K=K, V=V)
             try:
                 found, tried = tune(RULES[name], shape, TYPES[dtype], device, chunk or CHUNKS, seconds, step)

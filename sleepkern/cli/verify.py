@@ -13,7 +13,7 @@ from rich.table import Table
 from ..measure import environment, verify
 from ..measure.cases import type_name
 from ..measure.verify import DTYPES, Row
-from .output import check_device, console, finish, progress_bar, usage, write_json
+from .output import check_device, console, finish, progress_bar, usage, writable, write_json
 
 TYPES = {type_name(dtype): dtype for dtype in DTYPES}
 SHOWN = 12
@@ -35,13 +35,14 @@ def command(
     for name in dtype or ():
         if name not in TYPES:
             raise typer.BadParameter(f"got {name!r}; expected one of {', '.join(TYPES)}", param_hint="--dtype")
+    writable(json, "--json")
     try:
         rows = run(device, backend, rule, quick, dtype, tf32)
     except ValueError as error:
         raise usage(error) from error
     console.print(table(rows))
     print_details(rows)
-    write_json(json, to_dict(rows, device))
+    write_json(json, to_dict(rows, device, backend))
     finish(passed(rows, backend))
 
 
@@ -66,12 +67,12 @@ def passed(rows: list[Row], backends: list[str] | None = None) -> bool:
     return all(row.passed for row in rows) and bool(ran) and ran.issuperset(backends or ())
 
 
-def to_dict(rows: list[Row], device: str) -> dict[str, Any]:
-    """For JSON."""
+def to_dict(rows: list[Row], device: str, backends: list[str] | None = None) -> dict[str, Any]:
+    """For JSON; backends: those that were asked for by name."""
     return {
         "command": "verify",
         "environment": environment(device),
-        "passed": passed(rows),
+        "passed": passed(rows, backends),
         "rows": [{**asdict(row), "worst": row.worst, "passed": row.passed} for row in rows],
     }
 

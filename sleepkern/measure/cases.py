@@ -73,14 +73,14 @@ class Case:
     def flops(self) -> int:
         """Useful operations (flops.py)."""
         if self.op == "train":
-            return flops.train_flops(self.rule, self.shape)
+            return flops.train_flops(self.rule, self.shape, self.passes)
         return flops.forward_flops(self.rule, self.shape, self.passes, readouts=self.op != "ingest")
 
     @property
     def bytes(self) -> int:
         """Bytes that must cross memory (flops.py)."""
         if self.op == "train":
-            return flops.train_bytes(self.rule, self.shape, self.dtype)
+            return flops.train_bytes(self.rule, self.shape, self.dtype, self.passes)
         return flops.forward_bytes(self.rule, self.shape, self.dtype, readouts=self.op != "ingest")
 
     def problem(self, device: str = "cpu") -> Problem:
@@ -138,7 +138,7 @@ def run(case: Case, inputs: dict[str, Any], backend: str | None = None) -> Resul
     if case.op == "forward":
         return call(case.rule, inputs, backend=backend)
     if case.op == "train":
-        return gradients(inputs, lambda x: call(case.rule, x, backend=backend, output_final_state=False)[0])
+        return gradients(inputs, lambda x: _readouts(case, x, backend))
     q, k, v, g, beta, state, _ = inputs.values()
     if case.op == "decode":
         return ops.recurrent_step(q, k, v, g, beta, state, rule=case.rule, backend=backend)
@@ -147,6 +147,13 @@ def run(case: Case, inputs: dict[str, Any], backend: str | None = None) -> Resul
         k, v, g, beta, passes=case.passes, initial_state=state, rule=case.rule, method=method, backend=backend
     )
     return None, result.final_state
+
+
+def _readouts(case: Case, inputs: dict[str, Any], backend: str | None) -> Tensor | None:
+    if case.passes == 1:
+        return call(case.rule, inputs, backend=backend, output_final_state=False)[0]
+    method = "auto" if backend is not None else case.method
+    return ops.sleep_ingest(**inputs, passes=case.passes, rule=case.rule, method=method, backend=backend).output
 
 
 def gradients(inputs: dict[str, Any], forward: Any) -> Result:

@@ -15,9 +15,10 @@ low = c (c - 1) / 2 pairs below the diagonal and tri = c (c + 1) / 2:
 
 Readouts are counted once, whatever the number of passes. Rules without delta have a closed form, so
 further passes cost them nothing. Replay of the delta rules is counted as `wy` does it, though other
-methods may need less. Every product of the forward has two in the backward, so a backward counts
-twice its forward; what a kernel recomputes is not useful. Exponentials, scalings and normalisation
-are not counted. For K = V = 128: 119 thousand operations a token and head.
+methods may need less. Every product of the forward has two in the backward, those of each pass too
+(dVn = Kt lam, lam <- lam - W^T dVn, and dW, dKt from the state and lam), so a backward counts twice
+its forward; what a kernel recomputes is not useful. Exponentials, scalings and normalisation are not
+counted. For K = V = 128: 119 thousand operations a token and head.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def forward_flops(rule: Rule, shape: Shape, passes: int = 1, readouts: bool = Tr
 
 
 def train_flops(rule: Rule, shape: Shape, passes: int = 1) -> int:
-    """Useful operations of a forward with its backward."""
+    """Useful operations of a forward of `passes` passes with its backward."""
     return 3 * forward_flops(rule, shape, passes)
 
 
@@ -59,10 +60,15 @@ def forward_bytes(rule: Rule, shape: Shape, dtype: torch.dtype, readouts: bool =
     return moved + 2 * 4 * shape.sequences * shape.HV * shape.K * shape.V
 
 
-def train_bytes(rule: Rule, shape: Shape, dtype: torch.dtype) -> int:
+def train_bytes(rule: Rule, shape: Shape, dtype: torch.dtype, passes: int = 1) -> int:
     """Bytes that must cross memory in forward and backward: inputs read twice, o, do and every
-    gradient moved once."""
-    return 3 * forward_bytes(rule, shape, dtype)
+    gradient moved once.
+
+    The backward of a delta rule needs the states between passes, the last one first: each is written
+    and read once, in float32. A closed form needs none.
+    """
+    between = (passes - 1) * shape.sequences * shape.HV * shape.K * shape.V if rule.delta else 0
+    return 3 * forward_bytes(rule, shape, dtype) + 2 * 4 * between
 
 
 def _chunk(rule: Rule, shape: Shape, c: int, passes: int, readouts: bool) -> int:
