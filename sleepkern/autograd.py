@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .backends import chunked, reference
-from .backends.tensors import Ingested, on_device_of, step_in_pool
+from .backends.tensors import Ingested, differentiable, on_device_of, refuse_tangents, step_in_pool
 from .dispatch import backend_named
 from .problem import Problem, Tensors, check_places, check_values, describe
 from .rules import RULES
@@ -40,7 +39,7 @@ _library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}, Tensor? places=Non
 
 def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
     """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator."""
-    _refuse_tangents(x)
+    refuse_tangents(*x)
     if unrecorded(x):
         check_values(problem, x)
         with on_device_of(x.k):
@@ -66,7 +65,7 @@ def step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None
 
     Not differentiable: callers take `ingest` then.
     """
-    _refuse_tangents(x)
+    refuse_tangents(*x)
     if unrecorded(x):
         return _checked_step(problem, engine, x, places)
     return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
@@ -225,24 +224,12 @@ def _differentiable(ctx: Any, x: Tensors, do: Tensor | None, dstate: Tensor | No
     rule, _, scale, normalize, passes, tol, method = ctx.options
     problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
     engine = next(backend for backend in (chunked, reference) if backend.why_not(problem) is None)
-    # Views, because one tensor may come as two inputs, each with a gradient of its own.
-    inputs = [None if t is None else t.view_as(t) for t in x[:6]]
-    out = engine.forward(problem, Tensors._make([*inputs, x.cu_seqlens]))
-    pairs = [(y, dy) for y, dy in ((out.o, do), (out.state, dstate)) if y is not None and dy is not None]
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [y for y, _ in pairs], wanted, [dy for _, dy in pairs], create_graph=True, allow_unused=True
-        )
-    )
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
+    def by_torch(*inputs: Tensor | None) -> list[Tensor | None]:
+        out = engine.forward(problem, Tensors._make([*inputs, x.cu_seqlens]))
+        return [out.o, out.state]
 
-def _refuse_tangents(x: Tensors) -> None:
-    if forward_ad._current_level < 0:
-        return
-    if any(t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in x):
-        raise NotImplementedError("sleepkern has derivatives in reverse mode only: got a tangent of forward mode")
+    return differentiable(by_torch, x[:6], [do, dstate])
 
 
 for _key in ("CPU", "CUDA"):

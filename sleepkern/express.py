@@ -33,7 +33,7 @@ def forward(
     B, _, _, K = x.k.shape
     _, _, HV, V = x.v.shape
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
-    final = torch.empty((B, HV, K, V), dtype=torch.float32)
+    final = x.v.new_empty((B, HV, K, V), dtype=torch.float32)
     return (o, final) if _run(rule, x, scale, normalize, o, final) else None
 
 

@@ -332,10 +332,15 @@ def _one_pass(
 
 
 def _cast(x: Tensors) -> Tensors:
-    """Under autocast q, k and v take its type, as a matrix product's operands would; gates and state stay."""
+    """Under autocast q, k and v take its type, as a matrix product's operands would: float64 does not, nor do gates and
+    state."""
     device = x.k.device.type if isinstance(x.k, Tensor) else "cpu"
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return x
     dtype = torch.get_autocast_dtype(device)
-    q = x.q if x.q is None else x.q.to(dtype)
-    return x._replace(q=q, k=x.k.to(dtype), v=x.v.to(dtype))
+
+    def cast(t: Tensor) -> Tensor:
+        narrow = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if narrow else t
+
+    return x._replace(q=x.q if x.q is None else cast(x.q), k=cast(x.k), v=cast(x.v))

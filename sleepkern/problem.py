@@ -108,7 +108,7 @@ def check(
     if beta is not None and beta.shape != rows:
         raise _wrong_shape("beta", beta, rows)
     if cu_seqlens is not None:
-        _check_packing(cu_seqlens, problem.B)
+        check_packing(cu_seqlens, problem.B)
     if state is not None and state.shape != (expected := (problem.sequences, problem.HV, problem.K, problem.V)):
         raise _wrong_shape(state_name, state, expected)
     _check_types(x, problem, state_name)
@@ -129,7 +129,7 @@ def check_values(problem: Problem, x: Tensors) -> None:
     debug = settings.DEBUG
     cu_seqlens, g = x.cu_seqlens, x.g
     if cu_seqlens is not None and (debug or cu_seqlens.device.type == "cpu"):
-        _check_offsets(cu_seqlens.tolist(), problem.T)
+        check_offsets(cu_seqlens.tolist(), problem.T)
     if problem.device != "cpu" and not debug:
         return
     if debug:
@@ -225,7 +225,7 @@ def _wrong_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> ValueError:
     return ValueError(f"{name}: got shape {list(x.shape)}; expected {list(shape)}")
 
 
-def _check_packing(cu_seqlens: Tensor, B: int) -> None:
+def check_packing(cu_seqlens: Tensor, B: int) -> None:
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -264,7 +264,7 @@ def _check_replay(passes: int, tol: float | None, method: str) -> None:
         raise ValueError(f"method: got {method!r}; expected one of {', '.join(METHODS)}")
 
 
-def _check_offsets(offsets: list[int], T: int) -> None:
+def check_offsets(offsets: list[int], T: int) -> None:
     rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
     if offsets[0] != 0 or offsets[-1] != T or not rising:
         raise ValueError(

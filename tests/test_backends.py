@@ -116,6 +116,24 @@ def test_no_tokens_return_the_initial_state(rule: Rule, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("shape", [Shape(B=2, T=0, K=8, V=8), Shape(lengths=(0, 0), K=8, V=8)], ids=["rows", "packed"])
+@pytest.mark.parametrize("initial_state", [False, True])
+def test_no_tokens_have_gradients(rule: Rule, backend: str, shape: Shape, initial_state: bool) -> None:
+    x = make_inputs(rule, shape, initial_state=initial_state)
+    leaves = {n: t.requires_grad_() for n, t in x.items() if isinstance(t, Tensor) and n != "cu_seqlens"}
+    for output in (0, 1):
+        made = call(rule, x, backend)[output]
+        assert made is not None and made.requires_grad
+        grads = torch.autograd.grad(made.sum(), list(leaves.values()), allow_unused=True)
+        for (name, t), d in zip(leaves.items(), grads, strict=True):
+            ones = output == 1 and name == "initial_state"
+            assert d is None or torch.equal(d, torch.full_like(t, float(ones))), name
+    slept = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend=backend)
+    assert slept.output is not None
+    (slept.output.sum() + slept.final_state.sum()).backward()
+
+
+@pytest.mark.parametrize("backend", HERE)
 def test_inputs_and_initial_state_are_left_alone(rule: Rule, backend: str) -> None:
     x = make_inputs(rule, Shape(T=3, K=8, V=8))
     before = {n: t.clone() for n, t in x.items() if isinstance(t, Tensor)}

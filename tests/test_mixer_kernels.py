@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from sleepkern.backends import cpu
-from sleepkern.nn import gated_rms_norm, short_convolution, short_convolution_step
+from sleepkern.nn import GatedDeltaNet, gated_rms_norm, short_convolution, short_convolution_step
 from sleepkern.testing import relative_error
 
 _C = cpu._C
@@ -206,7 +207,8 @@ BAD: list[tuple[str, Any]] = [
     ("bias: got", lambda: short_convolution(torch.ones(1, 2, 3), torch.ones(3, 4), torch.ones(4))),
     ("past: got", lambda: short_convolution(torch.ones(1, 2, 3), torch.ones(3, 4), past=torch.ones(1, 4, 3))),
     ("activation: got", lambda: short_convolution(torch.ones(1, 2, 3), torch.ones(3, 4), activation="gelu")),
-    ("expected 1 with", lambda: short_convolution(torch.ones(2, 2, 3), torch.ones(3, 4), cu_seqlens=torch.ones(2))),
+    ("weight: got", lambda: short_convolution(torch.ones(1, 2, 3), torch.ones(3, 0))),
+    ("expected B = 1", lambda: short_convolution(torch.ones(2, 2, 3), torch.ones(3, 4), cu_seqlens=torch.arange(2))),
     ("state: got", lambda: short_convolution_step(torch.ones(2, 3), torch.ones(2, 4, 3), torch.ones(3, 4))),
     ("gate: got", lambda: gated_rms_norm(torch.ones(1, 2, 3), torch.ones(1, 2, 4), torch.ones(3))),
     ("weight: got", lambda: gated_rms_norm(torch.ones(1, 2, 3), torch.ones(1, 2, 3), torch.ones(4))),
@@ -218,3 +220,94 @@ BAD: list[tuple[str, Any]] = [
 def test_bad_input(message: str, call: Any) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("width", [4, 6])  # the kernel's, and torch's
+@pytest.mark.parametrize("ends", [[0, 5, 2, 9], [0, 7], [0, 12], [1, 9], [0, -5, 9], [0, 1 << 40, 9]], ids=str)
+def test_offsets_are_checked(ends: list[int], width: int) -> None:
+    """Also in a compiled graph, and by the operators of forward and backward themselves."""
+    x, weight, offsets = torch.randn(1, 9, 3), torch.randn(3, width), torch.tensor(ends)
+    for leaf_of_x in (x, x.clone().requires_grad_()):
+        with pytest.raises(ValueError, match="cu_seqlens: got .* end at T = 9"):
+            short_convolution(leaf_of_x, weight, cu_seqlens=offsets)
+    with pytest.raises(TypeError, match=r"cu_seqlens: got torch.float32; expected torch.int32 or torch.int64"):
+        short_convolution(x, weight, cu_seqlens=offsets.float())
+    if width > 4:
+        return
+    compiled = torch.compile(short_convolution, fullgraph=True, backend="aot_eager")
+    compiled(x, weight, cu_seqlens=torch.tensor([0, *([4] * (len(ends) - 2)), 9]))
+    with pytest.raises(ValueError, match="cu_seqlens: got"):
+        compiled(x, weight, cu_seqlens=offsets)
+    with pytest.raises(ValueError, match="cu_seqlens: got"):
+        torch.ops.sleepkern.convolve_backward(x, weight, None, None, offsets, True, x, None)
+
+
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("W", [1, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_convolution_of_no_tokens(W: int, packed: bool, dtype: torch.dtype) -> None:
+    x, weight, bias, past = (leaf(*size, dtype=dtype) for size in ((1, 0, 7), (7, W), (7,), (1, W - 1, 7)))
+    offsets = torch.tensor([0, 0]) if packed else None
+    leaves: list[Tensor | None] = [x, weight, bias, past]
+    for before in (past, None):
+        y, last = short_convolution(x, weight, bias, before, cu_seqlens=offsets)
+        assert y.shape == x.shape and y.dtype == last.dtype == dtype
+        assert torch.equal(last, torch.zeros_like(past) if before is None else past)
+    y, last = short_convolution(x, weight, bias, past, cu_seqlens=offsets)
+    grads = torch.autograd.grad(y.sum() + (2 * last).sum(), leaves, allow_unused=True)  # type: ignore[arg-type]
+    for t, d in zip((x, weight, bias), grads, strict=False):
+        assert d is None or torch.equal(d, torch.zeros_like(t))
+    assert torch.equal(grads[3], torch.full_like(past, 2))
+    with torch.no_grad():
+        assert torch.equal(short_convolution(x, weight, bias, past, cu_seqlens=offsets)[1], past)
+
+
+def test_norm_and_mixer_of_no_tokens() -> None:
+    x, weight = leaf(2, 0, 3, 8), leaf(8)
+    y = gated_rms_norm(x, x, weight)
+    assert y.shape == x.shape and torch.equal(torch.autograd.grad(y.sum(), weight)[0], torch.zeros(8))
+    mixer, h = GatedDeltaNet(64, 2), leaf(1, 0, 64)
+    out, memory = mixer(h)
+    assert out.shape == h.shape and not memory.conv.any() and not memory.state.any()
+    (out.sum() + memory.state.sum() + memory.conv.sum()).backward()
+    assert h.grad is not None and h.grad.shape == h.shape
+    with torch.no_grad():
+        assert mixer(h)[0].shape == h.shape
+
+
+def test_gradients_of_gradients() -> None:
+    """Of a loss with a penalty on its gradients, as if torch had recorded all."""
+
+    def penalised(y: list[Tensor], leaves: list[Any]) -> list[Tensor]:
+        loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape).to(t)).square().sum() for t in y)
+        first = torch.autograd.grad(loss, leaves, create_graph=True)  # type: ignore[arg-type]
+        return list(torch.autograd.grad(loss + sum(d.square().sum() for d in first), leaves))  # type: ignore[arg-type]
+
+    leaves: list[Any] = [leaf(2, 9, 8), leaf(8, 4), leaf(8), leaf(2, 3, 8)]
+    true = doubled(leaves)
+    expected = list(convolved(true[0], true[1], true[2], true[3], True))
+    compare(penalised(list(short_convolution(*leaves)), leaves), penalised(expected, true), 1e-5)
+    leaves = [leaf(2, 9, 2, 8), leaf(2, 9, 2, 8), leaf(8)]
+    true = doubled(leaves)
+    for gate_first in (False, True):
+        ours = gated_rms_norm(*leaves, 1e-6, "silu", gate_first)
+        expected = [normed(true[0], true[1], true[2], 1e-6, "silu", gate_first)]
+        compare(penalised([ours], leaves), penalised(expected, true), 1e-5)
+
+
+def test_forward_mode_is_refused() -> None:
+    x, weight, gain = torch.randn(1, 9, 8), torch.randn(8, 4), torch.randn(8)
+    trained = leaf(8)
+    calls: list[Any] = [
+        lambda t: short_convolution(t, weight)[0],
+        lambda t: short_convolution_step(t[:, 0], torch.zeros(1, 8, 4), weight),
+        lambda t: gated_rms_norm(t, x, gain),
+        lambda t: gated_rms_norm(x, t, trained),
+    ]
+    for call in calls:
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse mode only"):
+            call(forward_ad.make_dual(x, torch.randn_like(x)))
+        with pytest.raises(NotImplementedError, match="reverse mode only"):
+            torch.func.jvp(call, (x,), (x,))
+        with forward_ad.dual_level():
+            assert torch.equal(call(x), call(x))

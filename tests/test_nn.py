@@ -237,6 +237,17 @@ def test_starts_near_the_identity_and_learns() -> None:
     assert losses[0] == pytest.approx(float(torch.tensor(20.0).log()), rel=1e-3) and losses[-1] < 0.7 * losses[0]
 
 
+def test_model_of_no_tokens_and_on_meta() -> None:
+    model, ids = awake(), torch.randint(0, 20, (2, L))
+    logits = model(ids[:, :0])
+    assert logits.shape == (2, 0, 20)
+    logits.sum().backward()
+    with torch.no_grad():
+        assert model(ids[:, :0]).shape == (2, 0, 20)
+        assert model.to("meta")(ids.to("meta")).shape == (2, L, 20)
+    assert model(ids.to("meta")).requires_grad
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

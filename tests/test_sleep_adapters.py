@@ -201,3 +201,19 @@ def test_the_recipe_in_two_stages() -> None:
     assert first[-1] < 0.99 * first[0] and second[-1] < 0.9 * second[0]
     both = train["two_stages"](model, texts[:1], L, passes=2)
     assert [len(losses) for losses in both] == [1, 1]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba2", "bamba", "zamba2", "nemotron_h"])
+def test_gradient_checkpointing_of_the_model_is_refused(family: str) -> None:
+    """For then its layers do not get the cache."""
+    model, ids = build(family), tokens(1, L)
+    session = SleepSession(model, L, checkpoint=True)
+    model.gradient_checkpointing_enable()
+    session.fork().ingest(ids)  # not in training, so it does nothing
+    model.train()
+    for ask in (session.ingest, session.read, session.generate):
+        with pytest.raises(ValueError, match=r"model: got .* gradient checkpointing.*; expected .*checkpoint=True"):
+            ask(ids)
+    assert session.position == 0 and session.waiting is None
+    model.gradient_checkpointing_disable()
+    assert len(session.ingest(ids).memory.fast()) == len(session.memory.recurrent)

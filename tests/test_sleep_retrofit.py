@@ -179,6 +179,9 @@ def test_half_precision_and_checkpointing() -> None:
         return torch.autograd.grad(slept.read(tokens(2, 3)).square().sum(), model.get_parameter(weight))[0]
 
     assert relative_error(gradient(True), gradient(False)) < CLOSE and float(gradient(False).abs().max()) > 0
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        gradient(True)
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,95 @@ def test_bad_input(model: nn.Module) -> None:
         SleepSession(nn.Linear(2, 2), L)
 
 
+@torch.no_grad()
+def test_reading_nothing(model: nn.Module) -> None:
+    """Not the logits of what waits."""
+    for length in (0, 60):
+        session = SleepSession(model, L, passes=2, eviction="sliding").ingest(tokens(2, length))
+        assert session.read(tokens(2, 0)).shape == (2, 0, 64)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_return_sequences": 2}], ids=str
+)
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
+def test_beams_are_those_of_the_model(family: str, options: dict[str, Any]) -> None:
+    """One pass, sliding, over a window that the next sees all of, is the model's own reading; 5 tokens wait."""
+    model, ids = build(family), tokens(2, L + 10)
+    options = {**options, "max_new_tokens": 6, "do_sample": "num_beams" not in options}
+    session = SleepSession(model, L, eviction="sliding").ingest(ids[:, : L + 5])
+    torch.manual_seed(3)
+    expected = model.generate(ids, **options)[:, L + 5 :]
+    torch.manual_seed(3)
+    assert torch.equal(session.generate(ids[:, L + 5 :], **options), expected)
+    model.generation_config.update(**options)
+    torch.manual_seed(3)
+    assert torch.equal(session.generate(ids[:, L + 5 :]), expected)
+
+
+def test_beams_without_a_generate_of_the_model() -> None:
+    session = SleepSession(build("mamba2"), L).ingest(tokens(2, L))
+    with pytest.raises(ValueError, match="options: got num_beams; expected max_new_tokens"):
+        session.generate(tokens(2, 3), num_beams=2)
+
+
+class Stopped(BaseException):
+    """Like Ctrl-C."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eviction", ["hard", "sliding"])
+@pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
+@pytest.mark.parametrize("window", [0, 1])
+def test_a_sleep_that_fails_did_not_happen(family: str, eviction: str, window: int) -> None:
+    """In its second pass of three, in the first window or the second; what goes on after is as if it never had."""
+    model, ids, calls = build(family), tokens(2, 4 * L + 3), [0]
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    options: dict[str, Any] = {"passes": 3, "eviction": eviction}
+    session = SleepSession(model, L, **options).ingest(ids[:, : L + 5], mask[:, : L + 5])
+    expected = session.fork().ingest(ids[:, L + 5 :], mask[:, L + 5 :])
+    before = {name: t.clone() for name, t in session.state_dict().items()}
+
+    def stop(module: nn.Module, args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3 * window + 2:
+            raise Stopped
+
+    hook = model.model.layers[2].register_forward_pre_hook(stop)
+    with pytest.raises(Stopped):
+        session.ingest(ids[:, L + 5 :], mask[:, L + 5 :])
+    hook.remove()
+    after = session.state_dict()
+    assert session.position == (1 + window) * L == session.reports[-1].first + L
+    if window == 0:
+        assert before.keys() == after.keys() and all(torch.equal(after[name], t) for name, t in before.items())
+        session.ingest(ids[:, L + 5 :], mask[:, L + 5 :])
+    else:
+        assert torch.equal(after["waiting"], ids[:, 2 * L :])
+        asleep = session.fork().sleep()  # in windows still
+        assert [r.tokens for r in asleep.reports[2:]] == [L, L, 3] and asleep.waiting is None
+        session.ingest(ids[:, :0])
+    found, right = session.state_dict(), expected.state_dict()
+    assert found.keys() == right.keys() and all(torch.equal(found[name], t) for name, t in right.items())
+
+
+@torch.no_grad()
+def test_what_waits_is_kept_alone(model: nn.Module) -> None:
+    """Not the whole text, which may change."""
+    ids, mask = tokens(1, 40 * L + 5), torch.ones(1, 40 * L + 5, dtype=torch.long)
+    mask[:, :3] = 0
+    for text, padding in ((ids, mask), (ids[:, :5], mask[:, :5])):
+        session = SleepSession(model, L, eviction="sliding").ingest(text, padding)
+        state = session.state_dict()
+        sizes = {name: t.untyped_storage().nbytes() // t.element_size() for name, t in state.items() if "_" in name}
+        assert sizes.pop("kept_mask", L) == L and sizes == {"waiting_mask": 5}
+        assert state["waiting"].untyped_storage().nbytes() == 5 * 8
+        waiting = session.waiting.clone()
+        text.zero_()
+        assert torch.equal(session.waiting, waiting)
+
+
 def test_sleep_of_the_demo() -> None:
     lines: list[str] = []
     result = run_sleep(b"words", lines.append, tokens=96, window=32)

@@ -61,6 +61,13 @@ def test_weights_choose_levels(task: Task) -> None:
         task.batch(4, 0, split="dev")
 
 
+def test_a_split_without_problems() -> None:
+    """There are two cycles of three nodes, and neither is a test problem."""
+    assert Depo(3, (1,), 2).batch(8, 0).context.shape == (8, 6)
+    with pytest.raises(ValueError, match="split: got 'test'; expected one that has problems"):
+        Depo(3, (1,), 2).batch(8, 0, split="test")
+
+
 def walked(successor: dict[Any, Any], start: Any, hops: int) -> Any:
     for _ in range(hops):
         start = successor[start]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import sleepkern
 from sleepkern import rules
 from sleepkern.rules import Rule
-from sleepkern.testing import Shape, call, make_inputs, relative_error
+from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
 
 SHAPE = Shape(B=2, T=20, H=1, HV=2, K=8, V=8)
 
@@ -85,6 +85,15 @@ def test_autocast_casts_queries_keys_values_only() -> None:
     assert relative_error(o, exact) < 1e-2 and relative_error(chunked, exact) < 1e-2
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    """As torch's own does."""
+    x = to_float64(make_inputs(rules.GATED_DELTA_RULE, SHAPE))
+    exact, _ = call(rules.GATED_DELTA_RULE, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, S = call(rules.GATED_DELTA_RULE, x)
+    assert o.dtype == torch.float64 and torch.equal(o, exact) and S is not None and S.dtype == torch.float64
+
+
 def test_gradient_checkpointing() -> None:
     x = make_inputs(rules.GATED_DELTA_RULE, SHAPE)
     grads = []
@@ -123,6 +132,15 @@ def test_under_fake_tensors(rule: Rule) -> None:
         x = {n: t if t is None else mode.from_tensor(t) for n, t in make_inputs(rule, SHAPE).items()}
         o, S = call(rule, x)
     assert o.shape == (2, 20, 2, 8) and S is not None and S.shape == (2, 2, 8, 8)
+
+
+@pytest.mark.parametrize("backend", [None, "chunked", "reference"])
+def test_on_meta_tensors(rule: Rule, backend: str | None) -> None:
+    for grad in (False, True):
+        x = {n: t if t is None else t.to("meta").requires_grad_(grad) for n, t in make_inputs(rule, SHAPE).items()}
+        o, S = call(rule, x, backend)
+        assert o.is_meta and o.shape == (2, 20, 2, 8) and S is not None and S.is_meta and S.shape == (2, 2, 8, 8)
+        assert o.requires_grad == grad
 
 
 def test_calls_from_several_threads_agree(rule: Rule) -> None:

@@ -134,6 +134,28 @@ def test_muon_of_matrices_side_by_side_is_muon_of_each() -> None:
     assert torch.equal(both, torch.cat([p.detach() for p in pair]))
 
 
+def test_muon_with_a_closure() -> None:
+    weight = torch.nn.Parameter(torch.eye(4))
+    muon, before = Muon([weight], {}, lr=0.1), weight.detach().clone()
+
+    def closure() -> Tensor:
+        muon.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert muon.step(closure).item() == 4.0 and not torch.equal(weight, before)
+
+
+def test_no_steps_are_no_steps(tmp_path: Path) -> None:
+    run = Run(TINY, steps=0)
+    assert run.length == 0 and Run(TINY).length == TINY.steps
+    training = Training(run)
+    training.train()
+    assert training.done == 0 and estimate(TINY, 1, 0).flop == 0
+    assert Study(tmp_path, steps=0).steps_of(N1) == 0
+
+
 def test_muon_takes_the_matrices_of_blocks() -> None:
     model = Training(Run(TINY)).sleeper
     matrices, others = split_parameters(model)

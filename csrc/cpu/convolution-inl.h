@@ -58,6 +58,7 @@ SLEEPKERN_STAGE void convolve_row(const Taps& taps, const Inputs& x, int64_t t) 
 // Tokens [begin, end) of the flattened batch.
 template <Type TYPE, int W>
 void convolve_tokens(const Convolution& c, int64_t begin, int64_t end) {
+  if (begin == end) return;  // T may be 0
   Taps taps;
   for (int64_t channel = 0; channel < c.D; channel += CHANNELS) {
     const int64_t n = min_of(CHANNELS, c.D - channel);

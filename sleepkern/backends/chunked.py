@@ -11,6 +11,7 @@ before exp, so that nothing overflows however strong the decay.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def method_of(problem: Problem) -> str:
 
 def forward(problem: Problem, x: Tensors) -> Ingested:
     """Readouts and final state of `problem.passes` passes; differentiable by torch."""
-    with torch.autocast(problem.device, enabled=False):
+    with torch.autocast(problem.device, enabled=False) if problem.device in ("cpu", "cuda") else nullcontext():
         return by_sequence(problem, x, lambda h: _ingest(problem, h))
 
 
@@ -175,7 +176,7 @@ def walk(f: Factors, state: Tensor, output: bool) -> tuple[Tensor | None, Tensor
 def _ingest(problem: Problem, h: Heads) -> Ingested:
     if h.k.shape[2] == 0:
         state = h.state.clone()
-        return Ingested(torch.zeros_like(h.v) if problem.output else None, state, *_untouched(problem, state))
+        return Ingested(h.v.clone() if problem.output else None, state, *_untouched(problem, state))  # of no tokens
     f = prepare(problem.rule, h, problem.scale)
     state, passes, method = h.state, problem.passes, method_of(problem)
 

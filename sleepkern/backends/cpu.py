@@ -96,8 +96,8 @@ def _replay(problem: Problem, x: Tensors, method: str) -> Ingested:
     before = residual = made = None
     passes = problem.passes - 1 if problem.output and problem.tol is None else problem.passes
     if problem.tol is not None:
-        residual = torch.empty(size[:2], dtype=torch.float32)
-        made = torch.empty(size[:2], dtype=torch.int32)
+        residual = x.k.new_empty(size[:2], dtype=torch.float32)
+        made = x.k.new_empty(size[:2], dtype=torch.int32)
         before = torch.empty_like(final) if problem.output else None
     arguments, _alive = _arguments(problem, x, state, False)
     _C.replay(

@@ -70,4 +70,4 @@ def token_loop(rule: Rule, h: Heads, state: Tensor, scale: float, output: bool) 
             outputs.append(scale * torch.einsum("nhk,nhkv->nhv", h.q[:, :, t], state))
     if not output:
         return None, state
-    return (torch.stack(outputs, 2) if outputs else torch.zeros_like(h.v)), state
+    return (torch.stack(outputs, 2) if outputs else h.v.clone()), state

@@ -150,8 +150,9 @@ class _Replay:
 
     def _identity(self) -> tuple[Problem, Tensors, Tensor]:
         p = self.problem
-        identity = torch.eye(p.K, device=self.x.k.device).expand(p.sequences, p.HV, p.K, p.K).contiguous()
-        zero = self.x.k.new_zeros((p.B, p.T, p.HV, p.K))
+        k = self.x.k
+        identity = torch.eye(p.K, dtype=k.dtype, device=k.device).expand(p.sequences, p.HV, p.K, p.K).contiguous()
+        zero = k.new_zeros((p.B, p.T, p.HV, p.K))
         return p._replace(V=p.K), self.x._replace(v=zero, state=identity), identity
 
     def _states(self, A: Tensor | None) -> Tensor:

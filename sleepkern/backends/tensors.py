@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..problem import Problem, Tensors
 
@@ -95,10 +96,42 @@ def gradients(
     with torch.enable_grad():
         out = forward(problem, Tensors._make([*leaves, x.cu_seqlens]))
         pairs = [(y, dy) for y, dy in ((out.o, do), (out.state, dstate)) if y is not None and dy is not None]
+        pairs = [(y, dy) for y, dy in pairs if y.requires_grad]  # without tokens a state is nobody's result
         wanted = [t for t in leaves if t is not None]
-        grads = iter(torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True))
+        outputs, above = [y for y, _ in pairs], [dy for _, dy in pairs]
+        grads = iter(torch.autograd.grad(outputs, wanted, above, allow_unused=True) if pairs else [None] * len(wanted))
     filled = [None if t is None else next(grads) for t in leaves]
     return [torch.zeros_like(t) if t is not None and d is None else d for t, d in zip(leaves, filled, strict=True)]
+
+
+def differentiable(
+    by_torch: Callable[..., Sequence[Tensor | None]],
+    tensors: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of tensors for create_graph=True: by torch's own operators, so that they have some."""
+    # Views, because one tensor may come as two inputs, each with a gradient of its own.
+    inputs = [None if t is None else t.view_as(t) for t in tensors]
+    results = zip(by_torch(*inputs), upstream, strict=True)
+    pairs = [(y, dy) for y, dy in results if y is not None and dy is not None and y.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    outputs, above = [y for y, _ in pairs], [dy for _, dy in pairs]
+    found = iter(torch.autograd.grad(outputs, wanted, above, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Operators would drop what forward mode carries beside tensors, and say nothing.
+
+    Raises:
+        NotImplementedError: one of these has a tangent.
+    """
+    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return
+    if any(t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("sleepkern has derivatives in reverse mode only: got a tangent of forward mode")
 
 
 def _heads(problem: Problem, x: Tensors, rows: slice, sequence: slice) -> Heads:
@@ -135,7 +168,7 @@ def _token_major(problem: Problem, parts: list[Ingested], lengths: list[int]) ->
             return None
         return present[0] if len(present) == 1 else torch.cat(present, dim)
 
-    o = join([p.o for p, n in zip(parts, lengths, strict=True) if n or len(parts) == 1], 2)
+    o = join([p.o for p, n in zip(parts, lengths, strict=True) if n] or [parts[0].o], 2)
     state = join([p.state for p in parts], 0)
     assert state is not None
     return Ingested(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backends.tensors import differentiable
 from . import native
 
 _C: Any = native._C
@@ -85,7 +86,7 @@ def _arguments(
 
 def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool) -> Tensor:
     arguments, _, _, _alive = _arguments(x, gate, weight, eps, silu, gate_first)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     _C.gated_norm(*arguments, y.data_ptr())
     return y
 
@@ -99,9 +100,9 @@ def _gated_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     arguments, tokens, width, _alive = _arguments(x, gate, weight, eps, silu, gate_first)
     dy, view = native.rows(dy, width)  # type: ignore[assignment]
-    dx, dgate = torch.empty(x.shape, dtype=x.dtype), torch.empty(gate.shape, dtype=gate.dtype)
+    dx, dgate = x.new_empty(x.shape), gate.new_empty(gate.shape)
     parts = max(1, min(_PARTS, tokens))
-    dweight = torch.empty((parts, *weight.shape), dtype=torch.float32)
+    dweight = weight.new_empty((parts, *weight.shape), dtype=torch.float32)
     _C.gated_norm_backward(*arguments, view, dx.data_ptr(), dgate.data_ptr(), parts, dweight.data_ptr())
     return dx, dgate, dweight.sum(0).to(weight.dtype)
 
@@ -116,6 +117,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        grads = differentiable(lambda *t: (_by_torch(*t, *ctx.options),), ctx.saved_tensors, (dy,))
+        return (*grads, None, None, None)
     return (*torch.ops.sleepkern.gated_norm_backward.default(*ctx.saved_tensors, *ctx.options, dy), None, None, None)
 
 

@@ -66,7 +66,7 @@ class SleepLM(nn.Module):
         """ids [B,T], the first at place `first` of its window, to h [B,T,d]."""
         if first + ids.shape[1] > self.window:
             raise ValueError(f"ids: got {first + ids.shape[1]} tokens of a window; expected at most {self.window}")
-        places = torch.arange(first, first + ids.shape[1], device=ids.device)
+        places = torch.arange(first, first + ids.shape[1], dtype=torch.int64, device=ids.device)
         if self.kinds is None:
             return self.tokens(ids) + self.positions(places)  # type: ignore[no-any-return]
         return self.tokens(ids % self.vocabulary) + self.kinds(ids // self.vocabulary) + self.positions(places)  # type: ignore[no-any-return]
@@ -82,7 +82,7 @@ class SleepLM(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Logits of one window, without memory of others."""
         h, blocks = self.embed(ids), self.blocks()
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and ids.shape[1]:
             return self.logits(sleep_blocks(h, blocks).h)
         for block in blocks:
             h, _ = block(h)

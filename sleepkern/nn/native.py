@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import settings
 from ..backends import cpu
-from ..backends.tensors import in_rows
+from ..backends.tensors import in_rows, refuse_tangents
 
 _C = cpu._C
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -22,8 +22,15 @@ def usable(*tensors: Tensor | None) -> bool:
 
 
 def unrecorded(*tensors: Tensor | None) -> bool:
-    """Nobody looks at the operator: no gradient, graph capture, subclass, mode or transform."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+    """Nobody looks at the operator: no gradient, graph capture, subclass, mode or transform.
+
+    Raises:
+        NotImplementedError: a tangent of forward mode, which operators would drop.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    refuse_tangents(*tensors)
+    if torch._C._len_torch_dispatch_stack() != 0:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backends.tensors import differentiable
+from ..problem import check_offsets, check_packing
 from . import native
 
 _C: Any = native._C
@@ -45,7 +47,8 @@ def short_convolution(
         x, weight, bias and past.
 
     Raises:
-        ValueError: a shape or activation that does not fit.
+        TypeError: cu_seqlens of another type than int32 or int64.
+        ValueError: a shape, activation or cu_seqlens that does not fit.
     """
     _check(x, weight, bias, past, activation, cu_seqlens)
     silu = activation == "silu"
@@ -85,7 +88,7 @@ def short_convolution_step(
         return (F.silu(z) if silu else z).to(x.dtype)
     x, view = native.rows(x[:, None], D)  # type: ignore[assignment]
     (_alive, weights), (_alive_too, biases) = native.array(weight), native.array(bias)
-    y = torch.empty((B, D), dtype=x.dtype)
+    y = x.new_empty((B, D))
     _C.convolve_step(B, D, W, silu, view, weights, biases, state.data_ptr(), y.data_ptr())
     return y
 
@@ -119,14 +122,14 @@ def _check(
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"x: got {x.dtype} {list(x.shape)}; expected floats [B,T,D]")
     B, _, D = x.shape
-    if weight.ndim != 2 or weight.shape[0] != D:
-        raise ValueError(f"weight: got {list(weight.shape)}; expected [D,W] with D = {D}")
+    if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] == 0:
+        raise ValueError(f"weight: got {list(weight.shape)}; expected [D,W] with D = {D} and W of at least 1")
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias: got {list(bias.shape)}; expected [D] = {[D]}")
     if activation not in ("silu", None):
         raise ValueError(f"activation: got {activation!r}; expected 'silu' or None")
-    if cu_seqlens is not None and B != 1:
-        raise ValueError(f"x: got B = {B}; expected 1 with cu_seqlens")
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, B)
     n = B if cu_seqlens is None else len(cu_seqlens) - 1
     if past is not None and past.shape != (n, weight.shape[1] - 1, D):
         raise ValueError(f"past: got {list(past.shape)}; expected [n,W-1,D] = {[n, weight.shape[1] - 1, D]}")
@@ -138,6 +141,8 @@ def _arguments(
     """What both entry points of _C take first, the number of sequences, and the tensors that must live meanwhile."""
     B, T, D = x.shape
     offsets = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous()
+    if offsets is not None:  # here, where values are at hand in a compiled graph, too
+        check_offsets(offsets.tolist(), T)
     sequences = B if offsets is None else len(offsets) - 1
     tokens, view = native.rows(x, D)
     (weight_alive, weights), (bias_alive, biases) = native.array(weight), native.array(bias)
@@ -152,7 +157,7 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     arguments, sequences, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
-    y, last = torch.empty(x.shape, dtype=x.dtype), x.new_empty((sequences, weight.shape[1] - 1, x.shape[2]))
+    y, last = x.new_empty(x.shape), x.new_empty((sequences, weight.shape[1] - 1, x.shape[2]))
     _C.convolve(*arguments, y.data_ptr(), last.data_ptr())
     return y, last
 
@@ -177,9 +182,9 @@ def _convolve_backward(
     arguments, _, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
     dy, view = native.rows(torch.zeros_like(x) if dy is None else dy, x.shape[2])
     dlast = dlast if dlast is None else dlast.contiguous()
-    dx, dpast = torch.empty(x.shape, dtype=x.dtype), _empty_like(past)
-    dweight = torch.empty(weight.shape, dtype=torch.float32)
-    dbias = torch.empty(0 if bias is None else len(bias), dtype=torch.float32)
+    dx, dpast = x.new_empty(x.shape), x.new_empty(0 if past is None else past.shape)
+    dweight = weight.new_empty(weight.shape, dtype=torch.float32)
+    dbias = x.new_empty(0 if bias is None else len(bias), dtype=torch.float32)
     _C.convolve_backward(
         *arguments, view, native.address(dlast), dx.data_ptr(), 0 if past is None else dpast.data_ptr(),
         dweight.data_ptr(), 0 if bias is None else dbias.data_ptr(),
@@ -191,12 +196,8 @@ def _convolve_backward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = x.new_empty(0, dtype=torch.float32) if bias is None else torch.empty_like(bias)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, _empty_like(past)
-
-
-def _empty_like(t: Tensor | None) -> Tensor:
-    """An operator's results are all tensors."""
-    return torch.empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+    dpast = x.new_empty(0 if past is None else past.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dpast
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -209,6 +210,13 @@ def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[A
     x, weight, bias, past, cu_seqlens = ctx.saved_tensors
     if dy is None and dlast is None:
         return (None,) * 6
+    if torch.is_grad_enabled():
+
+        def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> tuple[Tensor, Tensor]:
+            return _by_torch(x, weight, bias, past, cu_seqlens, ctx.silu)
+
+        grads = differentiable(by_torch, (x, weight, bias, past), (dy, dlast))
+        return (*grads, None, None)
     dx, dweight, dbias, dpast = torch.ops.sleepkern.convolve_backward.default(
         x, weight, bias, past, cu_seqlens, ctx.silu, dy, dlast
     )
@@ -220,6 +228,7 @@ def _by_torch(
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
+        check_offsets(ends, x.shape[1])
         parts = [
             _by_torch(x[:, a:b], weight, bias, None if past is None else past[i : i + 1], None, silu)
             for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False))

@@ -92,7 +92,7 @@ def _run_where_it_may(
     tensors = [t for state in states if state is not None for t in state]
     parameters = _parameters(blocks)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors, *parameters)):
-        changes = torch.empty(passes, device=h.device)
+        changes = h.new_empty(passes, dtype=torch.float32)
         made = _Recorded.apply(blocks, states, how, changes, h, *tensors, *parameters)
         return Slept(made[0], _paired(blocks, made[1:]), changes)
     return _run(h, blocks, states, how)

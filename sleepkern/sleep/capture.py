@@ -10,19 +10,22 @@ changed is recorded anew.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import packed_cuda
-from .memory import Fast, Slow
+from .memory import Fast, Slow, put_back
 
 if TYPE_CHECKING:
     from .session import SleepSession
 
 WARM_UP = 2
 """Runs before the recording, in which kernels are compiled and work space is found."""
+_alone = Lock()
+"""Held by a sleep: forks share the tensors of a graph, and nothing else may be launched where one is recorded."""
 
 
 class Recorder(Protocol):
@@ -113,6 +116,10 @@ class Captures:
 
     def sleep(self, session: SleepSession, ids: Tensor) -> Tensor:
         """Let the session's memory go through a window; changes [N]."""
+        with _alone:
+            return self._sleep(session, ids)
+
+    def _sleep(self, session: SleepSession, ids: Tensor) -> Tensor:
         first = ids.new_full((), session.position)
         given = _Given(ids, first, session.memory.fast(), session.memory.slow())
         form = given.form()
@@ -123,8 +130,9 @@ class Captures:
             own.copy_(new)
         graph.replay()
         made = _apart(graph.made)
-        session.memory.set_fast(made.fast)
-        session.memory.set_slow(made.slow)
+        with put_back(session.memory, given.fast, given.slow):
+            session.memory.set_fast(made.fast)
+            session.memory.set_slow(made.slow)
         return made.changes
 
     def _recorded(self, session: SleepSession, given: _Given) -> _Graph:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -113,3 +115,14 @@ def copied(stack: Stack, memory: Memory) -> Memory:
     copy.set_fast(memory.fast())
     copy.set_slow(memory.slow())
     return copy
+
+
+@contextmanager
+def put_back(memory: Memory, fast: dict[int, Fast], slow: dict[int, Slow]) -> Iterator[None]:
+    """Whatever ends what is done meanwhile too early, Ctrl-C too, memory then has these again."""
+    try:
+        yield
+    except BaseException:
+        memory.set_fast(fast)
+        memory.set_slow(slow)
+        raise

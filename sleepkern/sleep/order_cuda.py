@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .plan_cuda import TILE, WARPS, Plan, Shape, paired, share, up
 
 STAGE = 2
 """Fragments that a warp asks for at a time."""
+_INDEX: Any = {"dtype": torch.int32, "device": "cpu"}
 Round = tuple[Sequence[int], Sequence[int]]
 """Groups of 16 outputs that warps multiply by at a time: the first ones, one a warp, and the second ones."""
 
@@ -47,14 +48,14 @@ def order(d: int, shapes: tuple[Shape, ...], device: torch.device, p: Plan) -> O
     for s in shapes:
         weights = []
         for outputs, terms in sizes_of(s, d):
-            weights.append(torch.arange(first, first + outputs * terms, dtype=torch.int32).view(outputs, terms))
+            weights.append(torch.arange(first, first + outputs * terms, **_INDEX).view(outputs, terms))
             first += outputs * terms
         for rank in range(p.cluster):
             for weight, rounds, splits in _products(weights, s, p, rank):
                 for warp, fragments in _by_warp(_fragments(weight), rounds, splits):
                     parts[rank][warp].append(fragments)
-    streams = [torch.cat(warp) if warp else torch.zeros(0, 256, dtype=torch.int32) for rank in parts for warp in rank]
-    counts = torch.tensor([len(stream) // STAGE for stream in streams], dtype=torch.int32)
+    streams = [torch.cat(warp) if warp else torch.zeros(0, 256, **_INDEX) for rank in parts for warp in rank]
+    counts = torch.tensor([len(stream) // STAGE for stream in streams], **_INDEX)
     stages = torch.stack([counts.cumsum(0, dtype=torch.int32) - counts, counts], dim=1)
     return Order(torch.cat(streams).flatten().to(device), stages.to(device))
 

@@ -21,6 +21,8 @@ except ImportError:
     _C = None
 
 State = Fast | Slow | None
+_FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
+"""What C++ reads and writes, whatever torch's defaults are."""
 _packed: WeakKeyDictionary[HybridBlock, Packed] = WeakKeyDictionary()
 
 
@@ -93,7 +95,8 @@ class Packed:
         """The address of a packed matrix [n, depth], columns times the gains of the norm before it."""
         n, depth = weight.shape
         panel = _C.panel_width()
-        packed = torch.empty(-(-n // panel) * panel * (-(-depth // 2) if self.pairs else depth))
+        size = -(-n // panel) * panel * (-(-depth // 2) if self.pairs else depth)
+        packed = torch.empty(size, **_FLOATS)
         matrix, scale = weight.detach().float().contiguous(), None if norm is None else norm.detach().float()
         scale_address = 0 if scale is None else scale.data_ptr()
         _C.pack_weight(matrix.data_ptr(), n, depth, scale_address, self.pairs, packed.data_ptr())
@@ -111,7 +114,7 @@ class Packed:
     ) -> tuple[Tensor, list[Fast | Slow], Tensor]:
         """h [B,L,d] float32 after all passes, what each block remembers, and [passes] relative changes of the state."""
         B, L, d = h.shape
-        h, changes = h.contiguous().clone(), torch.empty(passes, 2, dtype=torch.float64)
+        h, changes = h.contiguous().clone(), torch.empty(passes, 2, dtype=torch.float64, device="cpu")
         after: list[Fast | Slow] = []
         layers, alive = [], []
         for layer, block, state in zip(self.layers, blocks, states, strict=True):
@@ -192,12 +195,12 @@ def _delta_inputs(mixer: GatedDeltaNet) -> Tensor:
 def _fast(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Fast, Any]:
     channels, W = mixer.convolution.weight.shape
     if before is None:
-        past = torch.zeros(B, W - 1, channels)
-        state = torch.zeros(B, mixer.value_heads, mixer.key_width, mixer.value_width)
+        past = torch.zeros(B, W - 1, channels, **_FLOATS)
+        state = torch.zeros(B, mixer.value_heads, mixer.key_width, mixer.value_width, **_FLOATS)
     else:
         assert isinstance(before, Fast)
         past, state = before.conv.float().contiguous(), before.state.float().contiguous().clone()
-    last = torch.empty(B, W - 1, channels)
+    last = torch.empty(B, W - 1, channels, **_FLOATS)
     addresses = {"past": past.data_ptr(), "last": last.data_ptr(), "state": state.data_ptr()}
     return addresses, Fast(last, state), past
 
@@ -209,7 +212,7 @@ def _slow(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Sl
         assert isinstance(before, Slow)
         kept = Slow(*(t.float().contiguous() for t in before))
     tokens = 0 if kept is None else kept.keys.shape[2]
-    after = Slow(torch.empty(B, H, tokens + L, D), torch.empty(B, H, tokens + L, D))
+    after = Slow(*(torch.empty(B, H, tokens + L, D, **_FLOATS) for _ in range(2)))
     addresses = {
         "kept": tokens,
         "keys": 0 if kept is None else kept.keys.data_ptr(),

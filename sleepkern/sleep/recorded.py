@@ -1,8 +1,9 @@
 """Any causal language model built like those of transformers, block by block.
 
-A model's own forward knows embeddings, masks and rotary angles; it is called once a window with recorders in the place
-of its layers, which note how each would have been called. Then the layers run, as often as wanted. Nothing of
-transformers is imported here, so that models of older versions can be adapted too (docs/models.md).
+A model's own forward knows embeddings, masks and rotary angles; it is called once a window, on a shallow copy with
+recorders in the place of its layers, which note how each would have been called. Then the layers run, as often as
+wanted. The model itself stays as it is, so that threads can share it. Nothing of transformers is imported here, so that
+models of older versions can be adapted too (docs/models.md).
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from threading import RLock
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +26,8 @@ from .writing import written
 
 NORMS = ("norm", "final_layernorm", "norm_f")
 """What models call the norm behind their last block."""
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Of base models that cannot be copied; see RecordedStack.alone."""
 
 
 class Call(NamedTuple):
@@ -48,6 +55,7 @@ class RecordedStack(ABC):
         """
         self.model: Any = model
         self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        self.base = getattr(self.base, "_orig_mod", self.base)  # compiled: only embeddings and masks would run so
         taken = inspect.signature(self.base.forward).parameters if isinstance(self.base, nn.Module) else {}
         self.cache_name = "cache_params" if "cache_params" in taken else "past_key_values"
         self.last: str = next((name for name in NORMS if hasattr(self.base, name)), NORMS[0])
@@ -68,18 +76,33 @@ class RecordedStack(ABC):
 
     def open(self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
         calls: list[Any] = []
-        with self._recorded(calls):
-            out = self.base(
+        with self._recorded(calls) as base:
+            out = base(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions(ids, first),
                 use_cache=True,
                 **{self.cache_name: memory.cache},  # type: ignore[attr-defined]
             )
+        if not calls:  # or they ran by themselves, and what is in memory is theirs
+            raise ValueError(f"model: got a {type(self.model).__name__} whose forward does not call its own layers")
         return _tensor(out), calls
 
+    def check_mode(self) -> None:
+        """
+        Raises:
+            ValueError: gradient checkpointing in training, for which layers of transformers let go of their cache.
+        """
+        trained = (x for block in self.base.layers if block.training for x in block.modules())
+        if any(x.training and vars(x).get("gradient_checkpointing", False) for x in (self.base, *trained)):
+            raise ValueError(
+                f"model: got a {type(self.model).__name__} in training with gradient checkpointing, whose layers then "
+                "remember nothing; expected it without, and SleepSession(checkpoint=True), which saves as much"
+            )
+
     def logits(self, h: Tensor) -> Tensor:
-        return self.model.lm_head(getattr(self.base, self.last)(h))  # type: ignore[no-any-return]
+        with self.alone():
+            return self.model.lm_head(getattr(self.base, self.last)(h))  # type: ignore[no-any-return]
 
     def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
         """Greedy or drawn, with max_new_tokens, do_sample and temperature."""
@@ -88,16 +111,61 @@ class RecordedStack(ABC):
             lambda new, done, padding: self.open(new, first + done, memory, padding), self.logits, ids, mask, **options
         )
 
+    def alone(self) -> AbstractContextManager[Any]:
+        """To be held where the base model is used: one that cannot be copied is changed while it is recorded."""
+        return nullcontext() if _copied(self.base, {}) is not None else _locks.setdefault(self.base, RLock())
+
     @contextmanager
-    def _recorded(self, calls: list[Call]) -> Iterator[None]:
-        blocks, norm = self.base.layers, getattr(self.base, self.last)
-        try:
-            self.base.layers = nn.ModuleList(_Recorder(block, calls, self.tuples) for block in blocks)
-            setattr(self.base, self.last, nn.Identity())
-            yield
-        finally:
-            self.base.layers = blocks
-            setattr(self.base, self.last, norm)
+    def _recorded(self, calls: list[Call]) -> Iterator[Any]:
+        """The base model with recorders for blocks and without the last norm."""
+        with self.alone():
+            self.check_mode()
+            recorders = nn.ModuleList(_Recorder(block, calls, self.tuples) for block in self.base.layers)
+            instead: dict[str, nn.Module] = {"layers": recorders, self.last: nn.Identity()}
+            copy = _copied(self.base, instead)
+            if copy is not None:
+                yield copy
+                return
+            aside = {name: getattr(self.base, name) for name in instead}
+            try:
+                vars(self.base)["_modules"].update(instead)
+                yield self.base
+            finally:
+                vars(self.base)["_modules"].update(aside)
+
+
+def _copied(base: nn.Module, instead: dict[str, nn.Module]) -> nn.Module | None:
+    """A shallow copy of a module with other submodules, or None where its forward would still run the module itself.
+
+    That is a forward put on the instance, unless all of it that is bound can be bound to the copy, as accelerate's.
+    """
+    if "forward" in vars(base) and not all(_known(x, base) for x in vars(base).values() if callable(x)):
+        return None
+    copy = object.__new__(type(base))
+    vars(copy).update({name: _rebound(x, base, copy) for name, x in vars(base).items()})
+    vars(copy).update(_modules={**vars(base)["_modules"], **instead}, _compiled_call_impl=None)
+    return copy
+
+
+def _known(x: Any, base: nn.Module) -> bool:
+    """Whether a callable reaches the module only by what _rebound sees."""
+    if isinstance(x, partial):
+        return _known(x.func, base)
+    if isinstance(x, MethodType):
+        return x.__self__ is base
+    return isinstance(x, FunctionType) and x.__closure__ is None
+
+
+def _rebound(x: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A method or partial of methods of another module."""
+    if x is old:
+        return new
+    if isinstance(x, MethodType):
+        return MethodType(_rebound(x.__func__, old, new), _rebound(x.__self__, old, new))
+    if isinstance(x, partial):
+        options = {name: _rebound(value, old, new) for name, value in x.keywords.items()}
+        return partial(_rebound(x.func, old, new), *(_rebound(value, old, new) for value in x.args), **options)
+    return x
 
 
 def positions(ids: Tensor, first: int | Tensor) -> Tensor:

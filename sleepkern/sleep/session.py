@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .capture import Captures
-from .memory import Fast, Memory, Slow, Stack, Whole, copied, stack_of
+from .memory import Fast, Memory, Slow, Stack, Whole, copied, put_back, stack_of
 from .passes import normalised, relative_change
 
 Eviction = Literal["hard", "sliding"]
@@ -116,40 +116,40 @@ class SleepSession:
     def ingest(self, ids: Tensor, attention_mask: Tensor | None = None) -> SleepSession:
         """Take in tokens [B,T] of any length; whole windows are slept over, the rest waits for more.
 
+        If a window fails, those before it have been slept over and all from it on waits; if the first does, nothing was
+        taken. So `position` and what waits always say how far the text went in.
+
         attention_mask [B,T]: 0 where a row is padded, on the left of its text.
         """
         self._check(ids, attention_mask)
         ids, mask = self._with_waiting(ids, attention_mask)
-        whole = ids.shape[1] // self.window * self.window
-        for start in range(0, whole, self.window):
-            part = slice(start, start + self.window)
-            self._sleep(ids[:, part], None if mask is None else mask[:, part])
-        self.waiting, self.waiting_mask = ids[:, whole:], None if mask is None else mask[:, whole:]
-        return self
+        return self._sleep_over(ids, mask, ids.shape[1] // self.window * self.window)
 
     def sleep(self) -> SleepSession:
         """Sleep over the tokens that wait, though they do not fill a window."""
         if self._waiting() > 0:
             assert self.waiting is not None
-            self._sleep(self.waiting, self.waiting_mask)
-            self.waiting = self.waiting_mask = None
+            self._sleep_over(self.waiting, self.waiting_mask, self._waiting())
         return self
 
     def read(self, ids: Tensor) -> Tensor:
         """Logits [B,T,vocabulary] of tokens after all that was ingested, in one pass; the session does not change."""
         self._check(ids, None)
+        if ids.shape[1] == 0:  # any token gives the width of the vocabulary
+            h, _ = self.stack.open(ids.new_zeros(ids.shape[0], 1), 0, self.stack.memory(), None)
+            return self.stack.logits(h)[:, :0]
         ids, mask = self._with_waiting(ids)
         memory = copied(self.stack, self.memory)
         h, calls = self._open(ids, mask, memory, self.position)
         for call in calls:
             h = call(h)
-        return self.stack.logits(h)[:, -(ids.shape[1] - self._waiting()) :]
+        return self.stack.logits(h[:, self._waiting() :])
 
     def generate(self, ids: Tensor, **options: Any) -> Tensor:
         """ids [B,T] and what follows them after all that was ingested, in one pass.
 
-        options go to the model's own `generate`; SleepLM has max_new_tokens, do_sample and temperature. The session
-        does not change, so many questions can be asked of one text.
+        options go to the model's own `generate`, beams too; SleepLM has max_new_tokens, do_sample and temperature. The
+        session does not change, so many questions can be asked of one text, by threads on forks of it too.
         """
         self._check(ids, None)
         full, mask = self._with_waiting(ids)
@@ -190,30 +190,44 @@ class SleepSession:
         self.waiting, self.waiting_mask = state.get("waiting"), state.get("waiting_mask")
         self.kept_mask = state.get("kept_mask")
 
-    def _sleep(self, ids: Tensor, mask: Tensor | None) -> None:
-        began = time.perf_counter()
-        if self.captures is not None and self.captures.why_not(self, ids, mask) is None:
-            changes = self.captures.sleep(self, ids)
+    def _sleep_over(self, ids: Tensor, mask: Tensor | None, end: int) -> SleepSession:
+        """Window by window up to token `end`; what follows waits."""
+        if end == 0:
+            self.waiting, self.waiting_mask = ids, mask
+        try:
+            for start in range(0, end, self.window):
+                self._sleep(ids, mask, slice(start, min(start + self.window, end)))
+        finally:
+            self.waiting, self.waiting_mask = _own(self.waiting), _own(self.waiting_mask)
+        return self
+
+    def _sleep(self, ids: Tensor, mask: Tensor | None, part: slice) -> None:
+        """Over one window of ids; from then on what follows it waits."""
+        began, window, padding = time.perf_counter(), ids[:, part], None if mask is None else mask[:, part]
+        if self.captures is not None and self.captures.why_not(self, window, padding) is None:
+            changes = self.captures.sleep(self, window)
         else:
-            changes = self.pass_through(ids, mask, self.position)
-        self.reports.append(SleepReport(self.position, ids.shape[1], changes, time.perf_counter() - began))
-        self.position += ids.shape[1]
+            changes = self.pass_through(window, padding, self.position)
+        first, self.position = self.position, self.position + window.shape[1]
+        self.waiting, self.waiting_mask = ids[:, part.stop :], None if mask is None else mask[:, part.stop :]
+        self.reports.append(SleepReport(first, window.shape[1], changes, time.perf_counter() - began))
 
     def pass_through(self, ids: Tensor, mask: Tensor | None, first: int | Tensor) -> Tensor:
-        """A sleep as far as it concerns memory; changes [N]. first: position of the first token."""
+        """A sleep as far as it concerns memory, all of it or none; changes [N]. first: position of the first token."""
         memory = self.memory
         before, kept = memory.fast(), memory.slow()
-        h, calls = self._open(ids, mask, memory, first)
         low, high = self.looped[0], self.looped[-1] + 1
-        for call in calls[:low]:
-            h = call(h)
-        if isinstance(self.stack, Whole) and self._why_not_whole(h, mask) is None:
-            h, changes = self.stack.sleep(h, self.looped, memory, self.passes, self.feedback, self.conv_state)
-        else:
-            h, changes = self._passes(calls[low:high], h, before, kept)
-        for call in calls[high:]:
-            h = call(h)
-        self._evict(ids.shape[1], mask)
+        with put_back(memory, before, kept):
+            h, calls = self._open(ids, mask, memory, first)
+            for call in calls[:low]:
+                h = call(h)
+            if isinstance(self.stack, Whole) and self._why_not_whole(h, mask) is None:
+                h, changes = self.stack.sleep(h, self.looped, memory, self.passes, self.feedback, self.conv_state)
+            else:
+                h, changes = self._passes(calls[low:high], h, before, kept)
+            for call in calls[high:]:
+                h = call(h)
+            self._evict(ids.shape[1], mask)
         return changes
 
     def explain(self) -> str:
@@ -314,7 +328,7 @@ class SleepSession:
             self.memory.set_slow({})
             return
         self.memory.set_slow({i: Slow(*(t[..., -tokens:, :] for t in x)) for i, x in self.memory.slow().items()})
-        self.kept_mask = mask
+        self.kept_mask = _own(mask)
 
     def _open(self, ids: Tensor, mask: Tensor | None, memory: Memory, first: int | Tensor) -> tuple[Tensor, list[Any]]:
         mask = self._mask_with_kept(ids, mask)
@@ -353,3 +367,8 @@ def _joined(first: Tensor, first_mask: Tensor | None, second: Tensor, mask: Tens
         return None
     pairs = ((first, first_mask), (second, mask))
     return torch.cat([torch.ones_like(ids) if mask is None else mask for ids, mask in pairs], dim=1)
+
+
+def _own(ids: Tensor | None) -> Tensor | None:
+    """A copy, or None of nothing: a view would keep a whole text, and change with what it is a view of."""
+    return None if ids is None or ids.shape[1] == 0 else ids.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from .inserted import beside_attention, fast_of, inserted_in, put_fast
 from .memory import Fast, Memory, Slow
 from .recorded import RecordedStack, positions
+
+Pair = TypeVar("Pair", Fast, Slow)
 
 _TUPLES = ("bamba", "falcon_h1")
 """Models that expect tuples from their layers."""
@@ -109,21 +111,43 @@ class TransformersStack(RecordedStack):
         self.tuples = self.model.config.model_type in _TUPLES
 
     def memory(self) -> TransformersMemory:
-        return TransformersMemory(self.model)
+        with self.alone():
+            return TransformersMemory(self.model)
 
     @torch.no_grad()
     def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
         """By the model's own `generate`, with its options; Mamba-2 without attention as RecordedStack."""
         if self.cache_name != "past_key_values":
             return super().generate(ids, mask, first, memory, **options)
-        answering = TransformersMemory(self.model, own=False)
-        answering.set_fast(memory.fast())
-        answering.set_slow(memory.slow())
-        made: Tensor = self.model.generate(
-            ids,
-            attention_mask=mask,
-            position_ids=positions(ids, first),
-            past_key_values=answering.cache,
-            **options,
-        )
+        rows = _rows_of_one(self.model, options)
+        with self.alone():
+            self.check_mode()
+            answering = TransformersMemory(self.model, own=False)
+            answering.set_fast(_repeated(memory.fast(), rows))
+            answering.set_slow(_repeated(memory.slow(), rows))
+            made: Tensor = self.model.generate(
+                ids,
+                attention_mask=mask,
+                position_ids=positions(ids, first),
+                past_key_values=answering.cache,
+                **options,
+            )
         return made
+
+
+def _rows_of_one(model: Any, options: dict[str, Any]) -> int:
+    """How many rows `generate` makes of each, for its beams or for answers drawn side by side."""
+    configs = options.get("generation_config"), model.generation_config
+
+    def option(name: str) -> int:
+        found = (options.get(name), *(getattr(config, name, None) for config in configs))
+        return next((n for n in found if n is not None), 1)
+
+    return max(option("num_beams"), option("num_return_sequences"))
+
+
+def _repeated(kept: dict[int, Pair], rows: int) -> dict[int, Pair]:
+    """Each row as often, side by side, as `generate` repeats those of ids."""
+    if rows == 1:
+        return kept
+    return {i: type(pair)(*(t.repeat_interleave(rows, dim=0) for t in pair)) for i, pair in kept.items()}

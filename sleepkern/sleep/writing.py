@@ -26,10 +26,12 @@ def written(
     """ids [B,T] and what follows, greedy or drawn at a temperature; mask [B, kept keys + T] has 0 for padding.
 
     Raises:
-        ValueError: another option.
+        ValueError: another option, or a temperature of 0 or less.
     """
     if unknown:
         raise ValueError(f"options: got {', '.join(unknown)}; expected max_new_tokens, do_sample or temperature")
+    if do_sample and not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}; expected above 0")
     made, new, padding = ids, ids, None if bool(mask.all()) else mask
     for _ in range(max_new_tokens):
         h, blocks = opened(new, made.shape[1] - new.shape[1], padding)

@@ -14,6 +14,8 @@ IGNORED = -100
 SPLITS = ("train", "test")
 TEST_SHARE = 10
 """One problem in so many is a test problem."""
+FRUITLESS = 10_000
+"""Proposals in a row that are all of the other split, after which there seem to be none of this one."""
 
 
 class Batch(NamedTuple):
@@ -127,13 +129,21 @@ def draw(size: int, split: str, propose: Callable[[int], Problem], canonical: Ca
     """`size` problems of a split out of as many proposals as it takes.
 
     propose: makes n problems, as a tuple of tensors [n,...]. canonical: their form [n,m], equal for equal problems.
+
+    Raises:
+        ValueError: so many proposals in a row were all of the other split that this one seems to have no problems.
     """
     kept: list[Problem] = []
-    found = 0
+    found = fruitless = 0
     while found < size:
         missing = size - found
         problems = propose(missing * 12 + 32 if split == "test" else missing * 5 // 4 + 8)
         mine = belongs(canonical(problems), split)
         kept.append(type(problems)(t[mine] for t in problems))  # type: ignore[call-arg]
         found += int(mine.sum())
+        fruitless = 0 if bool(mine.any()) else fruitless + len(mine)
+        if fruitless > FRUITLESS:
+            raise ValueError(
+                f"split: got {split!r}; expected one that has problems, which none of {fruitless} proposals is in"
+            )
     return type(kept[0])(torch.cat(parts)[:size] for parts in zip(*kept, strict=True))  # type: ignore[call-arg]

@@ -37,7 +37,7 @@ def longer(configuration: Configuration, passes: int) -> float:
 def estimate(configuration: Configuration, passes: int, steps: int | None = None) -> Estimate:
     """Of a run with `passes` passes over each window."""
     model = configuration.model()
-    problems = configuration.batch * (steps or configuration.steps)
+    problems = configuration.batch * (configuration.steps if steps is None else steps)
     tokens, through = work(configuration, passes)
     matrices = sum(p.numel() for p in split_parameters(model)[0])
     head = model.lm_head.weight.numel() * configuration.task.question_length

@@ -52,12 +52,16 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Without a closure."""
+        """One step; closure: makes gradients anew and returns the loss, which is then returned here."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, group)
-        return None
+        return loss
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
         state, grad, momentum = self.state[p], p.grad, group["momentum"]

@@ -63,7 +63,7 @@ class Study:
     def steps_of(self, row: Row) -> int:
         """Of a row."""
         chosen = configuration(self.task, self.size)
-        steps = self.steps or chosen.steps
+        steps = chosen.steps if self.steps is None else self.steps
         return steps if row.like is None else round(steps * longer(chosen, row.like) / 100) * 100
 
     def place(self, row: Row, seed: int) -> Path:

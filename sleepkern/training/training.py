@@ -42,7 +42,7 @@ class Run:
     @property
     def length(self) -> int:
         """Steps."""
-        return self.steps or self.configuration.steps
+        return self.configuration.steps if self.steps is None else self.steps
 
     def to_dict(self) -> dict[str, Any]:
         """For a log."""
