@@ -37,6 +37,9 @@ FAULTS: dict[str, tuple[str, str, str, str]] = {
         "chain.cuh", "      block_barrier();\n      if (16 * warp < KP) {", "      if (16 * warp < KP) {", "test_chain",
     ),
     "padded rows of a pool are written": ("step.cuh", "if (place < 0) return;", "", "pool"),
+    "residuals are wanted where tol is above 0": (
+        "call.h", "return residual != nullptr;", "return tol > 0.0f;", "test_a_tol_below",
+    ),
     "a key's decay from the row after": (
         "prepare_channel.cuh", "decayed(w.G[i * KP + d0 + d])", "decayed(w.G[(i | 1) * KP + d0 + d])",
         "test_replay and 63 and kda",
@@ -70,6 +73,10 @@ BLOCK_FAULTS: dict[str, tuple[str, str, str, str]] = {
     ),
     "no barrier before the mixer": (
         "blocks.cuh", "    block_barrier();\n    if (l.recurrent) {", "    if (l.recurrent) {", "test_equals and two",
+    ),
+    "rows beyond a window are its neighbour's": (
+        "blocks_tile.cuh", "last((window + 1) * c.padded() / 8 - 1)", "last(2 * c.tiles - 1 + 0 * window)",
+        "keep_to_themselves",
     ),
     "a pad row reads beyond its window": (
         "blocks_attention.cuh", "return keys < block || j <= i;", "return true;", "test_equals and odd",
