@@ -61,11 +61,11 @@ def by_hand(
     return Slept(h, now, torch.stack(changes))
 
 
-def before(blocks: Sequence[HybridBlock], h: Tensor) -> list[State]:
+def before(blocks: Sequence[HybridBlock], h: Tensor, tokens: int = 7) -> list[State]:
     """What blocks remember after a few other tokens."""
     states: list[State] = []
     with torch.no_grad():
-        x = torch.randn(h.shape[0], 7, h.shape[2], dtype=h.dtype)
+        x = torch.randn(h.shape[0], tokens, h.shape[2], dtype=h.dtype)
         for block in blocks:
             x, state = block(x)
             states.append(state)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import sleepkern
+from sleepkern.sleep import retrofit
 
 CHUNK, STEP = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 CONV = "causal_conv1d_fn"
@@ -155,3 +156,12 @@ def spy_on_sleepkern(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("gated_delta_rule", "kda", "simple_gla", "recurrent_step"):
         monkeypatch.setattr(sleepkern, name, functools.partial(spy, name, getattr(sleepkern, name)))
     return seen
+
+
+def retrofitted(family: str = "llama", awake: bool = True, **options: Any) -> nn.Module:
+    """An attention-only model with mixers in layers 1 and 2, which do something, unless not awake."""
+    model = retrofit(build(family), layers=[1, 2], heads=2, **options)
+    if awake:
+        for i in (1, 2):
+            nn.init.normal_(model.model.layers[i].inserted.mixer.out.weight, std=0.3)
+    return model

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import build, tokens
+from hybrid_models import build, retrofitted, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sleepkern.nn import SleepLM
-from sleepkern.sleep import SleepSession, retrofit
+from sleepkern.sleep import SleepSession
 from sleepkern.sleep.capture import Captures, CudaRecorder, Made
 from sleepkern.testing import relative_error
 
@@ -84,14 +84,7 @@ def sleep_lm() -> nn.Module:
     return model
 
 
-def retrofitted() -> nn.Module:
-    model = retrofit(build("llama"), layers=[1, 2], heads=2, decay_bias=1.0)
-    for i in (1, 2):
-        nn.init.normal_(model.model.layers[i].inserted.mixer.out.weight, std=0.3)
-    return model
-
-
-MODELS = {"SleepLM": sleep_lm, "qwen3_next": lambda: build("qwen3_5"), "retrofit": retrofitted}
+MODELS = {"SleepLM": sleep_lm, "qwen3_next": lambda: build("qwen3_5"), "retrofit": lambda: retrofitted(decay_bias=1.0)}
 
 
 @torch.no_grad()

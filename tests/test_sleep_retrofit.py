@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CLOSE, build, tokens
+from hybrid_models import CLOSE, build, retrofitted, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -22,15 +22,6 @@ FAMILIES = ("llama", "qwen3")
 
 def original(family: str = "llama") -> nn.Module:
     return build(family)
-
-
-def retrofitted(family: str = "llama", awake: bool = True) -> nn.Module:
-    """With mixers that do something, unless not awake."""
-    model = retrofit(original(family), layers=LAYERS, heads=2)
-    if awake:
-        for i in LAYERS:
-            nn.init.normal_(model.model.layers[i].inserted.mixer.out.weight, std=0.3)
-    return model
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CLOSE, build, tokens
+from hybrid_models import CLOSE, build, retrofitted, tokens
 from remote_models import JetForCausalLM
 from test_sleep_adapters import jet, ouro
 from test_sleep_capture import Recorder, sleep_lm
@@ -83,13 +83,6 @@ def enclosed(model: nn.Module) -> nn.Module:
     return model
 
 
-def retrofitted() -> nn.Module:
-    model = retrofit(build("llama"), layers=[1, 2], heads=2, decay_bias=1.0)
-    for i in (1, 2):
-        nn.init.normal_(model.model.layers[i].inserted.mixer.out.weight, std=0.3)
-    return model
-
-
 def compiled(model: nn.Module) -> nn.Module:
     """Blocks in both ways, and the whole base model around them."""
     layers = model.model.layers
@@ -104,7 +97,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mamba2": lambda: build("mamba2"),
     "bamba": lambda: build("bamba"),
     "zamba2": lambda: build("zamba2"),
-    "retrofit": retrofitted,
+    "retrofit": lambda: retrofitted(decay_bias=1.0),
     "hooked": lambda: hooked(build("qwen3_5")),
     "enclosed": lambda: enclosed(build("qwen3_5")),
     "SleepLM": sleep_lm,

@@ -11,12 +11,13 @@ from weakref import ref
 
 import pytest
 import torch
+from block_stacks import all_of, before
 from conftest import A100, H100
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sleepkern.backends import cuda
-from sleepkern.nn import HybridBlock, SleepLM
+from sleepkern.nn import SleepLM
 from sleepkern.sleep import SleepSession, packed_cuda, plan_cuda
 from sleepkern.sleep import blocks as module_by_module
 from sleepkern.sleep.blocks import Slept, one_by_one, sleep_blocks
@@ -89,19 +90,6 @@ def model(case: Case) -> SleepLM:
     return made.to(case.dtype)
 
 
-def before(case: Case, blocks: list[HybridBlock]) -> list[Any]:
-    """What blocks remember of `kept` tokens."""
-    states, x = [], torch.randn(case.B, case.kept, case.d).to(case.dtype)
-    for block in blocks:
-        x, state = block(x)
-        states.append(state)
-    return states
-
-
-def all_of(slept: Slept) -> list[Tensor]:
-    return [slept.h, *(t for state in slept.states for t in state)]
-
-
 @contextmanager
 def memory_as_planned(device: cuda.Device) -> Iterator[None]:
     """A launch asks for no more shared memory than the device has."""
@@ -135,7 +123,7 @@ def check(case: Case, on: Any, **order: Any) -> None:
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.no_grad(), on(device=device, **order), mock.patch.object(plan_cuda, "CLUSTERS", (case.cluster,)):
-            states = before(case, blocks) if case.kept else [None] * case.blocks
+            states = before(blocks, h, case.kept) if case.kept else [None] * case.blocks
             shapes = packed_cuda._shapes(blocks)
             plan = plan_cuda._plan.__wrapped__(case.B, case.L, case.d, shapes, device)
             assert plan is not None
