@@ -221,17 +221,17 @@ def test_step_in_a_pool(on) -> None:
     x = make_inputs(GATED_DELTA_RULE, Shape(B=3, T=2, H=1, HV=2, K=32, V=48))
     x.pop("cu_seqlens")
     x.pop("initial_state")
-    storage = torch.randn(6, 3, 32, 48)
-    pool = storage[:, :2]  # states that lie apart
+    storage = torch.randn(7, 3, 32, 48)
+    pool = storage[1:, :2]  # states that lie apart, and a row before the first that index -1 must not reach
     before, places = storage.clone(), torch.tensor([4, -1, 1], dtype=torch.int32)
     with on():
         o, S = sleepkern.recurrent_step(**x, state=pool, state_indices=places, backend="cuda")
-    picked = before[[4, 0, 1], :2].clone()
+    picked = before[[5, 0, 2], :2].clone()
     o_expected, picked = sleepkern.recurrent_step(**x, state=picked, backend="reference")
     assert S is pool
     assert relative_error(o[[0, 2]], o_expected[[0, 2]]) <= 1e-6 and not o[1].any()
-    assert relative_error(storage[[4, 1], :2], picked[[0, 2]]) <= 1e-6
-    before[[4, 1], :2] = storage[[4, 1], :2]
+    assert relative_error(storage[[5, 2], :2], picked[[0, 2]]) <= 1e-6
+    before[[5, 2], :2] = storage[[5, 2], :2]
     assert torch.equal(storage, before)
 
 
