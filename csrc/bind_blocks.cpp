@@ -11,14 +11,18 @@ using Address = uintptr_t;
 
 Array floats(const Described& of, const char* name) { return {of.get<float*>(name), Type::float32}; }
 
+Weights weights(const Described& of, const char* name, const char* balance) {
+  return {of.get<float*>(name), of.get<float>(balance)};
+}
+
 Layer layer(const py::dict& values) {
   const Described of(values);
   Layer l{};
   l.recurrent = of.get<bool>("recurrent");
-  l.into = of.get<float*>("into");
+  l.into = weights(of, "into", "into_balance");
   l.into_width = of.get<int64_t>("into_width");
-  l.out = of.get<float*>("out");
-  l.up = of.get<float*>("up");
+  l.out = weights(of, "out", "out_balance");
+  l.up = weights(of, "up", "up_balance");
   l.down = of.get<float*>("down");
   l.hidden = of.get<int64_t>("hidden");
   l.mixer_eps = of.get<float>("mixer_eps");
@@ -51,27 +55,31 @@ Layer layer(const py::dict& values) {
   return l;
 }
 
-void run_blocks(int64_t B, int64_t L, int64_t d, int64_t passes, bool reinject, bool carry, bool pairs,
+void run_blocks(int64_t B, int64_t L, int64_t d, int64_t passes, bool reinject, bool carry, Form form,
                 const std::vector<py::dict>& layers, Address h, Address changes) {
-  Blocks b{
-      B, L, d, passes, reinject, pairs, carry, {}, reinterpret_cast<float*>(h), reinterpret_cast<double*>(changes)};
+  Blocks b{B, L, d, passes, reinject, form, carry, {}, reinterpret_cast<float*>(h), reinterpret_cast<double*>(changes)};
   for (const py::dict& one : layers) b.layers.push_back(layer(one));
   py::gil_scoped_release unlocked;
   sleep_blocks(b);
 }
 
-void run_pack(Address matrix, int64_t n, int64_t depth, Address scale, bool pairs, Address packed) {
+void run_pack(Address matrix, int64_t n, int64_t depth, Form form, Address packed) {
   py::gil_scoped_release unlocked;
-  pack_weight(reinterpret_cast<const float*>(matrix), n, depth, reinterpret_cast<const float*>(scale), pairs,
-              reinterpret_cast<void*>(packed));
+  pack_weight(reinterpret_cast<const float*>(matrix), n, depth, form, reinterpret_cast<void*>(packed));
 }
 
 }  // namespace
 
 void bind_blocks(py::module_& m) {
+  py::enum_<Form>(m, "Form", "How the operands of products with weights are taken.")
+      .value("plain", Form::plain)
+      .value("winograd", Form::winograd)
+      .value("bfloat16", Form::bfloat16);
   m.def("sleep_blocks", &run_blocks);
   m.def("pack_weight", &run_pack);
+  m.def("packed_size", &packed_size);
   m.def("panel_width", &panel_width);
+  m.def("adds_beside_products", &adds_beside_products, "Whether Form.winograd is the faster one here.");
   m.def("multiplies_pairs", &multiplies_pairs, "Whether products of the instruction set in use can take bfloat16.");
 }
 

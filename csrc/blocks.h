@@ -9,13 +9,27 @@
 
 namespace sleepkern {
 
+// How the operands of products with weights are taken.
+enum class Form {
+  plain,     // floats, by multiply-adds
+  winograd,  // floats, a part of them by Winograd's inner product, see csrc/cpu/winograd-inl.h
+  bfloat16   // rounded to it, two neighbours of the depth in the place of a float
+};
+
+// Packed weights over `balance`, by which what they are multiplied with is multiplied, so that the two are of one size;
+// a power of two, 1 where the form does not ask for it.
+struct Weights {
+  const void* packed;
+  float balance;
+};
+
 // h <- h + mixer(norm h);  h <- h + down relu(up (norm h))^2
 struct Layer {
   bool recurrent;      // gated DeltaNet, else attention
-  const void* into;    // packed [d -> into_width]: q, k, v, then of gated DeltaNet gate, decay, strength
+  Weights into;        // [d -> into_width]: q, k, v, then of gated DeltaNet gate, decay, strength
   int64_t into_width;  // before padding
-  const void* out;     // packed [mixed -> d]
-  const void* up;      // packed [d -> hidden]
+  Weights out;         // [mixed -> d]
+  Weights up;          // [d -> hidden], times the root of down's balance, which so is in what leaves the square
   const void* down;    // packed [hidden -> d]
   int64_t hidden;
   float mixer_eps, mlp_eps;
@@ -45,7 +59,7 @@ struct Blocks {
   int64_t B, L, d;
   int64_t passes;
   bool reinject;  // a pass starts from rmsnorm(h) + what the first one started from, else from h
-  bool pairs;     // weights are packed in bfloat16, and what they are multiplied with is rounded to it
+  Form form;
   bool carry;     // convolutions of a later pass see the window's own end before it, else what preceded the window
   std::vector<Layer> layers;
   float* h;         // [B, L, d], in place
@@ -54,11 +68,12 @@ struct Blocks {
 
 void sleep_blocks(const Blocks& blocks);
 
-// A matrix [n, depth], times scale [depth] unless that is null, as the weights of a product: outputs rounded up to
-// whole panels of panel_width(), [panels, depth, panel_width()]; or in bfloat16, two neighbours of the depth in the
-// place of one float, where multiplies_pairs().
+// A matrix [n, depth] as the weights of a product: outputs rounded up to whole panels of panel_width(),
+// [panels, depth, panel_width()], in packed_size floats. Form::bfloat16 only where multiplies_pairs().
 int64_t panel_width();
 bool multiplies_pairs();
-void pack_weight(const float* matrix, int64_t n, int64_t depth, const float* scale, bool pairs, void* packed);
+bool adds_beside_products();  // whether Form::winograd is the faster one here
+int64_t packed_size(int64_t n, int64_t depth, Form form);
+void pack_weight(const float* matrix, int64_t n, int64_t depth, Form form, void* packed);
 
 }  // namespace sleepkern

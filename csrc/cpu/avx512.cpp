@@ -9,4 +9,5 @@
   (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && \
    __builtin_cpu_supports("avx512vl"))
 #endif
+#define SLEEPKERN_ADDERS __builtin_cpu_is("amd")
 #include "kernel-inl.h"

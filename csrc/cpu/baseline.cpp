@@ -2,4 +2,5 @@
 #define SLEEPKERN_ISA baseline
 #define SLEEPKERN_LANES 4
 #define SLEEPKERN_SUPPORTED true
+#define SLEEPKERN_ADDERS false
 #include "kernel-inl.h"

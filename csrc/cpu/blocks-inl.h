@@ -10,13 +10,14 @@ struct BlockArrays {
   float* h;         // [rows][d_padded]
   float* start;     // same: what the first pass started from
   float* x;         // panels: normalised h, then what leaves the mixer
+  float* sums;      // [rows] pair sums of the product's x, where that is Winograd's
   float* wide;      // rows out of `into`, then panels out of `up`
   float* mixed;     // [rows][mixed] out of the recurrence or attention
   float* normed;    // [rows][mixed] after the gated norm
   float* conv;      // [rows][channels]
   float *g, *beta;  // [rows][HV]
   float* before;    // states before a pass
-  double sums[2];
+  double changes[2];
   int64_t rows, padded, d_padded;
 };
 
@@ -37,6 +38,7 @@ static void lay_out(BlockArrays& a, const Blocks& b, int64_t sequences, Taker& t
   a.h = take(a.padded * a.d_padded);
   a.start = take(b.reinject ? a.padded * a.d_padded : 0);
   a.x = take(a.padded * x);
+  a.sums = take(a.padded);
   a.wide = take(a.padded * wide);
   a.mixed = take((a.padded + LANES) * round_up(mixed, LANES));
   a.normed = take((a.padded + LANES) * round_up(mixed, LANES));
@@ -58,7 +60,7 @@ struct Team {
   }
 };
 
-// Sequences [first, first + sequences) of a call; E: Pair where products take bfloat16, else float.
+// Sequences [first, first + sequences) of a call; E: what panels of the call's form are made of.
 template <class E>
 struct Group {
   const Blocks& b;
@@ -75,6 +77,7 @@ struct Group {
                        a.rows,
                        round_up(width, PANEL),
                        steps<E>(depth),
+                       a.sums,
                        y,
                        stride};
     team.each(p.width / PANEL, 4, [&](int64_t begin, int64_t end) {
@@ -82,18 +85,27 @@ struct Group {
     });
   }
 
-  // Rows to panels; zeros beyond the last one. With eps: over their root mean square.
-  void pack(const float* rows, int64_t stride, int64_t n, const float* eps) const {
+  // Rows to panels, times `balance`; zeros beyond the last one. With eps: over their root mean square.
+  void pack(const float* rows, int64_t stride, int64_t n, float balance, const float* eps) const {
     team.each(a.padded / LANES, 2, [&](int64_t begin, int64_t end) {
       alignas(64) float factor[LANES];
       for (int64_t block = begin; block < end; ++block) {
         for (int64_t l = 0; l < LANES; ++l) {
           const int64_t row = block * LANES + l;
-          factor[l] = row >= a.rows ? 0.0f : eps ? rms_factor(rows + row * stride, n, *eps) : 1.0f;
+          factor[l] = row >= a.rows ? 0.0f : eps ? balance * rms_factor(rows + row * stride, n, *eps) : balance;
         }
         pack_rows(rows + block * LANES * stride, stride, n, factor, reinterpret_cast<E*>(a.x), block * LANES);
+        sum_pairs(a.x, n, block);
       }
     });
+  }
+
+  // Pair sums of LANES rows, block number `block`, of panels n deep.
+  void sum_pairs(const float* x, int64_t n, int64_t block) const {
+    if constexpr (IS_WINOGRAD<E>) {
+      const int64_t row = block * LANES;
+      store(a.sums + row, pair_sums(reinterpret_cast<const E*>(x) + column_at(row, n), n));
+    }
   }
 
   void run(double* changes) const;
@@ -177,8 +189,8 @@ void Group<E>::ingest(const Layer& l) const {
       after += state[j] * state[j];
     }
   }
-  a.sums[0] += change;
-  a.sums[1] += after;
+  a.changes[0] += change;
+  a.changes[1] += after;
 }
 
 template <class E>
@@ -197,7 +209,7 @@ void Group<E>::mix_recurrent(const Layer& l, int64_t pass) const {
   norm.weight = l.gain;
   norm.y = a.normed;
   team.each(a.rows, 16, [&](int64_t begin, int64_t end) { gated_norm(norm, begin, end); });
-  pack(a.normed, l.HV * l.V, l.HV * l.V, nullptr);
+  pack(a.normed, l.HV * l.V, l.HV * l.V, l.out.balance, nullptr);
 }
 
 template <class E>
@@ -230,19 +242,24 @@ void Group<E>::attend_window(const Layer& l, int64_t pass) const {
       attend(h);
     }
   });
-  pack(a.mixed, b.d, b.d, nullptr);
+  pack(a.mixed, b.d, b.d, l.out.balance, nullptr);
 }
 
 template <class E>
 void Group<E>::run_pass(int64_t pass) const {
-  a.sums[0] = a.sums[1] = 0;
+  a.changes[0] = a.changes[1] = 0;
   for (const Layer& l : b.layers) {
-    pack(a.h, a.d_padded, b.d, &l.mixer_eps);
-    multiply(multiply_panel<false, E>, a.x, l.into, l.into_width, b.d, a.wide, round_up(l.into_width, PANEL));
+    pack(a.h, a.d_padded, b.d, l.into.balance, &l.mixer_eps);
+    multiply(multiply_panel<false, E>, a.x, l.into.packed, l.into_width, b.d, a.wide, round_up(l.into_width, PANEL));
     l.recurrent ? mix_recurrent(l, pass) : attend_window(l, pass);
-    multiply(multiply_panel<true, E>, a.x, l.out, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
-    pack(a.h, a.d_padded, b.d, &l.mlp_eps);
-    multiply(multiply_squared_relu<E>, a.x, l.up, l.hidden, b.d, a.wide, 0);
+    multiply(multiply_panel<true, E>, a.x, l.out.packed, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
+    pack(a.h, a.d_padded, b.d, l.up.balance, &l.mlp_eps);
+    multiply(multiply_squared_relu<E>, a.x, l.up.packed, l.hidden, b.d, a.wide, 0);
+    if constexpr (IS_WINOGRAD<E>) {
+      team.each(a.padded / LANES, 2, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) sum_pairs(a.wide, l.hidden, block);
+      });
+    }
     multiply(multiply_panel<true, E>, a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
   }
 }
@@ -265,16 +282,21 @@ void Group<E>::run(double* changes) const {
       }
     }
     run_pass(pass);
-    changes[2 * pass] = a.sums[0];
-    changes[2 * pass + 1] = a.sums[1];
+    changes[2 * pass] = a.changes[0];
+    changes[2 * pass + 1] = a.changes[1];
   }
   for (int64_t row = 0; row < a.rows; ++row) std::memcpy(h + row * b.d, a.h + row * a.d_padded, row_bytes);
 }
 
 void run_group(const Blocks& b, int64_t first, int64_t sequences, bool shared, double* changes) {
   BlockArrays& arrays = thread_local_arrays<BlockArrays>(b, sequences);
-  if constexpr (DOTS) {
-    if (b.pairs) return Group<Pair>{b, arrays, Team{shared}, first, sequences}.run(changes);
+  const Team team{shared};
+  switch (b.form) {
+    case Form::plain:
+      return Group<float>{b, arrays, team, first, sequences}.run(changes);
+    case Form::winograd:
+      return Group<Winograd>{b, arrays, team, first, sequences}.run(changes);
+    case Form::bfloat16:
+      if constexpr (DOTS) Group<Pair>{b, arrays, team, first, sequences}.run(changes);
   }
-  Group<float>{b, arrays, Team{shared}, first, sequences}.run(changes);
 }

@@ -41,8 +41,12 @@ int64_t panel_width() { return implementation().panel_width; }
 
 bool multiplies_pairs() { return implementation().pairs; }
 
-void pack_weight(const float* matrix, int64_t n, int64_t depth, const float* scale, bool pairs, void* packed) {
-  implementation().pack_weight(matrix, n, depth, scale, pairs, packed);
+bool adds_beside_products() { return implementation().adders(); }
+
+int64_t packed_size(int64_t n, int64_t depth, Form form) { return implementation().packed_size(n, depth, form); }
+
+void pack_weight(const float* matrix, int64_t n, int64_t depth, Form form, void* packed) {
+  implementation().pack_weight(matrix, n, depth, form, packed);
 }
 
 }  // namespace sleepkern

@@ -33,10 +33,12 @@ struct Implementation {
   void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int64_t part);
   // Sequences of a stack of blocks through all passes; shared: the threads share each step of it. changes [passes][2].
   void (*run_group)(const Blocks&, int64_t first, int64_t sequences, bool shared, double* changes);
-  // Weights of a product in panels of panel_width outputs, in bfloat16 if `pairs`.
-  void (*pack_weight)(const float* matrix, int64_t n, int64_t depth, const float* scale, bool pairs, void* packed);
+  // Weights of a product in panels of panel_width outputs, and the floats that they take.
+  void (*pack_weight)(const float* matrix, int64_t n, int64_t depth, Form form, void* packed);
+  int64_t (*packed_size)(int64_t n, int64_t depth, Form form);
   int64_t panel_width;
-  bool pairs;  // whether products can take bfloat16
+  bool (*adders)();  // whether additions run beside multiplications, so that Winograd's product pays
+  bool pairs;        // whether products can take bfloat16
   // Floating-point operations a second that one core reaches from registers, measured for some seconds.
   double (*peak)(double seconds);
 };

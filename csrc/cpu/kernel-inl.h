@@ -1,5 +1,6 @@
-// Everything, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name) and
-// SLEEPKERN_LANES (floats per vector); everything below it has internal linkage in that namespace.
+// Everything, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name), SLEEPKERN_LANES
+// (floats per vector), SLEEPKERN_SUPPORTED and SLEEPKERN_ADDERS (whether the machine has it, and whether its additions
+// run beside its multiplications); everything below it has internal linkage in that namespace.
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -27,6 +28,7 @@ namespace {
 #include "simd.h"
 #include "dot-inl.h"
 #include "tile.h"
+#include "winograd-inl.h"
 #include "workspace.h"
 #include "pack-inl.h"
 #include "channel-inl.h"
@@ -166,6 +168,7 @@ double peak(double seconds) {
 }  // namespace
 
 bool supported() { return SLEEPKERN_SUPPORTED; }
+bool adders() { return SLEEPKERN_ADDERS; }
 extern const Implementation table;
 const Implementation table = {
     SLEEPKERN_STRING(SLEEPKERN_ISA),
@@ -180,7 +183,9 @@ const Implementation table = {
     gated_norm_backward,
     run_group,
     pack_matrix,
+    packed_size,
     PANEL,
+    adders,
     DOTS,
     peak,
 };

@@ -1,4 +1,4 @@
-// Products of activations with packed weights, by the micro-kernel of tile.h; E: float, or Pair for bfloat16.
+// Products of activations with packed weights, by the micro-kernel of tile.h; E: float, Winograd, or Pair for bfloat16.
 //
 // Weights lie in panels over their outputs, [n / PANEL][depth][PANEL]; activations x in panels over their rows,
 // [rows / PANEL][depth][PANEL]. So either can stand on the left of a tile: with x there a tile is ROWS rows of outputs
@@ -10,16 +10,27 @@
 // which is a hundredth slower. The weights after it, which follow in memory, are asked for meanwhile.
 
 constexpr int64_t DEPTH = 512;
-constexpr int64_t STRIDE = 16;  // steps of a tile between two askings: many at once would keep its own loads waiting
+constexpr int64_t STRIDE = 15;  // steps of a tile between two askings: many at once would keep its own loads waiting
+static_assert(STRIDE % TRIPLE == 0, "pairs of steps must not be cut");
 
 template <class E>
 struct Product {
   const E* x;                  // panels of `rows` rows
   const E* weight;             // panels of `width` outputs
   int64_t rows, width, depth;  // width: of whole panels; depth: steps
+  const float* x_sums;         // [rows, up to whole panels] pair sums of x, where E is Winograd
   void* y;                     // float, row-major; or E, in panels
   int64_t stride;              // of row-major y
+
+  // Pair sums of the weights lie behind them.
+  const float* weight_sums() const { return reinterpret_cast<const float*>(weight + width * depth); }
 };
+
+// A depth in parts as even as may be, so that none is a few steps for which all sums are fetched and put away.
+SLEEPKERN_INLINE int64_t part_of(int64_t depth) {
+  const int64_t parts = (depth + DEPTH - 1) / DEPTH;
+  return round_up((depth + parts - 1) / max_of(parts, 1), STRIDE);
+}
 
 // Asks for the weights that follow, a share of them each time; `times` in all.
 struct Following {
@@ -48,27 +59,32 @@ SLEEPKERN_INLINE void accumulate(TileOf<HEIGHT>& t, const E* left, const E* righ
   }
 }
 
-// HEIGHT rows of row-major y, `add` to what is there or in its place.
+// HEIGHT rows of row-major y, `add` to what is there or in its place; with the pair sums, unless they are in y.
 template <int HEIGHT, class E>
-SLEEPKERN_INLINE void multiply_tile(const E* x, const E* w, int64_t depth, bool add, float* y, int64_t stride,
-                                    Following& following) {
+SLEEPKERN_INLINE void multiply_tile(const E* x, const E* w, int64_t depth, bool add, const PairSums& sums, float* y,
+                                    int64_t stride, Following& following) {
   TileOf<HEIGHT> t;
   add ? load(t, y, stride) : clear(t);
+  if (sums.left) add_pair_sums<E>(t, sums);
   accumulate(t, x, w, depth, following);
   store(t, y, stride);
 }
 
-// Rows [first_row, rows) of y, row-major; of a last tile that is at most half full only that half is made.
+// Rows [first_row, rows) of y, row-major, from step `first` of panel number `panel` of the weights on; of a last tile
+// that is at most half full only that half is made.
 template <class E>
-SLEEPKERN_INLINE void multiply_rows(const Product<E>& p, const E* x, const E* w, int64_t first_row, int64_t depth,
+SLEEPKERN_INLINE void multiply_rows(const Product<E>& p, int64_t panel, int64_t first_row, int64_t first, int64_t depth,
                                     bool add, float* y, int64_t stride, Following& following) {
+  const E* w = p.weight + (panel * p.depth + first) * PANEL;
   for (int64_t row = first_row; row < p.rows; row += ROWS) {
-    const E* left = x + row / PANEL * PANEL * p.depth + row % PANEL;
+    const E* x = p.x + first * PANEL + row / PANEL * PANEL * p.depth + row % PANEL;
+    PairSums sums{};
+    if (IS_WINOGRAD<E> && first == 0) sums = {p.x_sums + row, p.weight_sums() + panel * PANEL};
     float* to = y + (row - first_row) * stride;
     if (p.rows - row > ROWS / 2) {
-      multiply_tile<ROWS>(left, w, depth, add, to, stride, following);
+      multiply_tile<ROWS>(x, w, depth, add, sums, to, stride, following);
     } else {
-      multiply_tile<ROWS / 2>(left, w, depth, add, to, stride, following);
+      multiply_tile<ROWS / 2>(x, w, depth, add, sums, to, stride, following);
     }
   }
 }
@@ -76,12 +92,13 @@ SLEEPKERN_INLINE void multiply_rows(const Product<E>& p, const E* x, const E* w,
 // y = x w, or y += x w: all rows of panel number `panel` of the weights, row-major.
 template <bool ADD, class E>
 SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
-  for (int64_t first = 0; first < p.depth; first += DEPTH) {
-    const int64_t depth = min_of(DEPTH, p.depth - first);
-    const E* w = p.weight + (panel * p.depth + first) * PANEL;
-    Following following(w + depth * PANEL, depth * PANEL, askings((p.rows + ROWS - 1) / ROWS, depth));
+  const int64_t part = part_of(p.depth);
+  for (int64_t first = 0; first < p.depth; first += part) {
+    const int64_t depth = min_of(part, p.depth - first);
+    const E* next = p.weight + (panel * p.depth + first + depth) * PANEL;
+    Following following(next, depth * PANEL, askings((p.rows + ROWS - 1) / ROWS, depth));
     float* y = static_cast<float*>(p.y) + panel * PANEL;
-    multiply_rows(p, p.x + first * PANEL, w, 0, depth, ADD || first > 0, y, p.stride, following);
+    multiply_rows(p, panel, 0, first, depth, ADD || first > 0, y, p.stride, following);
   }
 }
 
@@ -91,21 +108,22 @@ SLEEPKERN_INLINE Vec squared_relu(Vec z) {
 
 // ROWS outputs of PANEL rows, a piece of y in panels; the squares of what is positive, if last.
 template <class E>
-SLEEPKERN_INLINE void turned_tile(const E* w, const E* x, int64_t depth, bool begun, bool last, E* y,
-                                  Following& following) {
+SLEEPKERN_INLINE void turned_tile(const E* w, const E* x, int64_t depth, const PairSums& sums, bool begun, bool last,
+                                  E* y, Following& following) {
   Tile t;
   if constexpr (!IS_PAIR<E>) {
-    begun ? load(t, y) : clear(t);
+    begun ? load(t, reinterpret_cast<float*>(y)) : clear(t);
   } else {
     clear(t);
   }
+  if (!begun) add_pair_sums<E>(t, sums);
   accumulate(t, w, x, depth, following);
   if (last) {
     SLEEPKERN_EACH_ROW(r)
       SLEEPKERN_EACH_VEC(n) t.at[r][n] = squared_relu(t.at[r][n]);
   }
   if constexpr (!IS_PAIR<E>) {
-    store(t, y);
+    store(t, reinterpret_cast<float*>(y));
   } else {
     SLEEPKERN_EACH_OF(ROWS / 2, r)
       SLEEPKERN_EACH_VEC(n) store(y + r * PANEL + n * LANES, interleave(t.at[2 * r][n], t.at[2 * r + 1][n]));
@@ -155,16 +173,19 @@ SLEEPKERN_INLINE E* outputs_at(const Product<E>& p, int64_t row, int64_t panel) 
 // would lose digits, so those go through the whole depth at once.
 template <class E>
 SLEEPKERN_STAGE void square_whole_panels(const Product<E>& p, int64_t panel) {
-  const int64_t most = IS_PAIR<E> ? p.depth : DEPTH, whole = p.rows / PANEL * PANEL;
-  for (int64_t first = 0; first < p.depth; first += most) {
-    const int64_t depth = min_of(most, p.depth - first);
+  const int64_t part = IS_PAIR<E> ? p.depth : part_of(p.depth), whole = p.rows / PANEL * PANEL;
+  for (int64_t first = 0; first < p.depth; first += part) {
+    const int64_t depth = min_of(part, p.depth - first);
     const bool begun = first > 0, last = first + depth == p.depth;
     const E* w = p.weight + (panel * p.depth + first) * PANEL;
     Following following(w + depth * PANEL, depth * PANEL, askings(whole / ROWS, depth));
     for (int64_t row = 0; row < whole; row += PANEL) {
       E* y = outputs_at(p, row, panel);
       for (int64_t i = 0; i < PANEL; i += ROWS) {
-        turned_tile(w + i, p.x + row * p.depth + first * PANEL, depth, begun, last, y + steps<E>(i) * PANEL, following);
+        PairSums sums{};
+        if (IS_WINOGRAD<E>) sums = {p.weight_sums() + panel * PANEL + i, p.x_sums + row};
+        const E* x = p.x + row * p.depth + first * PANEL;
+        turned_tile(w + i, x, depth, sums, begun, last, y + steps<E>(i) * PANEL, following);
       }
     }
   }
@@ -178,7 +199,7 @@ SLEEPKERN_STAGE void square_last_rows(const Product<E>& p, int64_t panel) {
   const E* w = p.weight + panel * p.depth * PANEL;
   Following following(w + p.depth * PANEL, first_row > 0 ? 0 : p.depth * PANEL,
                       askings((rows + ROWS - 1) / ROWS, p.depth));
-  multiply_rows(p, p.x, w, first_row, p.depth, false, block, PANEL, following);
+  multiply_rows(p, panel, first_row, 0, p.depth, false, block, PANEL, following);
   for (int64_t i = 0; i < rows * PANEL; i += LANES) store(block + i, squared_relu(load(block + i)));
   for (int64_t row = 0; row < PANEL; ++row) factor[row] = row < rows ? 1.0f : 0.0f;
   for (int64_t row = 0; row < PANEL; row += LANES) {
@@ -203,26 +224,38 @@ SLEEPKERN_INLINE float rms_factor(const float* row, int64_t n, float eps) {
 }
 
 template <class E>
-SLEEPKERN_INLINE void pack_outputs(const float* matrix, int64_t n, int64_t depth, const float* scale, E* packed) {
-  auto weight = [&](int64_t i, int64_t d) {
-    return i < n && d < depth ? matrix[i * depth + d] * (scale ? scale[d] : 1.0f) : 0.0f;
-  };
-  for (int64_t i = 0; i < round_up(n, PANEL); ++i) {
+SLEEPKERN_INLINE void pack_outputs(const float* matrix, int64_t n, int64_t depth, E* packed) {
+  auto weight = [&](int64_t i, int64_t d) { return i < n && d < depth ? matrix[i * depth + d] : 0.0f; };
+  const int64_t width = round_up(n, PANEL);
+  for (int64_t i = 0; i < width; ++i) {
     E* to = packed + column_at(i, steps<E>(depth));
     for (int64_t d = 0; d < steps<E>(depth); ++d) {
       if constexpr (IS_PAIR<E>) {
         to[d * PANEL] = {interleave(broadcast(weight(i, 2 * d)), broadcast(weight(i, 2 * d + 1)))[0]};
       } else {
-        to[d * PANEL] = weight(i, d);
+        to[d * PANEL] = {weight(i, d)};
       }
     }
   }
+  if constexpr (IS_WINOGRAD<E>) {
+    float* sums = reinterpret_cast<float*>(packed + width * depth);
+    for (int64_t i = 0; i < width; i += LANES) store(sums + i, pair_sums(packed + column_at(i, depth), depth));
+  }
 }
 
-void pack_matrix(const float* matrix, int64_t n, int64_t depth, const float* scale, bool pairs, void* packed) {
-  if (DOTS && pairs) {
-    pack_outputs(matrix, n, depth, scale, static_cast<Pair*>(packed));
-  } else {
-    pack_outputs(matrix, n, depth, scale, static_cast<float*>(packed));
+int64_t packed_size(int64_t n, int64_t depth, Form form) {
+  const int64_t width = round_up(n, PANEL);
+  if (form == Form::bfloat16) return width * steps<Pair>(depth);
+  return width * (form == Form::winograd ? depth + 1 : depth);
+}
+
+void pack_matrix(const float* matrix, int64_t n, int64_t depth, Form form, void* packed) {
+  switch (form) {
+    case Form::plain:
+      return pack_outputs(matrix, n, depth, static_cast<float*>(packed));
+    case Form::winograd:
+      return pack_outputs(matrix, n, depth, static_cast<Winograd*>(packed));
+    case Form::bfloat16:
+      if (DOTS) pack_outputs(matrix, n, depth, static_cast<Pair*>(packed));
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
@@ -23,37 +24,43 @@ except ImportError:
 State = Fast | Slow | None
 _FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
 """What C++ reads and writes, whatever torch's defaults are."""
+_SPREAD = 64.0
+"""How much larger than the root mean square of all an output's weights may be for Winograd's product: errors grow with
+half of it, 2e-6 at most."""
 _packed: WeakKeyDictionary[HybridBlock, Packed] = WeakKeyDictionary()
 
 
 class Packed:
     """Weights of a stack of blocks, each norm multiplied into the product after it; see csrc/blocks.h.
 
-    pairs: in bfloat16, two in the place of a float32.
+    form: of the products' operands, of `_C.Form`.
     """
 
-    def __init__(self, blocks: Sequence[HybridBlock], pairs: bool) -> None:
+    def __init__(self, blocks: Sequence[HybridBlock], form: Any) -> None:
         self.blocks = [ref(block) for block in blocks]
-        self.pairs = pairs
+        self.asked = form
+        self.form = _C.Form.plain if form == _C.Form.winograd and not _balanced(blocks) else form
         self.version = _version(blocks)
         self.alive: list[Tensor] = []
         self.layers = [self._layer(block) for block in blocks]
 
-    def holds(self, blocks: Sequence[HybridBlock], pairs: bool) -> bool:
-        """Whether these are its blocks, packed so, and their weights what they were."""
-        return self.pairs == pairs and same_blocks(self.blocks, blocks) and self.version == _version(blocks)
+    def holds(self, blocks: Sequence[HybridBlock], form: Any) -> bool:
+        """Whether these are its blocks, packed when this form was asked for, and their weights what they were."""
+        return self.asked == form and same_blocks(self.blocks, blocks) and self.version == _version(blocks)
 
     def _layer(self, block: HybridBlock) -> dict[str, Any]:
         mlp, norm = block.mlp, block.mlp_norm
         # Outputs of `up` come in whole panels, which `down` then reads.
         panel = _C.panel_width()
         hidden = -(-mlp.up.weight.shape[0] // panel) * panel
-        down = torch.nn.functional.pad(mlp.out.weight.detach(), (0, hidden - mlp.up.weight.shape[0]))
+        up, down = _after(norm, mlp.up.weight), _float(mlp.out.weight)
+        # What leaves the square is to be of down's size: up takes the root of it.
+        root = 2.0 ** round(self._exponent(down, _mean_square(up) * up.shape[1] * math.sqrt(1.5)) / 2)
         layer = {
             "recurrent": block.recurrent,
-            "out": self._weight(block.mixer.out.weight),
-            "up": self._weight(mlp.up.weight, norm.weight),
-            "down": self._weight(down),
+            **self._weight("out", _float(block.mixer.out.weight)),
+            **self._weight("up", up * root),
+            "down": self._pack(torch.nn.functional.pad(down / root**2, (0, hidden - up.shape[0]))),
             "hidden": hidden,
             "mixer_eps": _eps(block.mixer_norm),
             "mlp_eps": _eps(norm),
@@ -61,7 +68,7 @@ class Packed:
         }
         mixer: Any = block.mixer
         into = _delta_inputs(mixer) if block.recurrent else mixer.qkv.weight
-        layer |= {"into": self._weight(into, block.mixer_norm.weight), "into_width": into.shape[0]}
+        layer |= {**self._weight("into", _after(block.mixer_norm, into)), "into_width": into.shape[0]}
         return layer | (self._delta(mixer) if block.recurrent else self._attention(mixer))
 
     def _delta(self, mixer: GatedDeltaNet) -> dict[str, Any]:
@@ -91,15 +98,25 @@ class Packed:
         self.alive.append(kept)
         return kept.data_ptr()
 
-    def _weight(self, weight: Tensor, norm: Tensor | None = None) -> int:
-        """The address of a packed matrix [n, depth], columns times the gains of the norm before it."""
+    def _weight(self, name: str, weight: Tensor) -> dict[str, Any]:
+        """A matrix [n, depth] for rows whose numbers are about 1: packed over its balance, and that."""
+        balance = 2.0 ** self._exponent(weight, 1.0)
+        return {name: self._pack(weight / balance), f"{name}_balance": balance}
+
+    def _exponent(self, weight: Tensor, size: float) -> int:
+        """Of the power of two by which rows of numbers of this size are to be multiplied, and the weights divided, so
+        that both are of one size."""
+        if self.form != _C.Form.winograd:
+            return 0
+        ratio = math.sqrt(_mean_square(weight)) / max(size, 1e-30)
+        return max(-30, min(30, round(math.log2(max(ratio, 1e-30)) / 2)))
+
+    def _pack(self, weight: Tensor) -> int:
+        """The address of a packed matrix [n, depth]."""
         n, depth = weight.shape
-        panel = _C.panel_width()
-        size = -(-n // panel) * panel * (-(-depth // 2) if self.pairs else depth)
-        packed = torch.empty(size, **_FLOATS)
-        matrix, scale = weight.detach().float().contiguous(), None if norm is None else norm.detach().float()
-        scale_address = 0 if scale is None else scale.data_ptr()
-        _C.pack_weight(matrix.data_ptr(), n, depth, scale_address, self.pairs, packed.data_ptr())
+        packed = torch.empty(_C.packed_size(n, depth, self.form), **_FLOATS)
+        matrix = weight.contiguous()
+        _C.pack_weight(matrix.data_ptr(), n, depth, self.form, packed.data_ptr())
         self.alive.append(packed)
         return packed.data_ptr()
 
@@ -122,7 +139,7 @@ class Packed:
             layers.append(layer | addresses)
             after.append(now)
             alive.append(read)
-        _C.sleep_blocks(B, L, d, passes, reinject, carry, self.pairs, layers, h.data_ptr(), changes.data_ptr())
+        _C.sleep_blocks(B, L, d, passes, reinject, carry, self.form, layers, h.data_ptr(), changes.data_ptr())
         squares = changes.sqrt()
         return h, after, (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
 
@@ -140,10 +157,10 @@ def why_not(blocks: Sequence[HybridBlock]) -> str | None:
 
 def packed(blocks: Sequence[HybridBlock], dtype: torch.dtype) -> Packed:
     """Of these blocks for h of this type, made anew if their weights are not what they were."""
-    pairs = multiplies_bfloat16(dtype)
+    form = form_for(dtype)
     found = _packed.get(blocks[0])
-    if found is None or not found.holds(blocks, pairs):
-        found = _packed[blocks[0]] = Packed(blocks, pairs)
+    if found is None or not found.holds(blocks, form):
+        found = _packed[blocks[0]] = Packed(blocks, form)
     return found
 
 
@@ -164,6 +181,13 @@ def multiplies_bfloat16(dtype: torch.dtype) -> bool:
     return bool(_C.multiplies_pairs()) and (dtype == torch.bfloat16 or allowed)
 
 
+def form_for(dtype: torch.dtype) -> Any:
+    """In which form products with weights take their operands for h of this type, of `_C.Form`."""
+    if multiplies_bfloat16(dtype):
+        return _C.Form.bfloat16
+    return _C.Form.winograd if _C.adds_beside_products() else _C.Form.plain
+
+
 def version_of(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
     """Changes with every write to a weight that torch counts, which one through `.data` is not, and with the numbers
     that are packed beside them."""
@@ -182,6 +206,31 @@ def _numbers(block: HybridBlock) -> tuple[float | None, ...]:
 def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
     """And with the instruction set, whose panels differ in width."""
     return (_C.isa(), *version_of(blocks))
+
+
+def _balanced(blocks: Sequence[HybridBlock]) -> bool:
+    """Whether no output's weights are so much larger than the others that Winograd's product would lose digits of it;
+    not so where one is not finite."""
+    matrices = [_after(block.mlp_norm, block.mlp.up.weight) for block in blocks]
+    matrices += [_float(weight) for block in blocks for weight in (block.mixer.out.weight, block.mlp.out.weight)]
+    for block in blocks:
+        mixer: Any = block.mixer
+        matrices.append(_after(block.mixer_norm, _delta_inputs(mixer) if block.recurrent else mixer.qkv.weight))
+    squares = [matrix.square().mean(1) for matrix in matrices]
+    return all(bool(each.max() <= _SPREAD**2 * each.mean()) for each in squares)
+
+
+def _float(weight: Tensor) -> Tensor:
+    return weight.detach().float()
+
+
+def _after(norm: torch.nn.RMSNorm, weight: Tensor) -> Tensor:
+    """Weights of a product, columns times the gains of the norm before it."""
+    return _float(weight) * _float(norm.weight)
+
+
+def _mean_square(weight: Tensor) -> float:
+    return float(weight.square().mean())
 
 
 def _eps(norm: torch.nn.RMSNorm) -> float:
