@@ -1,6 +1,7 @@
 // A stack of blocks; sleepkern/sleep/packed.py holds the other side: a layer is a dict of sizes and addresses.
 #include "bind.h"
 #include "blocks.h"
+#include "cpu/memory.h"
 
 namespace py = pybind11;
 
@@ -78,6 +79,10 @@ void bind_blocks(py::module_& m) {
   m.def("sleep_blocks", &run_blocks);
   m.def("pack_weight", &run_pack);
   m.def("packed_size", &packed_size);
+  m.def(
+      "prefer_huge_pages",
+      [](Address memory, int64_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(memory), bytes); },
+      "Advice for memory that is about to be written whole.");
   m.def("panel_width", &panel_width);
   m.def("adds_beside_products", &adds_beside_products, "Whether Form.winograd is the faster one here.");
   m.def("multiplies_pairs", &multiplies_pairs, "Whether products of the instruction set in use can take bfloat16.");

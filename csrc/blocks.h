@@ -60,7 +60,7 @@ struct Blocks {
   int64_t passes;
   bool reinject;  // a pass starts from rmsnorm(h) + what the first one started from, else from h
   Form form;
-  bool carry;     // convolutions of a later pass see the window's own end before it, else what preceded the window
+  bool carry;  // convolutions of a later pass see the window's own end before it, else what preceded the window
   std::vector<Layer> layers;
   float* h;         // [B, L, d], in place
   double* changes;  // [passes][2] sums of squares over all states: of a pass's change, and after it

@@ -3,8 +3,7 @@
 //   per layer   x = norm h, packed -> into -> mixer -> packed -> h += out -> x = norm h, packed -> up, relu^2 -> h +=
 //   down
 //
-// A group has at most GROUP_ROWS rows: at d = 512 h takes 200 KB and the widest product (4 d) 800 KB, while each weight
-// that comes by is used GROUP_ROWS times.
+// A group has at most GROUP_ROWS rows, see blocks.cpp.
 
 struct BlockArrays {
   float* h;         // [rows][d_padded]
@@ -16,7 +15,7 @@ struct BlockArrays {
   float* normed;    // [rows][mixed] after the gated norm
   float* conv;      // [rows][channels]
   float *g, *beta;  // [rows][HV]
-  float* before;    // states before a pass
+  float* after;     // states after the layer at hand
   double changes[2];
   int64_t rows, padded, d_padded;
 };
@@ -45,7 +44,7 @@ static void lay_out(BlockArrays& a, const Blocks& b, int64_t sequences, Taker& t
   a.conv = take(a.padded * channels + LANES);
   a.g = take(a.rows * heads);
   a.beta = take(a.rows * heads);
-  a.before = take(sequences * state);
+  a.after = take(sequences * state);
 }
 
 // Shares work out among torch's threads, or does it all itself where groups are what the threads share.
@@ -153,7 +152,6 @@ template <class E>
 void Group<E>::ingest(const Layer& l) const {
   const int64_t size = l.HV * l.K * l.V, count = sequences * size;
   float* state = l.state + first * size;
-  std::memcpy(a.before, state, count * sizeof(float));
   Problem p{};
   p.gate = Gate::head;
   p.delta = p.normalize = p.reads = true;
@@ -169,7 +167,8 @@ void Group<E>::ingest(const Layer& l) const {
   p.v = {a.conv + 2 * l.H * l.K, l.channels(), Type::float32};
   p.g = {a.g, l.HV, Type::float32};
   p.beta = {a.beta, l.HV, Type::float32};
-  p.state = p.final_state = state;
+  p.state = state;
+  p.final_state = a.after;
   p.o = a.mixed;
   team.each(sequences * l.HV, 1, [&](int64_t begin, int64_t end) { forward_units(p, 1, begin, end); });
   double change = 0, after = 0;
@@ -178,15 +177,17 @@ void Group<E>::ingest(const Layer& l) const {
     Vec changes{}, sizes{};
     int64_t j = i;
     for (; j + LANES <= end; j += LANES) {
-      const Vec now = load(state + j), step = now - load(a.before + j);
+      const Vec now = load(a.after + j), step = now - load(state + j);
       changes += step * step;
       sizes += now * now;
+      store(state + j, now);
     }
     change += sum(changes);
     after += sum(sizes);
     for (; j < end; ++j) {
-      change += (state[j] - a.before[j]) * (state[j] - a.before[j]);
-      after += state[j] * state[j];
+      change += (a.after[j] - state[j]) * (a.after[j] - state[j]);
+      after += a.after[j] * a.after[j];
+      state[j] = a.after[j];
     }
   }
   a.changes[0] += change;

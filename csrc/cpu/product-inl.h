@@ -10,7 +10,7 @@
 // which is a hundredth slower. The weights after it, which follow in memory, are asked for meanwhile.
 
 constexpr int64_t DEPTH = 512;
-constexpr int64_t STRIDE = 15;  // steps of a tile between two askings: many at once would keep its own loads waiting
+constexpr int64_t STRIDE = 9;  // steps of a tile between two askings: many at once would keep its own loads waiting
 static_assert(STRIDE % TRIPLE == 0, "pairs of steps must not be cut");
 
 template <class E>
@@ -59,14 +59,14 @@ SLEEPKERN_INLINE void accumulate(TileOf<HEIGHT>& t, const E* left, const E* righ
   }
 }
 
-// HEIGHT rows of row-major y, `add` to what is there or in its place; with the pair sums, unless they are in y.
+// HEIGHT rows of row-major y, `add` to what is there or in its place; with pair sums where these are given.
 template <int HEIGHT, class E>
 SLEEPKERN_INLINE void multiply_tile(const E* x, const E* w, int64_t depth, bool add, const PairSums& sums, float* y,
                                     int64_t stride, Following& following) {
   TileOf<HEIGHT> t;
   add ? load(t, y, stride) : clear(t);
-  if (sums.left) add_pair_sums<E>(t, sums);
   accumulate(t, x, w, depth, following);
+  if (sums.left) add_pair_sums<E>(t, sums);
   store(t, y, stride);
 }
 
@@ -79,7 +79,7 @@ SLEEPKERN_INLINE void multiply_rows(const Product<E>& p, int64_t panel, int64_t 
   for (int64_t row = first_row; row < p.rows; row += ROWS) {
     const E* x = p.x + first * PANEL + row / PANEL * PANEL * p.depth + row % PANEL;
     PairSums sums{};
-    if (IS_WINOGRAD<E> && first == 0) sums = {p.x_sums + row, p.weight_sums() + panel * PANEL};
+    if (IS_WINOGRAD<E> && first + depth == p.depth) sums = {p.x_sums + row, p.weight_sums() + panel * PANEL};
     float* to = y + (row - first_row) * stride;
     if (p.rows - row > ROWS / 2) {
       multiply_tile<ROWS>(x, w, depth, add, sums, to, stride, following);
@@ -116,9 +116,9 @@ SLEEPKERN_INLINE void turned_tile(const E* w, const E* x, int64_t depth, const P
   } else {
     clear(t);
   }
-  if (!begun) add_pair_sums<E>(t, sums);
   accumulate(t, w, x, depth, following);
   if (last) {
+    add_pair_sums<E>(t, sums);
     SLEEPKERN_EACH_ROW(r)
       SLEEPKERN_EACH_VEC(n) t.at[r][n] = squared_relu(t.at[r][n]);
   }

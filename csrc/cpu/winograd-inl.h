@@ -46,7 +46,8 @@ SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const Winograd* left, cons
   multiply_add<SIGN>(t, &left->value, &right->value, depth);
 }
 
-// What belongs to one side alone: of LANES columns of a panel, minus the sum of each pair's product.
+// What belongs to one side alone: of LANES columns of a panel, minus the sum of each pair's product. In the order of a
+// tile, which adds it last: so where the other side is zero, the result is, to the bit.
 SLEEPKERN_INLINE Vec pair_sums(const Winograd* columns, int64_t depth) {
   Vec sum{};
   for (int64_t d = 0; d + TRIPLE <= depth; d += TRIPLE) {

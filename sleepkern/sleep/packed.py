@@ -24,9 +24,9 @@ except ImportError:
 State = Fast | Slow | None
 _FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
 """What C++ reads and writes, whatever torch's defaults are."""
-_SPREAD = 64.0
-"""How much larger than the root mean square of all an output's weights may be for Winograd's product: errors grow with
-half of it, 2e-6 at most."""
+_SPREAD = 16.0
+"""How much larger than the others an output's or input's weights may be for Winograd's product: errors grow with half
+of it."""
 _packed: WeakKeyDictionary[HybridBlock, Packed] = WeakKeyDictionary()
 
 
@@ -41,6 +41,10 @@ class Packed:
         self.asked = form
         self.form = _C.Form.plain if form == _C.Form.winograd and not _balanced(blocks) else form
         self.version = _version(blocks)
+        sizes = (_C.packed_size(n, depth, self.form) for block in blocks for n, depth in _shapes(block))
+        self.weights = torch.empty(sum(sizes), **_FLOATS)
+        _C.prefer_huge_pages(self.weights.data_ptr(), self.weights.nbytes)
+        self.used = 0
         self.alive: list[Tensor] = []
         self.layers = [self._layer(block) for block in blocks]
 
@@ -50,12 +54,10 @@ class Packed:
 
     def _layer(self, block: HybridBlock) -> dict[str, Any]:
         mlp, norm = block.mlp, block.mlp_norm
-        # Outputs of `up` come in whole panels, which `down` then reads.
-        panel = _C.panel_width()
-        hidden = -(-mlp.up.weight.shape[0] // panel) * panel
+        hidden = _hidden(block)
         up, down = _after(norm, mlp.up.weight), _float(mlp.out.weight)
         # What leaves the square is to be of down's size: up takes the root of it.
-        root = 2.0 ** round(self._exponent(down, _mean_square(up) * up.shape[1] * math.sqrt(1.5)) / 2)
+        root = 2.0 ** round(self._exponent(down, _square(up) * up.shape[1] * math.sqrt(1.5)) / 2)
         layer = {
             "recurrent": block.recurrent,
             **self._weight("out", _float(block.mixer.out.weight)),
@@ -108,17 +110,16 @@ class Packed:
         that both are of one size."""
         if self.form != _C.Form.winograd:
             return 0
-        ratio = math.sqrt(_mean_square(weight)) / max(size, 1e-30)
+        ratio = math.sqrt(_square(weight)) / max(size, 1e-30)
         return max(-30, min(30, round(math.log2(max(ratio, 1e-30)) / 2)))
 
     def _pack(self, weight: Tensor) -> int:
         """The address of a packed matrix [n, depth]."""
         n, depth = weight.shape
-        packed = torch.empty(_C.packed_size(n, depth, self.form), **_FLOATS)
-        matrix = weight.contiguous()
-        _C.pack_weight(matrix.data_ptr(), n, depth, self.form, packed.data_ptr())
-        self.alive.append(packed)
-        return packed.data_ptr()
+        address, matrix = self.weights[self.used :].data_ptr(), weight.contiguous()
+        _C.pack_weight(matrix.data_ptr(), n, depth, self.form, address)
+        self.used += _C.packed_size(n, depth, self.form)
+        return address
 
     def run(
         self,
@@ -209,15 +210,32 @@ def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
 
 
 def _balanced(blocks: Sequence[HybridBlock]) -> bool:
-    """Whether no output's weights are so much larger than the others that Winograd's product would lose digits of it;
-    not so where one is not finite."""
+    """Whether no output's or input's weights are so much larger than the others' that Winograd's product would lose
+    digits of these; not so where one is not finite."""
     matrices = [_after(block.mlp_norm, block.mlp.up.weight) for block in blocks]
     matrices += [_float(weight) for block in blocks for weight in (block.mixer.out.weight, block.mlp.out.weight)]
     for block in blocks:
         mixer: Any = block.mixer
         matrices.append(_after(block.mixer_norm, _delta_inputs(mixer) if block.recurrent else mixer.qkv.weight))
-    squares = [matrix.square().mean(1) for matrix in matrices]
-    return all(bool(each.max() <= _SPREAD**2 * each.mean()) for each in squares)
+    return all(_is_even(matrix.square().mean(dim)) for matrix in matrices for dim in (0, 1))
+
+
+def _is_even(squares: Tensor) -> bool:
+    return bool(squares.max() <= _SPREAD**2 * squares.median())
+
+
+def _hidden(block: HybridBlock) -> int:
+    """Outputs of `up` come in whole panels, which `down` then reads."""
+    panel = int(_C.panel_width())
+    return -(-block.mlp.up.weight.shape[0] // panel) * panel
+
+
+def _shapes(block: HybridBlock) -> list[tuple[int, int]]:
+    """[outputs, depth] of all packed matrices."""
+    mixer: Any = block.mixer
+    into = [mixer.qkv, mixer.gate, mixer.rates] if block.recurrent else [mixer.qkv]
+    (d, mixed), (up, _) = mixer.out.weight.shape, block.mlp.up.weight.shape
+    return [(sum(part.weight.shape[0] for part in into), d), (d, mixed), (up, d), (d, _hidden(block))]
 
 
 def _float(weight: Tensor) -> Tensor:
@@ -229,8 +247,9 @@ def _after(norm: torch.nn.RMSNorm, weight: Tensor) -> Tensor:
     return _float(weight) * _float(norm.weight)
 
 
-def _mean_square(weight: Tensor) -> float:
-    return float(weight.square().mean())
+def _square(weight: Tensor) -> float:
+    """Mean over the inputs, median over the outputs."""
+    return float(weight.square().mean(1).median())
 
 
 def _eps(norm: torch.nn.RMSNorm) -> float:
