@@ -10,8 +10,8 @@
 // which is a hundredth slower. The weights after it, which follow in memory, are asked for meanwhile.
 
 constexpr int64_t DEPTH = 512;
-constexpr int64_t STRIDE = 9;  // steps of a tile between two askings: many at once would keep its own loads waiting
-static_assert(STRIDE % TRIPLE == 0, "pairs of steps must not be cut");
+constexpr int64_t STRIDE =
+    TRIPLE;  // steps of a tile between two askings: many at once would keep its own loads waiting
 
 template <class E>
 struct Product {
@@ -32,7 +32,8 @@ SLEEPKERN_INLINE int64_t part_of(int64_t depth) {
   return round_up((depth + parts - 1) / max_of(parts, 1), STRIDE);
 }
 
-// Asks for the weights that follow, a share of them each time; `times` in all.
+// Asks for the weights that follow, a share of them each time; `times` in all. Two lines at once and no question
+// whether they are new: a branch would cost more than a line asked for twice.
 struct Following {
   const char* next;
   int64_t share;
@@ -42,21 +43,24 @@ struct Following {
       : next(reinterpret_cast<const char*>(weights)),
         share((count * static_cast<int64_t>(sizeof(E)) + times - 1) / times) {}
   void step() {
-    for (const char* end = next + share; next < end; next += 64) __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + 64, 0, 2);
+    next += share;
   }
 };
 
 // How often tiles `depth` deep ask.
-SLEEPKERN_INLINE int64_t askings(int64_t tiles, int64_t depth) { return tiles * ((depth + STRIDE - 1) / STRIDE); }
+SLEEPKERN_INLINE int64_t askings(int64_t tiles, int64_t depth) { return tiles * (depth / STRIDE + 1); }
 
 // Adds to a tile, asking for weights on the way.
 template <int HEIGHT, class E>
 SLEEPKERN_INLINE void accumulate(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth,
                                  Following& following) {
-  for (int64_t d = 0; d < depth; d += STRIDE) {
+  for (; depth >= STRIDE; depth -= STRIDE, left += STRIDE * PANEL, right += STRIDE * PANEL) {
+    multiply_add<1>(t, left, right, STRIDE);
     following.step();
-    multiply_add<1>(t, left + d * PANEL, right + d * PANEL, min_of(STRIDE, depth - d));
   }
+  multiply_add<1>(t, left, right, depth);
 }
 
 // HEIGHT rows of row-major y, `add` to what is there or in its place; with pair sums where these are given.
