@@ -123,5 +123,5 @@ def _cases(*batches: tuple[int, ...], **options: Any) -> tuple[BlocksCase, ...]:
     return tuple(BlocksCase(*size, batch, **options) for size, some in sizes for batch in some)
 
 
-CASES = _cases((1, 64), (1, 64)) + _cases((1, 64), (1,), dtype=torch.bfloat16) + _cases((1, 64), (1,), threads=2)
+CASES = _cases((1, 64), (1, 64)) + _cases((1, 64), (1,), dtype=torch.bfloat16) + _cases((1, 64), (1, 64), threads=2)
 QUICK = (BlocksCase("rule 110", 24, 256, 4, 4, 1),)
