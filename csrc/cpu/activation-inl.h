@@ -1,12 +1,9 @@
 // silu and sigmoid, their derivatives, and rows in any type.
 
 SLEEPKERN_INLINE Vec sigmoid(Vec z) {
-  const BitVec negative = reinterpret_cast<BitVec>(z < Vec{}), nan = reinterpret_cast<BitVec>(z != z);
-  const Vec size = reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) & 0x7fffffffu);
-  const Vec e = exp_nonpositive(-size);
-  const BitVec top = select(negative, reinterpret_cast<BitVec>(e), reinterpret_cast<BitVec>(broadcast(1.0f)));
-  const Vec s = reinterpret_cast<Vec>(top) / (e + 1.0f);
-  return reinterpret_cast<Vec>(select(nan, reinterpret_cast<BitVec>(z), reinterpret_cast<BitVec>(s)));
+  const Vec e = exp_nonpositive(reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) | 0x80000000u));
+  const Vec s = (z < Vec{} ? e : broadcast(1.0f)) * reciprocal(e + 1.0f);
+  return z == z ? s : z;
 }
 
 // z sigmoid(z) or sigmoid(z), and by what a small change of z changes it.

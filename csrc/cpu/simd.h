@@ -57,8 +57,8 @@ SLEEPKERN_INLINE float sum(Vec x) {
 // x = n ln2 + f: 2^n by the exponent bits, exp(f) by a polynomial of degree 6 (Cephes).
 SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
   const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-  const BitVec keep = reinterpret_cast<BitVec>(x >= broadcast(-87.0f));
-  x = reinterpret_cast<Vec>(select(keep, reinterpret_cast<BitVec>(x), BitVec{}));
+  const IntVec keep = x >= broadcast(-87.0f);
+  x = keep ? x : Vec{};
   Vec shifted = x * 1.44269504f + round_to_int;
   Vec n = shifted - round_to_int;
   Vec f = x - n * 0.693359375f;
@@ -71,7 +71,18 @@ SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
   y = y * f + 5.0000001201e-1f;
   y = y * (f * f) + f + 1.0f;
   BitVec power = (reinterpret_cast<BitVec>(shifted) << 23) + broadcast_bits(127u << 23);
-  return reinterpret_cast<Vec>(keep & reinterpret_cast<BitVec>(y * reinterpret_cast<Vec>(power)));
+  return keep ? y * reinterpret_cast<Vec>(power) : Vec{};
+}
+
+// 1 / x of numbers from 1 to 2, where AVX-512 estimates it and a step of Newton's takes it to the last bit or the one
+// before.
+SLEEPKERN_INLINE Vec reciprocal(Vec x) {
+#if SLEEPKERN_LANES == 16 && defined(__AVX512F__)
+  const Vec y = reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+  return y * (2.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
 }
 
 // x, or 0 where |x| is below the normal range.
