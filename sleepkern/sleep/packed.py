@@ -58,19 +58,21 @@ class Packed:
         up, down = _after(norm, mlp.up.weight), _float(mlp.out.weight)
         # What leaves the square is to be of down's size: up takes the root of it.
         root = 2.0 ** round(self._exponent(down, _square(up) * up.shape[1] * math.sqrt(1.5)) / 2)
+        mixer: Any = block.mixer
+        into = _delta_inputs(mixer) if block.recurrent else mixer.qkv.weight
         layer = {
             "recurrent": block.recurrent,
-            **self._weight("out", _float(block.mixer.out.weight)),
+            "into_width": into.shape[0],
+            # In the order of their use, for each product asks for the weights behind its own.
+            **self._weight("into", _after(block.mixer_norm, into)),
+            **self._weight("out", _float(mixer.out.weight)),
             **self._weight("up", up * root),
             "down": self._pack(torch.nn.functional.pad(down / root**2, (0, hidden - up.shape[0]))),
             "hidden": hidden,
             "mixer_eps": _eps(block.mixer_norm),
             "mlp_eps": _eps(norm),
-            "H": block.mixer.heads,
+            "H": mixer.heads,
         }
-        mixer: Any = block.mixer
-        into = _delta_inputs(mixer) if block.recurrent else mixer.qkv.weight
-        layer |= {**self._weight("into", _after(block.mixer_norm, into)), "into_width": into.shape[0]}
         return layer | (self._delta(mixer) if block.recurrent else self._attention(mixer))
 
     def _delta(self, mixer: GatedDeltaNet) -> dict[str, Any]:
