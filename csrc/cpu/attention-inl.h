@@ -70,8 +70,11 @@ SLEEPKERN_STAGE void pack_attention(const Head& h, AttentionArrays& a) {
   const int64_t depth = round_up(S, ROWS);
   for (int64_t s = 0; s < depth; ++s) {
     const float* from = s < h.kept ? h.values + s * D : h.v + (s - h.kept) * h.stride;
-    for (int64_t d = 0; d < round_up(D, PANEL); ++d) {
-      a.values[column_at(d, depth) + s * PANEL] = s < S && d < D ? from[d] : 0.0f;
+    for (int64_t d = 0; d < D; d += LANES) {
+      scaled_part(from + d, D - d, s < S ? 1.0f : 0.0f, a.values + column_at(d, depth) + s * PANEL);
+    }
+    for (int64_t d = round_up(D, LANES); d < round_up(D, PANEL); d += LANES) {
+      store(a.values + column_at(d, depth) + s * PANEL, Vec{});
     }
     if (s < S && h.all_values) std::memcpy(h.all_values + s * D, from, bytes);
   }
@@ -124,8 +127,10 @@ SLEEPKERN_STAGE void attend(const Head& h) {
         multiply_add<1>(t, a.scores + i, a.values + d * depth, keys);
         store(t, rows);
         for (int64_t r = 0; r < min_of(ROWS, h.L - first - i); ++r) {
-          float* o = h.o + (first + i + r) * h.o_stride + d;
-          for (int64_t c = 0; c < min_of(PANEL, h.D - d); ++c) o[c] = rows[r * PANEL + c] / sums[i + r];
+          float *o = h.o + (first + i + r) * h.o_stride + d, *from = rows + r * PANEL;
+          const float share = 1 / sums[i + r];
+          SLEEPKERN_EACH_VEC(n) store(from + n * LANES, load(from + n * LANES) * share);
+          std::memcpy(o, from, min_of(PANEL, h.D - d) * sizeof(float));
         }
       }
     }

@@ -39,18 +39,21 @@ SLEEPKERN_INLINE BitVec interleave(Vec low, Vec high) {
 #endif
 }
 
-// 2 LANES numbers that follow each other in memory.
-SLEEPKERN_INLINE BitVec load_pairs(const float* p) {
+// Neighbours of 2 LANES numbers.
+SLEEPKERN_INLINE BitVec pair_neighbours(Vec first, Vec second) {
 #ifdef __AVX512BF16__
   return reinterpret_cast<BitVec>(
-      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load(p + LANES)), reinterpret_cast<__m512>(load(p))));
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
 #else
   alignas(64) uint16_t halves[2 * LANES];
-  *reinterpret_cast<HalfVecUnaligned*>(halves) = to_bfloat16(load(p));
-  *reinterpret_cast<HalfVecUnaligned*>(halves + LANES) = to_bfloat16(load(p + LANES));
+  *reinterpret_cast<HalfVecUnaligned*>(halves) = to_bfloat16(first);
+  *reinterpret_cast<HalfVecUnaligned*>(halves + LANES) = to_bfloat16(second);
   return *reinterpret_cast<const BitVecUnaligned*>(halves);
 #endif
 }
+
+// 2 LANES numbers that follow each other in memory.
+SLEEPKERN_INLINE BitVec load_pairs(const float* p) { return pair_neighbours(load(p), load(p + LANES)); }
 
 SLEEPKERN_INLINE Vec dot(Vec sum, BitVec a, BitVec b) {
 #ifdef __AVX512BF16__

@@ -75,7 +75,7 @@ SLEEPKERN_INLINE void multiply_tile(const E* x, const E* w, int64_t depth, bool 
 }
 
 // Rows [first_row, rows) of y, row-major, from step `first` of panel number `panel` of the weights on; of a last tile
-// that is at most half full only that half is made.
+// only the quarters that hold rows are made, and no fewer than two.
 template <class E>
 SLEEPKERN_INLINE void multiply_rows(const Product<E>& p, int64_t panel, int64_t first_row, int64_t first, int64_t depth,
                                     bool add, float* y, int64_t stride, Following& following) {
@@ -85,8 +85,11 @@ SLEEPKERN_INLINE void multiply_rows(const Product<E>& p, int64_t panel, int64_t 
     PairSums sums{};
     if (IS_WINOGRAD<E> && first + depth == p.depth) sums = {p.x_sums + row, p.weight_sums() + panel * PANEL};
     float* to = y + (row - first_row) * stride;
-    if (p.rows - row > ROWS / 2) {
+    const int64_t left = p.rows - row;
+    if (left > ROWS / 4 * 3) {
       multiply_tile<ROWS>(x, w, depth, add, sums, to, stride, following);
+    } else if (left > ROWS / 2) {
+      multiply_tile<ROWS / 4 * 3>(x, w, depth, add, sums, to, stride, following);
     } else {
       multiply_tile<ROWS / 2>(x, w, depth, add, sums, to, stride, following);
     }
@@ -141,28 +144,44 @@ SLEEPKERN_INLINE void scaled_part(const float* row, int64_t n, float factor, flo
   for (int64_t i = 0; factor != 0 && i < n; ++i) out[i] = row[i] * factor;
 }
 
+// LANES steps of a row, each number times factor, as bits.
+template <class E>
+SLEEPKERN_INLINE Vec scaled_steps(const float* row, float factor) {
+  if constexpr (IS_PAIR<E>) {
+    return reinterpret_cast<Vec>(pair_neighbours(load(row) * factor, load(row + LANES) * factor));
+  } else {
+    return load(row) * factor;
+  }
+}
+
 // LANES rows of n numbers, `stride` apart, each times factor[row], to their columns of x.
 template <class E>
 SLEEPKERN_STAGE void pack_rows(const float* rows, int64_t stride, int64_t n, const float* factor, E* x, int64_t row) {
   const int64_t depth = steps<E>(n);
-  E* to = x + row / PANEL * depth * PANEL + row % PANEL;
+  float* to = reinterpret_cast<float*>(x + row / PANEL * depth * PANEL + row % PANEL);
   constexpr int64_t WIDTH = IS_PAIR<E> ? 2 * LANES : LANES;
-  alignas(64) float block[LANES * LANES], part[WIDTH], turned[LANES * LANES];
+  bool all_there = true;
+  for (int l = 0; l < LANES; ++l) all_there = all_there && factor[l] != 0;
   for (int64_t d = 0; d < depth; d += LANES) {
     const int64_t at = d * WIDTH / LANES;
-    for (int l = 0; l < LANES; ++l) {
-      for (int64_t i = 0; i < WIDTH; i += LANES) {
-        scaled_part(rows + l * stride + at + i, n - at - i, factor[l], part + i);
-      }
-      if constexpr (IS_PAIR<E>) {
-        store(block + l * LANES, reinterpret_cast<Vec>(load_pairs(part)));
-      } else {
-        store(block + l * LANES, load(part));
+    Vec block[LANES];
+    if (all_there && at + WIDTH <= n) {
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) block[l] = scaled_steps<E>(rows + l * stride + at, factor[l]);
+    } else {
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) {
+        alignas(64) float part[WIDTH];
+        for (int64_t i = 0; i < WIDTH; i += LANES) {
+          scaled_part(rows + l * stride + at + i, n - at - i, factor[l], part + i);
+        }
+        block[l] = scaled_steps<E>(part, 1.0f);
       }
     }
-    transpose(block, LANES, turned, LANES);
-    for (int64_t c = 0; c < min_of(LANES, depth - d); ++c) {
-      store(reinterpret_cast<float*>(to + (d + c) * PANEL), load(turned + c * LANES));
+    transpose(block);
+#pragma GCC unroll 16
+    for (int c = 0; c < LANES; ++c) {
+      if (c < depth - d) store(to + (d + c) * PANEL, block[c]);
     }
   }
 }

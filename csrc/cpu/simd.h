@@ -221,14 +221,18 @@ SLEEPKERN_INLINE void transpose_step(Vec (&rows)[LANES]) {
 }
 
 // A LANES x LANES transpose: each step swaps the off-diagonal halves of blocks of twice the step.
-SLEEPKERN_INLINE void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
-  Vec rows[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) rows[i] = load(src + i * src_stride);
+SLEEPKERN_INLINE void transpose(Vec (&rows)[LANES]) {
   transpose_step<1>(rows);
   transpose_step<2>(rows);
   if constexpr (LANES >= 8) transpose_step<4>(rows);
   if constexpr (LANES >= 16) transpose_step<8>(rows);
+}
+
+SLEEPKERN_INLINE void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  Vec rows[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) rows[i] = load(src + i * src_stride);
+  transpose(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) store(dst + i * dst_stride, rows[i]);
 }
