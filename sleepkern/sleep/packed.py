@@ -42,8 +42,7 @@ class Packed:
         self.form = _C.Form.plain if form == _C.Form.winograd and not _balanced(blocks) else form
         self.version = _version(blocks)
         sizes = (_C.packed_size(n, depth, self.form) for block in blocks for n, depth in _shapes(block))
-        self.weights = torch.empty(sum(sizes), **_FLOATS)
-        _C.prefer_huge_pages(self.weights.data_ptr(), self.weights.nbytes)
+        self.weights = _room(sum(sizes))
         self.used = 0
         self.alive: list[Tensor] = []
         self.layers = [self._layer(block) for block in blocks]
@@ -134,7 +133,7 @@ class Packed:
     ) -> tuple[Tensor, list[Fast | Slow], Tensor]:
         """h [B,L,d] float32 after all passes, what each block remembers, and [passes] relative changes of the state."""
         B, L, d = h.shape
-        h, changes = h.contiguous().clone(), torch.empty(passes, 2, dtype=torch.float64, device="cpu")
+        h, changes = _room(B, L, d).copy_(h), torch.empty(passes, 2, dtype=torch.float64, device="cpu")
         after: list[Fast | Slow] = []
         layers, alive = [], []
         for layer, block, state in zip(self.layers, blocks, states, strict=True):
@@ -226,6 +225,14 @@ def _is_even(squares: Tensor) -> bool:
     return bool(squares.max() <= _SPREAD**2 * squares.median())
 
 
+def _room(*sizes: int) -> Tensor:
+    """Floats that are about to be written whole, in huge pages where there are any: the first touch of small ones
+    takes as long as a twentieth of a sleep."""
+    made = torch.empty(sizes, **_FLOATS)
+    _C.prefer_huge_pages(made.data_ptr(), made.nbytes)
+    return made
+
+
 def _hidden(block: HybridBlock) -> int:
     """Outputs of `up` come in whole panels, which `down` then reads."""
     panel = int(_C.panel_width())
@@ -264,13 +271,15 @@ def _delta_inputs(mixer: GatedDeltaNet) -> Tensor:
 
 def _fast(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Fast, Any]:
     channels, W = mixer.convolution.weight.shape
+    state = _room(B, mixer.value_heads, mixer.key_width, mixer.value_width)
     if before is None:
         past = torch.zeros(B, W - 1, channels, **_FLOATS)
-        state = torch.zeros(B, mixer.value_heads, mixer.key_width, mixer.value_width, **_FLOATS)
+        state.zero_()
     else:
         assert isinstance(before, Fast)
-        past, state = before.conv.float().contiguous(), before.state.float().contiguous().clone()
-    last = torch.empty(B, W - 1, channels, **_FLOATS)
+        past = before.conv.float().contiguous()
+        state.copy_(before.state)
+    last = _room(B, W - 1, channels)
     addresses = {"past": past.data_ptr(), "last": last.data_ptr(), "state": state.data_ptr()}
     return addresses, Fast(last, state), past
 
@@ -282,7 +291,7 @@ def _slow(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Sl
         assert isinstance(before, Slow)
         kept = Slow(*(t.float().contiguous() for t in before))
     tokens = 0 if kept is None else kept.keys.shape[2]
-    after = Slow(*(torch.empty(B, H, tokens + L, D, **_FLOATS) for _ in range(2)))
+    after = Slow(*(_room(B, H, tokens + L, D) for _ in range(2)))
     addresses = {
         "kept": tokens,
         "keys": 0 if kept is None else kept.keys.data_ptr(),
