@@ -10,8 +10,8 @@
 // which is a hundredth slower. The weights after it, which follow in memory, are asked for meanwhile.
 
 constexpr int64_t DEPTH = 512;
-constexpr int64_t STRIDE =
-    TRIPLE;  // steps of a tile between two askings: many at once would keep its own loads waiting
+// Steps of a tile between two askings: many at once would keep its own loads waiting.
+constexpr int64_t STRIDE = TRIPLE;
 
 template <class E>
 struct Product {
@@ -33,7 +33,8 @@ SLEEPKERN_INLINE int64_t part_of(int64_t depth) {
 }
 
 // Asks for the weights that follow, a share of them each time; `times` in all. Two lines at once and no question
-// whether they are new: a branch would cost more than a line asked for twice.
+// whether they are new: a branch would cost more than a line asked for twice. Of fewer than three tiles a share is more
+// than that, and the rest is left to the hardware.
 struct Following {
   const char* next;
   int64_t share;
