@@ -62,12 +62,12 @@ def sleep_blocks(
 
     On the CPU all of it is one call of C++: groups of sequences go through all passes and blocks without leaving the
     caches. Products with weights multiply in bfloat16 where h is that, or float32 of which
-    torch.set_float32_matmul_precision("medium") allows it, and the processor does it in one instruction; those of float32
-    go in part by Winograd's inner product where additions run beside multiplications, with the errors of plain ones
-    (docs/sleep_blocks.md). On a GPU it is one launch, whose products multiply in bfloat16. With gradients h and the fast
-    weights are kept between passes only, and each pass is run again in the backward. What `why_not` names runs module by
-    module. Weights are packed once, and again when they have changed, but for writes that torch does not count: see
-    `forget_packed`.
+    torch.set_float32_matmul_precision("medium") allows it, and the processor does it in one instruction; those of
+    float32 go in part by Winograd's inner product where additions run beside multiplications, with the errors of
+    plain ones (docs/sleep_blocks.md). On a GPU it is one launch, whose products multiply in bfloat16. With gradients
+    h and the fast weights are kept between passes only, and each pass is run again in the backward. What `why_not`
+    names runs module by module. Weights are packed once, and again when they have changed, but for writes that torch
+    does not count: see `forget_packed`.
 
     Raises:
         ValueError: an argument out of range.
