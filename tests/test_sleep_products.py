@@ -77,13 +77,25 @@ def quieter(block: HybridBlock) -> None:
     block.mlp.out.weight.mul_(0.01)
 
 
+def loud_within(block: HybridBlock) -> None:
+    """What `out` and `down` are multiplied with is large, which their weights make good."""
+    mixer: Any = block.mixer
+    if block.recurrent:
+        mixer.norm.weight.mul_(1000)
+    else:
+        mixer.qkv.weight.mul_(1000)
+    mixer.out.weight.div_(1000)
+    block.mlp.up.weight.mul_(1000)
+    block.mlp.out.weight.div_(1e6)
+
+
 def uneven(block: HybridBlock) -> None:
     block.mlp.up.weight[3].mul_(12)
     block.mlp.out.weight[:, 5].mul_(12)
     block.mixer_norm.weight[7] = 10
 
 
-@pytest.mark.parametrize("change", [louder, quieter, uneven])
+@pytest.mark.parametrize("change", [louder, quieter, loud_within, uneven])
 def test_operands_are_balanced(change: Callable[[HybridBlock], None], form: Any) -> None:
     lm = model(256, 4, {})
     with torch.no_grad():
