@@ -14,8 +14,9 @@ struct AttentionArrays {
 };
 
 static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, Taker& take) {
-  a.queries = take(round_up(L, PANEL) * D);
-  a.keys = take(round_up(S, PANEL) * D);
+  const int64_t below = (round_up(D, LANES) - D) * PANEL;  // the last panel
+  a.queries = take(round_up(L, PANEL) * D + below);
+  a.keys = take(round_up(S, PANEL) * D + below);
   a.values = take(round_up(D, PANEL) * round_up(S, ROWS));
   a.scores = take(round_up(S, PANEL) * PANEL);
   a.row = take(LANES * round_up(D, LANES));
@@ -32,38 +33,40 @@ struct Head {
   int64_t o_stride;
 };
 
-// A row times its norm's factor and gain.
-static void normalise_row(const float* from, const float* gain, float eps, int64_t D, float* to) {
-  const float factor = rms_factor(from, D, eps);
+// A row times its norm's factor, gain and scale.
+static void normalise_row(const float* from, const float* gain, float eps, float scale, int64_t D, float* to) {
+  const float factor = scale * rms_factor(from, D, eps);
   for (int64_t d = 0; d < D; ++d) to[d] = from[d] * factor * gain[d];
 }
 
-// Rows [0, n) of `row_of`, which writes one to where it is told, to panels; zero rows beyond.
+// Rows [0, n) of `row_of`, which writes one to where it is told, to panels; zero rows beyond. What is written below a
+// panel's last step is the next panel's, and comes before it.
 template <class RowOf>
-SLEEPKERN_INLINE void pack_head(AttentionArrays& a, int64_t n, int64_t D, float scale, float* panels, RowOf row_of) {
-  alignas(64) float factor[LANES];
-  for (int l = 0; l < LANES; ++l) factor[l] = scale;
+SLEEPKERN_INLINE void pack_head(AttentionArrays& a, int64_t n, int64_t D, float* panels, RowOf row_of) {
+  const int64_t row_size = round_up(D, LANES);
   for (int64_t t = 0; t < round_up(n, PANEL); t += LANES) {
     for (int64_t l = 0; l < LANES; ++l) {
       if (t + l < n) {
-        row_of(t + l, a.row + l * D);
+        row_of(t + l, a.row + l * row_size);
       } else {
-        std::memset(a.row + l * D, 0, D * sizeof(float));
+        std::memset(a.row + l * row_size, 0, D * sizeof(float));
       }
     }
-    pack_rows(a.row, D, D, factor, panels, t);
+    float* to = panels + column_at(t, D);
+    for (int64_t d = 0; d < D; d += LANES) transpose(a.row + d, row_size, to + d * PANEL, PANEL);
   }
 }
 
 SLEEPKERN_STAGE void pack_attention(const Head& h, AttentionArrays& a) {
   const int64_t S = h.kept + h.L, D = h.D, bytes = D * sizeof(float);
-  pack_head(a, h.L, D, 1 / std::sqrt(static_cast<float>(D)), a.queries,
-            [&](int64_t t, float* to) { normalise_row(h.q + t * h.stride, h.q_gain, h.q_eps, D, to); });
-  pack_head(a, S, D, 1.0f, a.keys, [&](int64_t s, float* to) {
+  const float scale = 1 / std::sqrt(static_cast<float>(D));
+  pack_head(a, h.L, D, a.queries,
+            [&](int64_t t, float* to) { normalise_row(h.q + t * h.stride, h.q_gain, h.q_eps, scale, D, to); });
+  pack_head(a, S, D, a.keys, [&](int64_t s, float* to) {
     if (s < h.kept) {
       std::memcpy(to, h.keys + s * D, bytes);
     } else {
-      normalise_row(h.k + (s - h.kept) * h.stride, h.k_gain, h.k_eps, D, to);
+      normalise_row(h.k + (s - h.kept) * h.stride, h.k_gain, h.k_eps, 1.0f, D, to);
     }
     if (h.all_keys) std::memcpy(h.all_keys + s * D, to, bytes);
   });

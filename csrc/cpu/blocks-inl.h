@@ -8,9 +8,9 @@
 struct BlockArrays {
   float* h;         // [rows][d_padded]
   float* start;     // same: what the first pass started from
-  float* x;         // panels: normalised h, then what leaves the mixer
+  float* x;         // strips: normalised h, then what leaves the mixer
   float* sums;      // [rows] pair sums of the product's x, where that is Winograd's
-  float* wide;      // rows out of `into`, then panels out of `up`
+  float* wide;      // rows out of `into`, then strips out of `up`
   float* mixed;     // [rows][mixed] out of the recurrence or attention
   float* normed;    // [rows][mixed] after the gated norm
   float* conv;      // [rows][channels]
@@ -32,7 +32,7 @@ static void lay_out(BlockArrays& a, const Blocks& b, int64_t sequences, Taker& t
     state = max_of(state, l.HV * l.K * l.V);
   }
   a.rows = sequences * b.L;
-  a.padded = round_up(a.rows, PANEL);
+  a.padded = round_up(a.rows, ROWS);
   a.d_padded = round_up(b.d, PANEL);
   a.h = take(a.padded * a.d_padded);
   a.start = take(b.reinject ? a.padded * a.d_padded : 0);
@@ -84,27 +84,20 @@ struct Group {
     });
   }
 
-  // Rows to panels, times `balance`; zeros beyond the last one. With eps: over their root mean square.
+  // Rows to strips, times `balance`; zeros beyond the last one. With eps: over their root mean square.
   void pack(const float* rows, int64_t stride, int64_t n, float balance, const float* eps) const {
-    team.each(a.padded / LANES, 2, [&](int64_t begin, int64_t end) {
-      alignas(64) float factor[LANES];
-      for (int64_t block = begin; block < end; ++block) {
-        for (int64_t l = 0; l < LANES; ++l) {
-          const int64_t row = block * LANES + l;
-          factor[l] = row >= a.rows ? 0.0f : eps ? balance * rms_factor(rows + row * stride, n, *eps) : balance;
+    E* x = reinterpret_cast<E*>(a.x);
+    team.each(a.padded / ROWS, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        float factor[ROWS];
+        for (int64_t r = 0; r < ROWS; ++r) {
+          const int64_t row = strip * ROWS + r;
+          factor[r] = row >= a.rows ? 0.0f : eps ? balance * rms_factor(rows + row * stride, n, *eps) : balance;
         }
-        pack_rows(rows + block * LANES * stride, stride, n, factor, reinterpret_cast<E*>(a.x), block * LANES);
-        sum_pairs(a.x, n, block);
+        pack_strip(rows + strip * ROWS * stride, stride, n, factor, x + strip * ROWS * steps<E>(n));
       }
+      if constexpr (IS_WINOGRAD<E>) sum_pairs(x + begin * ROWS * n, end - begin, n, a.sums + begin * ROWS);
     });
-  }
-
-  // Pair sums of LANES rows, block number `block`, of panels n deep.
-  void sum_pairs(const float* x, int64_t n, int64_t block) const {
-    if constexpr (IS_WINOGRAD<E>) {
-      const int64_t row = block * LANES;
-      store(a.sums + row, pair_sums(reinterpret_cast<const E*>(x) + column_at(row, n), n));
-    }
   }
 
   void run(double* changes) const;
@@ -251,17 +244,19 @@ void Group<E>::run_pass(int64_t pass) const {
   a.changes[0] = a.changes[1] = 0;
   for (const Layer& l : b.layers) {
     pack(a.h, a.d_padded, b.d, l.into.balance, &l.mixer_eps);
-    multiply(multiply_panel<false, E>, a.x, l.into.packed, l.into_width, b.d, a.wide, round_up(l.into_width, PANEL));
+    multiply(multiply_panel<Ending::put, E>, a.x, l.into.packed, l.into_width, b.d, a.wide,
+             round_up(l.into_width, PANEL));
     l.recurrent ? mix_recurrent(l, pass) : attend_window(l, pass);
-    multiply(multiply_panel<true, E>, a.x, l.out.packed, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
+    multiply(multiply_panel<Ending::add, E>, a.x, l.out.packed, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
     pack(a.h, a.d_padded, b.d, l.up.balance, &l.mlp_eps);
-    multiply(multiply_squared_relu<E>, a.x, l.up.packed, l.hidden, b.d, a.wide, 0);
+    multiply(multiply_panel<Ending::square, E>, a.x, l.up.packed, l.hidden, b.d, a.wide, 0);
     if constexpr (IS_WINOGRAD<E>) {
-      team.each(a.padded / LANES, 2, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) sum_pairs(a.wide, l.hidden, block);
+      const E* hidden = reinterpret_cast<const E*>(a.wide);
+      team.each(a.padded / ROWS, 4, [&](int64_t begin, int64_t end) {
+        sum_pairs(hidden + begin * ROWS * l.hidden, end - begin, l.hidden, a.sums + begin * ROWS);
       });
     }
-    multiply(multiply_panel<true, E>, a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
+    multiply(multiply_panel<Ending::add, E>, a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
   }
 }
 

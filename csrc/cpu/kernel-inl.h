@@ -44,6 +44,7 @@ namespace {
 #include "activation-inl.h"
 #include "convolution-inl.h"
 #include "norm-inl.h"
+#include "strip-inl.h"
 #include "product-inl.h"
 #include "attention-inl.h"
 

@@ -210,10 +210,10 @@ SLEEPKERN_INLINE void swap_halves(Vec& a, Vec& b, std::integer_sequence<int, LAN
   b = high;
 }
 
-template <int STEP>
-SLEEPKERN_INLINE void transpose_step(Vec (&rows)[LANES]) {
+template <int STEP, int COUNT>
+SLEEPKERN_INLINE void transpose_step(Vec (&rows)[COUNT]) {
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
     if ((i & STEP) == 0) {
       swap_halves<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, LANES>());
     }

@@ -47,6 +47,13 @@ SLEEPKERN_INLINE void store(const TileOf<HEIGHT>& t, float* to, int64_t stride =
     SLEEPKERN_EACH_VEC(n) store(to + r * stride + n * LANES, t.at[r][n]);
 }
 
+// tile += what lies there.
+template <int HEIGHT>
+SLEEPKERN_INLINE void add(TileOf<HEIGHT>& t, const float* from, int64_t stride) {
+  SLEEPKERN_EACH_OF(HEIGHT, r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] += load(from + r * stride + n * LANES);
+}
+
 // Row r times by[r].
 SLEEPKERN_INLINE void scale_rows(Tile& t, const float* by) {
   SLEEPKERN_EACH_ROW(r) {
@@ -55,14 +62,15 @@ SLEEPKERN_INLINE void scale_rows(Tile& t, const float* by) {
   }
 }
 
-// tile += sign * left^T right over `depth` steps; left is a panel advanced to the tile's first row. E: float or Pair.
-template <int SIGN, int HEIGHT, class E>
+// tile += sign * left^T right over `depth` steps; left is a panel, or what else has steps of WIDTH, advanced to the
+// tile's first row. E: float or Pair.
+template <int SIGN, int WIDTH = PANEL, int HEIGHT, class E>
 SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth) {
   for (int64_t d = 0; d < depth; ++d) {
     decltype(load(right)) b[VECS];
     SLEEPKERN_EACH_VEC(n) b[n] = load(right + d * PANEL + n * LANES);
     SLEEPKERN_EACH_OF(HEIGHT, r) {
-      const E a = left[d * PANEL + r];
+      const E a = left[d * WIDTH + r];
       SLEEPKERN_EACH_VEC(n) t.at[r][n] = multiply_add<SIGN>(t.at[r][n], a, b[n]);
     }
   }

@@ -28,22 +28,22 @@ SLEEPKERN_INLINE Vec broadcast(const Winograd* p) {
 }
 
 // tile += left^T right over `depth` steps from a multiple of TRIPLE on, but for the sums that belong to one side.
-template <int SIGN, int HEIGHT>
+template <int SIGN, int WIDTH, int HEIGHT>
 SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const Winograd* left, const Winograd* right, int64_t depth) {
   static_assert(SIGN > 0, "a difference would want other sums");
-  for (; depth >= TRIPLE; depth -= TRIPLE, left += TRIPLE * PANEL, right += TRIPLE * PANEL) {
+  for (; depth >= TRIPLE; depth -= TRIPLE, left += TRIPLE * WIDTH, right += TRIPLE * PANEL) {
     Vec b[TRIPLE][VECS];
     SLEEPKERN_EACH_OF(TRIPLE, i)
       SLEEPKERN_EACH_VEC(n) b[i][n] = load(right + i * PANEL + n * LANES);
     SLEEPKERN_EACH_OF(HEIGHT, r) {
-      const Vec a0 = broadcast(left + r), a1 = broadcast(left + PANEL + r), a2 = broadcast(left + 2 * PANEL + r);
+      const Vec a0 = broadcast(left + r), a1 = broadcast(left + WIDTH + r), a2 = broadcast(left + 2 * WIDTH + r);
       SLEEPKERN_EACH_VEC(n) {
         t.at[r][n] += a0 * b[0][n];
         t.at[r][n] += (a1 + b[2][n]) * (a2 + b[1][n]);
       }
     }
   }
-  multiply_add<SIGN>(t, &left->value, &right->value, depth);
+  multiply_add<SIGN, WIDTH>(t, &left->value, &right->value, depth);
 }
 
 // What belongs to one side alone: of LANES columns of a panel, minus the sum of each pair's product. In the order of a
@@ -56,15 +56,9 @@ SLEEPKERN_INLINE Vec pair_sums(const Winograd* columns, int64_t depth) {
   return sum;
 }
 
-// Pair sums of a tile's left and right columns.
-struct PairSums {
-  const float *left, *right;
-};
-
-template <class E, int HEIGHT>
-SLEEPKERN_INLINE void add_pair_sums(TileOf<HEIGHT>& t, const PairSums& sums) {
-  if constexpr (IS_WINOGRAD<E>) {
-    SLEEPKERN_EACH_OF(HEIGHT, r)
-      SLEEPKERN_EACH_VEC(n) t.at[r][n] += broadcast(sums.left[r]) + load(sums.right + n * LANES);
-  }
+// left: pair sums of the tile's rows; right: of its columns.
+template <int HEIGHT>
+SLEEPKERN_INLINE void add_pair_sums(TileOf<HEIGHT>& t, const float* left, const float* right) {
+  SLEEPKERN_EACH_OF(HEIGHT, r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] += broadcast(left[r]) + load(right + n * LANES);
 }
