@@ -124,10 +124,11 @@ SLEEPKERN_STAGE void attend(const Head& h) {
     }
     softmax(h, a, first, keys, sums);
     for (int64_t i = 0; i < min_of(PANEL, h.L - first); i += ROWS) {
+      const int64_t seen = min_of(depth, h.kept + first + i + ROWS);  // by the last of ROWS queries
       for (int64_t d = 0; d < h.D; d += PANEL) {
         Tile t;
         clear(t);
-        multiply_add<1>(t, a.scores + i, a.values + d * depth, keys);
+        multiply_add<1>(t, a.scores + i, a.values + d * depth, seen);
         store(t, rows);
         for (int64_t r = 0; r < min_of(ROWS, h.L - first - i); ++r) {
           float *o = h.o + (first + i + r) * h.o_stride + d, *from = rows + r * PANEL;
