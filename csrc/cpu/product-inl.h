@@ -4,6 +4,7 @@
 // of weights stays in L2 while the strips of a group of rows pass by, and a tile takes the whole depth at once. The
 // weights after it, which follow in memory, are asked for meanwhile.
 
+constexpr int64_t LINE = 16;  // floats of a cache line
 // Steps of a tile between two askings: many at once would keep its own loads waiting.
 constexpr int64_t STRIDE = TRIPLE;
 
@@ -34,8 +35,8 @@ struct Following {
     share = (p.depth * PANEL * static_cast<int64_t>(sizeof(E)) + times - 1) / times;
   }
   void step() {
-    __builtin_prefetch(next, 0, 2);
-    __builtin_prefetch(next + 64, 0, 2);
+    __builtin_prefetch(next, 0, 3);
+    __builtin_prefetch(next + 64, 0, 3);
     next += share;
   }
 };
@@ -78,17 +79,29 @@ SLEEPKERN_INLINE void store_squares(TileOf<HEIGHT>& t, E* strip) {
 // become strips.
 enum class Ending { put, add, square };
 
+// Asks for what a tile is going to write, or be added to: at its end it would wait.
+template <int64_t COUNT>
+SLEEPKERN_INLINE void ask_for(const float* to) {
+  for (int64_t i = 0; i < COUNT; i += LINE) __builtin_prefetch(to + i, 1, 3);
+}
+
 // HEIGHT rows from `row` on, the first of a strip, of panel number `panel` of the weights.
 template <Ending END, int HEIGHT, class E>
 SLEEPKERN_INLINE void multiply_tile(const Product<E>& p, int64_t panel, int64_t row, Following& following) {
+  float* y = static_cast<float*>(p.y) + row * p.stride + panel * PANEL;
+  E* strip = static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * ROWS;
+  if constexpr (END == Ending::square) {
+    ask_for<steps<E>(PANEL) * ROWS>(reinterpret_cast<const float*>(strip));
+  } else {
+    SLEEPKERN_EACH_OF(HEIGHT, r) ask_for<PANEL>(y + r * p.stride);
+  }
   TileOf<HEIGHT> t;
   clear(t);
   accumulate(t, p.x + row * p.depth, p.weight + panel * p.depth * PANEL, p.depth, following);
   if constexpr (IS_WINOGRAD<E>) add_pair_sums(t, p.x_sums + row, p.weight_sums() + panel * PANEL);
   if constexpr (END == Ending::square) {
-    store_squares(t, static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * ROWS);
+    store_squares(t, strip);
   } else {
-    float* y = static_cast<float*>(p.y) + row * p.stride + panel * PANEL;
     if (END == Ending::add) add(t, y, p.stride);
     store(t, y, p.stride);
   }
