@@ -149,9 +149,10 @@ struct Group {
 
   // The i-th group of an exchange to its owner.
   SLEEPKERN_DEVICE void send(float* place, int i, const Products<TILES>& acc) const {
-    const int slot = p.rank * c.exchange + i / c.cluster;
+    const Divided of = divided(i, c.cluster);
+    const int slot = p.rank * c.exchange + of.quotient;
     const float4* to = reinterpret_cast<const float4*>(place) + slot * TILES * 64 + lane_of_warp();
-    const RemoteAddress at = remote_address(to, i % c.cluster);
+    const RemoteAddress at = remote_address(to, of.rest);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll

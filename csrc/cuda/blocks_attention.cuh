@@ -56,22 +56,25 @@ SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, 
                                       bool keep) {
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
-    const int row = 8 * (task % cores) + (lane & 7), head = task / cores;  // of q, then of k
+    const Divided of = divided(task, cores);
+    const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // of q, then of k
     const bool query = head < l.heads;
     const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
     const float factor = rsqrtf(quotient(square, static_cast<float>(l.K)) + (query ? l.q_eps : l.k_eps));
-    const float* gain = query ? l.q_gain : l.k_gain;
+    const float* gains = query ? l.q_gain : l.k_gain;
     const bool kept = keep && !query && p.has_token(c, row);
     for (int d = 8 * (lane >> 3); d < l.KP; d += 32) {
-      float x[8];
+      float x[8], gain[8];
       uint4* at = eight_at(wide, l.into, row, head * l.KP + d);
       read_eight(x, *at);
+      load_gains(gain, gains + d);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] *= factor * gain[d + e];
+      for (int e = 0; e < 8; ++e) x[e] *= factor * gain[e];
       *at = eight_of(x);
       if (!kept) continue;
-      const Kept to(c, l, p, row / c.padded(), head - l.heads);
-      const int64_t first = static_cast<int64_t>(l.kept + row % c.padded()) * l.K;
+      const Divided place = divided(row, c.padded());
+      const Kept to(c, l, p, place.quotient, head - l.heads);
+      const int64_t first = static_cast<int64_t>(l.kept + place.rest) * l.K;
       for (int e = 0; e < 8; ++e) {
         if (d + e < l.K) store_one(to.keys, to.type, first + d + e, x[e]);
       }
@@ -82,11 +85,11 @@ SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, 
 SLEEPKERN_DEVICE void keep_values(const BlocksCall& c, const BlockLayer& l, const Place& p, const uint16_t* wide) {
   const int each = l.heads * l.K;
   for (int e = threadIdx.x; e < p.windows * c.L * each; e += THREADS) {
-    const int d = e % l.K, head = e / l.K % l.heads, t = e / each % c.L, w = e / each / c.L;
-    const Kept to(c, l, p, w, head);
-    const int column = (2 * l.heads + head) * l.KP + d;
-    const float x = from_bf16(wide[at<Mode::bf16>(l.into, w * c.padded() + t, column)]);
-    store_one(to.values, to.type, static_cast<int64_t>(l.kept + t) * l.K + d, x);
+    const Divided row = divided(e, each), place = divided(row.quotient, c.L), of = divided(row.rest, l.K);
+    const Kept to(c, l, p, place.quotient, of.quotient);
+    const int column = (2 * l.heads + of.quotient) * l.KP + of.rest;
+    const float x = from_bf16(wide[at<Mode::bf16>(l.into, place.quotient * c.padded() + place.rest, column)]);
+    store_one(to.values, to.type, static_cast<int64_t>(l.kept + place.rest) * l.K + of.rest, x);
   }
 }
 
@@ -204,12 +207,14 @@ SLEEPKERN_DEVICE void attend(const BlocksCall& c, const BlockLayer& l, const Pla
   block_barrier();
   const int blocks = (c.L + 15) / 16, tasks = p.windows * l.heads * blocks;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
-    read_window(c, l, p, m, task / blocks / l.heads, task / blocks % l.heads, blocks - 1 - task % blocks);
+    const Divided of = divided(task, blocks), window = divided(of.quotient, l.heads);
+    read_window(c, l, p, m, window.quotient, window.rest, blocks - 1 - of.rest);
   }
   uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
   const int first = p.windows * c.padded(), pairs = l.mixed() / 2;
   for (int e = threadIdx.x; e < (16 * c.tiles - first) * pairs; e += THREADS) {
-    mixed[word_of(c.tiles, first + e / pairs, 2 * (e % pairs))] = 0;
+    const Divided of = divided(e, pairs);
+    mixed[word_of(c.tiles, first + of.quotient, 2 * of.rest)] = 0;
   }
 }
 

@@ -31,6 +31,7 @@ struct BlockLayer {
 
   constexpr int channels() const { return 2 * heads * KP + value_heads * VP; }
   constexpr int rates() const { return recurrent ? (2 * value_heads + 15) / 16 * 16 : 0; }
+  constexpr int key_head(int head) const { return heads == value_heads ? head : head / (value_heads / heads); }
   constexpr int mixed() const { return value_heads * VP; }
 };
 

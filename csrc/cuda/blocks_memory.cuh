@@ -84,6 +84,16 @@ struct Shared {
   }
 };
 
+// x / y and the rest, of numbers from 0 to 2^20: a division of integers takes three times as long, and between the
+// products of a layer there are many.
+struct Divided {
+  int quotient, rest;
+};
+SLEEPKERN_DEVICE Divided divided(int x, int y) {
+  const int n = static_cast<int>(quotient(static_cast<float>(x) + 0.5f, static_cast<float>(y)));
+  return {n, x - n * y};
+}
+
 // A thread block's rank in its cluster and the windows [first, first + windows) of that.
 struct Place {
   int rank, first, windows;
@@ -95,11 +105,13 @@ struct Place {
   }
   // A row is a token, or padding of its window or of the group.
   SLEEPKERN_DEVICE bool has_token(const BlocksCall& c, int row) const {
-    return row < windows * c.padded() && row % c.padded() < c.L;
+    const Divided of = divided(row, c.padded());
+    return of.quotient < windows && of.rest < c.L;
   }
   // Where a row with a token lies in h [B, L, d].
   SLEEPKERN_DEVICE int64_t token(const BlocksCall& c, int row) const {
-    return static_cast<int64_t>(first + row / c.padded()) * c.L + row % c.padded();
+    const Divided of = divided(row, c.padded());
+    return static_cast<int64_t>(first + of.quotient) * c.L + of.rest;
   }
 };
 

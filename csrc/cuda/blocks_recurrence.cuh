@@ -16,12 +16,12 @@ namespace sleepkern::cuda {
 SLEEPKERN_DEVICE int channel_of(const BlocksCall& call, const BlockLayer& l, int rank, int c) {
   const int keys = l.heads * l.KP, all_keys = call.cluster * l.heads * l.K;
   if (c < 2 * keys) {
-    const int part = c / keys, head = c % keys / l.KP, i = c % l.KP;
-    return i < l.K ? part * all_keys + (rank * l.heads + head) * l.K + i : -1;
+    const Divided part = divided(c, keys), head = divided(part.rest, l.KP);
+    return head.rest < l.K ? part.quotient * all_keys + (rank * l.heads + head.quotient) * l.K + head.rest : -1;
   }
   c -= 2 * keys;
-  const int head = c / l.VP, i = c % l.VP;
-  return i < l.V ? 2 * all_keys + (rank * l.value_heads + head) * l.V + i : -1;
+  const Divided head = divided(c, l.VP);
+  return head.rest < l.V ? 2 * all_keys + (rank * l.value_heads + head.quotient) * l.V + head.rest : -1;
 }
 
 // Inputs of the convolution before the window: of token -1, -2, ...
@@ -54,7 +54,8 @@ SLEEPKERN_DEVICE void keep_last(const BlocksCall& c, const BlockLayer& l, const 
   void* to = past.last(c, l, pass);
   const int rows = l.W - 1;
   for (int e = threadIdx.x; e < p.windows * rows * l.channels(); e += THREADS) {
-    const int local = e % l.channels(), j = e / l.channels() % rows, w = e / l.channels() / rows;
+    const Divided of = divided(e, l.channels()), place = divided(of.quotient, rows);
+    const int local = of.rest, j = place.rest, w = place.quotient;
     const int t = c.L - rows + j, channel = channel_of(c, l, p.rank, local);
     if (channel < 0) continue;
     const float x =
@@ -63,34 +64,42 @@ SLEEPKERN_DEVICE void keep_last(const BlocksCall& c, const BlockLayer& l, const 
   }
 }
 
+// Two channels of token t < 0 of a window, as a word.
+SLEEPKERN_DEVICE float pair_before(const BlocksCall& c, const BlockLayer& l, const Place& p, const Past& past, int w,
+                                   int t, int column) {
+  float x[2];
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const float one = past.at(p.first + w, t, channel_of(c, l, p.rank, column + i));
+    x[0] = i == 0 ? one : x[0];
+    x[1] = one;
+  }
+  return from_bits(pack_bf16(x[0], x[1]));
+}
+
 // In place: a warp takes 8 channels of a window and 8 tokens at a time, a lane two channels of one token; what was said
 // by the tokens before comes from the other lanes, which hold 8 tokens and the 8 before them.
 SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide, int pass) {
   const int chunks = l.channels() / 8, lane = lane_of_warp(), g = lane >> 2;
   const Past past(c, l, pass);
   for (int task = threadIdx.x >> 5; task < chunks * p.windows; task += WARPS) {
-    const int w = task / chunks, column = task % chunks * 8 + 2 * (lane & 3);
-    const float* taps = l.taps + (static_cast<int64_t>(p.rank) * l.channels() + column) * TAPS;
-    float low_taps[TAPS], high_taps[TAPS];
-#pragma unroll
-    for (int j = 0; j < TAPS; ++j) {
-      low_taps[j] = taps[TAPS - 1 - j];
-      high_taps[j] = taps[2 * TAPS - 1 - j];
-    }
-    float earlier[2];
-    for (int i = 0; i < 2; ++i) earlier[i] = past.at(p.first + w, g - 8, channel_of(c, l, p.rank, column + i));
-    float before = from_bits(pack_bf16(earlier[0], earlier[1]));
-    for (int row = w * c.padded(); row < (w + 1) * c.padded(); row += 8) {
-      uint32_t* at_row = reinterpret_cast<uint32_t*>(wide + at<Mode::bf16>(l.into, row + g, column));
+    const Divided of = divided(task, chunks);
+    const int w = of.quotient, column = 8 * of.rest + 2 * (lane & 3);
+    const float4* taps = reinterpret_cast<const float4*>(l.taps) + p.rank * l.channels() + column;
+    const float4 low = taps[0], high = taps[1];
+    const float low_taps[TAPS] = {low.w, low.z, low.y, low.x}, high_taps[TAPS] = {high.w, high.z, high.y, high.x};
+    float before = past.data == nullptr ? 0.0f : pair_before(c, l, p, past, w, g - 8, column);
+    uint32_t* at_row = reinterpret_cast<uint32_t*>(wide + at<Mode::bf16>(l.into, w * c.padded() + g, column));
+    for (int row = 0; row < c.padded(); row += 8, at_row += 4 * l.into) {
       const float now = from_bits(*at_row);  // two bf16, only handed on as one word
-      float low = low_taps[0] * low_of(as_bits(now)), high = high_taps[0] * high_of(as_bits(now));
+      float y[2] = {low_taps[0] * low_of(as_bits(now)), high_taps[0] * high_of(as_bits(now))};
 #pragma unroll
       for (int j = 1; j < TAPS; ++j) {
         const uint32_t x = as_bits(shuffle_from(g + j < 8 ? now : before, (lane - 4 * j) & 31));
-        low += low_taps[j] * low_of(x);
-        high += high_taps[j] * high_of(x);
+        y[0] += low_taps[j] * low_of(x);
+        y[1] += high_taps[j] * high_of(x);
       }
-      *at_row = pack_bf16(low * sigmoid(low), high * sigmoid(high));
+      *at_row = pack_bf16(y[0] * sigmoid(y[0]), y[1] * sigmoid(y[1]));
       before = now;
     }
   }
@@ -100,7 +109,8 @@ SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const P
 SLEEPKERN_DEVICE void find_factors(const BlocksCall& c, const BlockLayer& l, uint16_t* wide, float* factors) {
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
-    const int row = 8 * (task % cores) + (lane & 7), head = task / cores;  // of q, then of k
+    const Divided of = divided(task, cores);
+    const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // of q, then of k
     const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
     const float scale = head < l.heads ? rsqrtf(static_cast<float>(l.K)) : 1.0f;
     if (lane < 8) factors[head * 8 * cores + row] = scale * rsqrtf(square + NORM_EPS);
@@ -112,7 +122,8 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
   for (int task = threadIdx.x >> 5; task < l.value_heads * cores; task += WARPS) {
-    const int row = 8 * (task % cores) + (lane & 7), head = task / cores;
+    const Divided of = divided(task, cores);
+    const int row = 8 * of.rest + (lane & 7), head = of.quotient;
     const int from = 2 * l.heads * l.KP + head * l.VP, gates = from + l.value_heads * l.VP;
     const float square = sum_of_squares(m.wide(), l.into, row, from, l.VP);
     const float factor = p.has_token(c, row) ? rsqrtf(quotient(square, static_cast<float>(l.V)) + l.gain_eps) : 0.0f;
@@ -120,11 +131,14 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
       float x[8], gate[8];
       read_eight(x, *eight_at(m.wide(), l.into, row, from + d));
       read_eight(gate, *eight_at(m.wide(), l.into, row, gates + d));
+      float gain[8];
+      load_gains(gain, l.gain + d);
+      uint32_t* to = mixed + word_of(c.tiles, row, head * l.VP + d);  // neighbours in 8 columns are 4 words apart
 #pragma unroll
       for (int e = 0; e < 8; e += 2) {
-        const float low = x[e] * factor * l.gain[d + e] * gate[e] * sigmoid(gate[e]);
-        const float high = x[e + 1] * factor * l.gain[d + e + 1] * gate[e + 1] * sigmoid(gate[e + 1]);
-        mixed[word_of(c.tiles, row, head * l.VP + d + e)] = pack_bf16(low, high);
+        const float low = x[e] * factor * gain[e] * gate[e] * sigmoid(gate[e]);
+        const float high = x[e + 1] * factor * gain[e + 1] * gate[e + 1] * sigmoid(gate[e + 1]);
+        to[2 * e] = pack_bf16(low, high);
       }
     }
   }
@@ -142,7 +156,8 @@ SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, co
   block_barrier();
   const int groups = l.VP / 16, tasks = p.windows * l.value_heads * groups;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
-    walk_over(c, l, p, m, pass, task / groups / l.value_heads, task / groups % l.value_heads, 16 * (task % groups));
+    const Divided of = divided(task, groups), window = divided(of.quotient, l.value_heads);
+    walk_over(c, l, p, m, pass, window.quotient, window.rest, 16 * of.rest);
   }
   block_barrier();
   gated_norm(c, l, p, m);

@@ -16,9 +16,8 @@
 
 namespace sleepkern::cuda {
 
-constexpr int FRAGMENT = 512;       // bytes of 16 x 16 weights
-constexpr int STAGE_FRAGMENTS = 2;  // that are asked for at a time
-constexpr int STAGE = STAGE_FRAGMENTS * FRAGMENT;
+constexpr int FRAGMENT = 512;        // bytes of 16 x 16 weights
+constexpr int STAGE = 2 * FRAGMENT;  // are asked for at a time: a step of two groups, or two of one
 
 // 16 bytes of each lane, generic where the compiler sees shared memory.
 SLEEPKERN_DEVICE Fragment<Mode::bf16> load_fragment(const uint4* at) {
@@ -39,7 +38,7 @@ struct Stream {
   Arrival* arrivals;
   int count;       // stages of a pass
   int left, next;  // stages still to ask for; place in the pass of the next one
-  int slot, parity, place;
+  int slot, parity;
 
   SLEEPKERN_DEVICE Stream(const BlocksCall& c, int rank, char* rings, Arrival* all) : c(c) {
     const int warp = threadIdx.x >> 5;
@@ -47,7 +46,7 @@ struct Stream {
     from = static_cast<const char*>(c.weights) + static_cast<int64_t>(mine[0]) * STAGE;
     count = mine[1];
     left = count * c.passes;
-    next = slot = parity = place = 0;
+    next = slot = parity = 0;
     ring = rings + warp * c.ring * STAGE;
     arrivals = all + warp * c.ring;
     for (int s = 0; s < c.ring; ++s) ask(s);
@@ -60,38 +59,38 @@ struct Stream {
     next = next + 1 == count ? 0 : next + 1;
   }
 
-  // The fragment at the front, or the one after it; they are there once `wait` has returned.
-  SLEEPKERN_DEVICE void wait() {
-    if (place == 0) copy_wait(arrivals + slot, parity);
+  // The two fragments of the stage at the front.
+  SLEEPKERN_DEVICE void front(Fragment<Mode::bf16>& first, Fragment<Mode::bf16>& second) const {
+    copy_wait(arrivals + slot, parity);
+    const uint4* at = reinterpret_cast<const uint4*>(ring + slot * STAGE) + lane_of_warp();
+    first = load_fragment(at);
+    second = load_fragment(at + FRAGMENT / sizeof(uint4));
   }
-  SLEEPKERN_DEVICE Fragment<Mode::bf16> front(int ahead) const {
-    const char* at = ring + slot * STAGE + (place + ahead) * FRAGMENT;
-    return load_fragment(reinterpret_cast<const uint4*>(at) + lane_of_warp());
-  }
-  SLEEPKERN_DEVICE void move_on(int fragments) {
-    place += fragments;
-    if (place == STAGE_FRAGMENTS) turn();
-  }
-
-  // The stage has been read: ask for another one in its place.
+  // They are no longer wanted: another stage is asked for in their place. After the products, so that the matrix units
+  // are busy meanwhile.
   SLEEPKERN_DEVICE void turn() {
     warp_barrier();
     ask(slot);
-    place = 0;
     if (++slot == c.ring) {
       slot = 0;
       parity ^= 1;
     }
   }
-
-  // To the end of a stage, with which the groups that are multiplied by together end.
-  SLEEPKERN_DEVICE void finish() {
-    if (place != 0) turn();
-  }
 };
 
 template <int TILES>
 using Products = float[TILES][2][4];  // [16 TILES][two products of 8 columns]
+
+// acc += left of one step times a fragment.
+template <int TILES>
+SLEEPKERN_DEVICE void multiply_step(Products<TILES>& acc, const uint4* left, const Fragment<Mode::bf16>& b) {
+#pragma unroll
+  for (int m = 0; m < TILES; ++m) {
+    const Fragment<Mode::bf16> a = load_fragment(left + m * 32);
+    mma<Mode::bf16>(acc[m][0], a, b, 0);
+    mma<Mode::bf16>(acc[m][1], a, b, 1);
+  }
+}
 
 // One group, or two of them side by side: the steps first, first + stride, ...
 template <int TILES>
@@ -103,23 +102,31 @@ SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int st
     clear(one[m]);
     clear(other[m]);
   }
-  for (int step = first; step < steps; step += stride) {
-    weights.wait();
-    const Fragment<Mode::bf16> b = weights.front(0);
-    Fragment<Mode::bf16> b_other{};
-    if (two) b_other = weights.front(1);
-    weights.move_on(two ? 2 : 1);
+  Fragment<Mode::bf16> b, next;
+  if (two) {
+#pragma unroll 1
+    for (int step = first; step < steps; step += stride) {
+      weights.front(b, next);
 #pragma unroll
-    for (int m = 0; m < TILES; ++m) {
-      const Fragment<Mode::bf16> a = load_fragment(left + (step * TILES + m) * 32);
+      for (int m = 0; m < TILES; ++m) {
+        const Fragment<Mode::bf16> a = load_fragment(left + (step * TILES + m) * 32);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        mma<Mode::bf16>(one[m][half], a, b, half);
-        if (two) mma<Mode::bf16>(other[m][half], a, b_other, half);
+        for (int half = 0; half < 2; ++half) {
+          mma<Mode::bf16>(one[m][half], a, b, half);
+          mma<Mode::bf16>(other[m][half], a, next, half);
+        }
       }
+      weights.turn();
     }
+    return;
   }
-  weights.finish();
+#pragma unroll 1
+  for (int step = first; step < steps; step += 2 * stride) {
+    weights.front(b, next);
+    multiply_step<TILES>(one, left + step * TILES * 32, b);
+    if (step + stride < steps) multiply_step<TILES>(one, left + (step + stride) * TILES * 32, next);
+    weights.turn();
+  }
 }
 
 // made(group, products) for all groups.

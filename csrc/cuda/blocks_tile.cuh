@@ -31,6 +31,14 @@ SLEEPKERN_DEVICE uint4 eight_of(const float (&x)[8]) {
   return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
 }
 
+// 8 gains of a norm; they begin at multiples of 8.
+SLEEPKERN_DEVICE void load_gains(float (&x)[8], const float* gains) {
+  const float4 a = reinterpret_cast<const float4*>(gains)[0], b = reinterpret_cast<const float4*>(gains)[1];
+  const float all[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = all[i];
+}
+
 // Sum of squares of `width` columns of a row from `column` on; the four lanes l, l + 8, ... of a row call it together.
 SLEEPKERN_DEVICE float sum_of_squares(uint16_t* tile, int columns, int row, int column, int width) {
   float sum = 0.0f;

@@ -40,7 +40,8 @@ template <class Each>
 SLEEPKERN_DEVICE void each_unit(const BlocksCall& c, const BlockLayer& l, const Place& p, Each each) {
   const int units = p.windows * l.value_heads * c.blocks();
   for (int unit = threadIdx.x >> 5; unit < units; unit += WARPS) {
-    each(unit / c.blocks() / l.value_heads, unit / c.blocks() % l.value_heads, unit % c.blocks());
+    const Divided of = divided(unit, c.blocks()), window = divided(of.quotient, l.value_heads);
+    each(window.quotient, window.rest, of.rest);
   }
 }
 
@@ -49,9 +50,17 @@ SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
   float x[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    x[i] = i == column ? 1.0f : 0.0f;
+    float sum[4] = {i == column ? 1.0f : 0.0f, 0.0f, 0.0f, 0.0f};  // four that need not wait for each other
 #pragma unroll
-    for (int j = 0; j < i; ++j) x[i] -= M[16 * i + j] * x[j];
+    for (int j = 0; j < i; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(M + 16 * i + j);
+      const float row[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (j + e < i) sum[e] -= row[e] * x[j + e];
+      }
+    }
+    x[i] = sum[0] + sum[1] + (sum[2] + sum[3]);
   }
   warp_barrier();  // all have read M
   uint16_t* X = reinterpret_cast<uint16_t*>(unit.X);
@@ -65,7 +74,7 @@ SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
 SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
                                    int head, int block) {
   const int lane = lane_of_warp(), rows = 16 * c.tiles, start = w * c.padded() + 16 * block;
-  const int key_head = head / (l.value_heads / l.heads), q_at = key_head * l.KP, k_at = l.heads * l.KP + q_at;
+  const int key_head = l.key_head(head), q_at = key_head * l.KP, k_at = l.heads * l.KP + q_at;
   const Unit unit(c, l, m, w, head, block);
   // A lane's token; the upper half of the warp has the same ones.
   const int token = lane & 15, row = start + token;
@@ -101,16 +110,26 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
     }
   }
   float* M = reinterpret_cast<float*>(unit.X);
-  float P[2][4];
+  float P[2][4], until[2], write[2], read[2];  // of a lane's two rows i
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    until[r] = shuffle_from(G, row_of(2 * r));
+    write[r] = shuffle_from(b * k_factor, row_of(2 * r));
+    read[r] = shuffle_from(q_factor, row_of(2 * r));
+  }
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int i = row_of(e), j = column_of(n, e);
-      const float between = decayed(fminf(shuffle_from(G, i) - shuffle_from(G, j), 0.0f)) * shuffle_from(k_factor, j);
-      const float write = shuffle_from(b * k_factor, i), read = shuffle_from(q_factor, i);
-      M[16 * i + j] = i > j ? write * kk[n][e] * between : 0.0f;
-      P[n][e] = i >= j ? read * qk[n][e] * between : 0.0f;
+    for (int odd = 0; odd < 2; ++odd) {
+      const int j = column_of(n, odd);
+      const float since = shuffle_from(G, j), length = shuffle_from(k_factor, j);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int e = 2 * r + odd, i = row_of(e);
+        const float between = decayed(fminf(until[r] - since, 0.0f)) * length;
+        M[16 * i + j] = i > j ? write[r] * kk[n][e] * between : 0.0f;
+        P[n][e] = i >= j ? read[r] * qk[n][e] * between : 0.0f;
+      }
     }
   }
   warp_barrier();
@@ -126,18 +145,46 @@ struct StateTile {
   float* at;  // [K][V]
   int K, V, v0;
 
-  template <class Each>
-  SLEEPKERN_DEVICE void each(Each f) {
+  SLEEPKERN_DEVICE StateTile(float* at, int K, int V, int v0) : at(at), K(K), V(V), v0(v0) { clear(S); }
+
+  // f(n, i, where S[n][i] lies, whether it does), n from FIRST on: what is only padding does not.
+  template <int FIRST, int LAST, class Each>
+  SLEEPKERN_DEVICE void each(Each f) const {
+    const int k = column_of(FIRST, 0), v = v0 + row_of(0), left = K - column_of(0, 0);
+    const bool low = v < V, high = v + 8 < V;
+    float* p = at + k * V + v;
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
+    for (int n = FIRST; n < LAST; ++n) {
       if (8 * n >= K) continue;
-      const int row = opaque(V);  // or all addresses are found before the first is used
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int k = column_of(n, i), v = v0 + row_of(i);
-        if (k < K && v < V) f(S[n][i], at[k * row + v]);
-      }
+      float* next = p + V;
+      f(n, 0, p, low && 8 * n < left);
+      f(n, 1, next, low && 8 * n + 1 < left);
+      f(n, 2, p + 8, high && 8 * n < left);
+      f(n, 3, next + 8, high && 8 * n + 1 < left);
+      p += opaque(8 * V);  // or all addresses are found before the first is used
     }
+  }
+
+  SLEEPKERN_DEVICE void load() {
+    each<0, TILES>([&](int n, int i, const float* from, bool there) { S[n][i] = there ? *from : 0.0f; });
+  }
+
+  // To where it lies; adds up the squares of what was there (if `begun`, else zeros) minus what is, and of what is. All
+  // from FIRST to LAST is read at once, or each number would be waited for.
+  template <int FIRST, int LAST>
+  SLEEPKERN_DEVICE void store(bool begun, float& change, float& size) const {
+    float before[LAST - FIRST][4];
+    clear(before);
+    if (begun) {
+      each<FIRST, LAST>(
+          [&](int n, int i, const float* from, bool there) { before[n - FIRST][i] = there ? *from : 0.0f; });
+    }
+    each<FIRST, LAST>([&](int n, int i, float* to, bool there) {
+      const float step = S[n][i] - before[n - FIRST][i];
+      change += step * step;
+      size += S[n][i] * S[n][i];
+      if (there) *to = S[n][i];
+    });
   }
 };
 
@@ -145,15 +192,13 @@ struct StateTile {
 SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass,
                                 int w, int head, int v0) {
   const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
-  const int q_at = head / (l.value_heads / l.heads) * l.KP, k_at = l.heads * l.KP + q_at;
+  const int q_at = l.key_head(head) * l.KP, k_at = l.heads * l.KP + q_at;
   const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;
   const int into = opaque(l.into);  // or places in the tile are found before the first window
   const Blocks16 wide(c, m.wide(), into, w);
   const bool begun = l.continued || pass > 0;
-  StateTile state{};
-  state.at = l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V;
-  state.K = l.K, state.V = l.V, state.v0 = v0;
-  if (begun) state.each([](float& S, float& there) { S = there; });
+  StateTile state(l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V, l.K, l.V, v0);
+  if (begun) state.load();
   for (int block = 0; block < c.blocks(); ++block) {
     const Unit unit(c, l, m, w, head, block);
     const int start = w * c.padded() + 16 * block;
@@ -217,12 +262,8 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
     }
   }
   float change = 0.0f, size = 0.0f;
-  state.each([&](float& S, float& there) {
-    const float before = begun ? there : 0.0f;
-    change += (S - before) * (S - before);
-    size += S * S;
-    there = S;
-  });
+  state.store<0, StateTile::TILES / 2>(begun, change, size);
+  state.store<StateTile::TILES / 2, StateTile::TILES>(begun, change, size);
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     change += shuffle_xor(change, lanes);
