@@ -171,7 +171,7 @@ struct Group {
     const float4* place = reinterpret_cast<const float4*>(place_of(n, exchanges));
     const int first = n * c.exchange, end = first + c.exchange < own_groups() ? first + c.exchange : own_groups();
     each_tile(first, end, [&](int group, int tile, float (&x)[8]) {
-#pragma unroll 1
+#pragma unroll 2
       for (int r = 0; r < c.cluster; ++r) {
         const float4* part = place + ((r * c.exchange + group - first) * TILES + tile) * 64 + lane_of_warp();
         const float4 a = part[0], b = part[32];
@@ -205,7 +205,7 @@ struct Group {
   SLEEPKERN_DEVICE void find_rates(const BlockLayer& l, Stream& weights) const {
     const int warp = threadIdx.x >> 5, splits = c.splits();
     float4* parts = reinterpret_cast<float4*>(m.received(false));
-    for (int group = 0; group < l.rates() / 16; ++group) {
+    for (int group = 0; group < (l.rates() + 15) / 16; ++group) {
       if (warp < splits) {
         Products<TILES> acc, none;
         multiply_groups<TILES>(weights, m.x(), all_groups(), false, acc, none, warp, splits);
@@ -223,6 +223,7 @@ struct Group {
         const int i = e & 3, lane = e >> 2 & 31, half = e >> 7 & 1, tile = e >> 8;
         const int row = 16 * tile + (lane >> 2) + 8 * (i >> 1);
         const int number = 16 * group + 8 * half + 2 * (lane & 3) + (i & 1);
+        if (number >= l.rates()) continue;
         float sum = 0.0f;
         for (int w = 0; w < splits; ++w) sum += reinterpret_cast<const float*>(parts)[w * TILES * 256 + e];
         m.rates()[row * l.rates() + number] = rate(l, number, sum * m.scale()[row]);

@@ -30,7 +30,7 @@ struct BlockLayer {
   float mixer_eps, mlp_eps, decay_bias, strength, gain_eps, q_eps, k_eps;
 
   constexpr int channels() const { return 2 * heads * KP + value_heads * VP; }
-  constexpr int rates() const { return recurrent ? (2 * value_heads + 15) / 16 * 16 : 0; }
+  constexpr int rates() const { return recurrent ? 2 * value_heads : 0; }
   constexpr int key_head(int head) const { return heads == value_heads ? head : head / (value_heads / heads); }
   constexpr int mixed() const { return value_heads * VP; }
 };

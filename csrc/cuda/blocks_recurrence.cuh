@@ -82,12 +82,15 @@ SLEEPKERN_DEVICE float pair_before(const BlocksCall& c, const BlockLayer& l, con
 SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide, int pass) {
   const int chunks = l.channels() / 8, lane = lane_of_warp(), g = lane >> 2;
   const Past past(c, l, pass);
-  for (int task = threadIdx.x >> 5; task < chunks * p.windows; task += WARPS) {
-    const Divided of = divided(task, chunks);
-    const int w = of.quotient, column = 8 * of.rest + 2 * (lane & 3);
-    const float4* taps = reinterpret_cast<const float4*>(l.taps) + p.rank * l.channels() + column;
-    const float4 low = taps[0], high = taps[1];
+  const float4* taps = reinterpret_cast<const float4*>(l.taps) + p.rank * l.channels();
+  const int warp = threadIdx.x >> 5, tasks = chunks * p.windows, pair = 2 * (lane & 3);
+  const auto column_of_task = [&](int task) { return 8 * divided(task, chunks).rest + pair; };
+  float4 low = taps[column_of_task(warp)], high = taps[column_of_task(warp) + 1];
+  for (int task = warp; task < tasks; task += WARPS) {
+    const int w = divided(task, chunks).quotient, column = column_of_task(task);
     const float low_taps[TAPS] = {low.w, low.z, low.y, low.x}, high_taps[TAPS] = {high.w, high.z, high.y, high.x};
+    const int following = column_of_task(task + WARPS < tasks ? task + WARPS : task);  // whose taps are on their way
+    low = taps[following], high = taps[following + 1];
     float before = past.data == nullptr ? 0.0f : pair_before(c, l, p, past, w, g - 8, column);
     uint32_t* at_row = reinterpret_cast<uint32_t*>(wide + at<Mode::bf16>(l.into, w * c.padded() + g, column));
     for (int row = 0; row < c.padded(); row += 8, at_row += 4 * l.into) {
