@@ -66,6 +66,7 @@ CASES = {
     "odd heads": Case(
         5, 24, 2, 2, blocks=3, kept=2, mixer={"key_width": 7, "value_heads": 4, "value_width": 5, "convolution": 3}
     ),
+    "odd keys": Case(5, 24, 2, 2, kept=2, mixer={"key_width": 9, "value_width": 20}),
     "wide heads": Case(20, 112, 1, 1, mixer={"key_width": 100, "value_width": 120, "negative": True}),
     "many windows": Case(24, 48, 2, 1, B=7, conv_state="carry", mixer={"convolution": 1}),
     "float32": Case(24, 32, 2, 2, B=2, dtype=torch.float32, kept=5),
