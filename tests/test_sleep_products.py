@@ -57,7 +57,7 @@ def test_forms_equal_the_modules(size: str, form: Any, isa: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 6, 8, 9, 31, 32, 33, 63, 97, 198])
 def test_whole_and_broken_tiles(rows: int, form: Any) -> None:
-    """And depths that are no multiple of a triple, or of a part of the depth."""
+    """And depths that are no multiple of a triple."""
     lm = model(170, 5, {}, blocks=2)
     exact, h = copy.deepcopy(lm).double(), torch.randn(rows, 1, 170)
     with torch.no_grad():
