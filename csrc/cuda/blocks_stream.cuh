@@ -66,10 +66,9 @@ struct Stream {
     first = load_fragment(at);
     second = load_fragment(at + FRAGMENT / sizeof(uint4));
   }
-  // They are no longer wanted: another stage is asked for in their place. After the products, so that the matrix units
-  // are busy meanwhile.
+  // Asks for another stage in their place. After the products: the matrix units are busy meanwhile, and as a product is
+  // made by the whole warp, all lanes have read what they multiply by.
   SLEEPKERN_DEVICE void turn() {
-    warp_barrier();
     ask(slot);
     if (++slot == c.ring) {
       slot = 0;
