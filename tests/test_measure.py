@@ -192,6 +192,14 @@ def test_bench_of_a_tiny_case_times_ours_and_the_peers():
     assert report.to_dict()["rows"][0]["passed"] is True
 
 
+def test_cases_measured_apart_are_measured_in_fresh_processes(monkeypatch):
+    monkeypatch.setattr(settings, "BACKEND", "chunked")  # these two of this process alone
+    monkeypatch.setattr(chunked, "forward", faulty(chunked.forward, one_percent))
+    apart, here = (bench_cases([TINY], quick=True, threads=2, apart=apart) for apart in (True, False))
+    assert apart.passed and not here.passed
+    assert apart.rows[0].milliseconds > 0 and apart.rows[0].threads == 2
+
+
 def test_bench_reports_no_time_and_no_ratio_on_a_red_check(monkeypatch):
     monkeypatch.setattr(settings, "BACKEND", "chunked")
     monkeypatch.setattr(chunked, "forward", faulty(chunked.forward, one_percent))

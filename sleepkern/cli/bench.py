@@ -47,13 +47,15 @@ def command(
 def run(
     suite: str = "all", quick: bool = False, threads: int = 1, device: str = "cpu", json: Path | None = None
 ) -> Report:
-    """`bench` under a progress bar; what is there after each case goes to `json` at once."""
+    """`bench` under a progress bar; what is there after each case goes to `json` at once. Unless quick, cases on a CPU
+    run in processes of their own."""
 
     def keep(report: Report) -> None:
         write_json(json, to_dict(report), quiet=True)
 
     with progress_bar() as progress:
-        return bench(suite=suite, quick=quick, threads=threads, device=device, progress=progress, so_far=keep)
+        apart = not quick and device == "cpu"
+        return bench(suite, quick, threads, device, progress, so_far=keep, apart=apart)
 
 
 def to_dict(report: Report) -> dict[str, Any]:
