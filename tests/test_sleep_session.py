@@ -305,6 +305,9 @@ def test_beams_are_those_of_the_model(family: str, options: dict[str, Any]) -> N
     expected = model.generate(ids, **options)[:, L + 5 :]
     torch.manual_seed(3)
     assert torch.equal(session.generate(ids[:, L + 5 :], **options), expected)
+    torch.manual_seed(3)
+    made = session.generate(ids[:, L + 5 :], **options, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(made.sequences, expected) and len(made.scores) == 6
     model.generation_config.update(**options)
     torch.manual_seed(3)
     assert torch.equal(session.generate(ids[:, L + 5 :]), expected)

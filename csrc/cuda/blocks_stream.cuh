@@ -18,6 +18,9 @@ namespace sleepkern::cuda {
 
 constexpr int FRAGMENT = 512;        // bytes of 16 x 16 weights
 constexpr int STAGE = 2 * FRAGMENT;  // are asked for at a time: a step of two groups, or two of one
+// Stages of a warp that L2 has fetched, or is fetching, before they are asked for: the ring holds less than arrives
+// while memory answers, and all layers' weights may be more than L2 keeps (Depo's: 66 MB).
+constexpr int AHEAD = 16;
 
 // 16 bytes of each lane, generic where the compiler sees shared memory.
 SLEEPKERN_DEVICE Fragment<Mode::bf16> load_fragment(const uint4* at) {
@@ -49,7 +52,15 @@ struct Stream {
     next = slot = parity = 0;
     ring = rings + warp * c.ring * STAGE;
     arrivals = all + warp * c.ring;
+    foresee(-AHEAD, AHEAD + c.ring);
     for (int s = 0; s < c.ring; ++s) ask(s);
+  }
+
+  // Into L2 what comes AHEAD stages after the next `stages`; but for what begins a pass.
+  SLEEPKERN_DEVICE void foresee(int stages) const { foresee(next, stages); }
+  SLEEPKERN_DEVICE void foresee(int place, int stages) const {
+    const int first = place + AHEAD, most = count - first;
+    warp_prefetch(from + static_cast<int64_t>(first) * STAGE, (stages < most ? stages : most) * STAGE);
   }
 
   SLEEPKERN_DEVICE void ask(int s) {
@@ -95,6 +106,7 @@ SLEEPKERN_DEVICE void multiply_step(Products<TILES>& acc, const uint4* left, con
 template <int TILES>
 SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int steps, bool two, Products<TILES>& one,
                                       Products<TILES>& other, int first = 0, int stride = 1) {
+  weights.foresee(two ? steps : (steps + 1) / 2);  // or fewer, where others have some of the steps
   left += lane_of_warp();
 #pragma unroll
   for (int m = 0; m < TILES; ++m) {

@@ -194,6 +194,13 @@ SLEEPKERN_DEVICE void warp_copy(Arrival* a, void* to, const void* from, int byte
 #endif
 }
 
+// Into L2, by the threads of one warp, a line each: what will be copied later.
+SLEEPKERN_DEVICE void warp_prefetch(const void* from, int bytes) {
+  for (int at = (threadIdx.x & 31) * 128; at < bytes; at += 32 * 128) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+  }
+}
+
 // Wait for the end of the phase of this parity: 0 for the first, then 1, 0, ...
 SLEEPKERN_DEVICE void copy_wait(Arrival* a, int parity) {
   uint32_t done = 0;

@@ -145,17 +145,22 @@ class SleepSession:
             h = call(h)
         return self.stack.logits(h[:, self._waiting() :])
 
-    def generate(self, ids: Tensor, **options: Any) -> Tensor:
+    def generate(self, ids: Tensor, **options: Any) -> Any:
         """ids [B,T] and what follows them after all that was ingested, in one pass.
 
-        options go to the model's own `generate`, beams too; SleepLM has max_new_tokens, do_sample and temperature. The
-        session does not change, so many questions can be asked of one text, by threads on forks of it too.
+        options go to the model's own `generate`, beams too; SleepLM has max_new_tokens, do_sample and temperature. With
+        return_dict_in_generate they are the `sequences` of what that returns. The session does not change, so many
+        questions can be asked of one text, by threads on forks of it too.
         """
         self._check(ids, None)
         full, mask = self._with_waiting(ids)
         mask = self._mask_with_kept(full, torch.ones_like(full) if mask is None else mask)
         assert mask is not None
-        return self.stack.generate(full, mask, self.position, self.memory, **options)[:, self._waiting() :]
+        made: Any = self.stack.generate(full, mask, self.position, self.memory, **options)
+        if isinstance(made, Tensor):
+            return made[:, self._waiting() :]
+        made.sequences = made.sequences[:, self._waiting() :]
+        return made
 
     def fork(self) -> SleepSession:
         """A session that goes on from here on its own; the model is shared, memory is copied when it changes."""

@@ -283,6 +283,13 @@ inline void warp_copy(Arrival* a, void* to, const void* from, int bytes) {
   cuda_on_cpu::try_to_end(p, !p.waiting.empty());
 }
 
+inline void warp_prefetch(const void* from, int bytes) {
+  for (int at = (threadIdx.x & 31) * 128; at < bytes; at += 32 * 128) {
+    volatile char line = static_cast<const char*>(from)[at];  // AddressSanitizer sees what is not there
+    static_cast<void>(line);
+  }
+}
+
 inline void copy_wait(Arrival* a, int parity) {
   cuda_on_cpu::Phase& p = cuda_on_cpu::machine.phases.at(a);
   if (p.parity == parity) cuda_on_cpu::try_to_end(p, true);
