@@ -1,4 +1,7 @@
 #include "cuda/blocks.cuh"
+
+#include <algorithm>
+
 #include "cuda/launch-inl.h"
 
 namespace sleepkern::cuda {
@@ -12,16 +15,21 @@ void sleep_blocks(const BlocksCall& given, void* stream) {
   const auto launch = [&](auto kernel) {
     run("blocks", kernel, grid, THREADS, call.at.end, call, stream, call.cluster);
   };
-  switch (call.tiles) {
-    case 2:
-      return launch(blocks_kernel<2>);
-    case 5:
-      return launch(blocks_kernel<5>);
-    case 8:
-      return launch(blocks_kernel<8>);
-    default:
-      throw std::runtime_error("sleepkern: no CUDA kernel for " + std::to_string(16 * call.tiles) + " rows");
-  }
+  int widest = 0;
+  for (int i = 0; i < call.depth; ++i) widest = std::max(widest, call.layers[i].K);
+  with_width(widest, [&](auto width) {
+    constexpr int KEYS = decltype(width)::value;
+    switch (call.tiles) {
+      case 2:
+        return launch(blocks_kernel<2, KEYS>);
+      case 5:
+        return launch(blocks_kernel<5, KEYS>);
+      case 8:
+        return launch(blocks_kernel<8, KEYS>);
+      default:
+        throw std::runtime_error("sleepkern: no CUDA kernel for " + std::to_string(16 * call.tiles) + " rows");
+    }
+  });
 }
 
 }  // namespace sleepkern::cuda

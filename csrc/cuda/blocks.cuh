@@ -23,7 +23,7 @@ namespace sleepkern::cuda {
 constexpr int ALONE = 2;                        // most tiles where there are no clusters
 constexpr float REINJECT_EPS = 1.1920929e-07f;  // torch's for float32
 
-template <int TILES>
+template <int TILES, int KEYS>
 struct Group {
   static constexpr bool PAIRS = TILES < 8;  // there are registers to hold two groups while parts of others come in
   const BlocksCall& c;
@@ -33,10 +33,11 @@ struct Group {
   SLEEPKERN_DEVICE int own_groups() const { return c.columns / 16; }
   SLEEPKERN_DEVICE int all_groups() const { return c.cluster * own_groups(); }
 
-  // Of this block's tiles of 16 rows and columns: the same warp has the same one whenever this is called.
+  // Of this block's tiles of 16 rows and columns: the same warp has the same one whenever this is called. (What warp is
+  // found anew each time, for want of registers.)
   template <class Tile>
   SLEEPKERN_DEVICE void each_tile(int first, int last, Tile tile) const {
-    const int warp = threadIdx.x >> 5, start = first * TILES;
+    const int warp = opaque(threadIdx.x) >> 5, start = first * TILES;
 #pragma unroll 1
     for (int unit = start + ((warp - start) & (WARPS - 1)); unit < last * TILES; unit += WARPS) {
       float4* at = reinterpret_cast<float4*>(m.h()) + unit * 64 + lane_of_warp();
@@ -256,24 +257,26 @@ struct Group {
     }
   }
 
+  // Mixer, then MLP, by the same instructions: those of two layers are as many as a multiprocessor's cache holds.
+  // Beside the widest states there are too few registers for a loop.
   SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, Stream& weights, int pass, bool last) const {
-    meet(l.mixer_eps);
-    product<TILES>(weights, m.x(), all_groups(), l.into / 16,
-                   [&](int group, const Products<TILES>& acc) { put_inputs(l, group, acc); });
-    find_rates(l, weights);
-    block_barrier();
-    if (l.recurrent) {
-      mix_recurrent(c, l, p, m, pass);
-    } else {
-      attend(c, l, p, m, pass);
+#pragma unroll KEYS / 64
+    for (int half = 0; half < 2; ++half) {
+      const bool mixer = half == 0;
+      meet(mixer ? l.mixer_eps : l.mlp_eps);
+      product<TILES>(weights, m.x(), all_groups(), (mixer ? l.into : l.hidden) / 16,
+                     [&](int group, const Products<TILES>& acc) {
+                       mixer ? put_inputs(l, group, acc) : put_hidden(l, group, acc);
+                     });
+      if (mixer) {
+        find_rates(l, weights);
+        block_barrier();
+        l.recurrent ? mix_recurrent<KEYS>(c, l, p, m, pass) : attend<KEYS>(c, l, p, m, pass);
+      }
+      block_barrier();
+      add_product(weights, Shared::at<uint4>(mixer ? c.at.x : c.at.wide), (mixer ? l.mixed() : l.hidden) / 16,
+                  last && !mixer);
     }
-    block_barrier();
-    add_product(weights, m.mixed(), l.mixed() / 16, false);
-    meet(l.mlp_eps);
-    product<TILES>(weights, m.x(), all_groups(), l.hidden / 16,
-                   [&](int group, const Products<TILES>& acc) { put_hidden(l, group, acc); });
-    block_barrier();
-    add_product(weights, reinterpret_cast<const uint4*>(m.wide()), l.hidden / 16, last);
   }
 
   // h <- h / rms(h) + what the first pass started from; all have published h, and do so again.
@@ -291,7 +294,7 @@ struct Group {
   }
 };
 
-template <int TILES>
+template <int TILES, int KEYS>
 SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
   const Shared m{c};
   const Place p(c);
@@ -302,7 +305,7 @@ SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
   cluster_arrive();  // all are there, and can be written to
   cluster_wait();
   Stream weights(c, p.rank, m.ring(), m.arrivals());
-  const Group<TILES> group{c, m, p};
+  const Group<TILES, KEYS> group{c, m, p};
   group.load();
   group.publish();
   for (int pass = 0; pass < c.passes; ++pass) {
@@ -314,12 +317,13 @@ SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
   group.store();
 }
 
-// Without clusters a block has all of h and of the weights' columns, which leaves room for few rows only.
-template <int TILES>
+// KEYS: of the widest head. Without clusters a block has all of h and of the weights' columns, which leaves room for
+// few rows only.
+template <int TILES, int KEYS>
 SLEEPKERN_KERNEL(THREADS, 1)
 blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {
   if constexpr (CLUSTERS || TILES <= ALONE) {
-    run_group<TILES>(c);
+    run_group<TILES, KEYS>(c);
   } else {
     trap();  // planned for another device
   }

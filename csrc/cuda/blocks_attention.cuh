@@ -84,7 +84,7 @@ SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, 
 
 SLEEPKERN_DEVICE void keep_values(const BlocksCall& c, const BlockLayer& l, const Place& p, const uint16_t* wide) {
   const int each = l.heads * l.K;
-  for (int e = threadIdx.x; e < p.windows * c.L * each; e += THREADS) {
+  for (int e = opaque(threadIdx.x); e < p.windows * c.L * each; e += THREADS) {
     const Divided row = divided(e, each), place = divided(row.quotient, c.L), of = divided(row.rest, l.K);
     const Kept to(c, l, p, place.quotient, of.quotient);
     const int column = (2 * l.heads + of.quotient) * l.KP + of.rest;
@@ -94,8 +94,9 @@ SLEEPKERN_DEVICE void keep_values(const BlocksCall& c, const BlockLayer& l, cons
 }
 
 // 16 queries against 16 keys at a time: maximum and sum of each of a lane's two rows, and what is read so far.
+template <int KEYS>
 struct Reading {
-  static constexpr int MOST = WIDEST_KEY / 8;
+  static constexpr int MOST = KEYS / 8;
   float o[MOST][4], highest[2], sum[2];
 
   SLEEPKERN_DEVICE Reading() {
@@ -148,12 +149,13 @@ struct Reading {
 };
 
 // Queries 16 block on of window w.
+template <int KEYS>
 SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
                                   int head, int block) {
   const int start = w * c.padded(), groups = l.KP / 16;
   const int q_at = head * l.KP, k_at = l.heads * l.KP + q_at, v_at = l.heads * l.KP + k_at;
   const Blocks16 wide(c, m.wide(), l.into, w);
-  Reading read;
+  Reading<KEYS> read;
   for (int first = 0; first < l.kept; first += 16) {
     const Kept kept(c, l, p, w, head);
     float scores[2][4];
@@ -192,7 +194,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
     if (t >= c.padded()) continue;
     const float factor = t < c.L ? quotient(1.0f, sum) : 0.0f;
 #pragma unroll
-    for (int n = 0; n < Reading::MOST; ++n) {
+    for (int n = 0; n < read.MOST; ++n) {
       if (n >= 2 * groups) continue;
       mixed[word_of(c.tiles, start + t, head * l.KP + column_of(n, 0))] =
           pack_bf16(read.o[n][2 * r] * factor, read.o[n][2 * r + 1] * factor);
@@ -200,6 +202,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
   }
 }
 
+template <int KEYS>
 SLEEPKERN_DEVICE void attend(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass) {
   const bool keep = pass + 1 == c.passes;
   normalise_heads(c, l, p, m.wide(), keep);
@@ -208,11 +211,11 @@ SLEEPKERN_DEVICE void attend(const BlocksCall& c, const BlockLayer& l, const Pla
   const int blocks = (c.L + 15) / 16, tasks = p.windows * l.heads * blocks;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
     const Divided of = divided(task, blocks), window = divided(of.quotient, l.heads);
-    read_window(c, l, p, m, window.quotient, window.rest, blocks - 1 - of.rest);
+    read_window<KEYS>(c, l, p, m, window.quotient, window.rest, blocks - 1 - of.rest);
   }
   uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
   const int first = p.windows * c.padded(), pairs = l.mixed() / 2;
-  for (int e = threadIdx.x; e < (16 * c.tiles - first) * pairs; e += THREADS) {
+  for (int e = opaque(threadIdx.x); e < (16 * c.tiles - first) * pairs; e += THREADS) {
     const Divided of = divided(e, pairs);
     mixed[word_of(c.tiles, first + of.quotient, 2 * of.rest)] = 0;
   }

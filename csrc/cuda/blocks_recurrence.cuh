@@ -53,7 +53,7 @@ SLEEPKERN_DEVICE void keep_last(const BlocksCall& c, const BlockLayer& l, const 
   const Past past(c, l, pass);
   void* to = past.last(c, l, pass);
   const int rows = l.W - 1;
-  for (int e = threadIdx.x; e < p.windows * rows * l.channels(); e += THREADS) {
+  for (int e = opaque(threadIdx.x); e < p.windows * rows * l.channels(); e += THREADS) {
     const Divided of = divided(e, l.channels()), place = divided(of.quotient, rows);
     const int local = of.rest, j = place.rest, w = place.quotient;
     const int t = c.L - rows + j, channel = channel_of(c, l, p.rank, local);
@@ -147,6 +147,7 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
   }
 }
 
+template <int KEYS>
 SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m,
                                     int pass) {
   keep_last(c, l, p, m.wide(), pass);
@@ -160,7 +161,7 @@ SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, co
   const int groups = l.VP / 16, tasks = p.windows * l.value_heads * groups;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
     const Divided of = divided(task, groups), window = divided(of.quotient, l.value_heads);
-    walk_over(c, l, p, m, pass, window.quotient, window.rest, 16 * of.rest);
+    walk_over<KEYS>(c, l, p, m, pass, window.quotient, window.rest, 16 * of.rest);
   }
   block_barrier();
   gated_norm(c, l, p, m);

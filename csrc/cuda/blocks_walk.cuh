@@ -139,8 +139,9 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
 }
 
 // S^T [16 value columns from v0 on][K] of a head of a window, and where it lies.
+template <int KEYS>
 struct StateTile {
-  static constexpr int TILES = WIDEST_KEY / 8;
+  static constexpr int TILES = KEYS / 8;
   float S[TILES][4];
   float* at;  // [K][V]
   int K, V, v0;
@@ -189,6 +190,7 @@ struct StateTile {
 };
 
 // 16 value columns from v0 on of value head `head` over window w.
+template <int KEYS>
 SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass,
                                 int w, int head, int v0) {
   const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
@@ -197,7 +199,8 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
   const int into = opaque(l.into);  // or places in the tile are found before the first window
   const Blocks16 wide(c, m.wide(), into, w);
   const bool begun = l.continued || pass > 0;
-  StateTile state(l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V, l.K, l.V, v0);
+  using Tile = StateTile<KEYS>;
+  Tile state(l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V, l.K, l.V, v0);
   if (begun) state.load();
   for (int block = 0; block < c.blocks(); ++block) {
     const Unit unit(c, l, m, w, head, block);
@@ -207,7 +210,7 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
     clear(O);
     clear(D);
 #pragma unroll
-    for (int step = 0; step < StateTile::TILES / 2; ++step) {
+    for (int step = 0; step < Tile::TILES / 2; ++step) {
       if (step >= steps) continue;
       const Fragment<Mode::bf16> left = left_of<Mode::bf16>(state.S, step);
       const Fragment<Mode::bf16> k = wide.right(start, k_at + 16 * step), q = wide.right(start, q_at + 16 * step);
@@ -249,7 +252,7 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
     const Fragment<Mode::bf16> kept = left_of<Mode::bf16>(D, 0);
     const float gamma = *unit.gamma;
 #pragma unroll
-    for (int n = 0; n < StateTile::TILES / 2; ++n) {
+    for (int n = 0; n < Tile::TILES / 2; ++n) {
       if (n >= steps) continue;
       const Fragment<Mode::bf16> k = wide.right_transposed(start, k_at + 16 * n);
 #pragma unroll
@@ -262,8 +265,8 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
     }
   }
   float change = 0.0f, size = 0.0f;
-  state.store<0, StateTile::TILES / 2>(begun, change, size);
-  state.store<StateTile::TILES / 2, StateTile::TILES>(begun, change, size);
+  state.template store<0, Tile::TILES / 2>(begun, change, size);
+  state.template store<Tile::TILES / 2, Tile::TILES>(begun, change, size);
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     change += shuffle_xor(change, lanes);

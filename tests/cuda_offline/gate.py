@@ -38,18 +38,22 @@ REGISTERS = 65536
 MODES = ("bf16", "exact")
 WIDTHS = (64, 128)
 CHAIN = ("powers", "adjoint")
-BLOCKS = {2: (1, 24, 256, 4), 5: (1, 75, 512, 8), 8: (1, 128, 256, 4)}
-"""B, L, d and heads of a stack of blocks by the tiles of 16 rows that its windows take."""
+BLOCKS = {
+    (2, 64): (1, 24, 256, 4), (5, 64): (1, 75, 512, 8), (8, 64): (1, 128, 256, 4),
+    (2, 128): (1, 24, 256, 2), (5, 128): (1, 75, 256, 2), (8, 128): (1, 128, 96, 1),
+}  # fmt: skip
+"""B, L, d and heads of a stack of blocks by the tiles of 16 rows that its windows take and the widest head."""
 COPIES = {80: "LDGSTS", 90: "UBLKCP", 100: "UBLKCP"}
 
 
 class Kernel(NamedTuple):
-    """name, products, widest K (of `blocks` tiles of 16 rows), whether it is for channel decay."""
+    """name, products, widest K, whether it is for channel decay, and of `blocks` tiles of 16 rows."""
 
     name: str
     mode: str = ""
     width: int = 0
     channel: bool = False
+    tiles: int = 0
 
     def threads(self) -> int:
         """Of a block."""
@@ -69,7 +73,7 @@ class Kernel(NamedTuple):
         if self.name in ("walk", "affine"):
             return int(_C.cuda_replay_memory(mode, self.width, self.name == "walk", _C.cuda_widest_block, 1))
         if self.name == "blocks":
-            return blocks_memory(capability, *BLOCKS[self.width])
+            return blocks_memory(capability, *BLOCKS[self.tiles, self.width])
         return int(_C.cuda_chain_memory(self.width, self.name == "adjoint")) if self.name in CHAIN else 0
 
 
@@ -110,7 +114,8 @@ def expected() -> Iterator[Kernel]:
     for width in (64, 128, 256):
         yield Kernel("step", "", width)
     for tiles in plan_cuda.TILES:
-        yield Kernel("blocks", "", tiles)
+        for width in WIDTHS:
+            yield Kernel("blocks", "", width, tiles=tiles)
 
 
 def take_apart(module: Path) -> dict[tuple[Kernel, int], Built]:
@@ -144,12 +149,13 @@ def _take_apart_elf(path: Path) -> dict[tuple[Kernel, int], Built]:
 
 
 def _kernel(mangled: str) -> Kernel | None:
-    match = re.search(r"\d+([a-z]+)_kernelI(?:LNS\d?_4ModeE(\d)E)?Li(\d+)E(?:Lb(\d)E)?", mangled)
+    match = re.search(r"\d+([a-z]+)_kernelI(?:LNS\d?_4ModeE(\d)E)?((?:Li\d+E)+)(?:Lb(\d)E)?", mangled)
     if match is None:
         return None
-    name, mode, number, channel = match.groups()
-    width = 8 * int(number) if name == "step" else int(number)  # an eighth of the rows a lane
-    return Kernel(name, MODES[int(mode)] if mode else "", width, channel == "1")
+    name, mode, numbers, channel = match.groups()
+    *tiles, width = (int(n) for n in re.findall(r"\d+", numbers))
+    width *= 8 if name == "step" else 1  # an eighth of the rows a lane
+    return Kernel(name, MODES[int(mode)] if mode else "", width, channel == "1", *tiles)
 
 
 def faults(kernel: Kernel, capability: int, built: Built | None) -> Iterator[str]:
@@ -219,14 +225,26 @@ def main() -> int:
         console.print("sleepkern._C was built without CUDA: no kernels to check")
         return 0
     table = Table(title="CUDA kernels of the built module")
-    for column in ("kernel", "products", "K to", "decay", "sm", "registers", "stack", "shared", "mma", "instructions"):
+    for column in (
+        "kernel",
+        "rows",
+        "products",
+        "K to",
+        "decay",
+        "sm",
+        "registers",
+        "stack",
+        "shared",
+        "mma",
+        "instructions",
+    ):
         table.add_column(column, justify="left" if column in ("kernel", "products", "decay") else "right")
     table.add_column("fault")
     module, faulty = Path(_C.__file__), 0
     found = take_apart(module)
     for kernel in expected():
         for capability in SHARED:
-            if kernel.name == "blocks" and capability < 90 and kernel.width > plan_cuda.TILES[0]:
+            if capability < 90 and kernel.tiles > plan_cuda.TILES[0]:
                 continue
             built = found.get((kernel, capability))
             fault = "; ".join(faults(kernel, capability, built))
@@ -242,9 +260,8 @@ def main() -> int:
                 )
                 numbers = [str(n) for n in counts]
             decay = "" if kernel.name not in ("window", "prepare") else "channel" if kernel.channel else "head, none"
-            table.add_row(
-                kernel.name, kernel.mode, str(kernel.width), decay, str(capability), *numbers, f"[red]{fault}[/]"
-            )
+            what = (kernel.name, str(16 * kernel.tiles or ""), kernel.mode, str(kernel.width), decay, str(capability))
+            table.add_row(*what, *numbers, f"[red]{fault}[/]")
     console.print(table)
     seen, size = sees_a_spill(), module.stat().st_size / 1e6
     console.print(

@@ -73,7 +73,7 @@ BLOCK_FAULTS: dict[str, tuple[str, str, str, str]] = {
         "blocks_walk.cuh", "D[n][i] *= scale[n][i & 1].w;", "", "test_equals and four and random",
     ),
     "no barrier before the mixer": (
-        "blocks.cuh", "    block_barrier();\n    if (l.recurrent) {", "    if (l.recurrent) {", "test_equals and two",
+        "blocks.cuh", "        block_barrier();\n        l.recurrent ?", "        l.recurrent ?", "test_equals and two",
     ),
     "rows beyond a window are its neighbour's": (
         "blocks_tile.cuh", "last((window + 1) * c.padded() / 8 - 1)", "last(2 * c.tiles - 1 + 0 * window)",
