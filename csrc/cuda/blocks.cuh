@@ -33,8 +33,8 @@ struct Group {
   SLEEPKERN_DEVICE int own_groups() const { return c.columns / 16; }
   SLEEPKERN_DEVICE int all_groups() const { return c.cluster * own_groups(); }
 
-  // Of this block's tiles of 16 rows and columns: the same warp has the same one whenever this is called. (What warp is
-  // found anew each time, for want of registers.)
+  // Of this block's tiles of 16 rows and columns: the same warp has the same one whenever this is called. Which warp
+  // this is is asked each time, for want of registers.
   template <class Tile>
   SLEEPKERN_DEVICE void each_tile(int first, int last, Tile tile) const {
     const int warp = opaque(threadIdx.x) >> 5, start = first * TILES;
@@ -257,8 +257,8 @@ struct Group {
     }
   }
 
-  // Mixer, then MLP, by the same instructions: those of two layers are as many as a multiprocessor's cache holds.
-  // Beside the widest states there are too few registers for a loop.
+  // Mixer, then MLP, by the same instructions: most run once a layer, so how many have to be fetched counts. Beside the
+  // widest states there are too few registers for a loop.
   SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, Stream& weights, int pass, bool last) const {
 #pragma unroll KEYS / 64
     for (int half = 0; half < 2; ++half) {

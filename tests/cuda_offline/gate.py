@@ -87,6 +87,8 @@ def blocks_memory(capability: int, B: int, L: int, d: int, heads: int) -> int:
     )
 
 
+COLUMNS = ["kernel", "rows", "products", "K to", "decay", "sm", "registers", "stack", "shared", "mma", "instructions"]
+"""Of the table; what is wrong follows."""
 REFUSED = {(Kernel(name, "exact", 128, True), 80) for name in ("window", "prepare")}
 """Kernels whose shared memory an architecture does not have: `why_not` says so there."""
 
@@ -225,19 +227,7 @@ def main() -> int:
         console.print("sleepkern._C was built without CUDA: no kernels to check")
         return 0
     table = Table(title="CUDA kernels of the built module")
-    for column in (
-        "kernel",
-        "rows",
-        "products",
-        "K to",
-        "decay",
-        "sm",
-        "registers",
-        "stack",
-        "shared",
-        "mma",
-        "instructions",
-    ):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("kernel", "products", "decay") else "right")
     table.add_column("fault")
     module, faulty = Path(_C.__file__), 0
