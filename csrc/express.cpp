@@ -37,11 +37,34 @@ bool dense(const Tensor& t, int first) {
 
 const char* address(const Tensor& t) { return static_cast<const char*>(t.data) + t.offset; }
 
+// First byte, and the one behind the last, of a tensor that is not empty.
+struct Range {
+  const char *begin, *end;
+
+  Range(const Tensor& t) : begin(address(t)), end(begin) {
+    int64_t last = 0;
+    for (int d = 0; d < t.dimensions; ++d) last += (t.shape[d] - 1) * t.strides[d];
+    end += (last + 1) * (t.type.bits / 8);
+  }
+  bool meets(const Range& other) const { return begin < other.end && other.begin < end; }
+};
+
+// Whether what is written where the state lies cannot change what is read as another tensor.
+bool apart(const Call& c, const Problem& p) {
+  if (p.state != p.final_state) return true;
+  const Range written(*c.final_state);
+  for (const Tensor* t : {c.q, c.k, c.v, c.g, c.beta}) {
+    if (t && written.meets(Range(*t))) return false;
+  }
+  return true;
+}
+
 // [B, T, ...] whose tokens lie one row stride apart over the whole batch.
 bool rows(const Tensor& t, Rows& out) {
   const int64_t B = t.shape[0], T = t.shape[1];
   if (!type_of(t, out.type) || !dense(t, 2)) return false;
   if (B != 1 && T != 1 && t.strides[0] != T * t.strides[1]) return false;
+  if (!t.data) return false;  // freed, or a wrapper's
   out.data = address(t);
   out.stride = T > 1 ? t.strides[1] : t.strides[0];
   return true;
@@ -71,7 +94,8 @@ bool any_positive(const Rows& x, int64_t tokens, int64_t width) {
 bool states(const Tensor& t, const Problem& p, float*& data) {
   Type type;
   data = reinterpret_cast<float*>(const_cast<char*>(address(t)));
-  return type_of(t, type) && type == Type::float32 && has_shape(t, {p.sequences, p.HV, p.K, p.V}) && dense(t, 0);
+  return data && type_of(t, type) && type == Type::float32 && has_shape(t, {p.sequences, p.HV, p.K, p.V}) &&
+         dense(t, 0);
 }
 
 bool gates(const Call& c, Problem& p) {
@@ -113,7 +137,7 @@ bool plain(const Call& c, Problem& p) {
   Rows o;
   if (!states(*c.final_state, p, p.final_state) || !rows(*c.o, o) || o.type != p.v.type) return false;
   p.o = const_cast<void*>(o.data);
-  return has_shape(*c.o, {p.sequences, p.T, p.HV, p.V}) && dense(*c.o, 0);
+  return has_shape(*c.o, {p.sequences, p.T, p.HV, p.V}) && dense(*c.o, 0) && apart(c, p);
 }
 
 }  // namespace sleepkern

@@ -18,11 +18,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .addresses import check_memory, check_written, mark_written
 from .backends import chunked, reference
-from .backends.tensors import Ingested, differentiable, on_device_of, refuse_tangents, step_in_pool
-from .dispatch import backend_named
-from .problem import Problem, Tensors, check_places, check_values, describe
-from .rules import RULES
+from .backends.tensors import (
+    Ingested,
+    differentiable,
+    on_device_of,
+    refuse_tangents,
+    step_in_pool,
+    unrecorded,
+    untraced,
+)
+from .dispatch import choose
+from .problem import (
+    Problem,
+    Tensors,
+    check,
+    check_dense,
+    check_places,
+    check_pool,
+    check_values,
+    describe,
+)
+from .rules import RULES, rule_named
 
 _INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor? g, Tensor? beta, "
 _OPTIONS = "Tensor? cu_seqlens, str rule, str backend, float scale, bool normalize"
@@ -40,11 +58,8 @@ _library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}, Tensor? places=Non
 def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
     """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator."""
     refuse_tangents(*x)
-    if unrecorded(x):
-        check_values(problem, x)
-        with on_device_of(x.k):
-            out: Ingested = engine.forward(problem, x)
-        return out
+    if unrecorded(*x):
+        return _checked_forward(problem, engine, x)
     o, state, residual, passes = torch.ops.sleepkern.ingest.default(
         *x,
         problem.rule.name,
@@ -66,21 +81,55 @@ def step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None
     Not differentiable: callers take `ingest` then.
     """
     refuse_tangents(*x)
-    if unrecorded(x):
+    if unrecorded(*x, places):
         return _checked_step(problem, engine, x, places)
     return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
         *x, problem.rule.name, engine.NAME, problem.scale, problem.normalize, places
     )
 
 
-def _checked_step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None) -> Tensor:
+def check_update(x: Tensors, places: Tensor | None = None) -> None:
+    """Refuse a state that cannot be updated in place, where it is no one else's to say so.
+
+    Raises:
+        ValueError: it overlaps itself or another tensor of the call, or was made in inference mode.
+    """
+    if untraced(*x, places) and x.state is not None and not x.state.is_meta:
+        read = zip(("q", "k", "v", "g", "beta"), x[:5], strict=True)
+        check_written("state", x.state, [*read, ("state_indices", places)])
+
+
+def _checked_forward(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
     check_values(problem, x)
+    if problem.B == 0:
+        return _of_no_sequence(problem, x)
+    with on_device_of(x.k):
+        out: Ingested = engine.forward(problem, x)
+    return out
+
+
+def _of_no_sequence(problem: Problem, x: Tensors) -> Ingested:
+    heads = (0, problem.HV)
+    state = x.k.new_empty((*heads, problem.K, problem.V), dtype=problem.state_dtype)
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if problem.output else None
+    if problem.tol is None:
+        return Ingested(o, state)
+    return Ingested(o, state, x.k.new_empty(heads, dtype=torch.float32), x.k.new_empty(heads, dtype=torch.int32))
+
+
+def _checked_step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None) -> Tensor:
+    check_values(problem, x, "state")
+    assert x.state is not None
+    check_update(x, places)
+    if places is not None:
+        check_places(x.state, places)
+    if problem.B == 0:
+        return torch.empty_like(x.v, memory_format=torch.contiguous_format)
+    mark_written(x.state)
     with on_device_of(x.k):
         if places is None:
             o: Tensor = engine.step(problem, x)
             return o
-        assert x.state is not None
-        check_places(x.state, places)
         own: Callable[[Problem, Tensors, Tensor], Tensor] | None = getattr(engine, "step_in_pool", None)
         return step_in_pool(problem, x, places, engine.step) if own is None else own(problem, x, places)
 
@@ -90,18 +139,29 @@ def wants_grad(x: Tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)
 
 
-def unrecorded(x: Tensors) -> bool:
-    """Nobody looks at the operator: no graph capture, mode, subclass, transform or gradient.
+def _checked(
+    x: Tensors,
+    rule: str,
+    backend: str,
+    scale: float,
+    normalize: bool,
+    passes: int = 1,
+    tol: float | None = None,
+    method: str = "auto",
+    places: Tensor | None = None,
+    state_name: str = "initial_state",
+) -> tuple[Problem, ModuleType]:
+    """The problem and the backend of an operator's call, which may be anybody's: all that `ops` checks.
 
-    Passing torch's dispatcher by way of Python costs more than the rest of a call.
+    Raises:
+        TypeError, ValueError: as `check`; or the backend cannot do the problem.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x.k) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not wants_grad(x)
-    )
+    shared = x if places is None else x._replace(state=None)
+    problem = check(rule_named(rule), shared, scale, normalize, passes, tol, method, x.q is not None, state_name)
+    if places is not None:
+        check_pool(problem, x.state, places)
+    with on_device_of(x.k):
+        return problem, choose(problem, backend)
 
 
 def _ingest(
@@ -121,10 +181,8 @@ def _ingest(
     method: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = Tensors(q, k, v, g, beta, state, cu_seqlens)
-    problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
-    check_values(problem, x)
-    with on_device_of(k):
-        out = backend_named(backend).forward(problem, x)
+    problem, engine = _checked(x, rule, backend, scale, normalize, passes, tol, method)
+    out = _checked_forward(problem, engine, x)
     empty = k.new_empty(0)
     residual = k.new_empty(0, dtype=torch.float32) if out.residual is None else out.residual.float()
     made = k.new_empty(0, dtype=torch.int32) if out.passes is None else out.passes
@@ -163,10 +221,27 @@ def _ingest_backward(
     dstate: Tensor | None,
 ) -> tuple[Tensor, ...]:
     x = Tensors(q, k, v, g, beta, state, cu_seqlens)
-    problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
+    problem, engine = _checked(x, rule, backend, scale, normalize, passes, tol, method)
+    check_values(problem, x)
+    _check_upstream(problem, x, do, dstate)
+    if problem.B == 0:
+        return tuple(k.new_empty(0) if t is None else torch.zeros_like(t) for t in x[:6])
     with on_device_of(k):
-        grads = backend_named(backend).backward(problem, x, do, dstate)
+        grads = engine.backward(problem, x, do, dstate)
     return tuple(k.new_empty(0) if d is None else d.contiguous() for d in grads)
+
+
+def _check_upstream(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> None:
+    size = (problem.sequences, problem.HV, problem.K, problem.V)
+    for name, t, shape, dtype in (("do", do, x.v.shape, x.v.dtype), ("dstate", dstate, size, problem.state_dtype)):
+        if t is None:
+            continue
+        check_dense(name, t)
+        if t.shape != shape or t.dtype != dtype or t.device != x.k.device:
+            raise ValueError(
+                f"{name}: got {t.dtype} {list(t.shape)} on {t.device}; expected {dtype} {list(shape)} on {x.k.device}"
+            )
+    check_memory((("do", do), ("dstate", dstate)))
 
 
 def _ingest_backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -191,8 +266,18 @@ def _step(
     places: Tensor | None = None,
 ) -> Tensor:
     x = Tensors(q, k, v, g, beta, state, cu_seqlens)
-    problem = describe(RULES[rule], x, scale, normalize)
-    return _checked_step(problem, backend_named(backend), x, places)
+    options = (rule, backend, scale, normalize)
+    problem, engine = _checked(x, *options, places=places, state_name="state")
+    return _checked_step(problem, engine, x, places)
+
+
+def _step_of_negative(q: Tensor, k: Tensor, v: Tensor, g: Any, beta: Any, state: Tensor, *rest: Any) -> Tensor:
+    """Where a tensor has torch's negative bit, which says that memory holds the numbers' opposites."""
+    read = [t.resolve_neg() if isinstance(t, Tensor) else t for t in (q, k, v, g, beta, state, *rest)]
+    o: Tensor = torch.ops.sleepkern.step.default(*read)
+    if read[5] is not state:
+        state.copy_(read[5])
+    return o
 
 
 def _step_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -200,7 +285,9 @@ def _step_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:7])
+    # A copy of cu_seqlens: by numpy it may change before the backward, and torch would not see it.
+    offsets = None if inputs[6] is None else inputs[6].clone()
+    ctx.save_for_backward(*inputs[:6], offsets)
     ctx.options = inputs[7:]
     ctx.set_materialize_grads(False)
     ctx.has_output = inputs[0] is not None
@@ -236,6 +323,7 @@ for _key in ("CPU", "CUDA"):
     _library.impl("ingest", _ingest, _key)
     _library.impl("ingest_backward", _ingest_backward, _key)
     _library.impl("step", _step, _key)
+_library.impl("step", _step_of_negative, "Negative")
 torch.library.register_fake("sleepkern::ingest", _ingest_fake, lib=_library)
 torch.library.register_fake("sleepkern::ingest_backward", _ingest_backward_fake, lib=_library)
 torch.library.register_fake("sleepkern::step", _step_fake, lib=_library)

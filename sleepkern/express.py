@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import settings
-from .autograd import unrecorded
 from .backends import cpu
 from .problem import Tensors
 from .rules import Rule
@@ -28,32 +27,74 @@ def forward(
     rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None
 ) -> tuple[Tensor, Tensor] | None:
     """(readouts, final state) of a plain call, None for any other."""
-    if not _open(x, backend) or x.k.dim() != 4 or x.v.dim() != 4:
+    if not _open(x, scale, normalize, backend) or x.k.dim() != 4 or x.v.dim() != 4:
         return None
     B, _, _, K = x.k.shape
     _, _, HV, V = x.v.shape
-    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
-    final = x.v.new_empty((B, HV, K, V), dtype=torch.float32)
+    try:
+        o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
+        final = x.v.new_empty((B, HV, K, V), dtype=torch.float32)
+    except RuntimeError:  # of a layout or type that has no such thing
+        return None
     return (o, final) if _run(rule, x, scale, normalize, o, final) else None
 
 
 def step(rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None) -> Tensor | None:
     """Readouts of a plain call that updates x.state in place, None for any other."""
-    if not _open(x, backend) or x.state is None:
+    if not _open(x, scale, normalize, backend) or x.state is None:
         return None
-    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
-    return o if _run(rule, x, scale, normalize, o, x.state) else None
+    if x.state.is_inference() and not torch.is_inference_mode_enabled():
+        return None
+    try:
+        o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
+    except RuntimeError:
+        return None
+    if not _run(rule, x, scale, normalize, o, x.state):
+        return None
+    torch._C._increment_version((x.state,))
+    return o
 
 
-def _open(x: Tensors, backend: str | None) -> bool:
+def _open(x: Tensors, scale: float | None, normalize: bool, backend: str | None) -> bool:
     if not _usable or settings.DEBUG or (backend or settings.BACKEND) not in (None, cpu.NAME):
         return False
-    if x.cu_seqlens is not None or x.q is None:
+    if type(normalize) is not bool or not (scale is None or (type(scale) is float and abs(scale) < math.inf)):
         return False
-    for t in x:
-        if t is not None and type(t) is not Tensor:
-            return False
-    return unrecorded(x) and not torch.is_autocast_enabled("cpu") and forward_ad._current_level < 0
+    q, k, v, g, beta, state, cu_seqlens = x
+    # Spelled out, because a loop would cost as much as all the questions.
+    if (
+        cu_seqlens is not None
+        or type(q) is not Tensor
+        or type(k) is not Tensor
+        or type(v) is not Tensor
+        or not (g is None or type(g) is Tensor)
+        or not (beta is None or type(beta) is Tensor)
+        or not (state is None or type(state) is Tensor)
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (g is not None and g.requires_grad)
+        or (beta is not None and beta.requires_grad)
+        or (state is not None and state.requires_grad)
+    ):
+        return False
+    # The negative bit is torch's own: memory holds the numbers' opposites.
+    return not (
+        q.is_neg()
+        or k.is_neg()
+        or v.is_neg()
+        or (g is not None and g.is_neg())
+        or (beta is not None and beta.is_neg())
+        or (state is not None and state.is_neg())
+    )
 
 
 def _run(rule: Rule, x: Tensors, scale: float | None, normalize: bool, o: Tensor, final: Tensor) -> bool:

@@ -38,8 +38,8 @@ from torch import Tensor
 from . import autograd, express
 from .backends.tensors import on_device_of
 from .dispatch import Explanation, choose, explain_problem
-from .problem import Tensors, check, check_pool
-from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
+from .problem import Tensors, check, check_dense, check_flag, check_pool
+from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule, rule_named
 
 
 class SleepResult(NamedTuple):
@@ -174,7 +174,7 @@ def recurrent_step(
     g: Tensor | None,
     beta: Tensor | None,
     state: Tensor,
-    rule: Rule = GATED_DELTA_RULE,
+    rule: Rule | str = GATED_DELTA_RULE,
     inplace: bool = True,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
@@ -188,24 +188,31 @@ def recurrent_step(
         state_indices: [B] int32 or int64, where `state` is a pool [n,HV,K,V] as serving engines keep it: row b goes on
             from state[state_indices[b]]. No index may be there twice; a negative one marks a padded row, whose
             readouts are 0.
-        rule: one of `sleepkern.rules`; g or beta None where the rule has none. The rest: module docstring.
+        rule: one of `sleepkern.rules`, or its name; g or beta None where the rule has none. The rest: module docstring.
 
     Returns:
         (o [B,T,HV,V], state after the tokens). Differentiable; where a gradient is wanted, an in-place update is
         recorded as a copy into `state`.
     """
     x = Tensors(q, k, v, g, beta, state, None)
+    if type(rule) is not Rule:
+        rule = rule_named(rule)
+    if inplace is True and state_indices is None:
+        plain = express.step(rule, x, scale, use_qk_l2norm_in_kernel, backend)
+        if plain is not None:
+            return plain, state
+    check_flag("inplace", inplace)
     if state_indices is not None:
         return _step_in_pool(rule, x, state_indices, inplace, scale, use_qk_l2norm_in_kernel, backend)
-    if inplace and (plain := express.step(rule, x, scale, use_qk_l2norm_in_kernel, backend)) is not None:
-        return plain, state
     x = _cast(x)
+    check_dense("state", state)
     problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
     with on_device_of(x.k):
         engine = choose(problem, backend)
     if inplace and not autograd.wants_grad(x):
         return autograd.step(problem, engine, x), state
     if inplace:  # what is saved for the gradient must not be the buffer that is about to be overwritten
+        autograd.check_update(x)
         x = x._replace(state=state.clone())
     out = autograd.ingest(problem, engine, x)
     assert out.o is not None
@@ -223,7 +230,10 @@ def _step_in_pool(
     assert pool is not None
     with on_device_of(x.k):
         engine = choose(problem, backend)
-    pool = pool if inplace else pool.clone()
+    if inplace:
+        autograd.check_update(x, places)
+    else:
+        pool = pool.clone()
     if not autograd.wants_grad(x):
         return autograd.step(problem, engine, x._replace(state=pool), places), pool
     present = places >= 0
@@ -243,7 +253,7 @@ def sleep_ingest(
     initial_state: Tensor | None = None,
     tol: float | None = None,
     method: str = "auto",
-    rule: Rule = GATED_DELTA_RULE,
+    rule: Rule | str = GATED_DELTA_RULE,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
     scale: float | None = None,
@@ -262,7 +272,7 @@ def sleep_ingest(
     Args:
         q: [B,T,H,K]; readouts of the last pass are returned when it is given.
         tol: stop each head early, once its estimated distance to the fixed point over |S| is at most tol.
-        rule: one of `sleepkern.rules`; g or beta None where the rule has none. The rest: module docstring.
+        rule: one of `sleepkern.rules`, or its name; g or beta None where the rule has none. The rest: module docstring.
 
     Raises:
         ValueError: beta * |k|^2 above 2, where more than one pass would diverge.
@@ -270,11 +280,11 @@ def sleep_ingest(
     Source: arXiv 2605.26099 runs whole blocks N times; with k and v held fixed that is this function.
     """
     x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
-    return run(rule, x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, readouts=False)
+    return run(rule_named(rule), x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, readouts=False)
 
 
 def explain(
-    rule: Rule,
+    rule: Rule | str,
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
@@ -292,7 +302,7 @@ def explain(
     Nothing is computed. Raises as the call itself would.
     """
     x = _cast(Tensors(q, k, v, g, beta, initial_state, cu_seqlens))
-    problem = check(rule, x, None, False, passes, tol, method, readouts=False)
+    problem = check(rule_named(rule), x, None, False, passes, tol, method, readouts=False)
     with on_device_of(x.k):
         return explain_problem(problem, backend)
 
@@ -315,12 +325,14 @@ def run(
         engine = choose(problem, backend)
         made_by = engine.method_of(problem)
     out = autograd.ingest(problem, engine, x)
-    return SleepResult(out.state, out.o, passes if out.passes is None else out.passes, out.residual, made_by)
+    return SleepResult(out.state, out.o, problem.passes if out.passes is None else out.passes, out.residual, made_by)
 
 
 def _one_pass(
     rule: Rule, x: Tensors, scale: float | None, normalize: bool, output_final_state: bool, backend: str | None
 ) -> tuple[Tensor, Tensor | None]:
+    if type(output_final_state) is not bool:
+        check_flag("output_final_state", output_final_state)
     plain = express.forward(rule, x, scale, normalize, backend)
     if plain is not None:
         o, state = plain

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+import operator
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import settings
+from .addresses import check_memory
 from .rules import Rule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 METHODS = ("auto", "repeat", "wy", "affine", "rank")
+MOST_PASSES = 2**31 - 1
 
 
 class Tensors(NamedTuple):
@@ -99,7 +104,10 @@ def check(
     q, k, v, g, beta, state, cu_seqlens = x
     _check_tensors(x, readouts, state_name)
     _check_key_value(q, k, v)
-    scale = k.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = k.shape[3] ** -0.5 if scale is None else finite("scale", scale)
+    check_flag("use_qk_l2norm_in_kernel", normalize)
+    if type(passes) is not int or passes != 1 or tol is not None or type(method) is not str or method != "auto":
+        passes = _check_replay(passes, tol, method)
     problem = describe(rule, x, scale, normalize, passes, tol, method)
     rows = (problem.B, problem.T, problem.HV)
     _check_gate(rule, g, rows, problem.K)
@@ -112,32 +120,35 @@ def check(
     if state is not None and state.shape != (expected := (problem.sequences, problem.HV, problem.K, problem.V)):
         raise _wrong_shape(state_name, state, expected)
     _check_types(x, problem, state_name)
-    if passes != 1 or tol is not None or method != "auto":
-        _check_replay(passes, tol, method)
     return problem
 
 
-def check_values(problem: Problem, x: Tensors) -> None:
-    """Check what only the values can tell, before a kernel runs and outside of any graph capture.
+def check_values(problem: Problem, x: Tensors, state_name: str = "initial_state") -> None:
+    """Check what only memory and the values can tell, before a kernel runs and outside of any graph capture.
 
-    On the CPU always; on a GPU, where reading a value would stall the stream, only with SLEEPKERN_DEBUG=1, which also
-    looks for NaN.
+    Values on the CPU always; on a GPU, where reading one would stall the stream, only with SLEEPKERN_DEBUG=1, which
+    also looks for NaN and infinities. A log decay of -inf is none of these: a = exp(g) = 0 forgets the state.
 
     Raises:
-        ValueError: cu_seqlens that fall, g > 0, NaN, or a replay that would diverge.
+        ValueError: a tensor without memory, cu_seqlens that fall, g > 0, NaN, or a replay that would diverge.
     """
     debug = settings.DEBUG
     cu_seqlens, g = x.cu_seqlens, x.g
+    names = ("q", "k", "v", "g", "beta", state_name, "cu_seqlens")
+    if problem.device in ("cpu", "cuda"):
+        check_memory(zip(names, x, strict=True))
     if cu_seqlens is not None and (debug or cu_seqlens.device.type == "cpu"):
         check_offsets(cu_seqlens.tolist(), problem.T)
     if problem.device != "cpu" and not debug:
         return
     if debug:
-        for name, t in zip(Tensors._fields, x, strict=True):
-            if t is not None and bool(torch.isnan(t).any()):
-                raise ValueError(f"{name}: got NaN; expected numbers")
-    if g is not None and g.numel() and (largest := g.amax().item()) > 0:
-        raise ValueError(f"g: got a log decay of {largest:.4g}; expected g <= 0 (a = exp(g) <= 1)")
+        for name, t in zip(names, x, strict=True):
+            if t is not None:
+                _check_numbers(name, t)
+    if g is not None and g.numel() and not g.detach().amax().item() <= 0:  # NaN is not <=, and may hide what is above 0
+        largest = torch.where(g > 0, g, 0).amax().item()
+        if largest > 0:
+            raise ValueError(f"g: got a log decay of {largest:.9g}; expected g <= 0 (a = exp(g) <= 1)")
     if problem.passes > 1 and problem.rule.delta and x.beta is not None and x.k.numel():
         _check_contraction(problem, x.k, x.beta)
 
@@ -148,12 +159,12 @@ def check_pool(problem: Problem, pool: Tensor | None, places: Tensor) -> None:
     Raises:
         TypeError, ValueError: as `check`.
     """
-    if not isinstance(pool, Tensor) or not isinstance(places, Tensor):
-        name, got = ("state", pool) if not isinstance(pool, Tensor) else ("state_indices", places)
-        raise TypeError(f"{name}: got {type(got).__name__}; expected a torch.Tensor")
+    check_dense("state", pool)
+    check_dense("state_indices", places)
+    assert pool is not None
     shape = (problem.HV, problem.K, problem.V)
     if pool.dim() != 4 or pool.shape[1:] != shape:
-        raise ValueError(f"state: got shape {list(pool.shape)}; expected {['n', *shape]}, a pool of n states")
+        raise ValueError(f"state: got shape {list(pool.shape)}; expected {_sizes('n', *shape)}, a pool of n states")
     if pool.dtype != problem.state_dtype:
         raise _wrong_type("state", pool, f"{problem.state_dtype} for {problem.dtype} inputs")
     if places.dtype not in (torch.int32, torch.int64):
@@ -186,9 +197,8 @@ def _check_tensors(x: Tensors, readouts: bool, state_name: str) -> None:
     for name, t in zip(names, x, strict=True):
         if t is None and not (name in ("k", "v") or (name == "q" and readouts)):
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}; expected a torch.Tensor")
-        if t.device != device and device is not None and name != "cu_seqlens":
+        check_dense(name, t)
+        if t.device != device and device is not None and (name != "cu_seqlens" or t.device.type != "cpu"):
             raise ValueError(f"{name}: got device {t.device}; expected {device}, where k is")
 
 
@@ -199,12 +209,12 @@ def _check_key_value(q: Tensor | None, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: got shape {list(v.shape)}; expected [B, T, HV, V]")
     B, T, H, K = k.shape
     v_B, v_T, HV, V = v.shape
-    if B == 0 or H == 0 or K == 0:
-        raise ValueError(f"k: got shape {list(k.shape)}; expected B, H and K of at least 1")
+    if H == 0 or K == 0:
+        raise ValueError(f"k: got shape {list(k.shape)}; expected H and K of at least 1")
     if q is not None and q.shape != k.shape:
         raise _wrong_shape("q", q, k.shape)
     if v_B != B or v_T != T or V == 0:
-        raise ValueError(f"v: got shape {list(v.shape)}; expected {[B, T, 'HV', 'V']} with V of at least 1")
+        raise ValueError(f"v: got shape {list(v.shape)}; expected {_sizes(B, T, 'HV', 'V')} with V of at least 1")
     if HV == 0 or HV % H != 0:
         raise ValueError(f"v: got HV = {HV} value heads; expected a multiple of H = {H}")
 
@@ -219,6 +229,10 @@ def _check_gate(rule: Rule, g: Tensor | None, rows: tuple[int, int, int], K: int
         raise ValueError(f"g: {rule.name} needs it, got None; expected a tensor {list(shape)}")
     if g.shape != shape:
         raise _wrong_shape("g", g, shape)
+
+
+def _sizes(*sizes: int | str) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
 
 
 def _wrong_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> ValueError:
@@ -255,13 +269,71 @@ def _wrong_type(name: str, x: Tensor, expected: str) -> TypeError:
     return TypeError(f"{name}: got {x.dtype}; expected {expected}")
 
 
-def _check_replay(passes: int, tol: float | None, method: str) -> None:
-    if not isinstance(passes, int) or passes < 1:
-        raise ValueError(f"passes: got {passes!r}; expected an integer of at least 1")
+def _check_replay(passes: Any, tol: Any, method: Any) -> int:
+    """passes as an int."""
+    try:
+        count = passes if type(passes) is int else operator.index(passes)
+    except TypeError:
+        count = 0
+    if isinstance(passes, bool) or not 1 <= count <= MOST_PASSES:
+        raise ValueError(f"passes: got {passes!r}; expected an integer of at least 1 and at most {MOST_PASSES}")
+    if tol is not None and not _is_number(tol):
+        raise TypeError(f"tol: got {type(tol).__name__}; expected None or a number above 0")
     if tol is not None and not tol > 0:
         raise ValueError(f"tol: got {tol!r}; expected None or a number above 0")
+    if not isinstance(method, str):
+        raise TypeError(f"method: got {type(method).__name__}; expected one of {', '.join(METHODS)}")
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}; expected one of {', '.join(METHODS)}")
+    return count
+
+
+def check_dense(name: str, t: object) -> None:
+    """Refuse what is no tensor, or none whose numbers lie at strides.
+
+    Raises:
+        TypeError, ValueError: as `check`.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: got {type(t).__name__}; expected a torch.Tensor")
+    if t.layout != torch.strided:
+        raise ValueError(f"{name}: got layout {t.layout}; expected torch.strided")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        TypeError: names the argument.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; expected a bool")
+
+
+def finite(name: str, value: Any) -> float:
+    """A number of Python or numpy as a float.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is NaN or infinite.
+    """
+    if not _is_number(value):
+        raise TypeError(f"{name}: got {type(value).__name__}; expected a number")
+    number = float(value)
+    if not abs(number) < math.inf:
+        raise ValueError(f"{name}: got {number}; expected a finite number")
+    return number
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def _check_numbers(name: str, t: Tensor) -> None:
+    if bool(torch.isnan(t).any()):
+        raise ValueError(f"{name}: got NaN; expected numbers")
+    if bool(torch.isposinf(t).any()) or (name != "g" and bool(torch.isneginf(t).any())):
+        raise ValueError(f"{name}: got an infinity; expected finite numbers{' or -inf' if name == 'g' else ''}")
 
 
 def check_offsets(offsets: list[int], T: int) -> None:
@@ -280,9 +352,11 @@ def _check_contraction(problem: Problem, k: Tensor, beta: Tensor) -> None:
         norm = torch.linalg.vector_norm(k.detach(), dim=-1, dtype=problem.state_dtype).square()
         if problem.HV != problem.H:
             norm = norm.repeat_interleave(problem.HV // problem.H, dim=2)
-    gain = float((norm * beta.detach().to(problem.state_dtype)).amax())
-    if gain > 2 * (1 + 4 * torch.finfo(problem.dtype).eps):
+    gains = norm * beta.detach().to(problem.state_dtype)
+    most = 2 * (1 + 4 * torch.finfo(problem.dtype).eps)
+    gain = torch.where(gains > most, gains, 0).amax().item()  # a NaN among them is not above anything
+    if gain > most:
         raise ValueError(
-            f"beta: got beta * |k|^2 up to {gain:.4g}; expected at most 2, beyond which {problem.passes} "
+            f"beta: got beta * |k|^2 up to {gain:.9g}; expected at most 2, beyond which {problem.passes} "
             "passes diverge (normalise k, e.g. use_qk_l2norm_in_kernel=True, or lower beta)"
         )

@@ -43,3 +43,19 @@ SIMPLE_GLA = Rule("simple_gla", gate="head", delta=False)
 GLA = Rule("gla", gate="channel", delta=False)
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)}
+
+
+def rule_named(rule: Rule | str) -> Rule:
+    """A rule as public functions take it: the rule itself, or its name.
+
+    Raises:
+        TypeError: neither.
+        ValueError: no rule has this name.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if not isinstance(rule, str):
+        raise TypeError(f"rule: got {type(rule).__name__}; expected one of sleepkern.rules, or its name")
+    if rule not in RULES:
+        raise ValueError(f"rule: got {rule!r}; expected one of {', '.join(RULES)}")
+    return RULES[rule]

@@ -29,7 +29,7 @@ BAD: dict[str, tuple[type[Exception], str, Change]] = {
     "q shape": (ValueError, r"q: got shape \[2, 5, 2, 7\]; expected \[2, 5, 2, 8\]", lambda x: {"q": x["q"][..., :7]}),
     "v tokens": (
         ValueError,
-        r"v: got shape \[2, 4, 4, 6\]; expected \[2, 5, 'HV', 'V'\]",
+        r"v: got shape \[2, 4, 4, 6\]; expected \[2, 5, HV, V\]",
         lambda x: {"v": x["v"][:, :4]},
     ),
     "heads": (
@@ -37,10 +37,10 @@ BAD: dict[str, tuple[type[Exception], str, Change]] = {
         r"v: got HV = 3 value heads; expected a multiple of H = 2",
         lambda x: {"v": x["v"][:, :, :3]},
     ),
-    "no batch": (
+    "no heads": (
         ValueError,
-        r"k: got shape \[0, 5, 2, 8\]; expected B, H and K of at least 1",
-        lambda x: {n: x[n][:0] for n in ("q", "k", "v", "g", "beta", "initial_state")},
+        r"k: got shape \[2, 5, 0, 8\]; expected H and K of at least 1",
+        lambda x: {n: x[n][:, :, :0] for n in "qk"},
     ),
     "g shape": (
         ValueError,

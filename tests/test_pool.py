@@ -68,5 +68,5 @@ def test_bad_indices(places: object, message: str) -> None:
 
 
 def test_bad_pool() -> None:
-    with pytest.raises(ValueError, match=r"state: got shape \[5, 2, 16, 8\]; expected \['n', 2, 16, 24\]"):
+    with pytest.raises(ValueError, match=r"state: got shape \[5, 2, 16, 8\]; expected \[n, 2, 16, 24\]"):
         sleepkern.recurrent_step(**inputs(), state=torch.zeros(5, 2, 16, 8), state_indices=torch.tensor([0, 1, 2]))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from ..problem import Problem, Tensors
 
@@ -53,6 +54,26 @@ def on_device_of(t: Tensor) -> AbstractContextManager[object]:
     if torch.compiler.is_compiling() or not t.is_cuda or not torch.cuda.is_initialized():
         return nullcontext()
     return nullcontext() if t.device.index == torch.cuda.current_device() else torch.cuda.device(t.device)
+
+
+def untraced(*tensors: Tensor | None) -> bool:
+    """Nobody but torch's kernels looks at an operator on these: no graph capture, mode, transform or subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in tensors)
+
+
+def unrecorded(*tensors: Tensor | None) -> bool:
+    """Nobody looks at the operator, torch's dispatcher included, which alone knows of gradients and negative bits.
+
+    Passing it by way of Python costs more than the rest of a call.
+    """
+    if not untraced(*tensors):
+        return False
+    grad = torch.is_grad_enabled()
+    return not any(t is not None and (t.is_neg() or (grad and t.requires_grad)) for t in tensors)
 
 
 def by_sequence(problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested]) -> Ingested:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..addresses import check_memory
 from ..backends.tensors import differentiable
+from ..problem import check_flag, finite
 from . import native
 
 _C: Any = native._C
@@ -41,14 +43,16 @@ def gated_rms_norm(
         The same shape, in x's type. Differentiable in x, gate and weight.
 
     Raises:
-        ValueError: a shape or activation that does not fit.
+        TypeError: an argument is not a tensor of floats, eps no number, gate_first no bool.
+        ValueError: a shape, layout, device, eps or activation that does not fit.
     """
+    for name, t in (("x", x), ("gate", gate), ("weight", weight)):
+        native.check_floats(name, t, x)
+    eps = finite("eps", eps)
+    check_flag("gate_first", gate_first)
     if x.ndim == 2 and gate.ndim == 2:
         return gated_rms_norm(x[None], gate[None], weight, eps, activation, gate_first)[0]
-    if x.ndim not in (3, 4) or x.shape != gate.shape:
-        raise ValueError(f"gate: got {list(gate.shape)}, x {list(x.shape)}; expected both [B,T,H,V], [B,T,V] or [T,V]")
-    if weight.shape not in (x.shape[-1:], x.shape[2:]):
-        raise ValueError(f"weight: got {list(weight.shape)}; expected {list(x.shape[-1:])} or {list(x.shape[2:])}")
+    _check_shapes(x, gate, weight)
     if activation not in ("silu", "sigmoid"):
         raise ValueError(f"activation: got {activation!r}; expected 'silu' or 'sigmoid'")
     silu = activation == "silu"
@@ -57,6 +61,13 @@ def gated_rms_norm(
     if native.unrecorded(x, gate, weight):
         return _gated_norm(x, gate, weight, eps, silu, gate_first)
     return torch.ops.sleepkern.gated_norm.default(x, gate, weight, eps, silu, gate_first)  # type: ignore[no-any-return]
+
+
+def _check_shapes(x: Tensor, gate: Tensor, weight: Tensor) -> None:
+    if x.ndim not in (3, 4) or x.shape != gate.shape:
+        raise ValueError(f"gate: got {list(gate.shape)}, x {list(x.shape)}; expected both [B,T,H,V], [B,T,V] or [T,V]")
+    if weight.shape not in (x.shape[-1:], x.shape[2:]):
+        raise ValueError(f"weight: got {list(weight.shape)}; expected {list(x.shape[-1:])} or {list(x.shape[2:])}")
 
 
 class GatedRMSNorm(nn.Module):
@@ -76,6 +87,7 @@ def _arguments(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool
 ) -> tuple[tuple[object, ...], int, int, list[Tensor | None]]:
     """What both entry points of _C take first, tokens, numbers of a token, and what must live meanwhile."""
+    check_memory((("x", x), ("gate", gate), ("weight", weight)))
     V, heads = x.shape[-1], x.shape[2] if x.ndim == 4 else 1
     tokens = x.shape[0] * x.shape[1]
     (x_alive, x_view), (gate_alive, gate_view) = native.rows(x, heads * V), native.rows(gate, heads * V)
@@ -87,8 +99,23 @@ def _arguments(
 def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool) -> Tensor:
     arguments, _, _, _alive = _arguments(x, gate, weight, eps, silu, gate_first)
     y = x.new_empty(x.shape)
-    _C.gated_norm(*arguments, y.data_ptr())
+    if y.numel():
+        _C.gated_norm(*arguments, y.data_ptr())
     return y
+
+
+def _checked_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool) -> Tensor:
+    """The operator, which anybody may call."""
+    _check_operands(x, gate, weight, eps)
+    return _gated_norm(x, gate, weight, eps, silu, gate_first)
+
+
+def _check_operands(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> None:
+    for name, t in (("x", x), ("gate", gate), ("weight", weight)):
+        native.check_floats(name, t, x)
+    native.check_kernel(x=x, gate=gate, weight=weight)
+    finite("eps", eps)
+    _check_shapes(x, gate, weight)
 
 
 def _gated_norm_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -98,11 +125,15 @@ def _gated_norm_fake(x: Tensor, *rest: Any) -> Tensor:
 def _gated_norm_backward(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_operands(x, gate, weight, eps)
+    native.check_upstream("dy", dy, x, x.shape)
     arguments, tokens, width, _alive = _arguments(x, gate, weight, eps, silu, gate_first)
     dy, view = native.rows(dy, width)  # type: ignore[assignment]
     dx, dgate = x.new_empty(x.shape), gate.new_empty(gate.shape)
     parts = max(1, min(_PARTS, tokens))
     dweight = weight.new_empty((parts, *weight.shape), dtype=torch.float32)
+    if not x.numel():
+        return dx, dgate, torch.zeros_like(weight)
     _C.gated_norm_backward(*arguments, view, dx.data_ptr(), dgate.data_ptr(), parts, dweight.data_ptr())
     return dx, dgate, dweight.sum(0).to(weight.dtype)
 
@@ -136,7 +167,7 @@ def _normalised(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-_library.impl("gated_norm", _gated_norm, "CPU")
+_library.impl("gated_norm", _checked_gated_norm, "CPU")
 _library.impl("gated_norm_backward", _gated_norm_backward, "CPU")
 torch.library.register_fake("sleepkern::gated_norm", _gated_norm_fake, lib=_library)
 torch.library.register_fake("sleepkern::gated_norm_backward", _gated_norm_backward_fake, lib=_library)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import settings
+from ..addresses import check_memory
 from ..backends import cpu
 from ..backends.tensors import in_rows, refuse_tangents
+from ..backends.tensors import unrecorded as tensors_unrecorded
+from ..problem import check_dense
 
 _C = cpu._C
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -21,6 +26,45 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype in TYPES) for t in tensors)
 
 
+def check_floats(name: str, t: object, x: Tensor) -> None:
+    """Refuse what is not a tensor of floats at strides where x is.
+
+    Raises:
+        TypeError, ValueError: names the argument.
+    """
+    check_dense(name, t)
+    assert isinstance(t, Tensor)
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: got {t.dtype}; expected floats")
+    if t.device != x.device:
+        raise ValueError(f"{name}: got device {t.device}; expected {x.device}, where x is")
+
+
+def check_kernel(**tensors: Tensor | None) -> None:
+    """Refuse what C++ has no kernel for.
+
+    Raises:
+        TypeError: names the argument.
+    """
+    for name, t in tensors.items():
+        if t is not None and t.dtype not in TYPES:
+            raise TypeError(f"{name}: got {t.dtype}; expected one of {', '.join(map(str, TYPES))}")
+
+
+def check_upstream(name: str, t: Tensor | None, x: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a gradient from above that is not like the result it belongs to, of this shape and x's type.
+
+    Raises:
+        TypeError, ValueError: names the argument.
+    """
+    if t is None:
+        return
+    check_floats(name, t, x)
+    if t.shape != torch.Size(shape) or t.dtype != x.dtype:
+        raise ValueError(f"{name}: got {t.dtype} {list(t.shape)}; expected {x.dtype} {list(shape)}")
+    check_memory(((name, t),))
+
+
 def unrecorded(*tensors: Tensor | None) -> bool:
     """Nobody looks at the operator: no gradient, graph capture, subclass, mode or transform.
 
@@ -30,14 +74,7 @@ def unrecorded(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     refuse_tangents(*tensors)
-    if torch._C._len_torch_dispatch_stack() != 0:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    grad = torch.is_grad_enabled()
-    return all(
-        t is None or (type(t) in (Tensor, torch.nn.Parameter) and not (grad and t.requires_grad)) for t in tensors
-    )
+    return tensors_unrecorded(*tensors)
 
 
 def rows(t: Tensor | None, width: int) -> tuple[Tensor | None, tuple[int, int, int]]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backends.tensors import differentiable
+from ..addresses import check_memory, check_written, mark_written
+from ..backends.tensors import differentiable, untraced
 from ..problem import check_offsets, check_packing
 from . import native
 
@@ -47,8 +48,8 @@ def short_convolution(
         x, weight, bias and past.
 
     Raises:
-        TypeError: cu_seqlens of another type than int32 or int64.
-        ValueError: a shape, activation or cu_seqlens that does not fit.
+        TypeError: an argument is not a tensor, not of floats, or cu_seqlens of another type than int32 or int64.
+        ValueError: a shape, layout, device, activation or cu_seqlens that does not fit.
     """
     _check(x, weight, bias, past, activation, cu_seqlens)
     silu = activation == "silu"
@@ -56,7 +57,7 @@ def short_convolution(
     tensors = (x, weight, bias, past)
     if not native.usable(*tensors) or weight.shape[1] > _C.convolution_limit:
         return _by_torch(x, weight, bias, past, cu_seqlens, silu)
-    if native.unrecorded(*tensors):
+    if native.unrecorded(*tensors, cu_seqlens):
         return _convolve(x, weight, bias, past, cu_seqlens, silu)
     y, last = torch.ops.sleepkern.convolve.default(x, weight, bias, past, cu_seqlens, silu)
     return y, last
@@ -74,14 +75,26 @@ def short_convolution_step(
 
     Returns:
         y [B,D] in x's type.
+
+    Raises:
+        TypeError: an argument is not a tensor, or not of floats.
+        ValueError: a shape, layout, device or activation that does not fit, or a state that overlaps itself or another
+            argument.
     """
-    _check(x[:, None], weight, bias, None, activation, None)
+    _check_tensors(x, weight, bias, state=state)
+    if x.ndim != 2:
+        raise ValueError(f"x: got shape {list(x.shape)}; expected [B,D]")
+    _check_weights(x.shape[1], weight, bias, activation)
     B, D, W = (*x.shape, weight.shape[1])
     if state.shape != (B, D, W):
         raise ValueError(f"state: got {list(state.shape)}; expected [B,D,W] = {[B, D, W]}")
     silu = activation == "silu"
+    if untraced(x, state, weight, bias) and not x.is_meta:
+        read = (("x", x), ("weight", weight), ("bias", bias))
+        check_memory((*read, ("state", state)))
+        check_written("state", state, read)
     fits = native.usable(x, state, weight, bias) and native.unrecorded(x, state, weight, bias)
-    if not fits or W > _C.convolution_limit or state.dtype != x.dtype or not state.is_contiguous():
+    if not fits or not x.numel() or W > _C.convolution_limit or state.dtype != x.dtype or not state.is_contiguous():
         state.copy_(torch.cat([state[..., 1:], x[..., None].to(state.dtype)], dim=-1))
         z = (state.to(weight.dtype) * weight).sum(-1)
         z = z if bias is None else z + bias
@@ -89,6 +102,7 @@ def short_convolution_step(
     x, view = native.rows(x[:, None], D)  # type: ignore[assignment]
     (_alive, weights), (_alive_too, biases) = native.array(weight), native.array(bias)
     y = x.new_empty((B, D))
+    mark_written(state)
     _C.convolve_step(B, D, W, silu, view, weights, biases, state.data_ptr(), y.data_ptr())
     return y
 
@@ -119,20 +133,36 @@ def _check(
     activation: str | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"x: got {x.dtype} {list(x.shape)}; expected floats [B,T,D]")
+    _check_tensors(x, weight, bias, past=past)
+    if x.ndim != 3:
+        raise ValueError(f"x: got shape {list(x.shape)}; expected [B,T,D]")
     B, _, D = x.shape
+    _check_weights(D, weight, bias, activation)
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, B)
+        if cu_seqlens.device.type != "cpu" and cu_seqlens.device != x.device:
+            raise ValueError(f"cu_seqlens: got device {cu_seqlens.device}; expected {x.device}, where x is")
+    n = B if cu_seqlens is None else len(cu_seqlens) - 1
+    if past is not None and past.shape != (n, weight.shape[1] - 1, D):
+        raise ValueError(f"past: got {list(past.shape)}; expected [n,W-1,D] = {[n, weight.shape[1] - 1, D]}")
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, **more: Tensor | None) -> None:
+    """Floats at strides on one device; only bias and past may be absent."""
+    native.check_floats("x", x, x)
+    native.check_floats("weight", weight, x)
+    for name, t in (("bias", bias), *more.items()):
+        if t is not None or name == "state":
+            native.check_floats(name, t, x)
+
+
+def _check_weights(D: int, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     if weight.ndim != 2 or weight.shape[0] != D or weight.shape[1] == 0:
         raise ValueError(f"weight: got {list(weight.shape)}; expected [D,W] with D = {D} and W of at least 1")
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias: got {list(bias.shape)}; expected [D] = {[D]}")
     if activation not in ("silu", None):
         raise ValueError(f"activation: got {activation!r}; expected 'silu' or None")
-    if cu_seqlens is not None:
-        check_packing(cu_seqlens, B)
-    n = B if cu_seqlens is None else len(cu_seqlens) - 1
-    if past is not None and past.shape != (n, weight.shape[1] - 1, D):
-        raise ValueError(f"past: got {list(past.shape)}; expected [n,W-1,D] = {[n, weight.shape[1] - 1, D]}")
 
 
 def _arguments(
@@ -140,6 +170,7 @@ def _arguments(
 ) -> tuple[tuple[object, ...], int, list[Tensor | None]]:
     """What both entry points of _C take first, the number of sequences, and the tensors that must live meanwhile."""
     B, T, D = x.shape
+    check_memory((("x", x), ("weight", weight), ("bias", bias), ("past", past), ("cu_seqlens", cu_seqlens)))
     offsets = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous()
     if offsets is not None:  # here, where values are at hand in a compiled graph, too
         check_offsets(offsets.tolist(), T)
@@ -158,8 +189,27 @@ def _convolve(
 ) -> tuple[Tensor, Tensor]:
     arguments, sequences, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
     y, last = x.new_empty(x.shape), x.new_empty((sequences, weight.shape[1] - 1, x.shape[2]))
-    _C.convolve(*arguments, y.data_ptr(), last.data_ptr())
+    if y.numel() or last.numel():
+        _C.convolve(*arguments, y.data_ptr(), last.data_ptr())
     return y, last
+
+
+def _checked_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """The operator, which anybody may call."""
+    _check(x, weight, bias, past, "silu" if silu else None, cu_seqlens)
+    _check_native(x, weight, bias, past)
+    return _convolve(x, weight, bias, past, cu_seqlens, silu)
+
+
+def _check_native(x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None) -> None:
+    """What the operators ask beyond `short_convolution`, which takes torch's instead where C++ has no kernel."""
+    native.check_kernel(x=x, weight=weight, bias=bias, past=past)
+    if past is not None and past.dtype != x.dtype:
+        raise TypeError(f"past: got {past.dtype}; expected {x.dtype}, the type of x")
+    if weight.shape[1] > _C.convolution_limit:
+        raise ValueError(f"weight: got W = {weight.shape[1]}; expected at most {_C.convolution_limit}")
 
 
 def _convolve_fake(
@@ -179,16 +229,23 @@ def _convolve_backward(
     dy: Tensor | None,
     dlast: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments, _, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
+    _check(x, weight, bias, past, "silu" if silu else None, cu_seqlens)
+    _check_native(x, weight, bias, past)
+    arguments, sequences, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
+    native.check_upstream("dy", dy, x, x.shape)
+    native.check_upstream("dlast", dlast, x, (sequences, weight.shape[1] - 1, x.shape[2]))
     dy, view = native.rows(torch.zeros_like(x) if dy is None else dy, x.shape[2])
     dlast = dlast if dlast is None else dlast.contiguous()
     dx, dpast = x.new_empty(x.shape), x.new_empty(0 if past is None else past.shape)
     dweight = weight.new_empty(weight.shape, dtype=torch.float32)
     dbias = x.new_empty(0 if bias is None else len(bias), dtype=torch.float32)
-    _C.convolve_backward(
-        *arguments, view, native.address(dlast), dx.data_ptr(), 0 if past is None else dpast.data_ptr(),
-        dweight.data_ptr(), 0 if bias is None else dbias.data_ptr(),
-    )  # fmt: skip
+    if sequences and x.shape[2]:
+        _C.convolve_backward(
+            *arguments, view, native.address(dlast), dx.data_ptr(), 0 if past is None else dpast.data_ptr(),
+            dweight.data_ptr(), 0 if bias is None else dbias.data_ptr(),
+        )  # fmt: skip
+    else:
+        dweight, dbias = torch.zeros_like(dweight), torch.zeros_like(dbias)
     return dx, dweight.to(weight.dtype), dbias if bias is None else dbias.to(bias.dtype), dpast
 
 
@@ -201,7 +258,9 @@ def _convolve_backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    # A copy of cu_seqlens: by numpy it may change before the backward, and torch would not see it.
+    offsets = None if inputs[4] is None else inputs[4].clone()
+    ctx.save_for_backward(*inputs[:4], offsets)
     ctx.silu = inputs[5]
     ctx.set_materialize_grads(False)
 
@@ -245,7 +304,7 @@ def _by_torch(
     return (F.silu(z) if silu else z).to(x.dtype), full[:, T:]
 
 
-_library.impl("convolve", _convolve, "CPU")
+_library.impl("convolve", _checked_convolve, "CPU")
 _library.impl("convolve_backward", _convolve_backward, "CPU")
 torch.library.register_fake("sleepkern::convolve", _convolve_fake, lib=_library)
 torch.library.register_fake("sleepkern::convolve_backward", _convolve_backward_fake, lib=_library)

@@ -1,0 +1,95 @@
+"""What only addresses can tell of tensors that native code reads and writes: whether they have memory, and whose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+Named = Iterable[tuple[str, Tensor | None]]
+
+
+def check_memory(tensors: Named) -> None:
+    """Refuse what has a shape and no numbers: a wrapper around another tensor, or a storage that was freed.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name, t in tensors:
+        if t is not None and t.numel() and (t.data_ptr() == 0 or t.untyped_storage().nbytes() == 0):
+            raise ValueError(
+                f"{name}: got a tensor without memory {list(t.shape)}; expected numbers, not a storage that was freed "
+                "or a wrapper of another tensor"
+            )
+
+
+def check_written(name: str, t: Tensor, read: Named) -> None:
+    """Refuse a tensor that is about to be updated in place while its memory is read by another name.
+
+    Raises:
+        ValueError: it overlaps one of `read` or itself, or was made in inference mode and is written to outside.
+    """
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: got a tensor made in torch.inference_mode; expected one that may be updated in place here"
+        )
+    if not t.numel():
+        return
+    if _overlaps_itself(t):
+        raise ValueError(
+            f"{name}: got strides {list(t.stride())} of shape {list(t.shape)}, by which its numbers overlap; expected "
+            "each in a place of its own, for it is updated in place"
+        )
+    begin, end = _range(t)
+    for other, r in read:
+        if r is None or r.data_ptr() >= end or not r.numel():
+            continue
+        if _range(r)[1] > begin and _share(t, r):
+            raise ValueError(
+                f"{name}: got memory that {other} lies in as well; expected its own, for it is updated in place"
+            )
+
+
+def mark_written(t: Tensor) -> None:
+    """Tell autograd of an update in place that torch did not make."""
+    torch.autograd.graph.increment_version(t)
+
+
+def _range(t: Tensor) -> tuple[int, int]:
+    """First byte, and the one behind the last, of a tensor that is not empty."""
+    begin = t.data_ptr()
+    if t.is_contiguous():
+        return begin, begin + t.nbytes
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return begin, begin + (last + 1) * t.element_size()
+
+
+def _overlaps_itself(t: Tensor) -> bool:
+    if t.is_contiguous():
+        return False
+    reach = 0
+    for stride, n in sorted((stride, n) for n, stride in zip(t.shape, t.stride(), strict=True) if n > 1):
+        if stride <= reach:
+            return _marked(t, t).sum().item() < t.nbytes
+        reach += (n - 1) * stride
+    return False
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors whose ranges meet have a byte in common."""
+    marks = _marked(a, b)
+    return bool(_bytes_of(b, marks, min(a.data_ptr(), b.data_ptr())).any())
+
+
+def _marked(a: Tensor, b: Tensor) -> Tensor:
+    """One number for each byte from the first of both to the last, 1 where a lies."""
+    begin, end = min(a.data_ptr(), b.data_ptr()), max(_range(a)[1], _range(b)[1])
+    marks = torch.zeros(end - begin, dtype=torch.uint8, device="cpu")
+    _bytes_of(a, marks, begin).fill_(1)
+    return marks
+
+
+def _bytes_of(t: Tensor, marks: Tensor, begin: int) -> Tensor:
+    size = t.element_size()
+    return marks.as_strided((*t.shape, size), (*(size * s for s in t.stride()), 1), t.data_ptr() - begin)
