@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Named = Iterable[tuple[str, Tensor | None]]
+_LOW = 2**40
+"""Freed storages put their tensors below; some systems put others there as well, which then take a closer look."""
 
 
-def check_memory(tensors: Named) -> None:
+def check_memory(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
     """Refuse what has a shape and no numbers: a wrapper around another tensor, or a storage that was freed.
 
     Raises:
         ValueError: names the argument.
     """
-    for name, t in tensors:
-        if t is not None and t.numel() and (t.data_ptr() == 0 or t.untyped_storage().nbytes() == 0):
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and t.data_ptr() < _LOW and t.numel() and _has_no_memory(t):
             raise ValueError(
                 f"{name}: got a tensor without memory {list(t.shape)}; expected numbers, not a storage that was freed "
                 "or a wrapper of another tensor"
             )
 
 
-def check_written(name: str, t: Tensor, read: Named) -> None:
+def check_written(name: str, t: Tensor, names: Sequence[str], read: Sequence[Tensor | None]) -> None:
     """Refuse a tensor that is about to be updated in place while its memory is read by another name.
 
     Raises:
@@ -36,16 +37,16 @@ def check_written(name: str, t: Tensor, read: Named) -> None:
         )
     if not t.numel():
         return
-    if _overlaps_itself(t):
+    begin, end = _range(t)
+    if not t.is_contiguous() and _overlaps_itself(t):
         raise ValueError(
             f"{name}: got strides {list(t.stride())} of shape {list(t.shape)}, by which its numbers overlap; expected "
             "each in a place of its own, for it is updated in place"
         )
-    begin, end = _range(t)
-    for other, r in read:
-        if r is None or r.data_ptr() >= end or not r.numel():
+    for other, r in zip(names, read, strict=True):
+        if r is None or (first := r.data_ptr()) >= end or first + r.nbytes <= begin and r.is_contiguous():
             continue
-        if _range(r)[1] > begin and _share(t, r):
+        if r.numel() and _range(r)[1] > begin and _share(t, r):
             raise ValueError(
                 f"{name}: got memory that {other} lies in as well; expected its own, for it is updated in place"
             )
@@ -53,7 +54,11 @@ def check_written(name: str, t: Tensor, read: Named) -> None:
 
 def mark_written(t: Tensor) -> None:
     """Tell autograd of an update in place that torch did not make."""
-    torch.autograd.graph.increment_version(t)
+    torch._C._increment_version((t,))
+
+
+def _has_no_memory(t: Tensor) -> bool:
+    return t.data_ptr() == 0 or t.untyped_storage().nbytes() == 0
 
 
 def _range(t: Tensor) -> tuple[int, int]:
@@ -66,20 +71,17 @@ def _range(t: Tensor) -> tuple[int, int]:
 
 
 def _overlaps_itself(t: Tensor) -> bool:
-    if t.is_contiguous():
-        return False
     reach = 0
-    for stride, n in sorted((stride, n) for n, stride in zip(t.shape, t.stride(), strict=True) if n > 1):
-        if stride <= reach:
-            return _marked(t, t).sum().item() < t.nbytes
+    for stride, n in sorted(zip(t.stride(), t.shape, strict=True)):
+        if n > 1 and stride <= reach:
+            return int(_marked(t, t).sum()) < t.nbytes
         reach += (n - 1) * stride
     return False
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
     """Whether tensors whose ranges meet have a byte in common."""
-    marks = _marked(a, b)
-    return bool(_bytes_of(b, marks, min(a.data_ptr(), b.data_ptr())).any())
+    return bool(_bytes_of(b, _marked(a, b), min(a.data_ptr(), b.data_ptr())).any())
 
 
 def _marked(a: Tensor, b: Tensor) -> Tensor:

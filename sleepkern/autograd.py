@@ -44,6 +44,7 @@ from .rules import RULES, rule_named
 
 _INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor? g, Tensor? beta, "
 _OPTIONS = "Tensor? cu_seqlens, str rule, str backend, float scale, bool normalize"
+_READ = ("q", "k", "v", "g", "beta", "state_indices")
 _REPLAY = ", int passes, float? tol, str method"
 
 _library = torch.library.Library("sleepkern", "DEF")
@@ -95,8 +96,7 @@ def check_update(x: Tensors, places: Tensor | None = None) -> None:
         ValueError: it overlaps itself or another tensor of the call, or was made in inference mode.
     """
     if untraced(*x, places) and x.state is not None and not x.state.is_meta:
-        read = zip(("q", "k", "v", "g", "beta"), x[:5], strict=True)
-        check_written("state", x.state, [*read, ("state_indices", places)])
+        check_written("state", x.state, _READ, (*x[:5], places))
 
 
 def _checked_forward(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
@@ -120,7 +120,8 @@ def _of_no_sequence(problem: Problem, x: Tensors) -> Ingested:
 def _checked_step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None) -> Tensor:
     check_values(problem, x, "state")
     assert x.state is not None
-    check_update(x, places)
+    if not x.state.is_meta:
+        check_written("state", x.state, _READ, (*x[:5], places))
     if places is not None:
         check_places(x.state, places)
     if problem.B == 0:
@@ -241,7 +242,7 @@ def _check_upstream(problem: Problem, x: Tensors, do: Tensor | None, dstate: Ten
             raise ValueError(
                 f"{name}: got {t.dtype} {list(t.shape)} on {t.device}; expected {dtype} {list(shape)} on {x.k.device}"
             )
-    check_memory((("do", do), ("dstate", dstate)))
+    check_memory(("do", "dstate"), (do, dstate))
 
 
 def _ingest_backward_fake(*args: Any) -> tuple[Tensor, ...]:

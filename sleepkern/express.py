@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import settings
+from .addresses import mark_written
 from .backends import cpu
 from .problem import Tensors
 from .rules import Rule
@@ -27,49 +28,71 @@ def forward(
     rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None
 ) -> tuple[Tensor, Tensor] | None:
     """(readouts, final state) of a plain call, None for any other."""
-    if not _open(x, scale, normalize, backend) or x.k.dim() != 4 or x.v.dim() != 4:
+    q, k, v, g, beta, state, cu_seqlens = x
+    if cu_seqlens is not None or not _open(q, k, v, g, beta, state, scale, normalize, backend):
         return None
-    B, _, _, K = x.k.shape
-    _, _, HV, V = x.v.shape
+    if k.dim() != 4 or v.dim() != 4:
+        return None
+    B, _, _, K = k.shape
+    _, _, HV, V = v.shape
     try:
-        o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
-        final = x.v.new_empty((B, HV, K, V), dtype=torch.float32)
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        final = v.new_empty((B, HV, K, V), dtype=torch.float32)
     except RuntimeError:  # of a layout or type that has no such thing
         return None
-    return (o, final) if _run(rule, x, scale, normalize, o, final) else None
+    return (o, final) if _run(rule, scale, normalize, q, k, v, g, beta, state, o, final) else None
 
 
-def step(rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None) -> Tensor | None:
-    """Readouts of a plain call that updates x.state in place, None for any other."""
-    if not _open(x, scale, normalize, backend) or x.state is None:
+def step(
+    rule: Rule,
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    scale: float | None,
+    normalize: bool,
+    backend: str | None,
+) -> Tensor | None:
+    """Readouts of a plain call that updates `state` in place, None for any other."""
+    if state is None or not _open(q, k, v, g, beta, state, scale, normalize, backend):
         return None
-    if x.state.is_inference() and not torch.is_inference_mode_enabled():
+    if state.is_inference() and not torch.is_inference_mode_enabled():
         return None
     try:
-        o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
     except RuntimeError:
         return None
-    if not _run(rule, x, scale, normalize, o, x.state):
+    if not _run(rule, scale, normalize, q, k, v, g, beta, state, o, state):
         return None
-    torch._C._increment_version((x.state,))
+    mark_written(state)
     return o
 
 
-def _open(x: Tensors, scale: float | None, normalize: bool, backend: str | None) -> bool:
+def _open(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor | None,
+    scale: float | None,
+    normalize: bool,
+    backend: str | None,
+) -> bool:
     if not _usable or settings.DEBUG or (backend or settings.BACKEND) not in (None, cpu.NAME):
         return False
-    if type(normalize) is not bool or not (scale is None or (type(scale) is float and abs(scale) < math.inf)):
-        return False
-    q, k, v, g, beta, state, cu_seqlens = x
     # Spelled out, because a loop would cost as much as all the questions.
     if (
-        cu_seqlens is not None
-        or type(q) is not Tensor
+        type(q) is not Tensor
         or type(k) is not Tensor
         or type(v) is not Tensor
-        or not (g is None or type(g) is Tensor)
-        or not (beta is None or type(beta) is Tensor)
-        or not (state is None or type(state) is Tensor)
+        or (g is not None and type(g) is not Tensor)
+        or (beta is not None and type(beta) is not Tensor)
+        or (state is not None and type(state) is not Tensor)
+        or type(normalize) is not bool
+        or (scale is not None and (type(scale) is not float or not abs(scale) < math.inf))
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -97,10 +120,7 @@ def _open(x: Tensors, scale: float | None, normalize: bool, backend: str | None)
     )
 
 
-def _run(rule: Rule, x: Tensors, scale: float | None, normalize: bool, o: Tensor, final: Tensor) -> bool:
-    q, k, v, g, beta, state, _ = x
-    done: bool = cpu._C.express(
-        cpu.GATES[rule.gate], rule.delta, normalize, math.nan if scale is None else scale,
-        q, k, v, g, beta, state, o, final,
-    )  # fmt: skip
-    return done
+def _run(rule: Rule, scale: float | None, normalize: bool, *tensors: Tensor | None) -> bool:
+    """tensors: q, k, v, g, beta, state, o, final state."""
+    unscaled = math.nan if scale is None else scale
+    return cpu._C.express(cpu.GATES[rule.gate], rule.delta, normalize, unscaled, *tensors)  # type: ignore[no-any-return]

@@ -194,13 +194,13 @@ def recurrent_step(
         (o [B,T,HV,V], state after the tokens). Differentiable; where a gradient is wanted, an in-place update is
         recorded as a copy into `state`.
     """
-    x = Tensors(q, k, v, g, beta, state, None)
     if type(rule) is not Rule:
         rule = rule_named(rule)
     if inplace is True and state_indices is None:
-        plain = express.step(rule, x, scale, use_qk_l2norm_in_kernel, backend)
+        plain = express.step(rule, q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel, backend)
         if plain is not None:
             return plain, state
+    x = Tensors(q, k, v, g, beta, state, None)
     check_flag("inplace", inplace)
     if state_indices is not None:
         return _step_in_pool(rule, x, state_indices, inplace, scale, use_qk_l2norm_in_kernel, backend)
@@ -230,12 +230,11 @@ def _step_in_pool(
     assert pool is not None
     with on_device_of(x.k):
         engine = choose(problem, backend)
-    if inplace:
-        autograd.check_update(x, places)
-    else:
-        pool = pool.clone()
+    pool = pool if inplace else pool.clone()
     if not autograd.wants_grad(x):
         return autograd.step(problem, engine, x._replace(state=pool), places), pool
+    if inplace:
+        autograd.check_update(x, places)
     present = places >= 0
     out = autograd.ingest(problem, engine, x._replace(state=pool[places.clamp_min(0)]))
     assert out.o is not None

@@ -136,7 +136,7 @@ def check_values(problem: Problem, x: Tensors, state_name: str = "initial_state"
     cu_seqlens, g = x.cu_seqlens, x.g
     names = ("q", "k", "v", "g", "beta", state_name, "cu_seqlens")
     if problem.device in ("cpu", "cuda"):
-        check_memory(zip(names, x, strict=True))
+        check_memory(names, x)
     if cu_seqlens is not None and (debug or cu_seqlens.device.type == "cpu"):
         check_offsets(cu_seqlens.tolist(), problem.T)
     if problem.device != "cpu" and not debug:
@@ -145,7 +145,7 @@ def check_values(problem: Problem, x: Tensors, state_name: str = "initial_state"
         for name, t in zip(names, x, strict=True):
             if t is not None:
                 _check_numbers(name, t)
-    if g is not None and g.numel() and not g.detach().amax().item() <= 0:  # NaN is not <=, and may hide what is above 0
+    if g is not None and g.numel() and not g.amax().item() <= 0:  # NaN is not <=, and may hide what is above 0
         largest = torch.where(g > 0, g, 0).amax().item()
         if largest > 0:
             raise ValueError(f"g: got a log decay of {largest:.9g}; expected g <= 0 (a = exp(g) <= 1)")
@@ -171,9 +171,9 @@ def check_pool(problem: Problem, pool: Tensor | None, places: Tensor) -> None:
         raise _wrong_type("state_indices", places, "torch.int32 or torch.int64")
     if places.shape != (problem.B,):
         raise _wrong_shape("state_indices", places, (problem.B,))
-    for name, t in (("state", pool), ("state_indices", places)):
-        if t.device.type != problem.device:
-            raise ValueError(f"{name}: got device {t.device}; expected {problem.device}, where k is")
+    for name, device in (("state", pool.device), ("state_indices", places.device)):
+        if device.type != problem.device:
+            raise ValueError(f"{name}: got device {device}; expected {problem.device}, where k is")
 
 
 def check_places(pool: Tensor, places: Tensor) -> None:
@@ -197,7 +197,8 @@ def _check_tensors(x: Tensors, readouts: bool, state_name: str) -> None:
     for name, t in zip(names, x, strict=True):
         if t is None and not (name in ("k", "v") or (name == "q" and readouts)):
             continue
-        check_dense(name, t)
+        if not isinstance(t, Tensor) or t.layout != torch.strided:
+            t = check_dense(name, t)
         if t.device != device and device is not None and (name != "cu_seqlens" or t.device.type != "cpu"):
             raise ValueError(f"{name}: got device {t.device}; expected {device}, where k is")
 
@@ -288,8 +289,8 @@ def _check_replay(passes: Any, tol: Any, method: Any) -> int:
     return count
 
 
-def check_dense(name: str, t: object) -> None:
-    """Refuse what is no tensor, or none whose numbers lie at strides.
+def check_dense(name: str, t: object) -> Tensor:
+    """The tensor, if it is one whose numbers lie at strides.
 
     Raises:
         TypeError, ValueError: as `check`.
@@ -298,6 +299,7 @@ def check_dense(name: str, t: object) -> None:
         raise TypeError(f"{name}: got {type(t).__name__}; expected a torch.Tensor")
     if t.layout != torch.strided:
         raise ValueError(f"{name}: got layout {t.layout}; expected torch.strided")
+    return t
 
 
 def check_flag(name: str, value: object) -> None:
@@ -354,7 +356,9 @@ def _check_contraction(problem: Problem, k: Tensor, beta: Tensor) -> None:
             norm = norm.repeat_interleave(problem.HV // problem.H, dim=2)
     gains = norm * beta.detach().to(problem.state_dtype)
     most = 2 * (1 + 4 * torch.finfo(problem.dtype).eps)
-    gain = torch.where(gains > most, gains, 0).amax().item()  # a NaN among them is not above anything
+    if gains.amax().item() <= most:
+        return
+    gain = torch.where(gains > most, gains, 0).amax().item()  # a NaN is not above anything and may hide what is
     if gain > most:
         raise ValueError(
             f"beta: got beta * |k|^2 up to {gain:.9g}; expected at most 2, beyond which {problem.passes} "

@@ -62,7 +62,12 @@ def untraced(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return not any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in tensors)
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not Tensor and type(t) is not Parameter:
+            return False
+    return True
 
 
 def unrecorded(*tensors: Tensor | None) -> bool:
@@ -73,7 +78,12 @@ def unrecorded(*tensors: Tensor | None) -> bool:
     if not untraced(*tensors):
         return False
     grad = torch.is_grad_enabled()
-    return not any(t is not None and (t.is_neg() or (grad and t.requires_grad)) for t in tensors)
+    for t in tensors:
+        if t is None:
+            continue
+        if t.is_neg() or (grad and t.requires_grad):
+            return False
+    return True
 
 
 def by_sequence(problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested]) -> Ingested:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..addresses import check_memory
-from ..backends.tensors import differentiable
+from ..backends.tensors import differentiable, refuse_tangents
 from ..problem import check_flag, finite
 from . import native
 
@@ -46,8 +46,9 @@ def gated_rms_norm(
         TypeError: an argument is not a tensor of floats, eps no number, gate_first no bool.
         ValueError: a shape, layout, device, eps or activation that does not fit.
     """
-    for name, t in (("x", x), ("gate", gate), ("weight", weight)):
-        native.check_floats(name, t, x)
+    direct = x is not None and gate is not None and weight is not None and native.direct(x, gate, weight)
+    if not direct:
+        _check_tensors(x, gate, weight)
     eps = finite("eps", eps)
     check_flag("gate_first", gate_first)
     if x.ndim == 2 and gate.ndim == 2:
@@ -56,11 +57,17 @@ def gated_rms_norm(
     if activation not in ("silu", "sigmoid"):
         raise ValueError(f"activation: got {activation!r}; expected 'silu' or 'sigmoid'")
     silu = activation == "silu"
-    if not native.usable(x, gate, weight):
+    if not direct and not native.usable(x, gate, weight):
         return _by_torch(x, gate, weight, eps, silu, gate_first)
-    if native.unrecorded(x, gate, weight):
+    if direct:
         return _gated_norm(x, gate, weight, eps, silu, gate_first)
+    refuse_tangents(x, gate, weight)
     return torch.ops.sleepkern.gated_norm.default(x, gate, weight, eps, silu, gate_first)  # type: ignore[no-any-return]
+
+
+def _check_tensors(x: Tensor, gate: Tensor, weight: Tensor) -> None:
+    for name, t in (("x", x), ("gate", gate), ("weight", weight)):
+        native.check_floats(name, t, x)
 
 
 def _check_shapes(x: Tensor, gate: Tensor, weight: Tensor) -> None:
@@ -87,7 +94,7 @@ def _arguments(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool
 ) -> tuple[tuple[object, ...], int, int, list[Tensor | None]]:
     """What both entry points of _C take first, tokens, numbers of a token, and what must live meanwhile."""
-    check_memory((("x", x), ("gate", gate), ("weight", weight)))
+    check_memory(("x", "gate", "weight"), (x, gate, weight))
     V, heads = x.shape[-1], x.shape[2] if x.ndim == 4 else 1
     tokens = x.shape[0] * x.shape[1]
     (x_alive, x_view), (gate_alive, gate_view) = native.rows(x, heads * V), native.rows(gate, heads * V)
@@ -111,8 +118,7 @@ def _checked_gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, sil
 
 
 def _check_operands(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> None:
-    for name, t in (("x", x), ("gate", gate), ("weight", weight)):
-        native.check_floats(name, t, x)
+    _check_tensors(x, gate, weight)
     native.check_kernel(x=x, gate=gate, weight=weight)
     finite("eps", eps)
     _check_shapes(x, gate, weight)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import settings
 from ..addresses import check_memory
 from ..backends import cpu
-from ..backends.tensors import in_rows, refuse_tangents
-from ..backends.tensors import unrecorded as tensors_unrecorded
+from ..backends.tensors import in_rows, untraced
 from ..problem import check_dense
 
 _C = cpu._C
@@ -26,14 +26,33 @@ def usable(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.device.type == "cpu" and t.dtype in TYPES) for t in tensors)
 
 
-def check_floats(name: str, t: object, x: Tensor) -> None:
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether C++ reads these as they are: usable, at strides, and nobody looks at the operator.
+
+    Takes anything for a tensor, and says no to what is none.
+    """
+    if _C is None or settings.BACKEND not in (None, cpu.NAME) or not untraced(*tensors):
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if not t.is_cpu or t.dtype not in TYPES or t.is_neg() or (grad and t.requires_grad):
+            return False
+        if t.layout is not torch.strided:
+            return False
+    return True
+
+
+def check_floats(name: str, given: object, x: Tensor) -> None:
     """Refuse what is not a tensor of floats at strides where x is.
 
     Raises:
         TypeError, ValueError: names the argument.
     """
-    check_dense(name, t)
-    assert isinstance(t, Tensor)
+    t = check_dense(name, given)
     if not t.is_floating_point():
         raise TypeError(f"{name}: got {t.dtype}; expected floats")
     if t.device != x.device:
@@ -62,19 +81,7 @@ def check_upstream(name: str, t: Tensor | None, x: Tensor, shape: Sequence[int])
     check_floats(name, t, x)
     if t.shape != torch.Size(shape) or t.dtype != x.dtype:
         raise ValueError(f"{name}: got {t.dtype} {list(t.shape)}; expected {x.dtype} {list(shape)}")
-    check_memory(((name, t),))
-
-
-def unrecorded(*tensors: Tensor | None) -> bool:
-    """Nobody looks at the operator: no gradient, graph capture, subclass, mode or transform.
-
-    Raises:
-        NotImplementedError: a tangent of forward mode, which operators would drop.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    refuse_tangents(*tensors)
-    return tensors_unrecorded(*tensors)
+    check_memory((name,), (t,))
 
 
 def rows(t: Tensor | None, width: int) -> tuple[Tensor | None, tuple[int, int, int]]:

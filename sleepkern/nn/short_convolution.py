@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..addresses import check_memory, check_written, mark_written
-from ..backends.tensors import differentiable, untraced
+from ..backends.tensors import differentiable, refuse_tangents, untraced
 from ..problem import check_offsets, check_packing
 from . import native
 
@@ -51,14 +51,17 @@ def short_convolution(
         TypeError: an argument is not a tensor, not of floats, or cu_seqlens of another type than int32 or int64.
         ValueError: a shape, layout, device, activation or cu_seqlens that does not fit.
     """
+    direct = x is not None and weight is not None and native.direct(x, weight, bias, past) and untraced(cu_seqlens)
+    if not direct:
+        _check_tensors(x, weight, bias, past=past)
     _check(x, weight, bias, past, activation, cu_seqlens)
     silu = activation == "silu"
     past = past if past is None else past.to(x.dtype)
-    tensors = (x, weight, bias, past)
-    if not native.usable(*tensors) or weight.shape[1] > _C.convolution_limit:
+    if not native.usable(x, weight, bias, past) or weight.shape[1] > _C.convolution_limit:
         return _by_torch(x, weight, bias, past, cu_seqlens, silu)
-    if native.unrecorded(*tensors, cu_seqlens):
+    if direct:
         return _convolve(x, weight, bias, past, cu_seqlens, silu)
+    refuse_tangents(x, weight, bias, past)
     y, last = torch.ops.sleepkern.convolve.default(x, weight, bias, past, cu_seqlens, silu)
     return y, last
 
@@ -81,7 +84,10 @@ def short_convolution_step(
         ValueError: a shape, layout, device or activation that does not fit, or a state that overlaps itself or another
             argument.
     """
-    _check_tensors(x, weight, bias, state=state)
+    required = (x, weight, state)
+    direct = not any(t is None for t in required) and native.direct(x, weight, bias, state)
+    if not direct:
+        _check_tensors(x, weight, bias, state=state)
     if x.ndim != 2:
         raise ValueError(f"x: got shape {list(x.shape)}; expected [B,D]")
     _check_weights(x.shape[1], weight, bias, activation)
@@ -89,12 +95,10 @@ def short_convolution_step(
     if state.shape != (B, D, W):
         raise ValueError(f"state: got {list(state.shape)}; expected [B,D,W] = {[B, D, W]}")
     silu = activation == "silu"
-    if untraced(x, state, weight, bias) and not x.is_meta:
-        read = (("x", x), ("weight", weight), ("bias", bias))
-        check_memory((*read, ("state", state)))
-        check_written("state", state, read)
-    fits = native.usable(x, state, weight, bias) and native.unrecorded(x, state, weight, bias)
-    if not fits or not x.numel() or W > _C.convolution_limit or state.dtype != x.dtype or not state.is_contiguous():
+    if direct or (untraced(x, state, weight, bias) and not x.is_meta):
+        check_memory(("x", "weight", "bias", "state"), (x, weight, bias, state))
+        check_written("state", state, ("x", "weight", "bias"), (x, weight, bias))
+    if not direct or not x.numel() or W > _C.convolution_limit or state.dtype != x.dtype or not state.is_contiguous():
         state.copy_(torch.cat([state[..., 1:], x[..., None].to(state.dtype)], dim=-1))
         z = (state.to(weight.dtype) * weight).sum(-1)
         z = z if bias is None else z + bias
@@ -133,7 +137,6 @@ def _check(
     activation: str | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    _check_tensors(x, weight, bias, past=past)
     if x.ndim != 3:
         raise ValueError(f"x: got shape {list(x.shape)}; expected [B,T,D]")
     B, _, D = x.shape
@@ -170,8 +173,8 @@ def _arguments(
 ) -> tuple[tuple[object, ...], int, list[Tensor | None]]:
     """What both entry points of _C take first, the number of sequences, and the tensors that must live meanwhile."""
     B, T, D = x.shape
-    check_memory((("x", x), ("weight", weight), ("bias", bias), ("past", past), ("cu_seqlens", cu_seqlens)))
-    offsets = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous()
+    check_memory(("x", "weight", "bias", "past", "cu_seqlens"), (x, weight, bias, past, cu_seqlens))
+    offsets = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous().resolve_neg()
     if offsets is not None:  # here, where values are at hand in a compiled graph, too
         check_offsets(offsets.tolist(), T)
     sequences = B if offsets is None else len(offsets) - 1
@@ -198,6 +201,7 @@ def _checked_convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """The operator, which anybody may call."""
+    _check_tensors(x, weight, bias, past=past)
     _check(x, weight, bias, past, "silu" if silu else None, cu_seqlens)
     _check_native(x, weight, bias, past)
     return _convolve(x, weight, bias, past, cu_seqlens, silu)
@@ -229,6 +233,7 @@ def _convolve_backward(
     dy: Tensor | None,
     dlast: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_tensors(x, weight, bias, past=past)
     _check(x, weight, bias, past, "silu" if silu else None, cu_seqlens)
     _check_native(x, weight, bias, past)
     arguments, sequences, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
