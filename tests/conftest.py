@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 from sleepkern.rules import RULES, Rule
+
+# `make test` takes the first; --hypothesis-profile=full the second.
+hypothesis.settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("full", max_examples=5000, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

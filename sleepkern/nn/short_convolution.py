@@ -98,6 +98,8 @@ def short_convolution_step(
     if direct or (untraced(x, state, weight, bias) and not x.is_meta):
         check_memory(("x", "weight", "bias", "state"), (x, weight, bias, state))
         check_written("state", state, ("x", "weight", "bias"), (x, weight, bias))
+    if not direct and native.usable(x, state, weight, bias):
+        refuse_tangents(x, state, weight, bias)
     if not direct or not x.numel() or W > _C.convolution_limit or state.dtype != x.dtype or not state.is_contiguous():
         state.copy_(torch.cat([state[..., 1:], x[..., None].to(state.dtype)], dim=-1))
         z = (state.to(weight.dtype) * weight).sum(-1)
