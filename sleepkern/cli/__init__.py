@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+from typing import Annotated
+
 import typer
 
 from . import bench, curves, demo, explain, info, study, train, tune, verify
@@ -17,6 +22,41 @@ for _module in (verify, bench, explain, info, tune, train, curves, demo):
 app.add_typer(study.app, name="study")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Kernels for fast weights and sleep: check them, time them, ask them."""
+
+
 def main() -> None:
-    """Entry point. Exit status 0: all green; 1: a check is red; 2: called wrongly."""
-    app()
+    """Entry point. Exit status 0: all green; 1: a check is red, or a file cannot be written; 2: called wrongly."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what an encoding lacks is shown as ?, not as a traceback
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        sys.stderr.write(f"sleepkern: {error}\n")
+        _discard_output()
+        sys.exit(1)
+
+
+def _discard_output() -> None:
+    """Send what stdout still holds to nowhere: the flush at exit would fail on it once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

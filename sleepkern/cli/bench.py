@@ -7,15 +7,17 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.measure import Measurement
 from rich.table import Table
 
 from ..measure import Report, bench, gpu_cases
 from ..measure.bench import Row
 from ..measure.cases import SUITES
-from .output import check_device, console, drawable, finish, progress_bar, usage, writable, write_json
+from .output import check_device, console, drawable, finish, named_path, progress_bar, usage, writable, write_json
 
 SUITES_HELP = f"all, or one of {', '.join(SUITES)}; with --device cuda one of {', '.join(gpu_cases.SUITES)}"
 TITLE = "bench: medians, results checked against the reference before"
+NOT_TIMED = "[dim]-[/]"
 OURS = "ours, "
 """Begins the names of sleepkern itself under other settings (measure/peers.py)."""
 
@@ -25,8 +27,13 @@ def command(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="threads of ours and of every peer")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="shorter sequences, about a minute")] = False,
-    json: Annotated[Path | None, typer.Option(help="write the results to this file")] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw them into this file: .png, .pdf, .svg, ...")] = None,
+    json: Annotated[
+        Path | None, typer.Option(parser=named_path, metavar="PATH", help="write the results to this file")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(parser=named_path, metavar="PATH", help="draw them into this file: .png, .pdf, .svg, ..."),
+    ] = None,
 ) -> None:
     """Time every suite next to its peers, results checked first. Exit status 1 when one is
     wrong."""
@@ -76,7 +83,8 @@ def draw(report: Report, path: Path) -> None:
 
 def show(report: Report) -> None:
     """The table, where it was measured, and what is red."""
-    console.print(table(report))
+    for table in tables(report):
+        console.print(table)
     where = report.environment
     peak = "" if report.peak_gflops is None else f", peak of a core {report.peak_gflops:.0f} GFLOP/s (float32)"
     if report.peak_gigabytes_per_second is not None and report.peak_gflops is not None:
@@ -93,28 +101,55 @@ def show(report: Report) -> None:
                 console.print(f"[yellow]{row.case}: {peer.name} is {peer.note}[/]")
 
 
-def table(report: Report) -> Table:
-    """One line per case, one column per peer that was timed, one for ours otherwise; 80 columns."""
-    names = report.peer_names
-    theirs = [name for name in names if not name.startswith(OURS)]
-    others = [name for name in names if name.startswith(OURS)]
-    result = Table(title=TITLE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def tables(report: Report) -> list[Table]:
+    """One line per case: figures, then a column per peer that was timed, and one for ours under other settings.
+
+    Peers for which the console has no room come in tables of their own below, so that no figure is cut; these list only
+    the cases that have such a peer.
+    """
+    theirs = [[name] for name in report.peer_names if not name.startswith(OURS)]
+    others = [name for name in report.peer_names if name.startswith(OURS)]
+    left = theirs + ([others] if others else [])
+    found = []
+    while left or not found:
+        first, shown = not found, len(left)
+        while shown > 1 and not _fits(_table(report, left[:shown], first)):
+            shown -= 1
+        if first and left and not _fits(_table(report, left[:shown], first)):
+            shown = 0
+        found.append(_table(report, left[:shown], first))
+        left = left[shown:]
+    return found
+
+
+def _fits(table: Table) -> bool:
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width
+
+
+def _table(report: Report, peers: list[list[str]], figures: bool) -> Table:
+    """Cases by peers, each the names that share a column; with the figures of the cases or without."""
+    bandwidth = figures and report.peak_gigabytes_per_second is not None
+    result = Table(title=TITLE if figures else None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     result.add_column("case", no_wrap=True)
-    headings = ["ms", "GFLOP\n/s", "of\npeak"]
-    if report.peak_gigabytes_per_second is not None:
-        headings.append("of\nbytes/s")
-    headings += ["x " + name.replace("transformers", "trans-\nformers").replace(" ", "\n") for name in theirs]
-    if others:
-        headings.append("x ours,\n" + "\n".join(name.removeprefix(OURS) for name in others))
-    for heading in headings:
+    headings = ["ms", "GFLOP\n/s", "of\npeak"] if figures else []
+    headings += ["of\nbytes/s"] if bandwidth else []
+    for heading in [*headings, *map(_heading, peers)]:
         result.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
-        ratios = [_ratio(row, [name]) for name in theirs] + ([_ratio(row, others)] if others else [])
-        figures = _figures(row)
-        if report.peak_gigabytes_per_second is not None:
-            figures = (*figures, "" if row.share_of_bandwidth is None else f"{row.share_of_bandwidth:.0%}")
-        result.add_row(row.rule + "\n  " + row.details, *figures, *ratios)
+        ratios = [_ratio(row, names) for names in peers]
+        if not figures and set(ratios) <= {NOT_TIMED}:
+            continue
+        cells = list(_figures(row)) if figures else []
+        if bandwidth:
+            cells.append("" if row.share_of_bandwidth is None else f"{row.share_of_bandwidth:.0%}")
+        result.add_row(row.rule + "\n  " + row.details, *cells, *ratios)
     return result
+
+
+def _heading(names: list[str]) -> str:
+    if names[0].startswith(OURS):
+        return "x ours,\n" + "\n".join(name.removeprefix(OURS) for name in names)
+    return "x " + names[0].replace("transformers", "trans-\nformers").replace(" ", "\n")
 
 
 def _figures(row: Row) -> tuple[str, ...]:
@@ -129,4 +164,4 @@ def _ratio(row: Row, names: list[str]) -> str:
     for peer in row.peers:
         if peer.name in names and peer.milliseconds is not None:
             return "[yellow]wrong[/]" if peer.ratio is None else f"{peer.ratio:.2f}"
-    return "[dim]-[/]"
+    return NOT_TIMED

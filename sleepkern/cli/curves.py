@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from ..training.logs import Log, read_logs
-from .output import console, drawable, usage
+from .output import console, drawable, named_path, usage
 
 
 def command(
-    folders: Annotated[list[Path], typer.Argument(help="that `train` or `study` has written to")],
-    out: Annotated[Path, typer.Option(help="PNG to write")] = Path("curves.png"),
+    folders: Annotated[
+        list[Path], typer.Argument(parser=named_path, metavar="PATH", help="that `train` or `study` has written to")
+    ],
+    out: Annotated[Path, typer.Option(parser=named_path, metavar="PATH", help="PNG to write")] = Path("curves.png"),
 ) -> None:
     """Draw accuracy at each level over the steps, and at the end; runs of one label share a colour."""
     drawable(out, "--out")

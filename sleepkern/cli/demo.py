@@ -15,12 +15,16 @@ from ..measure.timing import threads
 from . import bench as bench_command
 from . import verify as verify_command
 from .dropin import agrees
-from .output import console, finish, writable, write_json
+from .output import console, finish, named_path, writable, write_json
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="folder for JSON and PNG files")] = Path("out/demo"),
-    text: Annotated[Path, typer.Option(help="what the model reads")] = Path("README.md"),
+    out: Annotated[Path, typer.Option(parser=named_path, metavar="PATH", help="folder for JSON and PNG files")] = Path(
+        "out/demo"
+    ),
+    text: Annotated[Path, typer.Option(parser=named_path, metavar="PATH", help="what the model reads")] = Path(
+        "README.md"
+    ),
 ) -> None:
     """Verify and bench (quick), a model with and without sleepkern, sleep, and thinking. Exit status 1 when red."""
     if not text.is_file():

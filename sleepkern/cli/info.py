@@ -17,11 +17,11 @@ from ..measure.cases import Case
 from ..measure.environment import environment, native_module
 from ..rules import GATED_DELTA_RULE
 from ..testing import Shape
-from .output import console, writable, write_json
+from .output import console, named_path, writable, write_json
 
 
 def command(
-    json: Annotated[Path | None, typer.Option(help="write it to this file")] = None,
+    json: Annotated[Path | None, typer.Option(parser=named_path, metavar="PATH", help="write it to this file")] = None,
 ) -> None:
     """Versions, processor, instruction sets, GPUs, and what each backend says to a plain call."""
     writable(json, "--json")

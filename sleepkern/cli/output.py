@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..files import write_text
 from ..measure.verify import Progress as Report
 
 console = Console()
@@ -39,12 +40,11 @@ def progress_bar() -> Iterator[Report]:
 
 
 def write_json(path: Path | None, content: dict[str, Any], quiet: bool = False) -> None:
-    """Write where asked for, making folders; infinities become strings, which JSON has no number
+    """Write where asked for, making folders, whole or not at all; infinities become strings, which JSON has no number
     for."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
     if not quiet:
         console.print(f"wrote {path}", soft_wrap=True)
 
@@ -88,6 +88,13 @@ def drawable(path: Path | None, option: str) -> None:
         expected = ", ".join(f".{suffix}" for suffix in known)
         raise typer.BadParameter(f"got {path}; expected a name that ends in one of {expected}", param_hint=option)
     writable(path, option)
+
+
+def named_path(text: str | Path) -> Path:
+    """A path of the command line, which has a name: an empty one, as of a variable that is not set, is wrong usage."""
+    if not str(text):
+        raise typer.BadParameter("got an empty name; expected a path")
+    return Path(text)
 
 
 def usage(error: ValueError) -> typer.BadParameter:

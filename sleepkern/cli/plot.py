@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from ..files import replacing
 from ..measure import Report
 from ..measure.bench import Row
 
@@ -46,11 +47,11 @@ def draw_report(report: Report, path: Path) -> None:
     where = report.environment
     figure.suptitle(
         f"sleepkern {where['versions']['sleepkern']}: {where['device']}, "
-        f"{where['threads']} thread(s), {where['date'][:10]}",
+        f"{where['threads']} thread(s) unless said, {where['date'][:10]}",
         fontsize=11,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=130)
     pyplot.close(figure)
 
 
@@ -84,7 +85,7 @@ def _speedups(panel: Any, rows: list[Row], names: list[str], bar: float) -> None
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.axvline(1, color="black", linewidth=0.8)
-    panel.set_yticks(range(len(rows)), [f"{row.rule}  {row.details}" for row in rows], fontsize=8)
+    panel.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlabel("times faster than (logarithmic)")
     panel.legend(
@@ -95,6 +96,10 @@ def _speedups(panel: Any, rows: list[Row], names: list[str], bar: float) -> None
         frameon=False,
     )
     _tidy(panel)
+
+
+def _label(row: Row) -> str:
+    return f"{row.rule}  {row.details}\n{row.milliseconds:.3g} ms"
 
 
 def _shares(panel: Any, rows: list[Row], peak: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib import pyplot
 
+from ..files import replacing
 from ..training.logs import Log
 from .plot import COLORS, PEAK_COLOR
 
@@ -47,8 +48,8 @@ def draw_curves(logs: list[Log], path: Path) -> None:
     seeds = len({log.seed for log in logs})
     figure.legend(loc="outside upper center", ncols=min(3, len(labels)), fontsize=9, frameon=False)
     figure.text(0.995, 0.004, f"{seeds} seed(s); dashed: chance", ha="right", fontsize=7, color=PEAK_COLOR)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=130)
     pyplot.close(figure)
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..files import write_text
 from ..measure.environment import environment
 from ..measure.timing import threads
 from ..training import configuration
@@ -18,14 +19,19 @@ from ..training.costs import adaptive, step_costs, throughput
 from ..training.logs import Log, read_logs
 from ..training.study import N1, N4, Study, gaps, markdown, seeds_of, summary
 from .curves import draw_curves
-from .output import console, finish, progress_bar, usage, writable, write_json
+from .output import console, finish, named_path, progress_bar, usage, writable, write_json
 
 app = typer.Typer(no_args_is_help=True, help="What N passes are good for, and what they cost.")
 
 
 @app.command("mini-depo")
 def mini_depo(
-    out: Annotated[Path, typer.Option(help="folder for all runs and the results; runs finished there stay")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=named_path, metavar="PATH", help="folder for all runs and the results; runs finished there stay"
+        ),
+    ],
     seeds: Annotated[str, typer.Option(help="numbers with commas between them")] = "0,1,2",
     steps: Annotated[int | None, typer.Option(min=1, help="of all rows but the longer one")] = None,
     processes: Annotated[int, typer.Option(min=1, help="trainings side by side, one thread each")] = 2,
@@ -41,8 +47,11 @@ def mini_depo(
 
 @app.command("costs")
 def costs(
-    out: Annotated[Path, typer.Option(help="folder for costs.json and costs.md")],
-    trained: Annotated[Path | None, typer.Option(help="folder of a trained mini-Depo, to sleep until settled")] = None,
+    out: Annotated[Path, typer.Option(parser=named_path, metavar="PATH", help="folder for costs.json and costs.md")],
+    trained: Annotated[
+        Path | None,
+        typer.Option(parser=named_path, metavar="PATH", help="folder of a trained mini-Depo, to sleep until settled"),
+    ] = None,
 ) -> None:
     """Seconds and memory of a training step by passes, checkpoints and eviction; tokens a second by backend."""
     writable(out, "--out", folder=True)
@@ -58,7 +67,7 @@ def costs(
     text = costs_markdown(found)
     console.print(text)
     write_json(out / "costs.json", found)
-    (out / "costs.md").write_text(text)
+    write_text(out / "costs.md", text)
 
 
 def costs_markdown(found: dict[str, Any]) -> str:
@@ -88,7 +97,7 @@ def run_study(study: Study, processes: int = 2) -> dict[str, Any]:
     found = {**summary(study), "environment": environment()}
     console.print(table(study))
     write_json(study.folder / "study.json", found)
-    (study.folder / "study.md").write_text(markdown(study))
+    write_text(study.folder / "study.md", markdown(study))
     draw_curves(read_logs([study.place(*job) for job in study.jobs()]), study.folder / "study.png")
     return found
 

@@ -16,7 +16,7 @@ from ..measure.timing import threads
 from ..training import CONFIGURATIONS, Run, Training, configuration, placed
 from ..training.estimate import estimate
 from ..training.logs import CHECKPOINT, LOG, default_label, written
-from .output import check_device, console, usage, writable, write_json
+from .output import check_device, console, named_path, usage, writable, write_json
 
 
 def command(
@@ -34,7 +34,9 @@ def command(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     distributed: Annotated[str, typer.Option(help="single, or under torchrun ddp or fsdp")] = "single",
     cores: Annotated[int, typer.Option("--threads", min=1, help="of torch, on the CPU")] = 1,
-    out: Annotated[Path | None, typer.Option(help="folder for log.json and checkpoint.pt")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=named_path, metavar="PATH", help="folder for log.json and checkpoint.pt")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the checkpoint in --out, if there is one")] = False,
     label: Annotated[str | None, typer.Option(help="name of the run in plots")] = None,
     listed: Annotated[bool, typer.Option("--list", help="show what can be trained, with estimates of cost")] = False,
@@ -73,6 +75,8 @@ def train(training: Training, out: Path | None, label: str) -> None:
                 write_json(out / LOG, written(now, label), quiet=True)
 
         training.train(look=keep, each=bar)
+        if out is not None and training.placement.first:  # a run that was at its end already may have lost its log
+            write_json(out / LOG, written(training, label), quiet=True)
     if training.placement.first:
         console.print(accuracy_line(training))
 

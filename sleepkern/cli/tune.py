@@ -14,14 +14,17 @@ from ..measure.environment import environment
 from ..measure.tune import CHUNKS, Trial, tune
 from ..rules import RULES
 from ..testing import Shape
-from .output import check_device, console, finish, progress_bar, usage, writable, write_json
+from .output import check_device, console, finish, named_path, progress_bar, usage, writable, write_json
 
 BOTH = ("gated_delta_rule", "kda")
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def command(
-    out: Annotated[Path, typer.Argument(help="file to write; `sleepkern.use_plans(file)` reads it")],
+    out: Annotated[
+        Path,
+        typer.Argument(parser=named_path, metavar="PATH", help="file to write; `sleepkern.use_plans(file)` reads it"),
+    ],
     rule: Annotated[list[str] | None, typer.Option(help="once per rule", show_default=", ".join(BOTH))] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(TYPES))] = "bfloat16",
     K: Annotated[int, typer.Option("--K", min=1, help="key width")] = 128,

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..measure import environment, verify
 from ..measure.cases import type_name
 from ..measure.verify import DTYPES, Row
-from .output import check_device, console, finish, progress_bar, usage, writable, write_json
+from .output import check_device, console, finish, named_path, progress_bar, usage, writable, write_json
 
 TYPES = {type_name(dtype): dtype for dtype in DTYPES}
 SHOWN = 12
@@ -27,7 +27,9 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help="fewer shapes and variants")] = False,
     dtype: Annotated[list[str] | None, typer.Option(help=f"only this type of {', '.join(TYPES)}")] = None,
     tf32: Annotated[bool, typer.Option("--tf32", help="let float32 products on a GPU round to tf32")] = False,
-    json: Annotated[Path | None, typer.Option(help="write every comparison to this file")] = None,
+    json: Annotated[
+        Path | None, typer.Option(parser=named_path, metavar="PATH", help="write every comparison to this file")
+    ] = None,
 ) -> None:
     """Compare every backend with the float64 reference: outputs and gradients. Exit status 1 when
     one is wrong."""

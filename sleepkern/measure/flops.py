@@ -33,12 +33,12 @@ CHUNK = 32
 
 def forward_flops(rule: Rule, shape: Shape, passes: int = 1, readouts: bool = True) -> int:
     """Useful operations of a forward of `passes` passes."""
-    lengths = shape.lengths if shape.lengths is not None else (shape.T,) * shape.B
+    lengths = shape.lengths if shape.lengths is not None else (shape.T,)
     total = 0
     for length in lengths:
-        for first in range(0, length, CHUNK):
-            total += _chunk(rule, shape, min(CHUNK, length - first), passes, readouts)
-    return total
+        full, rest = divmod(length, CHUNK)
+        total += full * _chunk(rule, shape, CHUNK, passes, readouts) + _chunk(rule, shape, rest, passes, readouts)
+    return total if shape.lengths is not None else shape.B * total
 
 
 def train_flops(rule: Rule, shape: Shape, passes: int = 1) -> int:

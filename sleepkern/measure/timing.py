@@ -23,6 +23,9 @@ SHORTEST_SAMPLE = 2e-3
 """Seconds a sample lasts at least: calls shorter than that are repeated in a sample. Clock reads
 cost about 1e-7."""
 
+MOST_THREADS = 1024
+"""More than machines have cores; where the system refuses a thread, OpenMP ends the process."""
+
 LONGEST_WARM_UP = 0.5
 """Seconds after which no further set of inputs is warmed up."""
 
@@ -88,7 +91,13 @@ def time_in_turns(
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch's intra-op threads set to `count`, and back afterwards."""
+    """torch's intra-op threads set to `count`, and back afterwards.
+
+    Raises:
+        ValueError: a count below 1 or above MOST_THREADS.
+    """
+    if not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"threads: got {count}; expected 1 to {MOST_THREADS}")
     before = torch.get_num_threads()
     if before == count:
         yield

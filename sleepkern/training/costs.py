@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from .. import settings
 from ..measure.timing import Candidate, ratio, time_in_turns
+from .checkpoints import read_checkpoint
 from .configurations import Configuration, configuration
 from .logs import CHECKPOINT
 from .training import Run, Training
@@ -88,13 +89,13 @@ def adaptive(folder: Path) -> list[dict[str, Any]]:
     """A trained mini-Depo asked again with sleeps that end when the fast weights have settled: passes made, accuracy.
 
     Raises:
-        ValueError: no checkpoint there.
+        ValueError: no checkpoint there, or one that is damaged or of another model.
     """
     if not (folder / CHECKPOINT).is_file():
         raise ValueError(f"trained: got {folder}; expected a folder that `train depo` has written to")
-    told = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=False)["run"]
-    options = {name: value for name, value in told.items() if name != "configuration"}
-    training = Training(Run(configuration("depo", "mini"), **options))
+    told = read_checkpoint(folder / CHECKPOINT)["run"]
+    options = {field.name: told[field.name] for field in fields(Run) if field.name in told}
+    training = Training(Run(**{**options, "configuration": configuration("depo", "mini")}))
     training.load(folder / CHECKPOINT)
     rows = []
     for threshold in (None, *THRESHOLDS):

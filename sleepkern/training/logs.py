@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import read_json
 from ..measure.environment import environment
 from .training import Training
 
@@ -67,20 +67,30 @@ def default_label(passes: int, feedback: str, eviction: str = "hard", settled: f
 
 
 def read_log(folder: Path) -> Log | None:
-    """The run in a folder, None where there is none yet."""
+    """The run in a folder, None where there is none yet.
+
+    Raises:
+        ValueError: the log is damaged.
+    """
     path = folder / LOG
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
+    found = read_json(path)
     names = ("label", "steps", "finished", "seconds", "level_name", "chance", "history")
-    return Log(seed=found["run"]["seed"], folder=folder, **{name: found[name] for name in names})
+    try:
+        log = Log(seed=int(found["run"]["seed"]), folder=folder, **{name: found[name] for name in names})
+        for row in log.history:
+            int(row["step"]), float(row["loss"]), {int(level): float(x) for level, x in row["accuracy"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: got a damaged log ({error}); expected one that `train` wrote") from error
+    return log
 
 
 def read_logs(folders: list[Path]) -> list[Log]:
     """All runs in and below folders that have measured something.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one is damaged.
     """
     paths = sorted({path.parent for folder in folders for path in folder.rglob(LOG)})
     logs = [log for folder in paths if (log := read_log(folder)) is not None and log.history]

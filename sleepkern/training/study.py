@@ -72,8 +72,11 @@ class Study:
         return self.folder / name / f"seed-{seed}"
 
     def log(self, row: Row, seed: int) -> Log | None:
-        """Of one run, as far as it is."""
-        return read_log(self.place(row, seed))
+        """Of one run, as far as it is; None where it is damaged too, for the checkpoint beside it writes it anew."""
+        try:
+            return read_log(self.place(row, seed))
+        except ValueError:
+            return None
 
     def run(self, processes: int = 2, watch: Watch | None = None, interval: float = 2.0) -> None:
         """Train what is not finished, `processes` at a time, one thread each; `watch` sees the logs now and then.
@@ -188,4 +191,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
     parts: Sequence[str] = text.split(",")
     if not all(part.strip().isdigit() for part in parts):
         raise ValueError(f"seeds: got {text!r}; expected numbers with commas between them")
-    return tuple(int(part) for part in parts)
+    found = tuple(int(part) for part in parts)
+    if max(found) >= 2**63:
+        raise ValueError(f"seeds: got {text!r}; expected numbers below 2**63")
+    return found

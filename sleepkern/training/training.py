@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import replacing
 from ..sleep.session import Eviction, Feedback
 from ..tasks import IGNORED, Batch
+from .checkpoints import check_weights, damaged, read_checkpoint
 from .configurations import Configuration
 from .curriculum import curriculum
 from .optimisers import Optimisers, rate_factor
@@ -26,8 +28,8 @@ Look = Callable[["Training"], None]
 class Run:
     """How a configuration is trained.
 
-    passes, feedback, eviction, settled, checkpoint: of SleepSession. seed: of the weights and the problems.
-    steps: default those of the configuration.
+    passes, feedback, eviction, settled, checkpoint: of SleepSession. seed: of the weights and the problems, 0 to
+    2**63 - 1. steps: default those of the configuration.
     """
 
     configuration: Configuration
@@ -38,6 +40,10 @@ class Run:
     checkpoint: bool = False
     seed: int = 0
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}; expected 0 to 2**63 - 1")
 
     @property
     def length(self) -> int:
@@ -146,7 +152,6 @@ class Training:
         weights, optimisers = get_state_dict(self.sleeper, self.optimisers.parts, options=whole)
         if not self.placement.first:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "run": self.run.to_dict(),
             "weights": weights,
@@ -156,28 +161,34 @@ class Training:
             "seconds": self.seconds,
             "history": self.history,
         }
-        partial = path.with_suffix(".partial")
-        torch.save(content, partial)
-        partial.replace(path)  # so that an interruption leaves the one before
+        with replacing(path) as place:
+            torch.save(content, place)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint; a training that has refused one is not to be trained.
 
         Raises:
-            ValueError: it is of another run.
+            ValueError: it is damaged, or of another run.
         """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-        content = torch.load(path, map_location="cpu", weights_only=False)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        content = read_checkpoint(path)
         if content["run"] != self.run.to_dict():
             mine = self.run.to_dict()
             differing = sorted(name for name in mine if content["run"].get(name) != mine[name])
             raise ValueError(f"{path}: got a checkpoint of a run with other {', '.join(differing)}; expected the same")
-        set_state_dict(
-            self.sleeper, self.optimisers.parts, model_state_dict=content["weights"],
-            optim_state_dict=content["optimisers"], options=StateDictOptions(full_state_dict=True, cpu_offload=True),
-        )  # fmt: skip
-        self.curriculum.load(content["curriculum"])
+        if content["done"] > self.run.length:
+            raise ValueError(f"{path}: got {content['done']} steps done; expected at most {self.run.length}")
+        check_weights(path, content, self.sleeper.state_dict())
+        try:
+            self.curriculum.load(content["curriculum"])
+            set_state_dict(
+                self.sleeper, self.optimisers.parts, model_state_dict=content["weights"],
+                optim_state_dict=content["optimisers"], options=whole,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise damaged(path, error) from error
         self.done, self.seconds, self.history = content["done"], content["seconds"], content["history"]
 
     def _test(self, level: int) -> Batch:
