@@ -1,0 +1,168 @@
+"""What all functions by fla's names share: which keywords are known, and how a call becomes one of sleepkern's."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sleepkern import ops
+from sleepkern.rules import Rule
+
+from ..falling_back import why_not_here
+
+Result = tuple[Tensor, Tensor | None]
+
+CHANGING = ("gv", "reverse", "cp_context", "return_intermediate_states", "head_first", "output_attentions")
+"""Keywords that change the result and are not done here."""
+
+HARMLESS = frozenset({
+    "chunk_size", "chunk_indices", "cu_seqlens_cpu", "safe_gate", "disable_recompute", "use_graph", "max_num_seqs",
+    "autotune_interval",
+})  # fmt: skip
+"""Keywords that tune fla's kernels and change no result; autotune_interval is of Jet-Nemotron's copy."""
+
+V_FIRST = "transpose_state_layout"
+"""fla's old name of state_v_first."""
+
+
+def why_not(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
+    """None, or the sentence why a call of one of our functions is better left to fla."""
+    try:
+        given = _signature(function).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        return str(error)
+    options = given.pop("options", {})
+    first = given["q"] if "q" in given else given["g"]
+    reason = why_not_here(first)
+    for name, value in (*given.items(), *options.items()):
+        if name in CHANGING and _is_given(value):
+            reason = reason or f"{name} is not done here"
+        elif name in options and name not in (*CHANGING, *HARMLESS, V_FIRST):
+            reason = reason or f"{name} is not known here"
+    beta = given.get("beta")
+    if isinstance(beta, Tensor) and beta.dim() == 4:
+        reason = reason or "beta has a number for each value channel"
+    return reason
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def check_options(options: dict[str, Any], chunk_sizes: Sequence[int] = ()) -> None:
+    """Refuse keywords that would change the result, and those that nobody knows.
+
+    Raises:
+        ValueError: one that is not done here, or a chunk_size that fla refuses.
+        TypeError: an unknown one.
+    """
+    for name, value in options.items():
+        if name in CHANGING:
+            if _is_given(value):
+                got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"{name}: got {got}; sleepkern does not do it, expected None or False")
+        elif name not in HARMLESS and name != V_FIRST:
+            raise TypeError(f"{name}: got an unknown keyword argument; expected one of flash-linear-attention 0.6")
+    size = options.get("chunk_size")
+    if chunk_sizes and size is not None and size not in chunk_sizes:
+        raise ValueError(f"chunk_size: got {size!r}; expected one of {', '.join(map(str, chunk_sizes))}")
+
+
+def run(
+    rule: Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    normalize: bool,
+    state_v_first: bool,
+    cu_seqlens: Tensor | Sequence[int] | None,
+    options: dict[str, Any],
+) -> Result:
+    """A call of `rule` with fla's liberties: q, k, v of different types, a state without a batch, offsets as a list or
+    ending before T (readouts behind them are 0)."""
+    check_options(options)
+    v_first = _values_first(state_v_first, options)
+    if isinstance(beta, Tensor) and beta.dim() == 4:
+        raise ValueError(f"beta: got shape {list(beta.shape)}; expected one number a head, [B, T, HV]")
+    offsets, end = _offsets(cu_seqlens, v)
+    tokens, out_type = v.shape[1], None
+    if not q.dtype == k.dtype == v.dtype:
+        out_type = v.dtype
+        q, k, v = _same_type(q, k, v)
+    if end is not None:
+        q, k, v = (t[:, :end] for t in (q, k, v))
+        g, beta = (None if t is None else t[:, :end] for t in (g, beta))
+    state = _state(initial_state, v.dtype, v_first)
+    gates = {} if g is None else {"g": g}
+    if rule.delta or beta is not None:
+        gates["beta"] = torch.ones_like(v[..., 0]) if beta is None else beta
+    o, final = getattr(ops, rule.name)(
+        q,
+        k,
+        v,
+        **gates,
+        scale=scale,
+        initial_state=state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=normalize,
+        cu_seqlens=offsets,
+    )
+    if end is not None:
+        o = F.pad(o, (0, 0, 0, 0, 0, tokens - end))
+    if final is not None and v_first:
+        final = final.transpose(-1, -2).contiguous()
+    return o if out_type is None else o.to(out_type), final
+
+
+def _values_first(state_v_first: bool, options: dict[str, Any]) -> bool:
+    if V_FIRST not in options:
+        return state_v_first
+    if state_v_first:
+        raise ValueError(f"{V_FIRST}: got it beside state_v_first, which replaces it; expected one of the two")
+    warnings.warn(f"{V_FIRST} is deprecated: use state_v_first", DeprecationWarning, stacklevel=4)
+    return bool(options[V_FIRST])
+
+
+def _offsets(cu_seqlens: Tensor | Sequence[int] | None, v: Tensor) -> tuple[Tensor | None, int | None]:
+    """As a tensor, and where the last sequence ends if that is before T: on the CPU, where reading it costs nothing."""
+    if cu_seqlens is None:
+        return None, None
+    if not isinstance(cu_seqlens, Tensor):
+        cu_seqlens = torch.tensor(list(cu_seqlens), dtype=torch.int64, device=v.device)
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu" or not cu_seqlens.numel():
+        return cu_seqlens, None
+    end = int(cu_seqlens[-1])
+    return cu_seqlens, end if 0 <= end < v.shape[1] else None
+
+
+def _same_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the type that holds each of them."""
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def _state(state: Tensor | None, dtype: torch.dtype, v_first: bool) -> Tensor | None:
+    if state is None:
+        return None
+    state = state.double() if dtype == torch.float64 else state.float()
+    state = state.unsqueeze(0) if state.dim() == 3 else state
+    return state.transpose(-1, -2) if v_first else state
