@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sleepkern
 from sleepkern.backends import cpu
-from sleepkern.rules import Rule
+from sleepkern.rules import RULES, Rule
 from sleepkern.testing import (
     AWKWARD_SHAPES,
     TOLERANCE,
@@ -79,6 +79,32 @@ def test_gradients(rule: Rule, backend: str, dtype: torch.dtype, packed: bool) -
     for name in expected:
         assert relative_error(actual[name], expected[name]) <= TOLERANCE[dtype], name
         assert actual[name].dtype == x[name].dtype
+
+
+DECAYS: dict[str, tuple[float, float, Shape]] = {
+    "to 20": (-20.0, 0.0, Shape(T=70, H=1, HV=2, K=24, V=16)),
+    "to 20, long": (-20.0, 0.0, Shape(T=257, H=1, HV=1, K=128, V=8)),
+    "20": (-20.0, -20.0, Shape(T=70, H=1, HV=2, K=24, V=16)),
+    "50": (-50.0, -50.0, Shape(T=40, H=1, HV=2, K=24, V=16)),
+    "40 to 60": (-60.0, -40.0, Shape(T=40, H=1, HV=2, K=24, V=16)),
+}
+
+
+@pytest.mark.parametrize("decays", DECAYS.values(), ids=DECAYS)
+@pytest.mark.parametrize("rule", [r for r in RULES.values() if r.gate != "none"], ids=lambda rule: rule.name)
+def test_gradients_of_strong_decays(rule: Rule, decays: tuple[float, float, Shape]) -> None:
+    """dg relative to its own size, which is a tenth to 1e-22 of the other gradients'."""
+    low, high, shape = decays
+    x = make_inputs(rule, shape, seed=4)
+    x["g"] = low + (high - low) * torch.rand(x["g"].shape, generator=torch.Generator().manual_seed(7))
+    torch.manual_seed(0)
+    do, dS = torch.randn_like(x["v"]), torch.randn(shape.sequences, shape.HV, shape.K, shape.V)
+    expected = gradients(rule, to_float64(x), "reference", do, dS)
+    assert 1e-24 < float(expected["g"].norm()) < 2
+    for backend in FAST:
+        actual = gradients(rule, x, backend, do, dS)
+        for name in expected:
+            assert relative_error(actual[name], expected[name]) <= TOLERANCE[torch.float32], (backend, name)
 
 
 def gradients(rule: Rule, x: dict[str, Any], backend: str, do: Tensor, dS: Tensor) -> dict[str, Tensor]:

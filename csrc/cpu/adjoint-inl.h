@@ -7,12 +7,17 @@
 //   z   = -E (dR S^T) + (dM D) k                what k meets through (I + M)^-1 b (v - k E S), but for the factor b
 //   dk  = b z + dk-                             dk- = exp(G_C - G) (Vn dS^T) + (scale dP D)^T q + (b dM D)^T k
 //   dv  = b dR                                  db = dR.v + k.z
-//   dG  = q dq + k b z - k dk-                  and <S', dS> at the chunk's end; dg = the sum of dG from a token on
 //   dS <- Gam dS + (scale E q)^T dO - (b E k)^T dR
 //
-// dG is what each of q, k and k- carries the exponential of; the end collects all that decays to the chunk's end, for
-// S' = Gam S + Kt^T Vn. With channel decay dG, E and D have a channel each, and products with D are those of the dyadic
-// split (adjoint-channel-inl.h).
+// dg of token t is the sum of all that decays at t: what goes from the state before the chunk to tokens from t on, from
+// tokens before t to the state behind it, between these tokens, and through the whole chunk,
+//
+//   dg_t = sum_(i >= t) (q_i (scale E_i S dO_i) - b_i k_i (E_i S dR_i)) + sum_(j < t) k_j (exp(G_C - G_j) dS Vn_j)
+//        + sum_(i >= t > j) (dP_ij P_ij + dM_ij M_ij) + Gam <S, dS>
+//
+// Sums of dq, z and dk- from t on give the same by differences, which hold what does not decay at t, such as the pair
+// of a token with itself: where decay is strong only its rounding would be left. With channel decay dg, E and D have a
+// channel each, and sums over pairs are those of the dyadic split (adjoint-channel-inl.h).
 
 // dO of the chunk, zero beyond count up to whole panels of tokens.
 SLEEPKERN_STAGE void load_dout(const Chunk& c, const Workspace& w, const Adjoint& a, const Rows& dout) {
@@ -69,15 +74,23 @@ SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const Adjoint&
   }
 }
 
-// scale dP D and dM D, and both turned, the latter times b_i.
+// scale dP D and dM D, and both turned, the latter times b_i; with head decay also what pairs give its gradient.
 SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
   const int64_t end = round_up(c.count, PANEL);
-  auto finish = [&w](float factor) {
-    return [&w, factor](Vec x, int64_t at, int64_t) { return x * load(w.decays + at) * factor; };
+  auto finish = [&](const float* gram, float factor, bool add) {
+    float* gains = c.p.gate == Gate::head ? a.gains : nullptr;
+    return [&w, gains, gram, factor, add](Vec x, int64_t at, int64_t) {
+      if (gains) store(gains + at, (add ? load(gains + at) : Vec{}) + x * load(gram + at));
+      return x * load(w.decays + at) * factor;
+    };
   };
-  if (c.p.reads) upper_gram<1>(a.writes_turned, a.dout_turned, a.V_rows, c.count, CHUNK, a.dscores, finish(c.p.scale));
+  if (c.p.reads) {
+    upper_gram<1>(a.writes_turned, a.dout_turned, a.V_rows, c.count, CHUNK, a.dscores,
+                  finish(w.scores, c.p.scale, false));
+  }
   if (c.p.delta) {
-    upper_gram<-1>(a.writes_turned, a.dvalues_turned, a.V_rows, c.count, CHUNK, a.dcouplings, finish(1));
+    upper_gram<-1>(a.writes_turned, a.dvalues_turned, a.V_rows, c.count, CHUNK, a.dcouplings,
+                   finish(w.couplings, 1, c.p.reads));
     for (int64_t i = 0; i < c.count; ++i) a.dcouplings[column_at(i, CHUNK) + i * PANEL] = 0;
   }
   if (c.p.reads) turn(a.dscores, CHUNK, end, end, a.dscores_turned, CHUNK);
@@ -97,8 +110,33 @@ SLEEPKERN_INLINE void scale_by_rows(Tile& t, const float* rows) {
     SLEEPKERN_EACH_VEC(n) t.at[r][n] *= load(rows + r * PANEL + n * LANES);
 }
 
+// What tokens before t give tokens from t on, by head decay: `reach` of token i is the sum over j < t of its pairs.
+SLEEPKERN_STAGE void gather_pairs(const Chunk& c, const Adjoint& a) {
+  alignas(64) float reach[CHUNK] = {};
+  for (int64_t t = 1; t < c.count; ++t) {
+    const int64_t j = t - 1;
+    for (int64_t i = j / LANES * LANES; i < c.count; i += LANES) {
+      store(reach + i, load(reach + i) + load(a.gains + column_at(i, CHUNK) + j * PANEL));
+    }
+    reach[j] = 0;  // from here on j is before t
+    Vec total{};
+    for (int64_t i = j / LANES * LANES; i < c.count; i += LANES) total += load(reach + i);
+    store(a.pair_lanes + t * LANES, total);
+  }
+}
+
+// Tokens' rows x of a key panel times the tile's, times by[r] where given, added to `lanes` of each token.
+SLEEPKERN_INLINE void gather_rows(const Tile& t, const float* x, const float* by, float* lanes) {
+  SLEEPKERN_EACH_ROW(r) {
+    Vec total{};
+    SLEEPKERN_EACH_VEC(n) total += t.at[r][n] * load(x + r * PANEL + n * LANES);
+    store(lanes + r * LANES, load(lanes + r * LANES) + (by ? total * by[r] : total));
+  }
+}
+
 // dq, z and dk-, each over all key panels before the next: what it reads of the tokens then stays in L1.
 SLEEPKERN_STAGE void adjoint_readers(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+  const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
     const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_turned + at;
@@ -110,6 +148,7 @@ SLEEPKERN_STAGE void adjoint_readers(const Chunk& c, const Workspace& w, const A
       if (w.since_rows) {
         scale_by_rows(t, w.since_rows + at + i * PANEL);
       } else {
+        if (head_decay) gather_rows(t, w.readers_turned + at + i * PANEL, nullptr, a.gate_lanes + i * LANES);
         multiply_add<1>(t, a.dscores + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
       }
       store(t, a.dreaders + at + i * PANEL);
@@ -118,6 +157,7 @@ SLEEPKERN_STAGE void adjoint_readers(const Chunk& c, const Workspace& w, const A
 }
 
 SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+  const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
     const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_turned + at;
@@ -129,6 +169,7 @@ SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjo
       if (w.since_rows) {
         scale_by_rows(t, w.since_rows + at + i * PANEL);
       } else {
+        if (head_decay) gather_rows(t, k + i * PANEL, w.beta + i, a.gate_lanes + i * LANES);
         multiply_add<1>(t, a.dcouplings + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
       }
       store(t, a.dheld + at + i * PANEL);
@@ -137,6 +178,7 @@ SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjo
 }
 
 SLEEPKERN_STAGE void adjoint_writers(const Chunk& c, const Workspace& w, const Adjoint& a) {
+  const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
     const float *dS = a.dstate_turned + panel * a.V_rows * PANEL, *k = w.keys_turned + at, *q = w.readers_turned + at;
@@ -149,6 +191,7 @@ SLEEPKERN_STAGE void adjoint_writers(const Chunk& c, const Workspace& w, const A
       if (w.until_rows) {
         scale_by_rows(t, w.until_rows + at + i * PANEL);
       } else {
+        if (head_decay) gather_rows(t, k + i * PANEL, nullptr, a.write_lanes + i * LANES);
         if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + i * PANEL, c.count - i);
         if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + i * PANEL, c.count - i);
       }
@@ -157,40 +200,32 @@ SLEEPKERN_STAGE void adjoint_writers(const Chunk& c, const Workspace& w, const A
   }
 }
 
-// db and dG from dq, z and dk-, and dk, of one key panel; k and q are the tokens' own, `stride` floats apart.
+// db from z, and dk, of one key panel; k are the tokens' own, `stride` floats apart.
 SLEEPKERN_STAGE void gather_key_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const float* k,
-                                          const float* q, int64_t stride, int64_t panel) {
+                                          int64_t stride, int64_t panel) {
   for (int64_t t = 0; t < c.count; ++t) {
     const int64_t at = (panel * CHUNK + t) * PANEL;
     SLEEPKERN_EACH_VEC(n) {
       const int64_t x = at + n * LANES;
-      const Vec key = load(k + t * stride + n * LANES), minus = load(a.dkeys + x);
-      Vec gate = -(key * minus);
-      if (c.p.reads) gate += load(q + t * stride + n * LANES) * load(a.dreaders + x);
-      if (c.p.delta) {
-        const Vec z = load(a.dheld + x), plus = z * w.beta[t];
-        store(a.beta_lanes + t * LANES, load(a.beta_lanes + t * LANES) + key * z);
-        store(a.dkeys + x, minus + plus);
-        gate += key * plus;
-      }
-      if (a.dgates) {
-        store(a.dgates + x, gate);
-      } else {
-        store(a.gate_lanes + t * LANES, load(a.gate_lanes + t * LANES) + gate);
-      }
+      const Vec z = load(a.dheld + x);
+      store(a.beta_lanes + t * LANES, load(a.beta_lanes + t * LANES) + load(k + t * stride + n * LANES) * z);
+      store(a.dkeys + x, load(a.dkeys + x) + z * w.beta[t]);
     }
   }
 }
 
-// <S', dS> of each row of the state.
-SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const float* state_behind) {
+// Gam <S, dS> of each row of the state.
+SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const float* state) {
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * a.V_rows * PANEL;
     Vec total[VECS] = {};
     for (int64_t x = at; x < at + w.V * PANEL; x += PANEL) {
-      SLEEPKERN_EACH_VEC(n) total[n] += load(state_behind + x + n * LANES) * load(a.dstate_turned + x + n * LANES);
+      SLEEPKERN_EACH_VEC(n) total[n] += load(state + x + n * LANES) * load(a.dstate_turned + x + n * LANES);
     }
-    SLEEPKERN_EACH_VEC(n) store(a.end + panel * PANEL + n * LANES, total[n]);
+    SLEEPKERN_EACH_VEC(n) {
+      const int64_t d = panel * PANEL + n * LANES;
+      store(a.end + d, total[n] * load(w.keep + d));
+    }
   }
 }
 
@@ -275,21 +310,25 @@ SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, co
     store_scalar(sum(load(a.beta_lanes + t * LANES)), p.beta.type, (c.first + t) * p.HV + c.head, out.dbeta);
   }
   if (p.gate == Gate::head) {
-    double behind = 0;
-    for (int64_t d = 0; d < w.K; ++d) behind += a.end[d];
+    double before = 0, behind = 0, own[CHUNK];
+    for (int64_t d = 0; d < w.K; ++d) before += a.end[d];
+    for (int64_t t = 0; t < c.count; ++t) {
+      own[t] = before + sum(load(a.pair_lanes + t * LANES));
+      before += sum(load(a.write_lanes + t * LANES));
+    }
     for (int64_t t = c.count - 1; t >= 0; --t) {
       behind += sum(load(a.gate_lanes + t * LANES));
-      store_scalar(static_cast<float>(behind), p.g.type, (c.first + t) * p.HV + c.head, out.dg);
+      store_scalar(static_cast<float>(own[t] + behind), p.g.type, (c.first + t) * p.HV + c.head, out.dg);
     }
   }
   if (p.gate == Gate::channel) {
     const int64_t size = p.g.type == Type::float32 ? 4 : 2;
-    for (int64_t t = c.count - 1; t >= 0; --t) {
+    for (int64_t t = 0; t < c.count; ++t) {
       for (int64_t d = 0; d < w.K_rows; d += LANES) {
-        store(a.end + d, load(a.end + d) + load(a.dgates + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL));
+        store(a.row + d, load(a.dgates + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL));
       }
       char* row = static_cast<char*>(out.dg) + ((c.first + t) * p.HV + c.head) * p.K * size;
-      store_row(a.end, p.g.type, p.K, row);
+      store_row(a.row, p.g.type, p.K, row);
     }
   }
 }
@@ -316,14 +355,16 @@ static void foresee(const Next& next, const Workspace& w, const Gradients& out, 
   }
 }
 
-// All of one chunk. `state` and `state_behind`, turned, are those before and behind it, `writes` its Vn; `next` comes
-// after it: the one before it in time, or another head's.
+// All of one chunk. `state`, turned, is the one before it, `writes` its Vn; `next` comes after it: the one before it in
+// time, or another head's.
 SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
-                             const float* state_behind, const float* writes, bool add, const Next& next) {
+                             const float* writes, bool add, const Next& next) {
   const int64_t end = round_up(c.count, PANEL);
   turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
   std::memset(a.beta_lanes, 0, CHUNK * LANES * sizeof(float));
-  std::memset(a.gate_lanes, 0, CHUNK * LANES * sizeof(float));
+  for (float* lanes : {a.gate_lanes, a.write_lanes, a.pair_lanes}) {
+    std::memset(lanes, 0, CHUNK * LANES * sizeof(float));
+  }
   if (c.p.reads) {
     load_dout(c, w, a, out.dout);
     turn(a.dout, CHUNK, end, a.V_rows, a.dout_turned, a.V_rows);
@@ -340,12 +381,16 @@ SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gra
   if (c.p.reads) adjoint_readers(c, w, a, state);
   if (c.p.delta) adjoint_held(c, w, a, state);
   adjoint_writers(c, w, a);
-  if (c.p.gate == Gate::channel) adjoint_channel_grams(c, w, a);
-  const Tokens x(w);
-  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
-    gather_key_gradients(c, w, a, x.k + panel * x.panel, x.q + panel * x.panel, x.token, panel);
+  if (c.p.gate != Gate::none) adjoint_end(w, a, state);
+  if (c.p.gate == Gate::head) gather_pairs(c, a);
+  if (c.p.gate == Gate::channel) {
+    gather_gates(c, w, a);
+    adjoint_channel_grams(c, w, a);
   }
-  if (c.p.gate != Gate::none) adjoint_end(w, a, state_behind);
+  const Tokens x(w);
+  for (int64_t panel = 0; c.p.delta && panel < a.K_panels; ++panel) {
+    gather_key_gradients(c, w, a, x.k + panel * x.panel, x.token, panel);
+  }
   write_key_gradients(c, w, a, out, add);
   write_gate_gradients(c, w, a, out);
   Ahead ahead(state_tiles(w));

@@ -15,7 +15,7 @@ struct Adjoint {
   int64_t values_size;        // floats of a chunk's values, [V_panels][CHUNK][PANEL]
   int64_t state_size;         // floats of a state in panels
   float* marks;               // [segments] states before the segments, in panels
-  float* states;              // [segment + 1] states before the chunks of a segment and behind it, turned
+  float* states;              // [segment] states before the chunks of a segment, turned
   float* writes;              // [segment] Vn of its chunks, each [V_panels][CHUNK][PANEL]
 
   float* dstate;                              // [V_panels][K_rows][PANEL]  gradient of the state behind the chunk
@@ -30,9 +30,12 @@ struct Adjoint {
   float *dscores, *dcouplings;                // like Workspace::scores: row j, column i
   float *dscores_turned, *dcouplings_turned;  // row i, column j; dcouplings times b_i
   float *dreaders, *dheld, *dkeys;  // [K_panels][CHUNK][PANEL]  dq; z; gradient of k by way of exp(-G), then dk
-  float* dgates;                    // same: dG per channel, for channel decay
-  float* end;                       // [K_rows] <S', dS> of each row of the state
-  float *beta_lanes, *gate_lanes;   // [CHUNK][LANES] parts of sums over channels
+  float* dgates;                    // same: dg, for channel decay
+  float* end;                       // [K_rows] Gam <S, dS> of each row of the state
+  float* gains;                     // like dscores: dP P + dM M, for head decay
+  float* beta_lanes;                // [CHUNK][LANES] parts of sums over channels, as the next three
+  float *gate_lanes, *write_lanes;  // what is summed up from a token on, and before it, for its dg of head decay
+  float* pair_lanes;                // what pairs of tokens before it and from it on give it
   float* row;                       // one token's gradient
 };
 
@@ -45,7 +48,7 @@ static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t lo
   a.values_size = a.V_rows * CHUNK;
   a.state_size = w.state_size;
   a.marks = take(a.segments > 1 ? a.segments * w.state_size : 0);
-  a.states = take((a.segment + 1) * w.state_size);
+  a.states = take(a.segment * w.state_size);
   a.writes = take(a.segment * a.values_size);
   a.dstate = take(w.state_size);
   a.dstate_turned = take(w.state_size);
@@ -61,7 +64,7 @@ static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t lo
   for (float** keys : {&a.dreaders, &a.dheld, &a.dkeys}) *keys = take(w.K_rows * CHUNK);
   a.dgates = take(p.gate == Gate::channel ? w.K_rows * CHUNK : 0);
   a.end = take(w.K_rows);
-  a.beta_lanes = take(CHUNK * LANES);
-  a.gate_lanes = take(CHUNK * LANES);
+  a.gains = take(p.gate == Gate::head ? CHUNK * CHUNK : 0);
+  for (float** lanes : {&a.beta_lanes, &a.gate_lanes, &a.write_lanes, &a.pair_lanes}) *lanes = take(CHUNK * LANES);
   a.row = take(w.row_size);
 }

@@ -40,12 +40,11 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
     ingest_keeping(chunk(last ? p : without_readouts, n), w, a.writes + n * a.values_size,
                    chunk(without_readouts, n + 1));
   }
-  turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(chunks), a.V_rows);
   for (int64_t n = chunks - 1; n >= 0; --n) {
     const Chunk c = chunk(p, n);
     const Next next = n > 0 ? Next{Chunk(p, c.first - CHUNK, CHUNK, head), -1} : following;
     if (n + 1 < chunks) prepare<float>(c, w);
-    adjoint(c, w, a, out, state(n), state(n + 1), a.writes + n * a.values_size, add, next);
+    adjoint(c, w, a, out, state(n), a.writes + n * a.values_size, add, next);
   }
 }
 

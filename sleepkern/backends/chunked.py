@@ -128,17 +128,19 @@ def prepare(rule: Rule, h: Heads, scale: float) -> Factors:
 def decayed_gram(x: Tensor, y: Tensor, g: Tensor | None) -> Tensor:
     """[..., C, C] of sum_d x_id y_jd exp(G_id - G_jd) for i >= j; above the diagonal anything finite.
 
-    Head decay factors out; its differences are taken in float64, because G_i - G_j is small where G is large. Channel
-    decay is split in halves: the lower left block, rows i in the second half, columns j in the first, is a product
-    with the last token R of the first half between them, exp(G_i - R) and exp(R - G_j), both exponents non-positive
-    and added up from R; the two diagonal blocks are halves of the same problem.
+    Head decay factors out; its differences are taken in float64, because G_i - G_j is small where G is large. That of a
+    token and itself is a number, not a difference: its two gradients would cancel, and under strong decay what rounding
+    leaves of them is more than all others. Channel decay is split in halves: the lower left block, rows i in the second
+    half, columns j in the first, is a product with the last token R of the first half between them, exp(G_i - R) and
+    exp(R - G_j), both exponents non-positive and added up from R; the two diagonal blocks are halves of the same
+    problem.
     """
     if g is None:
         return x @ y.transpose(-1, -2)
     if g.shape[-1] == 1:
         G = g.double().cumsum(-2)
         lower = torch.ones(G.shape[-2], G.shape[-2], dtype=torch.bool, device=G.device).tril()
-        difference = (G - G.transpose(-1, -2)).masked_fill(~lower, -torch.inf)
+        difference = (G - G.transpose(-1, -2)).masked_fill(lower & lower.T, 0).masked_fill(~lower, -torch.inf)
         return (x @ y.transpose(-1, -2)) * difference.to(x.dtype).exp()
     rows = g.shape[-2]
     if rows == 1:

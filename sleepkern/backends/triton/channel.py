@@ -66,30 +66,32 @@ def channel_gradients(
     q, k, G, b, p_P, p_X, stride, rows, C: tl.constexpr, BK: tl.constexpr,
     DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums inside the chunk: those of dq, of row and of col, [C, BK] each; dP and dM lie at p_P and p_X."""
+    """The sums inside the chunk: those of dq, of row, of col and of dg, [C, BK] each; dP and dM lie at p_P and p_X."""
     LEVELS: tl.constexpr = 4 + C // 32 - C // 128
     B: tl.constexpr = C // BLOCK
-    dq, row, col = gradient_levels(
+    dq, row, col, dg = gradient_levels(
         tl.reshape(q, [B, BLOCK, BK]), tl.reshape(k, [B, BLOCK, BK]), tl.reshape(G, [B, BLOCK, BK]),
         tl.reshape(b, [B, BLOCK]), p_P, p_X, stride, rows, 0, BLOCK_LEVELS, B, BLOCK, BK, DELTA, READS, DT, PRECISION,
     )  # fmt: skip
     dq = tl.reshape(dq, [C, BK])
     row = tl.reshape(row, [C, BK])
     col = tl.reshape(col, [C, BK])
+    dg = tl.reshape(dg, [C, BK])
     if C > BLOCK:
-        more_dq, more_row, more_col = gradient_levels(
+        more_dq, more_row, more_col, more_dg = gradient_levels(
             q[None], k[None], G[None], b[None], p_P, p_X, stride, rows, BLOCK_LEVELS, LEVELS, 1, C, BK,
             DELTA, READS, DT, PRECISION,
         )  # fmt: skip
         dq += tl.reshape(more_dq, [C, BK])
         row += tl.reshape(more_row, [C, BK])
         col += tl.reshape(more_col, [C, BK])
+        dg += tl.reshape(more_dg, [C, BK])
     if READS:
         i = tl.arange(0, C)
         diagonal = tl.load(p_P + i * (stride + 1), mask=i < rows, other=0.0).to(tl.float32)[:, None]
         dq += diagonal * k
         col += diagonal * q
-    return dq, row, col
+    return dq, row, col, dg
 
 
 @triton.jit
@@ -97,25 +99,49 @@ def gradient_levels(
     q, k, G, b, p_P, p_X, stride, rows, first, last, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, row and col [B, R, BK] of the levels from first to before last."""
+    """dq, row, col and dg [B, R, BK] of the levels from first to before last.
+
+    All pairs of a level are of an upper half's row i and a lower half's row j. At a row t of the upper half those of
+    rows from t on decay, at one of the lower half those of rows before t: dg takes the sum of what they give.
+    """
     dq = tl.zeros([B, R, BK], tl.float32)
     row = tl.zeros([B, R, BK], tl.float32)
     col = tl.zeros([B, R, BK], tl.float32)
+    dg = tl.zeros([B, R, BK], tl.float32)
     for level in range(first, last):
         e, upper, pair, turned = level_decay(G, level, B, R, BK)
         ex = tl.where(upper, e, 0.0)
         ey = tl.where(upper, 0.0, e)
+        gains = tl.zeros([B, R, BK], tl.float32)
         if READS:
             dP = tl.where(pair, load_blocks(p_P, stride, rows, B, R, False), 0.0)
-            dq += ex * block_product(dP, k * ey, DT, PRECISION)
+            of_q = ex * block_product(dP, k * ey, DT, PRECISION)
             dP_turned = tl.where(turned, load_blocks(p_P, stride, rows, B, R, True), 0.0)
-            col += ey * block_product(dP_turned, q * ex, DT, PRECISION)
+            of_k = ey * block_product(dP_turned, q * ex, DT, PRECISION)
+            dq += of_q
+            col += of_k
+            gains += q * of_q + k * of_k
         if DELTA:
             dM = tl.where(pair, load_blocks(p_X, stride, rows, B, R, False), 0.0)
-            row += ex * block_product(dM, k * ey, DT, PRECISION)
+            of_row = ex * block_product(dM, k * ey, DT, PRECISION)
             dM_turned = tl.where(turned, load_blocks(p_X, stride, rows, B, R, True) * b[:, None, :], 0.0)
-            col += ey * block_product(dM_turned, k * ex, DT, PRECISION)
-    return dq, row, col
+            of_k = ey * block_product(dM_turned, k * ex, DT, PRECISION)
+            row += of_row
+            col += of_k
+            gains += k * (b[:, :, None] * of_row + of_k)
+        dg += block_product(tl.broadcast_to(crossing(level, R), [B, R, R]), gains, tl.float32, PRECISION)
+    return dq, row, col, dg
+
+
+@triton.jit
+def crossing(level, R: tl.constexpr):
+    """[1, R, R]: 1 where what pairs give row s of a half of one level, column, decays at row t of it, row, else 0."""
+    i = tl.arange(0, R)
+    half = i >> level
+    upper = (half & 1) == 1
+    behind = i[None, :] >= i[:, None]
+    counts = (half[:, None] == half[None, :]) & (behind == upper[:, None])
+    return tl.where(counts, 1.0, 0.0)[None]
 
 
 @triton.jit

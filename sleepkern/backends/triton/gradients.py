@@ -4,11 +4,19 @@
     row_i = sum_j dM_ij exp(G_i - G_j) k_j - E_i S dR_i                          (the part of dk that b_i scales)
     dq_i = scale (E_i S dO_i + sum_j dP_ij exp(G_i - G_j) k_j)
     col_j = sum_i exp(G_i - G_j) (scale dP_ij q_i + b_i dM_ij k_i) + exp(G_C - G_j) dS Vn_j
-    dk = b row + col;   dbeta = dR.v + k.row;   dG = q dq + k (b row - col);   dg = sum of dG from here on
-    at the last row dG also takes sum_j k_j exp(G_C - G_j) dS Vn_j + Gam S.dS
+    dk = b row + col;   dbeta = dR.v + k.row
 
-dG is one number a key channel; head decay sums it over the channels. Without delta X = 1, dM = 0 and row = 0. First
-value columns go by and leave dR, dP and dM in memory, then key columns, which read them back in both orientations.
+dg of a row is the sum of all that decays there:
+
+    dg_t = sum_(i >= t) (scale q_i E_i S dO_i - b_i k_i E_i S dR_i)  from the state before the chunk to rows from t on
+         + sum_(j < t) k_j exp(G_C - G_j) dS Vn_j                    from rows before t to the state behind the chunk
+         + sum_(i >= t > j) (dP_ij P_ij + b_i dM_ij kk_ij)           between these rows
+         + Gam S.dS                                                  through the whole chunk
+
+and never a difference of sums that hold what does not decay at t, such as the pair of a row with itself: where decay is
+strong only its rounding would be left. dg is one number a key channel; head decay sums it over the channels. Without
+delta X = 1, dM = 0 and row = 0. First value columns go by and leave dR, dP and dM in memory, then key columns, which
+read them back in both orientations.
 """
 
 from __future__ import annotations
@@ -40,13 +48,11 @@ from .tiles import (
 def value_columns(
     p_v, p_P, p_X, p_kk, p_dR, p_Vn, p_dVn, p_do, p_dv, b, at_rows, rows, scale, v_stride, do_stride,
     HV: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dbeta and dG of head decay but for what goes through states, [C] each.
+    """dbeta and dg of head decay but for what goes through states, [C] each.
 
-    Writes dR and dv, scale dP over P and dM over X, which nothing needs any more. An element of dP P or dM M takes from
-    dG at its column what it gives at its row; both come from one matrix without its diagonal, so what cancels does so
-    exactly, and strong decay leaves small numbers instead of differences of large ones.
+    Writes dR and dv, scale dP over P and dM over X, which nothing needs any more.
     """
     i = tl.arange(0, C)
     below = i[:, None] > i[None, :]
@@ -66,22 +72,23 @@ def value_columns(
             store_tile(p_dR + at_rows * V, HV * V, rows, col, dR, V, C, BV)
         dR_v += tl.sum(dR * v, 1)
         store_tile(p_dv + at_rows * V, HV * V, rows, col, b[:, None] * dR, V, C, BV)
-    dG = tl.zeros([C], tl.float32)
+    gains = tl.zeros([C, C], tl.float32)
     if READS:
-        gain = tl.where(below, dP * load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C), 0.0)
-        dG += tl.sum(gain, 1) - tl.sum(gain, 0)
+        gains = tl.where(below, dP * load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C), 0.0)
     if DELTA:
         gain = tl.where(below, dM * load_tile(p_kk + at_rows * C, HV * C, rows, 0, C, C, C), 0.0)
         dR_v += tl.sum(gain, 1)
-        gain *= b[:, None]
-        dG += tl.sum(gain, 1) - tl.sum(gain, 0)
+        gains += b[:, None] * gain
+    dg = tl.zeros([C], tl.float32)
+    if GATE == HEAD:
+        dg = tl.sum(tl.where(below, tl.cumsum(gains, 0, reverse=True), 0.0), 1)
     tl.debug_barrier()
     if READS:
         store_tile(p_P + at_rows * C, HV * C, rows, 0, scale * dP, C, C, C)
     if DELTA:
         store_tile(p_X + at_rows * C, HV * C, rows, 0, dM, C, C, C)
     tl.debug_barrier()
-    return dR_v, dG
+    return dR_v, dg
 
 
 @triton.jit
@@ -110,11 +117,23 @@ def through_states(
 
 
 @triton.jit
+def sum_before(x, C: tl.constexpr):
+    """The sum of the rows before each row of x, [C] or [C, BK]; no difference of sums that hold the row itself."""
+    i = tl.arange(0, C)
+    before = tl.maximum(i - 1, 0)
+    if len(x.shape) == 2:
+        shifted = tl.where((i > 0)[:, None], tl.gather(x, tl.broadcast_to(before[:, None], x.shape), 0), 0.0)
+    else:
+        shifted = tl.where(i > 0, tl.gather(x, before, 0), 0.0)
+    return tl.cumsum(shifted, 0)
+
+
+@triton.jit
 def inside_chunk(
     q, k, G, b, p_P, p_X, stride, rows, C: tl.constexpr,
     GATE: tl.constexpr, DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """channel_gradients for a decay [C] that all channels share, or none."""
+    """The sums of channel_gradients but dg's, for a decay [C] that all channels share, or none."""
     i = tl.arange(0, C)
     dq = tl.zeros_like(k)
     row = tl.zeros_like(k)
@@ -144,9 +163,10 @@ def key_columns(
     GATE: tl.constexpr, DELTA: tl.constexpr, READS: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """What of dbeta and of head decay's dG goes through states, [C] each, and what dG's last row takes on top.
+    """k.row [C], and of head decay's dg what is summed up from a row on and before it, [C] each, and what all take.
 
-    Writes dg of channel decay; writes dq and dk, on top of what is there when `add`.
+    k.row and these hold what goes through states; all else is in value_columns. Writes dg of channel decay; writes dq
+    and dk, on top of what is there when `add`.
     """
     k = k_norm[:, None] * load_tile(p_k, k_stride, rows, col, K, C, BK)
     q = k
@@ -165,8 +185,9 @@ def key_columns(
         p_P += at_rows * C
     if DELTA:
         p_X += at_rows * C
+    dg = 0.0
     if GATE == CHANNEL:
-        dq, row, write = channel_gradients(
+        dq, row, write, dg = channel_gradients(
             q, k, G, b, p_P, p_X, HV * C, rows, C, BK, DELTA, READS, DT, PRECISION
         )  # fmt: skip
     else:
@@ -183,16 +204,12 @@ def key_columns(
     dq += S_do
     row -= S_dR
     write += dS_Vn
-    at_end = S_dS + tl.sum(k * dS_Vn, 0)
-    k_row = -tl.sum(k * S_dR, 1)
-    dG = b * k_row - tl.sum(k * dS_Vn, 1)
+    from_start = -b[:, None] * (k * S_dR)
     if READS:
-        dG += tl.sum(q * S_do, 1)
+        from_start += q * S_do
+    to_end = k * dS_Vn
     if GATE == CHANNEL:
-        all_dG = k * (b[:, None] * row - write)
-        if READS:
-            all_dG += q * dq
-        dg = tl.cumsum(all_dG, 0, reverse=True) + at_end[None, :]
+        dg += tl.cumsum(from_start, 0, reverse=True) + sum_before(to_end, C) + S_dS[None, :]
         store_tile(p_dg + at_rows * K, HV * K, rows, col, dg, K, C, BK)
     dk = b[:, None] * row + write
     if add:
@@ -202,7 +219,7 @@ def key_columns(
         if add:
             dq += load_tile(p_dq + at_keys, H * K, rows, col, K, C, BK)
         store_tile(p_dq + at_keys, H * K, rows, col, dq, K, C, BK)
-    return k_row, dG, tl.sum(at_end, 0)
+    return -tl.sum(k * S_dR, 1), tl.sum(from_start, 1), tl.sum(to_end, 1), tl.sum(S_dS, 0)
 
 
 @triton.jit
@@ -257,9 +274,9 @@ def chunk_gradients(
         b = tl.full([C], 1.0, tl.float32)
         if HAS_BETA:
             b = load_row_values(p_beta + first * beta_stride + head, beta_stride, rows, C)
-        dbeta, dG = value_columns(
+        dbeta, dg = value_columns(
             p_v + first * v_stride + head * V, p_P, p_X, p_kk, p_dR, p_Vn, p_dVn, p_do_head, p_dv, b,
-            at_rows, rows, scale, v_stride, do_stride, HV, V, C, BV, DELTA, READS, DT, PRECISION,
+            at_rows, rows, scale, v_stride, do_stride, HV, V, C, BV, GATE, DELTA, READS, DT, PRECISION,
         )  # fmt: skip
         G = 0.0
         p_g_head = p_g
@@ -267,21 +284,25 @@ def chunk_gradients(
             G = head_decay(p_g + first * g_stride + head, g_stride, rows, C, WIDE)
         if GATE == CHANNEL:
             p_g_head = p_g + first * g_stride + head * K
-        end = 0.0
+        from_start = tl.zeros([C], tl.float32)
+        to_end = tl.zeros([C], tl.float32)
+        through = 0.0
         for col in range(0, K, BK):
-            k_row, more, at_end = key_columns(
+            k_row, more_from_start, more_to_end, more_through = key_columns(
                 p_q, p_k, p_g_head, p_P, p_X, p_starts, p_ends, p_Vn, p_dR, p_do_head, p_dq_sum, p_dk_sum, p_dg,
                 b, q_norm, k_norm, G, at_rows, at_keys, at_slot, rows, col, member > 0, scale,
                 q_stride, k_stride, g_stride, do_stride,
                 HV, H, K, V, C, BK, BV, GATE, DELTA, READS, DT, PRECISION, WIDE,
             )  # fmt: skip
             dbeta += k_row
-            dG += more
-            end += at_end
+            from_start += more_from_start
+            to_end += more_to_end
+            through += more_through
         if HAS_BETA:
             tl.store(p_dbeta + at_rows + i * HV, dbeta, mask=i < rows)
         if GATE == HEAD:
-            tl.store(p_dg + at_rows + i * HV, tl.cumsum(dG, 0, reverse=True) + end, mask=i < rows)
+            dg += tl.cumsum(from_start, 0, reverse=True) + sum_before(to_end, C) + through
+            tl.store(p_dg + at_rows + i * HV, dg, mask=i < rows)
         if SUMS:
             tl.debug_barrier()
     if SUMS:
