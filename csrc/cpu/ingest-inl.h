@@ -59,38 +59,58 @@ SLEEPKERN_INLINE void store_readouts(const Chunk& c, const Tile& t, int64_t toke
   }
 }
 
+// Returns the sum of squares of o; of pairs only, else 0.
 template <class E>
-SLEEPKERN_STAGE void read_out(const Chunk& c, const Workspace& w, const Operands<E>& x, int64_t panel) {
+SLEEPKERN_STAGE float read_out(const Chunk& c, const Workspace& w, const Operands<E>& x, int64_t panel) {
   const int64_t depth = steps<E>(w.K), scores_depth = steps<E>(CHUNK);
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+  Vec squares{};
   for (int64_t i = 0; i < c.padded; i += ROWS) {
     Tile t;
     clear(t);
     multiply_add<1>(t, x.readers + column_at(i, depth), x.state, depth);
     scale_rows(t, w.read_scale + i);
-    multiply_add<1>(t, x.scores + column_at(i, scores_depth), x.values, steps<E>(min_of(i + ROWS, c.count)));
+    const E* scores = x.scores + column_at(i, scores_depth);
+    multiply_add<1>(t, scores, x.values, steps<E>(i));
+    add_triangle(t, scores + steps<E>(i) * PANEL, x.values + steps<E>(i) * PANEL);
+    if constexpr (IS_PAIR<E>) {
+      SLEEPKERN_EACH_ROW(r)
+        SLEEPKERN_EACH_VEC(n) squares += t.at[r][n] * t.at[r][n];
+    }
     store_readouts(c, t, i, min_of(ROWS, c.count - i), first, width);
   }
+  return IS_PAIR<E> ? sum(squares) : 0;
 }
 
-// With pairs the state goes to x.state, too.
+// With pairs the state goes to x.state, too, and the sum of its squares is returned, else 0.
 template <class E>
-SLEEPKERN_STAGE void update_state(const Chunk& c, const Workspace& w, const Operands<E>& x, float* state,
-                                  Ahead& ahead) {
+SLEEPKERN_STAGE float update_state(const Chunk& c, const Workspace& w, const Operands<E>& x, float* state,
+                                   Ahead& ahead) {
+  Vec squares{};
   for (int64_t d = 0; d < w.K; d += ROWS) {
     Tile t;
     load(t, state + d * PANEL);
     scale_rows(t, w.keep + d);
-    multiply_add<1>(t, x.writers + column_at(d, steps<E>(CHUNK)), x.values, steps<E>(c.count));
+    multiply_add<1>(t, x.writers + column_at(d, steps<E>(CHUNK)), x.writes, steps<E>(c.count));
     ahead.step();
     store(t, state + d * PANEL);
     if constexpr (IS_PAIR<E>) {
       SLEEPKERN_EACH_ROW(r) {
         if (r % 2 != 0) continue;
-        SLEEPKERN_EACH_VEC(n) store(x.state + (d + r) / 2 * PANEL + n * LANES, interleave(t.at[r][n], t.at[r + 1][n]));
+        SLEEPKERN_EACH_VEC(n) {
+          const BitVec pair = interleave(t.at[r][n], t.at[r + 1][n]);
+          store(x.state + (d + r) / 2 * PANEL + n * LANES, pair);
+          squares = dot(squares, pair, pair);
+        }
       }
     }
   }
+  return IS_PAIR<E> ? sum(squares) : 0;
+}
+
+// Bits of all panels at hand.
+static uint32_t every_panel(const Workspace& w) {
+  return static_cast<uint32_t>((uint64_t{1} << w.end_panel) - (uint64_t{1} << w.first_panel));
 }
 
 // How often `step` of an Ahead is called in a loop over all tiles of the state.
@@ -100,12 +120,15 @@ static int64_t state_tiles(const Workspace& w) { return (w.end_panel - w.first_p
 template <class E>
 SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, Ahead& ahead) {
   for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+    if (w.left_out >> panel & 1) continue;
     const Operands<E> x = operands<E>(w, panel);
+    Written written{};
     load_values(c, w, panel);
     if (c.p.delta) subtract_held(c, w, x);
-    if constexpr (IS_PAIR<E>) pair_rows(w.values, c.padded, w.value_pairs);
-    if (c.p.reads) read_out(c, w, x, panel);
-    update_state(c, w, x, w.state + panel * w.K_rows * PANEL, ahead);
+    if constexpr (IS_PAIR<E>) written = pair_values(c, w);
+    const float output = c.p.reads ? read_out(c, w, x, panel) : 0;
+    const float state = update_state(c, w, x, w.state + panel * w.K_rows * PANEL, ahead);
+    if (IS_PAIR<E>) expect(w, panel, written, output, state);
   }
 }
 
@@ -128,12 +151,16 @@ SLEEPKERN_STAGE void pair_state(const Workspace& w) {
   for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
     const int64_t at = panel * w.K_rows * PANEL;
     pair_rows(w.state + at, w.K_rows, w.state_pairs + at / 2);
+    Vec squares{};
+    for (int64_t d = 0; d < w.K_rows * PANEL; d += LANES) squares += load(w.state + at + d) * load(w.state + at + d);
+    w.rounding[panel] = before_any(sum(squares));
   }
 }
 
 SLEEPKERN_STAGE void store_state(const Workspace& w, const float* panels, int64_t unit, float* states) {
   for (int64_t d = 0; d < w.K; ++d) {
     for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+      if (w.left_out >> panel & 1) continue;
       const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
       const float* from = panels + (panel * w.K_rows + d) * PANEL;
       store_row(from, Type::float32, width, states + (unit * w.K + d) * w.V + first);

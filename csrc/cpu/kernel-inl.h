@@ -32,6 +32,7 @@ namespace {
 #include "workspace.h"
 #include "pack-inl.h"
 #include "channel-inl.h"
+#include "rounding-inl.h"
 #include "prepare-inl.h"
 #include "ingest-inl.h"
 #include "step-inl.h"
@@ -96,22 +97,47 @@ static Ahead foresee(const Problem& p, const Workspace& w, const Turns& now, con
   return ahead;
 }
 
+// left_out [heads] has bits of panels that are not wanted; with pairs those join whose roundings add up.
 template <class E>
-SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns& now, const Turns& following) {
+SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns& now, const Turns& following,
+                                     uint32_t* left_out) {
+  Rounding* const rounding = w.rounding;
   for (int64_t first = now.begin; first < now.end; first += CHUNK) {
     for (int64_t h = 0; h < now.heads; ++h) {
       const Chunk chunk(p, first, min_of(CHUNK, now.end - first), (now.unit + h) % p.HV);
       Ahead ahead = foresee(p, w, now, following, first, h);
       w.state = w.states + h * w.state_size;
-      if (IS_PAIR<E>) w.state_pairs = w.states_pairs + h * w.state_size / 2;
+      w.left_out = left_out[h];
+      if (w.left_out == every_panel(w)) continue;
+      if (IS_PAIR<E>) {
+        w.state_pairs = w.states_pairs + h * w.state_size / 2;
+        w.rounding = rounding + h * w.V_panels;
+      }
       if (first == now.begin) {
         load_state(w, p.state, now.unit + h, w.state);
-        if (IS_PAIR<E>) pair_state(w);
+        if constexpr (IS_PAIR<E>) pair_state(w);
       }
       prepare<E>(chunk, w);
       ingest<E>(chunk, w, ahead);
-      if (first + CHUNK >= now.end) store_state(w, w.state, now.unit + h, p.final_state);
+      if (first + CHUNK >= now.end) {
+        if (IS_PAIR<E> && p.reads) judge_readouts(w);
+        store_state(w, w.state, now.unit + h, p.final_state);
+      }
+      left_out[h] = w.left_out;
     }
+  }
+  w.left_out = 0;
+  w.rounding = rounding;
+}
+
+static void ingest_heads(const Problem& p, Workspace& w, const Turns& now, const Turns& following) {
+  uint32_t left_out[GROUP] = {};
+  if (!takes_pairs(p)) return ingest_in_turns<float>(p, w, now, following, left_out);
+  ingest_in_turns<std::conditional_t<DOTS, Pair, float>>(p, w, now, following, left_out);
+  for (int64_t h = 0; h < now.heads; ++h) {
+    const Turns again(p, now.unit + h, now.unit + h + 1, 1);
+    left_out[h] ^= every_panel(w);
+    if (left_out[h] != every_panel(w)) ingest_in_turns<float>(p, w, again, following, left_out + h);
   }
 }
 
@@ -119,14 +145,13 @@ SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns
 void forward_units(const Problem& p, int64_t blocks, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, false);
   const int64_t most = blocks > 1 ? 1 : GROUP;
-  const auto run = takes_pairs(p) ? ingest_in_turns<std::conditional_t<DOTS, Pair, float>> : ingest_in_turns<float>;
   for (int64_t unit = begin; unit < end;) {
     const int64_t head = unit / blocks, block = unit % blocks, last = (end + blocks - 1) / blocks;
     const Turns now(p, head, last, most), following(p, head + now.heads, last, most);
     w.first_panel = w.V_panels * block / blocks;
     w.end_panel = w.V_panels * (block + 1) / blocks;
     if (now.chunked()) {
-      if (w.first_panel < w.end_panel) run(p, w, now, following);
+      if (w.first_panel < w.end_panel) ingest_heads(p, w, now, following);
     } else if (block == 0) {
       for (int64_t h = 0; h < now.heads; ++h) step_head(p, w, head + h, now.begin, now.end);
     }

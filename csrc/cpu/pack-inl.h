@@ -20,19 +20,30 @@ SLEEPKERN_INLINE void clear_beyond(float* row, int64_t n) {
   for (int64_t d = n; d % LANES != 0; ++d) row[d] = 0;
 }
 
-// One token's q or k as floats, normalised if asked for, zero beyond K and beyond the sequence; returns the factor.
-SLEEPKERN_INLINE float load_token(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
+// One token's q or k as floats, zero beyond K and beyond the sequence.
+SLEEPKERN_INLINE void load_as_it_is(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
   const int64_t K = w.K;
   const bool live = t < c.count;
   for (int64_t d = live ? round_up(K, LANES) : 0; d < w.row_size; d += LANES) store(out + d, Vec{});
-  if (!live) return 1.0f;
+  if (!live) return;
   load_row(c.row(x, t, c.key_head() * K), x.type, K, out);
   clear_beyond(out, K);
-  if (!c.p.normalize) return 1.0f;
+}
+
+SLEEPKERN_INLINE float squared_length(const Workspace& w, const float* row) {
   Vec square{};
-  for (int64_t d = 0; d < K; d += LANES) square += load(out + d) * load(out + d);
-  const float factor = 1.0f / std::sqrt(sum(square) + 1e-6f);
-  for (int64_t d = 0; d < K; d += LANES) store(out + d, load(out + d) * factor);
+  for (int64_t d = 0; d < w.K; d += LANES) square += load(row + d) * load(row + d);
+  return sum(square);
+}
+
+SLEEPKERN_INLINE float normalising(float square) { return 1.0f / std::sqrt(square + 1e-6f); }
+
+// The same, normalised if asked for; returns the factor.
+SLEEPKERN_INLINE float load_token(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
+  load_as_it_is(c, w, x, t, out);
+  if (!c.p.normalize || t >= c.count) return 1.0f;
+  const float factor = normalising(squared_length(w, out));
+  for (int64_t d = 0; d < w.K; d += LANES) store(out + d, load(out + d) * factor);
   return factor;
 }
 

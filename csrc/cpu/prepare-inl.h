@@ -30,6 +30,8 @@ SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
     }
     Vec E = exp_nonpositive(load(since_start));
     store(w.since_start + t, E);
+    store(w.gram_scale + t, load(w.beta + t));
+    store(w.score_scale + t, broadcast(p.scale));
     store(w.key_scale + t, E * load(w.beta + t));
     store(w.read_scale + t, E * p.scale);
     store(w.to_end + t, exp_nonpositive(load(until_end)));
@@ -49,22 +51,24 @@ SLEEPKERN_INLINE Vec decay_row(const double* G, int64_t j, int64_t i) {
 }
 
 // The decay between any two tokens. Of columns behind a row's own vector R is the last token of that: a product,
-// exp(G_i - R) exp(R - G_j), takes fewer exponentials.
+// exp(G_i - R) exp(R - G_j), takes fewer exponentials. With pairs times what k_j is still to be multiplied by.
+template <class E>
 SLEEPKERN_STAGE void prepare_decays(const Chunk& c, Workspace& w) {
   const double* G = w.log_decay;
   const int64_t end = round_up(c.count, PANEL);
   auto place = [&](int64_t j, int64_t i) { return w.decays + column_at(i, CHUNK) + j * PANEL; };
+  auto norm = [&](int64_t j) { return IS_PAIR<E> ? w.key_norm[j] : 1.0f; };
   for (int64_t own = 0; own < end; own += LANES) {
     const double R = G[own + LANES - 1];
     alignas(64) float until[LANES];
     store(until, exp_nonpositive(narrow(R - load_double(G + own))));
     for (int64_t j = own; j < own + LANES; ++j) {
       for (int64_t i = own / PANEL * PANEL; i < own; i += LANES) store(place(j, i), Vec{});
-      store(place(j, own), decay_row(G, j, own));
+      store(place(j, own), decay_row(G, j, own) * norm(j));
     }
     for (int64_t i = own + LANES; i < end; i += LANES) {
       const Vec since = exp_nonpositive(narrow(load_double(G + i) - R));
-      for (int64_t j = own; j < own + LANES; ++j) store(place(j, i), since * until[j - own]);
+      for (int64_t j = own; j < own + LANES; ++j) store(place(j, i), since * (until[j - own] * norm(j)));
     }
   }
 }
@@ -74,14 +78,21 @@ template <class E>
 SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
   const Operands<E> x = operands<E>(w, 0);
   const int64_t depth = steps<E>(w.K);
-  const Vec scale = broadcast(c.p.scale);
-  auto finish = [&](const float* by) {
-    return
-        [&w, by, scale](Vec x, int64_t at, int64_t i) { return x * load(w.decays + at) * (by ? load(by + i) : scale); };
+  Vec resemblance{};  // pairs: sum of squared k_i.k_j exp(G_i - G_j)
+  auto finish = [&](Vec x, int64_t at, int64_t i) {
+    const Vec decayed = x * load(w.decays + at);
+    if constexpr (IS_PAIR<E>) {
+      const Vec normed = decayed * load(w.key_norm + i);
+      resemblance += normed * normed;
+    }
+    return decayed * load(w.gram_scale + i);
   };
-  if (c.p.delta) upper_gram<1>(x.keys, x.keys, depth, c.count, CHUNK, w.couplings, finish(w.beta));
+  auto finish_scores = [&w](Vec x, int64_t at, int64_t i) { return x * load(w.decays + at) * load(w.score_scale + i); };
+  if (c.p.delta) upper_gram<1>(x.keys, x.keys, depth, c.count, CHUNK, w.couplings, finish);
+  if constexpr (IS_PAIR<E>) expect_in_state(c, w, sum(resemblance));
   if (!c.p.reads) return;
-  upper_gram<1>(x.keys, x.readers, depth, c.count, CHUNK, w.scores, finish(nullptr));
+  upper_gram<1>(x.keys, x.readers, depth, c.count, CHUNK, w.scores, finish_scores);
+  if constexpr (IS_PAIR<E>) expect_in_readouts(c, w);
   if constexpr (IS_PAIR<E>) {
     for (int64_t i = 0; i < c.count; i += PANEL) {
       pair_rows(w.scores + i * CHUNK, min_of(i + PANEL, c.padded), w.score_pairs + i * CHUNK / 2);
@@ -89,11 +100,40 @@ SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
   }
 }
 
+// As `prepare` with operands of bfloat16: k and q as they are, which rounds neither, so that what they are to be
+// multiplied by goes to sums and to values.
+SLEEPKERN_STAGE void prepare_pairs(const Chunk& c, Workspace& w) {
+  auto pairs = [](float* x) { return reinterpret_cast<Pair*>(x); };
+  prepare_gates(c, w);
+  auto load_rows = [&](const Rows& x, int64_t t, float* norm, float* length) {
+    for (int l = 0; l < LANES; ++l) {
+      float* row = w.rows + l * w.row_size;
+      load_as_it_is(c, w, x, t + l, row);
+      const float square = squared_length(w, row);
+      norm[t + l] = c.p.normalize ? normalising(square) : 1.0f;
+      length[t + l] = square * norm[t + l] * norm[t + l];
+    }
+  };
+  for (int64_t t = 0; t < round_up(c.count, PANEL); t += LANES) {
+    load_rows(c.p.k, t, w.key_norm, w.chunk_rounding.key_length);
+    pack_tokens(w, w.rows, t, pairs(w.keys));
+    pack_rows(w, w.rows, t, pairs(w.writers));
+    for (float* by : {w.key_scale, w.gram_scale}) store(by + t, load(by + t) * load(w.key_norm + t));
+    store(w.to_write + t, load(w.to_end + t) * load(w.key_norm + t));
+    if (!c.p.reads) continue;
+    load_rows(c.p.q, t, w.reader_norm, w.chunk_rounding.reader_length);
+    pack_tokens(w, w.rows, t, pairs(w.readers));
+    for (float* by : {w.read_scale, w.score_scale}) store(by + t, load(by + t) * load(w.reader_norm + t));
+  }
+  prepare_decays<Pair>(c, w);
+  prepare_grams<Pair>(c, w);
+}
+
 // E: float, or Pair where products take bfloat16.
 template <class E>
 SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
+  if constexpr (IS_PAIR<E>) return prepare_pairs(c, w);
   const Problem& p = c.p;
-  auto panels = [](float* x) { return reinterpret_cast<E*>(x); };
   prepare_gates(c, w);
   if (p.gate == Gate::channel) {
     prepare_channel_decay(c, w);
@@ -102,19 +142,19 @@ SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
   const int64_t end = round_up(c.count, PANEL);
   for (int64_t t = 0; t < end; t += LANES) {
     for (int l = 0; l < LANES; ++l) w.key_norm[t + l] = load_token(c, w, p.k, t + l, w.rows + l * w.row_size);
-    pack_tokens(w, w.rows, t, panels(w.keys));
+    pack_tokens(w, w.rows, t, w.keys);
     if (w.keys_turned) pack_rows(w, w.rows, t, w.keys_turned);
     for (int l = 0; l < LANES; ++l) {
       float* row = w.rows + l * w.row_size;
       const Vec factor = broadcast(w.to_end[t + l]);
       for (int64_t d = 0; d < w.K_rows; d += LANES) store(row + d, load(row + d) * factor);
     }
-    pack_rows(w, w.rows, t, panels(w.writers));
+    pack_rows(w, w.rows, t, w.writers);
     if (!p.reads) continue;
     for (int l = 0; l < LANES; ++l) w.reader_norm[t + l] = load_token(c, w, p.q, t + l, w.rows + l * w.row_size);
-    pack_tokens(w, w.rows, t, panels(w.readers));
+    pack_tokens(w, w.rows, t, w.readers);
     if (w.readers_turned) pack_rows(w, w.rows, t, w.readers_turned);
   }
-  prepare_decays(c, w);
-  prepare_grams<E>(c, w);
+  prepare_decays<float>(c, w);
+  prepare_grams<float>(c, w);
 }

@@ -57,8 +57,8 @@ SLEEPKERN_INLINE float sum(Vec x) {
 // x = n ln2 + f: 2^n by the exponent bits, exp(f) by a polynomial of degree 6 (Cephes).
 SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
   const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-  const IntVec keep = x >= broadcast(-87.0f);
-  x = keep ? x : Vec{};
+  const IntVec gone = x < broadcast(-87.0f);  // not so for NaN, which stays NaN
+  x = gone ? Vec{} : x;
   Vec shifted = x * 1.44269504f + round_to_int;
   Vec n = shifted - round_to_int;
   Vec f = x - n * 0.693359375f;
@@ -71,7 +71,7 @@ SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
   y = y * f + 5.0000001201e-1f;
   y = y * (f * f) + f + 1.0f;
   BitVec power = (reinterpret_cast<BitVec>(shifted) << 23) + broadcast_bits(127u << 23);
-  return keep ? y * reinterpret_cast<Vec>(power) : Vec{};
+  return gone ? Vec{} : y * reinterpret_cast<Vec>(power);
 }
 
 // 1 / x of numbers from 1 to 2, where AVX-512 estimates it and a step of Newton's takes it to the last bit or the one

@@ -76,6 +76,32 @@ SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const E* left, const E* ri
   }
 }
 
+// tile += the part of a product at and below its diagonal: row r gains p[j][r] times row j for every j <= r. Not by
+// zeros above it, of which 0 times NaN would take a NaN to the tokens before.
+SLEEPKERN_INLINE void add_triangle(Tile& t, const float* p, const float* rows) {
+  SLEEPKERN_EACH_ROW(j) {
+    SLEEPKERN_EACH_ROW(r) {
+      if (r >= j) {
+        const Vec f = broadcast(p[j * PANEL + r]);
+        SLEEPKERN_EACH_VEC(n) t.at[r][n] += f * load(rows + j * PANEL + n * LANES);
+      }
+    }
+  }
+}
+
+SLEEPKERN_INLINE void add_triangle(Tile& t, const Pair* p, const Pair* rows) {
+  constexpr uint32_t EARLIER = 0xffff;
+  SLEEPKERN_EACH_OF(ROWS / 2, j) {
+    SLEEPKERN_EACH_ROW(r) {
+      if (r >= 2 * j) {
+        const uint32_t seen = r > 2 * j ? ~uint32_t{0} : EARLIER;
+        const BitVec f = broadcast_bits(p[j * PANEL + r].bits & seen);
+        SLEEPKERN_EACH_VEC(n) t.at[r][n] = dot(t.at[r][n], f, load(rows + j * PANEL + n * LANES) & seen);
+      }
+    }
+  }
+}
+
 // Forward substitution inside the tile: row r loses m[j][r] times row j for every j < r; m is a panel advanced to the
 // tile's rows and columns. Exact however correlated the keys are, unlike products of the inverse's series.
 SLEEPKERN_INLINE void substitute(Tile& t, const float* m) {

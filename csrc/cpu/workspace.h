@@ -7,10 +7,32 @@
 // at H = 16, K = V = 128, T = 1024.
 constexpr int64_t GROUP = 8;
 
+static_assert(HEAD_LIMIT / PANEL <= 32, "a bit for each panel");
+
+// Of one value panel of a head, with products of bfloat16: sums of squares up to the chunk at hand. Errors are expected
+// ones, of the roundings so far (rounding-inl.h).
+struct Rounding {
+  double state;
+  double state_error;  // of roundings in this call
+  double kept_error;   // and of what the initial state may have brought along
+  double output, output_error;
+};
+
+// What one chunk does to those.
+struct ChunkRounding {
+  double keeps;                                   // share of an error of the state that is left behind the chunk
+  double turns;                                   // share of the state that k^T S moves
+  double reads;                                   // sum of |read_scale q|^2, over K
+  float key_length[CHUNK], reader_length[CHUNK];  // |k|^2, |q|^2, normalised if asked for
+  float written[CHUNK];                           // |Kt|^2 of each token
+  float read_off[CHUNK];                          // sum of P^2 over its readers
+};
+
 struct Workspace {
   int64_t K, V;                    // head sizes
   int64_t K_rows, V_panels;        // K rounded up to whole panels; number of value panels
   int64_t first_panel, end_panel;  // of those the ones at hand
+  uint32_t left_out;               // bits of panels among them that are not
   int64_t state_size;              // floats of a state in panels
 
   float* states;     // [GROUP][V_panels][K_rows][PANEL]
@@ -29,6 +51,9 @@ struct Workspace {
   Pair* states_pairs;  // [GROUP][V_panels][K_rows / 2][PANEL]
   Pair* score_pairs;   // [CHUNK / PANEL][CHUNK / 2][PANEL]
   Pair* value_pairs;   // [CHUNK / 2][PANEL]
+  Pair* write_pairs;   // same, of to_write times values; `writers` is k then
+  Rounding* rounding;  // [GROUP][V_panels]
+  ChunkRounding chunk_rounding;
 
   float* rows;  // [LANES][row_size] tokens being packed
   int64_t row_size;
@@ -47,13 +72,16 @@ struct Workspace {
   float* end_keys;                            // like keys: Kt^T; with channel decay, as the next two
   float* since_rows;                          // like keys_turned: E
   float* until_rows;                          // same: exp(G_C - G)
-  float key_norm[CHUNK], reader_norm[CHUNK];  // what k and q were multiplied by to have length 1
+  float key_norm[CHUNK], reader_norm[CHUNK];  // what k and q are to be multiplied by to have length 1, or 1
 
   float beta[CHUNK];         // b
+  float gram_scale[CHUNK];   // what columns of k^T k are multiplied by: b
+  float score_scale[CHUNK];  // what columns of k^T q are multiplied by: scale
   float key_scale[CHUNK];    // what k^T S is multiplied by: b E, or b for channel decay
   float read_scale[CHUNK];   // what q^T S is multiplied by: scale E, or scale
   float since_start[CHUNK];  // E for head decay, else 1
   float to_end[CHUNK];       // exp(G_C - G) for head decay, else 1
+  float to_write[CHUNK];     // the same times key_norm; with pairs only
   double log_decay[CHUNK];   // G for head decay; double because a difference of two large sums is wanted exactly
   float* keep;               // [K_rows] Gam of each row of the state
 };
@@ -70,9 +98,9 @@ struct Taker {
   }
 };
 
-// Whether products take bfloat16. Not where nothing decays: at b = 2 and without decay a state keeps every error, and
-// those of rounded operands would add up beyond 1e-2 in some thousand tokens. With channel decay operands are products
-// of decays, rescaled at every level, which stay in float32.
+// Whether products take bfloat16, at least at first: panels whose roundings add up are done again in float32
+// (rounding-inl.h). Not where no gate is, for many of those would be. With channel decay operands are products of
+// decays, rescaled at every level, which stay in float32.
 static bool takes_pairs(const Problem& p) { return DOTS && p.k.type == Type::bfloat16 && p.gate == Gate::head; }
 
 static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) {
@@ -84,6 +112,7 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   w.V_panels = round_up(p.V, PANEL) / PANEL;
   w.first_panel = 0;
   w.end_panel = w.V_panels;
+  w.left_out = 0;
   w.row_size = round_up(max_of(p.K, p.V), PANEL);
   w.state_size = w.V_panels * w.K_rows * PANEL;
   w.states = take((backward ? 1 : GROUP) * w.state_size);
@@ -99,6 +128,9 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   w.states_pairs = reinterpret_cast<Pair*>(take(pairs ? GROUP * w.state_size / 2 : 0));
   w.score_pairs = reinterpret_cast<Pair*>(take(pairs ? CHUNK * CHUNK / 2 : 0));
   w.value_pairs = reinterpret_cast<Pair*>(take(pairs ? CHUNK * PANEL / 2 : 0));
+  w.write_pairs = reinterpret_cast<Pair*>(take(pairs ? CHUNK * PANEL / 2 : 0));
+  const int64_t sums = GROUP * w.V_panels * static_cast<int64_t>(sizeof(Rounding) / sizeof(float));
+  w.rounding = reinterpret_cast<Rounding*>(take(pairs ? sums : 0));
   w.state_pairs = w.states_pairs;
   w.rows = take(LANES * w.row_size);
   w.gates = take(channel ? CHUNK * w.row_size : 0);
@@ -154,7 +186,7 @@ static T& thread_local_arrays(const Args&... args) {
 // Operands of the products of one value panel, E: float or Pair.
 template <class E>
 struct Operands {
-  const E *keys, *readers, *writers, *scores, *values;
+  const E *keys, *readers, *writers, *scores, *values, *writes;
   E* state;
 };
 
@@ -162,9 +194,14 @@ template <class E>
 SLEEPKERN_INLINE Operands<E> operands(const Workspace& w, int64_t panel) {
   if constexpr (IS_PAIR<E>) {
     auto pairs = [](const float* x) { return reinterpret_cast<const Pair*>(x); };
-    return {pairs(w.keys), pairs(w.readers), pairs(w.writers),
-            w.score_pairs, w.value_pairs,    w.state_pairs + panel * w.K_rows / 2 * PANEL};
+    return {pairs(w.keys),
+            pairs(w.readers),
+            pairs(w.writers),
+            w.score_pairs,
+            w.value_pairs,
+            w.write_pairs,
+            w.state_pairs + panel * w.K_rows / 2 * PANEL};
   } else {
-    return {w.keys, w.readers, w.writers, w.scores, w.values, w.state + panel * w.K_rows * PANEL};
+    return {w.keys, w.readers, w.writers, w.scores, w.values, w.values, w.state + panel * w.K_rows * PANEL};
   }
 }

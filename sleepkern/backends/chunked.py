@@ -171,8 +171,17 @@ def walk(f: Factors, state: Tensor, output: bool) -> tuple[Tensor | None, Tensor
         state = kept + f.Kt[:, :, c].transpose(-1, -2) @ Vn
     if not output or f.Qe is None or f.P is None:
         return None, state
-    o = f.Qe @ torch.stack(starts, 2) + f.P @ torch.stack(writes, 2)
+    o = f.Qe @ torch.stack(starts, 2) + _read_writes(f.P, torch.stack(writes, 2))
     return o.flatten(2, 3), state
+
+
+def _read_writes(P: Tensor, writes: Tensor) -> Tensor:
+    """P @ writes, in which a token that is not finite reaches none before it: there P is 0, and 0 * NaN is NaN.
+
+    So the product is one of finite numbers, and NaN comes back to the tokens from there on.
+    """
+    finite = torch.nan_to_num(writes, nan=0.0, posinf=0.0, neginf=0.0)
+    return P @ finite + (writes - finite).cumsum(-2)
 
 
 def _ingest(problem: Problem, h: Heads) -> Ingested:

@@ -278,7 +278,7 @@ def _plan_on(problem: Problem, device: Device) -> Plan | None:
     block = _block(p.sequences * p.HV, p.V, whole=p.tol is not None, device=device)
     if _one_chunk(p) and p.method != "affine" and (mode == "bf16" or p.tol is None or block <= _C.cuda_value_tile):
         block = block if mode == "bf16" else min(block, _C.cuda_value_tile)
-        rank = p.rule.gate != "channel" and p.tol is None and (p.method == "rank" or p.passes > 2)
+        rank = p.rule.gate != "channel" and p.tol is None and (p.method == "rank" or (p.passes > 2 and 2 * p.T <= p.K))
         return Plan("rank" if rank and p.method != "wy" else "wy", True, block, 0)
     chunks = -(-p.T // _C.cuda_chunk)  # of the longest sequence there can be
     fixed, each = _REPLAY[mode, width, p.output, block]
