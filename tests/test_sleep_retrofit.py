@@ -192,5 +192,5 @@ def test_wrong_models() -> None:
     with pytest.raises(ValueError, match="model: got a LlamaForCausalLM; expected one with layers"):
         SleepSession(original(), L)
     sliding = build("qwen3", use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 4)
-    with pytest.raises(ValueError, match="past_key_values: got a DynamicSlidingWindowLayer"):
+    with pytest.raises(ValueError, match="cache: got a layer DynamicSlidingWindowLayer"):
         SleepSession(retrofit(sliding, layers=[1]), L)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..integrations.transformers import patch
 from ..measure.models import hybrid_model, quiet_transformers
+from ..sleep.caches import cache_in
 
 WINDOW = 512
 PASSES = (1, 2, 4)
@@ -57,7 +58,7 @@ def run_sleep(
 def _plain(model: Any, ids: Tensor) -> tuple[float, Any]:
     """Seconds of a forward of the blocks over a window, and its cache."""
     began = time.perf_counter()
-    cache = model.model(ids, use_cache=True).past_key_values
+    cache = cache_in(model.model(ids, use_cache=True))
     return time.perf_counter() - began, cache
 
 

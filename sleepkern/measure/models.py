@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..integrations.transformers import patch
 from ..rules import GATED_DELTA_RULE, Rule
+from ..sleep.caches import cache_in, cache_name
 from .stacks import Prepared
 
 MODEL = (
@@ -176,7 +177,7 @@ def _generating(model: nn.Module, case: ModelCase) -> Callable[[], None]:
     from transformers.cache_utils import DynamicLayer
 
     ids = _text(case.tokens)
-    cache = model(ids, use_cache=True).past_key_values
+    name, cache = cache_name(model), cache_in(model(ids, use_cache=True))
     attention = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
 
     @torch.no_grad()
@@ -186,7 +187,7 @@ def _generating(model: nn.Module, case: ModelCase) -> Callable[[], None]:
                 layer.crop(case.tokens - layer.get_seq_length())
         token = ids[:, -1:]
         for _ in range(case.generated):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, **{name: cache}, use_cache=True).logits[:, -1:].argmax(-1)
 
     return generate
 
@@ -200,10 +201,11 @@ def _session(model: nn.Module, ids: Tensor, generated: int) -> Session:
     start = time.perf_counter()
     out = model(ids, use_cache=True)
     read = time.perf_counter()
+    name, cache = cache_name(model), cache_in(out)
     logits, tokens = [out.logits[0]], []
     for _ in range(generated):
         tokens.append(out.logits[:, -1:].argmax(-1))
-        out = model(tokens[-1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(tokens[-1], **{name: cache}, use_cache=True)
         logits.append(out.logits[0])
     end = time.perf_counter()
     return Session(read - start, end - read, torch.cat(logits), torch.cat(tokens, dim=1)[0])

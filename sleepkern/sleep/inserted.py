@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .caches import cache_of_block, too_old
 from .memory import Fast
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,7 +43,7 @@ class InsertedMixer(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook of a block of transformers: the same on its h, with the fast weight in its cache."""
         h = arguments[0] if arguments else options["hidden_states"]
-        cache, mask = options.get("past_key_values"), _without_padding(options.get("attention_mask"), h.shape[1])
+        cache, mask = cache_of_block(arguments, options), _without_padding(options.get("attention_mask"), h.shape[1])
         layer = None if cache is None else _layer_of(cache, self.index)
         h, after = self(h, None if layer is None else fast_of(layer), mask)
         if layer is not None:
@@ -110,13 +111,17 @@ def beside_attention(layer: Any = None) -> Any:
 
     Raises:
         ValueError: a layer that keeps keys and values in another way, such as a sliding window.
+        ImportError: caches of this version of transformers hold no fast weights.
     """
-    from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+    try:
+        from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+    except ImportError as error:
+        raise too_old() from error
 
     if isinstance(layer, LinearAttentionAndFullAttentionLayer):
         return layer
     if layer is not None and type(layer) is not DynamicLayer:
-        raise ValueError(f"past_key_values: got a {type(layer).__name__}; before it no mixer can stand")
+        raise ValueError(f"cache: got a layer {type(layer).__name__}; before it no mixer can stand")
     both = LinearAttentionAndFullAttentionLayer()
     vars(both).update({} if layer is None else vars(layer))
     return both
@@ -124,9 +129,7 @@ def beside_attention(layer: Any = None) -> Any:
 
 def _layer_of(cache: Any, index: int) -> Any:
     """That layer of a cache of transformers, made to hold a fast weight."""
-    layers = getattr(cache, "layers", None)
-    if not isinstance(layers, list):
-        raise ValueError(f"past_key_values: got a {type(cache).__name__}; expected a cache of transformers with layers")
+    layers: list[Any] = cache.layers
     while len(layers) <= index:  # a cache that was made without a config grows as it is used
         layers.append(cache.layer_class_to_replicate())
     layers[index] = beside_attention(layers[index])

@@ -8,7 +8,6 @@ models of older versions can be adapted too (docs/models.md).
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .caches import cache_name
 from .memory import Memory, copied
 from .writing import written
 
@@ -56,8 +56,6 @@ class RecordedStack(ABC):
         self.model: Any = model
         self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
         self.base = getattr(self.base, "_orig_mod", self.base)  # compiled: only embeddings and masks would run so
-        taken = inspect.signature(self.base.forward).parameters if isinstance(self.base, nn.Module) else {}
-        self.cache_name = "cache_params" if "cache_params" in taken else "past_key_values"
         self.last: str = next((name for name in NORMS if hasattr(self.base, name)), NORMS[0])
         parts = ((self.base, "layers"), (self.base, self.last), (self.model, "lm_head"))
         missing = [name for holder, name in parts if not isinstance(getattr(holder, name, None), nn.Module)]
@@ -66,6 +64,7 @@ class RecordedStack(ABC):
                 f"model: got a {type(model).__name__} without {', '.join(missing)}; expected a causal language model "
                 "of transformers, a base model with layers and norm, and lm_head"
             )
+        self.cache_name = cache_name(self.base)
 
     def __len__(self) -> int:
         return len(self.base.layers)
@@ -76,7 +75,8 @@ class RecordedStack(ABC):
 
     def open(self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
         calls: list[Any] = []
-        with self._recorded(calls) as base:
+        through: list[Any] = []
+        with self._recorded(calls, through) as base:
             out = base(
                 input_ids=ids,
                 attention_mask=mask,
@@ -86,7 +86,31 @@ class RecordedStack(ABC):
             )
         if not calls:  # or they ran by themselves, and what is in memory is theirs
             raise ValueError(f"model: got a {type(self.model).__name__} whose forward does not call its own layers")
-        return _tensor(out), calls
+        self._check_calls(calls, memory)
+        h = [_tensor(x) for x in (*through, out)]
+        if not all(map(_same, h, h[1:])):  # what recorders let through, from the first to what the model gives
+            raise ValueError(
+                f"model: got a {type(self.model).__name__} that changes h between layers or behind the last; expected "
+                "one that hands it from layer to layer, in tuples if the stack says so"
+            )
+        return h[-1], calls
+
+    def _check_calls(self, calls: list[Call], memory: Memory) -> None:
+        """
+        Raises:
+            ValueError: layers that should remember are called without the memory; they would forget without a word.
+        """
+        cache, remember = memory.cache, {*memory.recurrent, *memory.attention}  # type: ignore[attr-defined]
+        without = [
+            i
+            for i, call in enumerate(calls)
+            if i in remember and not any(x is cache for x in (*call.arguments, *call.options.values()))
+        ]
+        if without:
+            raise ValueError(
+                f"model: got a {type(self.model).__name__} that takes a cache as {self.cache_name} and does not hand "
+                f"it to layers {without}; expected it among their arguments"
+            )
 
     def check_mode(self) -> None:
         """
@@ -116,11 +140,11 @@ class RecordedStack(ABC):
         return nullcontext() if _copied(self.base, {}) is not None else _locks.setdefault(self.base, RLock())
 
     @contextmanager
-    def _recorded(self, calls: list[Call]) -> Iterator[Any]:
+    def _recorded(self, calls: list[Call], through: list[Any]) -> Iterator[Any]:
         """The base model with recorders for blocks and without the last norm."""
         with self.alone():
             self.check_mode()
-            recorders = nn.ModuleList(_Recorder(block, calls, self.tuples) for block in self.base.layers)
+            recorders = nn.ModuleList(_Recorder(block, calls, through, self.tuples) for block in self.base.layers)
             instead: dict[str, nn.Module] = {"layers": recorders, self.last: nn.Identity()}
             copy = _copied(self.base, instead)
             if copy is not None:
@@ -180,17 +204,23 @@ def _tensor(out: Any) -> Tensor:
     return out
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are one tensor, though a hook may have wrapped it."""
+    return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr())
+
+
 class _Recorder(nn.Module):
     """Stands for a block, notes how it is called, and lets h through."""
 
-    def __init__(self, block: nn.Module, calls: list[Call], tuples: bool) -> None:
+    def __init__(self, block: nn.Module, calls: list[Call], through: list[Any], tuples: bool) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)  # not a submodule: nothing of it is to be seen or moved
-        self.calls, self.tuples = calls, tuples
+        self.calls, self.through, self.tuples = calls, through, tuples
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
     def forward(self, h: Tensor, *arguments: Any, **options: Any) -> Any:
         self.calls.append(Call(self.block, arguments, options))
+        self.through.append(h)
         return (h, None) if self.tuples else h

@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from .caches import too_old
+
+try:
+    from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+except ImportError as error:
+    raise too_old() from error
 
 from .inserted import beside_attention, fast_of, inserted_in, put_fast
 from .memory import Fast, Memory, Slow
@@ -18,8 +24,10 @@ Pair = TypeVar("Pair", Fast, Slow)
 
 _TUPLES = ("bamba", "falcon_h1")
 """Models that expect tuples from their layers."""
-_WRITES = "mamba2_selective_state_update"
-"""What the file of a mixer defines that writes into its state."""
+_MAKES_NEW = ("torch_recurrent_gated_delta_rule", "recurrent_kimi_delta_attention")
+"""What the files of mixers call for a token that make a new state; Mamba-2's write into the one they have."""
+_KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
+"""Layers of a cache of which a session keeps all there is; DummyLayer has nothing."""
 
 
 class _FastWeights(LinearAttentionLayer):
@@ -63,6 +71,7 @@ class TransformersMemory:
         config: Any = model.config
         self.cache: Any = DynamicCache(config=config.get_text_config())
         layers: list[Any] = self.cache.layers
+        _check_layers(model, layers)
         if own:
             self.cache.layers = [_OWN[type(x)]() if type(x) in _OWN else x for x in layers]
         base: Any = model.base_model
@@ -72,24 +81,29 @@ class TransformersMemory:
         self.recurrent = [i for i, x in enumerate(self.cache.layers) if isinstance(x, LinearAttentionLayer)]
         self.attention = [i for i, x in enumerate(self.cache.layers) if isinstance(x, DynamicLayer)]
         self._replaced = set(self.recurrent) if own else set(inserted)
-        self._written = any(hasattr(sys.modules.get(type(x).__module__), _WRITES) for x in base.modules())
+        others = (i for i in self.recurrent if i not in inserted)
+        self._written = {i for i in others if not _makes_new_states(base.layers[i])}
 
     def fast(self) -> dict[int, Fast]:
         layers = ((i, self.cache.layers[i]) for i in self.recurrent)
-        return {i: self._apart(fast) for i, x in layers if (fast := fast_of(x)) is not None}
+        return {i: self._apart(i, fast) for i, x in layers if (fast := fast_of(x)) is not None}
 
     def set_fast(self, fast: dict[int, Fast]) -> None:
         for i in self.recurrent:
             layer = self.cache.layers[i]
             if i in self._replaced:
-                put_fast(layer, self._apart(fast[i]) if i in fast else None)
+                put_fast(layer, self._apart(i, fast[i]) if i in fast else None)
             elif i in fast:  # new layers still; copied into their buffers
                 layer.update_conv_state(fast[i].conv, conv_kernel_size=fast[i].conv.shape[-1])
                 layer.update_recurrent_state(fast[i].state)
 
-    def _apart(self, fast: Fast) -> Fast:
-        """A step of one token writes into the inputs of the convolution, and Mamba-2's into the state."""
-        return Fast(fast.conv.clone(), fast.state.clone() if self._written else fast.state)
+    def _apart(self, i: int, fast: Fast) -> Fast:
+        """A step of one token writes into the inputs of the convolution, and that of some layers into the state."""
+        return Fast(fast.conv.clone(), fast.state.clone() if i in self._written else fast.state)
+
+    def tokens(self) -> int:
+        """How many the first attention layer has seen since the last eviction."""
+        return int(self.cache.layers[self.attention[0]].get_seq_length())
 
     def slow(self) -> dict[int, Slow]:
         layers = ((i, self.cache.layers[i]) for i in self.attention)
@@ -101,6 +115,26 @@ class TransformersMemory:
             DynamicLayer.reset(layer)
             if i in slow:
                 layer.update(*slow[i])
+
+
+def _check_layers(model: nn.Module, layers: list[Any]) -> None:
+    """
+    Raises:
+        ValueError: layers of a cache that keep more than a session carries from window to window.
+    """
+    more = {type(x).__name__ for x in layers if type(x).__name__ not in (*_KEPT, "DummyLayer")}
+    more |= {f"{type(x).__name__} of {n} states" for x in layers if (n := getattr(x, "number_of_states", 1)) != 1}
+    if more:
+        raise ValueError(
+            f"model: got a {type(model).__name__} whose cache has layers {', '.join(sorted(more))}; expected keys and "
+            "values, and one fast weight a layer"
+        )
+
+
+def _makes_new_states(block: nn.Module) -> bool:
+    """Whether the mixers of a block make a new state each time; what is not known may write into the old one."""
+    files = (sys.modules.get(type(x).__module__) for x in block.modules())
+    return any(hasattr(file, name) for file in files for name in _MAKES_NEW)
 
 
 class TransformersStack(RecordedStack):
@@ -117,7 +151,7 @@ class TransformersStack(RecordedStack):
     @torch.no_grad()
     def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
         """By the model's own `generate`, with its options; Mamba-2 without attention as RecordedStack."""
-        if self.cache_name != "past_key_values":
+        if not memory.attention:
             return super().generate(ids, mask, first, memory, **options)
         rows = _rows_of_one(self.model, options)
         with self.alone():
@@ -125,13 +159,19 @@ class TransformersStack(RecordedStack):
             answering = TransformersMemory(self.model, own=False)
             answering.set_fast(_repeated(memory.fast(), rows))
             answering.set_slow(_repeated(memory.slow(), rows))
+            before = answering.tokens()
             made: Tensor = self.model.generate(
                 ids,
                 attention_mask=mask,
                 position_ids=positions(ids, first),
-                past_key_values=answering.cache,
+                **{self.cache_name: answering.cache},
                 **options,
             )
+            if answering.tokens() <= before:
+                raise ValueError(
+                    f"model: got a {type(self.model).__name__} whose generate takes {self.cache_name} and does not go "
+                    "on in it; expected answers to come after what was ingested"
+                )
         return made
 
 

@@ -1,0 +1,76 @@
+"""Where a cache of transformers is among the arguments of a call, whatever that version calls it.
+
+Its name differs: past_key_value, past_key_values, cache_params, cache. Under a name that a forward does not read, a
+cache ends in **kwargs without a word, and the model forgets. So a cache is known by what it is, and a forward says
+itself under which name it takes one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+NAMES = ("past_key_values", "cache", "cache_params", "past_key_value")
+"""What versions of transformers have called it, for a forward that does not say which of its arguments is a Cache."""
+
+
+def is_cache(x: Any) -> bool:
+    """Whether x is a cache of transformers, or has layers and is updated like one."""
+    known = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+    alike = isinstance(getattr(x, "layers", None), list) and callable(getattr(x, "update", None))
+    return alike or isinstance(x, known)
+
+
+def cache_among(values: Iterable[Any]) -> Any:
+    """The first cache among arguments; None without one."""
+    return next((x for x in values if is_cache(x)), None)
+
+
+def cache_in(out: Any) -> Any:
+    """The cache in what a model gives.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = cache_among(out.values())
+    if found is None:
+        raise ValueError(f"model: got {', '.join(out)} from it; expected a cache of transformers, by use_cache=True")
+    return found
+
+
+def cache_name(module: Any) -> str:
+    """The keyword under which a module takes its cache; the first of NAMES where its forward hides that."""
+    for forward in (module.forward, type(module).forward):
+        taken = inspect.signature(forward).parameters
+        declared = [name for name, x in taken.items() if "Cache" in str(x.annotation)]
+        for name in (*declared, *NAMES):
+            if name in taken:
+                return name
+    return NAMES[0]
+
+
+def too_old() -> ImportError:
+    """What to raise where the caches of transformers have no layers for fast weights."""
+    version = sys.modules["transformers"].__version__
+    return ImportError(f"transformers: got {version}, whose caches hold no fast weights; expected 5.20 or newer")
+
+
+def cache_of_block(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The cache with layers that a block is called with; None if it is to remember nothing.
+
+    Raises:
+        ValueError: something else stands in its place, or a block is to use a cache and is given none.
+    """
+    found = cache_among((*arguments, *options.values()))
+    named = {name: x for name in NAMES if found is None and (x := options.get(name)) is not None}
+    for name, x in (named or {"cache": found}).items():
+        if x is not None and not isinstance(getattr(x, "layers", None), list):
+            raise ValueError(f"{name}: got a {type(x).__name__}; expected a cache of transformers with layers")
+    if found is None and options.get("use_cache"):
+        raise ValueError(
+            f"cache: got none among {', '.join(sorted(options))}, and use_cache=True; expected a cache of "
+            "transformers, in which fast weights lie"
+        )
+    return found
