@@ -1,6 +1,7 @@
 # Each target does all its own set-up on a fresh machine with python3, g++ and make; a second call skips it.
 #   make demo       verify, bench, a hybrid model with and without the kernels, asleep, and thinking, into out/demo
 #   make test       the tests; then CUDA's and Triton's kernels, run on the CPU and compiled for GPUs that need not be there
+#   make test-hardening  what takes minutes more: the integrations with the oldest transformers promised and the newest
 #   make bench      the full benchmark table and plot, into out/bench
 #   make lint       ruff, mypy, clang-format
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
@@ -15,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
-.PHONY: demo test bench lint gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo test test-hardening test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -29,6 +30,29 @@ test: $(VENV)/built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -n auto
 	$(BIN)/python -m tests.cuda_offline.gate
 	$(BIN)/python -m tests.triton_offline.gate
+
+# The versions of transformers beside the pinned one, each in a folder that PYTHONPATH puts before the other packages.
+# The newest is fetched anew each time, so that a release is seen here, and does not turn `make test` red.
+OLDEST := $(VENV)/transformers-oldest
+NEWEST := $(VENV)/transformers-newest
+PATCHED := tests/test_integration_versions.py tests/test_integration_transformers.py tests/test_integration_patching.py
+SLEEPING := $(addprefix tests/test_sleep_,adapters.py mamba2.py retrofit.py session.py versions.py)
+
+test-hardening: test-oldest test-newest
+
+test-oldest: $(VENV)/built $(OLDEST)/installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PATCHED) -n auto
+
+test-newest: $(VENV)/built
+	rm -rf $(NEWEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(NEWEST) transformers
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(PATCHED) tests/test_integration_mamba2.py \
+	  tests/test_integration_mixers.py tests/test_measure_models.py $(SLEEPING) -n auto
+
+$(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) -r requirements-oldest.txt
+	touch $@
 
 bench: $(VENV)/built
 	mkdir -p out/bench

@@ -11,15 +11,34 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from versions import here, release
 
 import sleepkern
 from sleepkern.sleep import retrofit
+from sleepkern.sleep.caches import NAMES, cache_among, cache_name
 
+VERSION = release(here())
+PROMISED = {
+    (4, 57): ("qwen3_next",),
+    (5, 20): (
+        "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear", "bailing_hybrid",
+        "mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2",
+    ),
+    (5, 23): ("qwen4_exp", "glm5_next"),
+    (5, 24): ("lara_mini",),
+}  # fmt: skip
+"""Families that `patch` knows by name, and the version from which on it has to. Tests run over those of the version
+that is here, and fail if it lacks one."""
+FAMILIES = tuple(family for since, families in PROMISED.items() if since <= VERSION for family in families)
+CARRIES = (5, 16) <= VERSION
+"""Mixers look functions up at each call, keep their states in buffers, and go on from them with more than one token."""
 CHUNK, STEP = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 CONV = "causal_conv1d_fn"
-MODEL_TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+MODEL_TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "qwen4_exp": "qwen4_exp_text"}
+KDA = ("kimi_linear", "bailing_hybrid", "glm5_next")
+MAMBA = ("mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2")
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -47,7 +66,33 @@ _MAMBA = {
     "mamba_chunk_size": 16,
 }
 _LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_local_experts": 4}
+_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 OWN_SIZES: dict[str, dict[str, Any]] = {
+    "qwen4_exp": {
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+    },
+    "lara_mini": {"sliding_window": 8},
+    "glm5_next": {
+        "num_key_value_heads": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 2,
+        "n_routed_experts": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "index_topk": 64,
+        "index_kpool": 4,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "hc_mult": 2,
+    },
     "kimi_linear": {
         **_LATENT,
         "num_key_value_heads": 2,
@@ -99,8 +144,11 @@ def build(family: str, **changes: Any) -> nn.Module:
     sizes = {**SIZES, **OWN_SIZES.get(family, {}), **changes}
     if family == "nemotron_h":
         del sizes["num_hidden_layers"]  # it counts its layers' types
+    if family == "glm5_next":  # images go in beside the text
+        sizes = {"text_config": {**sizes, "num_experts": None}, "vision_config": _VISION}
     config = CONFIG_MAPPING[MODEL_TYPES.get(family, family)](**sizes)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    auto = AutoModelForImageTextToText if family == "glm5_next" else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):
             nn.init.constant_(parameter, -3.0)
@@ -109,14 +157,25 @@ def build(family: str, **changes: Any) -> nn.Module:
 
 def many_of(family: str) -> str:
     """The sleepkern function that stands for many tokens of a family."""
-    if family in ("kimi_linear", "bailing_hybrid"):
+    if family in KDA:
         return "kda"
-    return "simple_gla" if family in OWN_SIZES else "gated_delta_rule"
+    return "simple_gla" if family in MAMBA else "gated_delta_rule"
 
 
 def layers_of(model: nn.Module) -> int:
     """Layers with a recurrence."""
     return sum(name.endswith("A_log") for name, _ in model.named_parameters())
+
+
+def cached(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword by which a forward takes a cache; none without a cache."""
+    return {} if cache is None else {cache_name(model): cache}
+
+
+def kept(out: Any) -> Any:
+    """The cache in what a model gives; versions before 5 have classes of their own for it."""
+    found = cache_among(out.values())
+    return next(out[name] for name in NAMES if name in out) if found is None else found
 
 
 def globals_of(family: str) -> ModuleType:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CLOSE, build, globals_of, spy_on_sleepkern, tokens
+from hybrid_models import CLOSE, MAMBA, build, cached, globals_of, spy_on_sleepkern, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -111,20 +111,19 @@ def test_other_steps_stay_stocks(changed: dict[str, Tensor], same: bool) -> None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2"])
+@pytest.mark.parametrize("family", MAMBA)
 def test_models_step_in_their_caches_buffers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build(family), tokens(2, 12)
-    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = DynamicCache(config=model.config)
     steps: list[int] = []
     calls = spy_on_sleepkern(monkeypatch)
     run = mamba2._step
     monkeypatch.setattr(mamba2, "_step", lambda call: steps.append(call.state.data_ptr()) or run(call))
     with patch(model):
-        model(ids, **{name: cache}, use_cache=True)
+        model(ids, **cached(model, cache), use_cache=True)
         assert not steps
         calls.clear()
-        model(ids[:, :1], **{name: cache}, use_cache=True)
+        model(ids[:, :1], **cached(model, cache), use_cache=True)
     buffers = [x.recurrent_states[0] for x in cache.layers if getattr(x, "recurrent_states", None)]
     assert steps == [x.data_ptr() for x in buffers if x is not None] and steps
     assert calls == ["recurrent_step"] * len(steps)  # the scan left S in rows

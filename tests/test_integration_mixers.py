@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hybrid_models import FAMILIES
 
 import sleepkern
-from sleepkern.integrations.transformers import FAMILIES
 from sleepkern.testing import relative_error
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 8e-3}

@@ -38,6 +38,7 @@ def originals(family: str = "qwen3_next") -> list[Any]:
     return [getattr(globals_of(family), name) for name in (CHUNK, STEP, CONV)]
 
 
+@pytest.mark.since("5.16")
 def test_patches_nest_repeat_and_are_undone_exactly() -> None:
     stock, stock_olmo = originals(), originals("olmo_hybrid")
     with patch() as outer:
@@ -73,6 +74,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
     assert originals() == stock
 
 
+@pytest.mark.since("5.16")
 def test_a_model_stands_for_its_families() -> None:
     model, stock = build("qwen3_next"), originals()
     saved = {name: x.clone() for name, x in model.state_dict().items()}
@@ -83,6 +85,7 @@ def test_a_model_stands_for_its_families() -> None:
     assert originals() == stock
 
 
+@pytest.mark.since("5.16")
 def test_layers_that_keep_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 4.57 to 5.10: a layer looks the functions up once, when it is built."""
 
@@ -141,6 +144,7 @@ class Layer(nn.Module):
 """
 
 
+@pytest.mark.since("5.16")
 @pytest.mark.parametrize("by", ["a model", "the file, before a model is built"])
 def test_files_of_older_versions(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 4.57 to 5.10 without fla and causal_conv1d: what those would give is None."""

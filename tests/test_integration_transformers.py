@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from hybrid_models import (
+    CARRIES,
     CHUNK,
     CLOSE,
+    FAMILIES,
     STEP,
     arguments,
     build,
+    cached,
     globals_of,
+    kept,
     layers_of,
     many_of,
     spy_on_sleepkern,
@@ -26,7 +30,7 @@ from torch._dynamo import lookup_backend
 from transformers import DynamicCache
 
 from sleepkern.cli.dropin import run_dropin
-from sleepkern.integrations.transformers import FAMILIES, patch, unpatch
+from sleepkern.integrations.transformers import patch, unpatch
 from sleepkern.testing import relative_error
 
 
@@ -38,15 +42,16 @@ def read(
     between: Callable[[Any], None] | None = None,
 ) -> Tensor:
     """Logits of the text read piece by piece with a cache; `between` may tamper with the cache."""
-    taken = inspect.signature(model.forward).parameters
-    cache = {"cache_params" if "cache_params" in taken else "past_key_values": DynamicCache(config=model.config)}
-    logits, done = [], 0
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    logits, done, cache = [], 0, None
     for piece in ids.split(list(pieces), dim=1):
-        at = {"position_ids": torch.arange(done, done + piece.shape[1])[None]} if "position_ids" in taken else {}
-        logits.append(model(piece, **cache, **at, use_cache=True).logits)
-        done += piece.shape[1]
+        positions = torch.arange(done, done + piece.shape[1]).expand(piece.shape)
+        at = {"position_ids": positions} if takes_positions else {}
+        out = model(piece, **cached(model, cache), **at, use_cache=True)
+        logits.append(out.logits)
+        done, cache = done + piece.shape[1], kept(out)
         if between is not None:
-            between(*cache.values())
+            between(cache)
     return torch.cat(logits, dim=1)
 
 
@@ -74,14 +79,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_reads_and_continues_as_stock(family: str, calls: list[str]) -> None:
     model, ids, many = build(family), tokens(2, 48), many_of(family)
-    layers = layers_of(model)
-    stock = read(model, ids, (48,))
-    with patch(family):
-        assert relative_error(read(model, ids, (48,)), stock) < CLOSE
-        assert calls == [many] * layers
-        assert relative_error(read(model, ids, (20, 28)), stock) < CLOSE
-        assert relative_error(read(model, ids, (20, 1, 1, 26)), stock) < CLOSE
-        assert calls.count("recurrent_step") == 2 * layers
+    layers, pieces = layers_of(model), ((48,), (20, 28), (20, 1, 1, 26))
+    at_once = read(model, ids, (48,))
+    stock = [at_once if CARRIES else read(model, ids, lengths) for lengths in pieces]
+    assert not calls
+    with patch(model):
+        for lengths, expected in zip(pieces, stock, strict=True):
+            assert relative_error(read(model, ids, lengths), expected) < CLOSE
+            assert lengths != (48,) or calls == [many] * layers
+        assert len(calls) == 7 * layers and calls.count("recurrent_step") == 2 * layers * CARRIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,7 +95,7 @@ def test_every_family_generates_the_same_tokens(family: str, calls: list[str]) -
     model, ids = build(family), tokens(2, 20)
     options = {"max_new_tokens": 8, "do_sample": False}
     stock = model.generate(ids, **options)
-    with patch(family):
+    with patch(model):
         assert torch.equal(model.generate(ids, **options), stock)
     assert many_of(family) in calls
 
@@ -104,7 +110,8 @@ def test_every_family_has_the_same_gradients(family: str, calls: list[str]) -> N
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     stock = gradients()
-    with patch(family):
+    assert not calls
+    with patch(model):
         patched = gradients()
     assert many_of(family) in calls and patched.keys() == stock.keys()
     worst = {name: relative_error(patched[name], stock[name]) for name in stock if stock[name].norm() > 0}
@@ -112,6 +119,7 @@ def test_every_family_has_the_same_gradients(family: str, calls: list[str]) -> N
     assert any("A_log" in name and g.abs().max() > 0 for name, g in patched.items())
 
 
+@pytest.mark.since("5.16")
 def test_the_state_matters(model: nn.Module) -> None:
     """Control of the test above: without the state, continuing goes far wrong."""
 
@@ -125,11 +133,11 @@ def test_the_state_matters(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["qwen3_next", "bailing_hybrid", "bamba"])
+@pytest.mark.parametrize("family", [x for x in ("qwen3_next", "bailing_hybrid", "bamba") if x in FAMILIES])
 def test_half_precision(family: str, dtype: torch.dtype, calls: list[str]) -> None:
     model, ids = build(family).to(dtype), tokens(2, 40)
     stock = read(model, ids, (39, 1))
-    with patch(family):
+    with patch(model):
         patched = read(model, ids, (39, 1))
     assert patched.dtype == dtype and many_of(family) in calls
     assert relative_error(patched, stock) < 4 * torch.finfo(dtype).eps
@@ -140,7 +148,7 @@ def test_left_padded_batch(model: nn.Module, calls: list[str]) -> None:
     mask[1, :7] = mask[2, :33] = 0
     with torch.no_grad():
         stock = model(ids, attention_mask=mask).logits
-        with patch():
+        with patch(model):
             patched = model(ids, attention_mask=mask).logits
     assert calls
     real = mask.bool()
@@ -153,11 +161,12 @@ def test_generates_the_same_tokens(model: nn.Module, beams: int, calls: list[str
     ids, options = tokens(2, 20), {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
     stock = model.generate(ids, **options)
     assert not calls
-    with patch():
+    with patch(model):
         assert torch.equal(model.generate(ids, **options), stock)
     assert set(calls) >= {"gated_delta_rule"}
 
 
+@pytest.mark.since("5.16")
 def test_compiled_mixer(model: nn.Module) -> None:
     """No graph break in the layer, forward and backward, and the graph holds our operator."""
     layer, x = model.model.layers[0].linear_attn, torch.randn(2, 20, 32)
@@ -183,6 +192,7 @@ def test_compiled_mixer(model: nn.Module) -> None:
     model.zero_grad()
 
 
+@pytest.mark.since("5.16")
 def test_exported_program_holds_torch_operators_only(model: nn.Module) -> None:
     layer, x = model.model.layers[0].linear_attn, torch.randn(1, 12, 32)
     with patch(), torch.no_grad():
@@ -194,6 +204,7 @@ def test_exported_program_holds_torch_operators_only(model: nn.Module) -> None:
 # ---------------------------------------------------------------- packed sequences
 
 
+@pytest.mark.since("5.16")
 def test_packed_equals_separate(model: nn.Module) -> None:
     """Whole model: recurrence, convolution and attention stop at the borders. Stock refuses."""
     lengths = (17, 1, 30, 2)
@@ -213,6 +224,7 @@ def test_packed_equals_separate(model: nn.Module) -> None:
             assert relative_error(model(ids, seq_idx=index, **packing).logits, separate) < CLOSE
 
 
+@pytest.mark.since("5.16")
 def test_packed_by_seq_idx_alone_is_refused_as_in_stock(model: nn.Module) -> None:
     with patch(), torch.no_grad(), pytest.raises(ValueError, match="packed sequences"):
         model(tokens(1, 8), seq_idx=torch.tensor([[0] * 4 + [1] * 4]), use_cache=False)
@@ -221,6 +233,7 @@ def test_packed_by_seq_idx_alone_is_refused_as_in_stock(model: nn.Module) -> Non
 # ---------------------------------------------------------------- the functions
 
 
+@pytest.mark.since("5.16")
 @pytest.mark.parametrize(("name", "T"), [(CHUNK, 70), (CHUNK, 1), (STEP, 1), (STEP, 5)])
 def test_functions_take_what_stock_takes(name: str, T: int, calls: list[str]) -> None:
     """Keywords, positions, junk; no state in, none out; and never a write to the caller's state."""
@@ -242,16 +255,17 @@ def test_functions_take_what_stock_takes(name: str, T: int, calls: list[str]) ->
     assert calls.count("gated_delta_rule") == 3
 
 
+@pytest.mark.since("5.16")
 def test_decode_updates_the_cache_in_place(model: nn.Module, calls: list[str]) -> None:
     """The cache's own buffer is written by the step itself; under autograd it is not."""
     cache = DynamicCache(config=model.config)
     with patch():
         with torch.no_grad():
-            model(tokens(1, 10), past_key_values=cache, use_cache=True)
+            model(tokens(1, 10), **cached(model, cache), use_cache=True)
             states = [layer.recurrent_states[0] for layer in cache.layers[:3]]
             before = [state.clone() for state in states]
             calls.clear()
-            model(tokens(1, 1), past_key_values=cache, use_cache=True)
+            model(tokens(1, 1), **cached(model, cache), use_cache=True)
         assert calls == ["recurrent_step"] * 3
         for layer, state, old in zip(cache.layers, states, before, strict=False):
             assert layer.recurrent_states[0] is state and not torch.equal(state, old)
@@ -264,6 +278,7 @@ def test_decode_updates_the_cache_in_place(model: nn.Module, calls: list[str]) -
         assert o.requires_grad and torch.equal(states[0], old) and calls == ["gated_delta_rule"]
 
 
+@pytest.mark.since("5.16")
 @pytest.mark.parametrize(
     ("dtype", "device", "reason"),
     [(torch.float64, "cpu", "float64"), (torch.float32, "meta", "no kernel for the device meta")],
@@ -281,6 +296,7 @@ def test_what_cannot_be_done_goes_to_the_original(
     assert device == "meta" or torch.equal(o, expected)
 
 
+@pytest.mark.since("5.16")
 def test_dropin_of_the_demo() -> None:
     lines: list[str] = []
     result = run_dropin(bytes(range(256)), lines.append, tokens=100)

@@ -33,7 +33,7 @@ def test_readme_names_only_targets_that_exist() -> None:
 
 
 def test_make_knows_its_targets() -> None:
-    for target in ("demo", "test", "bench", "lint", "gpu-check"):
+    for target in ("demo", "test", "test-hardening", "bench", "lint", "gpu-check"):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -46,7 +46,8 @@ def test_a_source_archive_has_what_make_and_the_tests_need(tmp_path: Path) -> No
     needed = [*SOURCES, *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]
     names = {str(path.relative_to(ROOT)) for path in needed}
     names |= {"README.md", "Makefile", "CMakeLists.txt", "pyproject.toml", "setup.py", ".ci/run", ".clang-format"}
-    names |= {"requirements.txt", "requirements-fla.txt", "MANIFEST.in", "benchmarks/README.md"}
+    names |= {"requirements.txt", "requirements-fla.txt", "requirements-oldest.txt", "MANIFEST.in"}
+    names |= {"benchmarks/README.md"}
     assert not names - listed
     assert not [name for name in listed if name.endswith((".so", ".pyc"))]
 

@@ -17,6 +17,7 @@ from sleepkern.measure.cases import QUICK, SUITES, select
 from sleepkern.measure.models import ModelCase
 from sleepkern.measure.stacks import BlocksCase
 from sleepkern.nn import SleepLM
+from sleepkern.sleep.caches import cache_among
 
 READ, GENERATE = ModelCase("read", 40, generated=3), ModelCase("generate", 40, generated=3)
 
@@ -114,7 +115,8 @@ def test_generating_attends_to_as_many_keys_every_time() -> None:
     patched, _ = models.calls(model, GENERATE)
     attention = model.model.layers[3].self_attn
     attention.register_forward_hook(
-        lambda module, args, options, out: lengths.append(options["past_key_values"].get_seq_length()), with_kwargs=True
+        lambda module, args, options, out: lengths.append(cache_among(options.values()).get_seq_length()),
+        with_kwargs=True,
     )
     for _ in range(3):
         patched()

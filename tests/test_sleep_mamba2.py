@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CLOSE, build, tokens
+from hybrid_models import CLOSE, MAMBA, build, cached, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -16,11 +16,10 @@ from sleepkern.integrations.transformers import patch
 from sleepkern.sleep import Fast, SleepSession
 from sleepkern.testing import relative_error
 
-FAMILIES = ("mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2")
 L = 16
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
+@pytest.fixture(params=MAMBA, scope="module")
 def model(request: pytest.FixtureRequest) -> nn.Module:
     model = build(request.param)
     for name, parameter in model.named_parameters():
@@ -41,7 +40,7 @@ def _with_and_without_kernels(request: pytest.FixtureRequest, model: nn.Module) 
 def forward(model: nn.Module, ids: Tensor, first: int, cache: Any) -> Tensor:
     taken = inspect.signature(model.forward).parameters
     options = {"position_ids": torch.arange(first, first + ids.shape[1])[None]} if "position_ids" in taken else {}
-    return model(ids, **{"cache_params" if "cache_params" in taken else "past_key_values": cache}, **options).logits
+    return model(ids, **cached(model, cache), **options).logits
 
 
 @torch.no_grad()

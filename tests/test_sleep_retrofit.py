@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CLOSE, build, retrofitted, tokens
+from hybrid_models import CLOSE, build, cached, retrofitted, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from sleepkern.sleep import SleepSession, retrofit
 from sleepkern.testing import relative_error
@@ -42,12 +42,41 @@ def test_without_a_session_the_cache_carries_the_state(family: str) -> None:
     model, ids = retrofitted(family), tokens(2, 30)
     at_once = model(ids, use_cache=False).logits
     for cache in (DynamicCache(config=model.config), DynamicCache()):
-        pieces = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split([9, 1, 20], dim=1)]
+        pieces = [model(piece, **cached(model, cache), use_cache=True).logits for piece in ids.split([9, 1, 20], dim=1)]
         assert relative_error(torch.cat(pieces, dim=1), at_once) < CLOSE
     cache = DynamicCache(config=model.config)
-    model(ids[:, :9], past_key_values=cache)
+    model(ids[:, :9], **cached(model, cache))
     cache.layers[1].recurrent_states[0] = torch.zeros_like(cache.layers[1].recurrent_states[0])
-    assert relative_error(model(ids[:, 9:], past_key_values=cache).logits, at_once[:, 9:]) > 1e-3  # it matters
+    assert relative_error(model(ids[:, 9:], **cached(model, cache)).logits, at_once[:, 9:]) > 1e-3  # it matters
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "a name of a later version", None], ids=str)
+def test_a_cache_is_found_by_any_name(name: str | None) -> None:
+    """Or without one, by its place."""
+    model, h = retrofitted(), torch.randn(2, 20, 32)
+    block, cache = model.model.layers[1], DynamicCache(config=model.config)
+    expected, _ = block.inserted(h)
+    arguments, options = ((None, cache), {}) if name is None else ((), {name: cache})
+    for part in h.split([9, 11], dim=1):
+        (found, *rest), given = block.inserted.before_block(block, (part, *arguments), options)
+        assert tuple(rest) == arguments and given is options
+    assert relative_error(found, expected[:, 9:]) < CLOSE
+    assert relative_error(block.inserted(part)[0], expected[:, 9:]) > 1e-3  # it matters
+
+
+@torch.no_grad()
+def test_what_would_lose_the_state_is_refused() -> None:
+    """A cache without layers, or none where one is to be used."""
+    block, h = retrofitted().model.layers[1], torch.randn(2, 3, 32)
+    both = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for options, message in (
+        ({"past_key_values": ((h, h),)}, "past_key_values: got a tuple; expected a cache of transformers with layers"),
+        ({"states": both}, "cache: got a EncoderDecoderCache; expected a cache of transformers with layers"),
+        ({"states": object(), "use_cache": True}, "cache: got none among states, use_cache, and use_cache=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block.inserted.before_block(block, (h,), options)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CLOSE, build, tokens
+from hybrid_models import CLOSE, build, cached, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -42,7 +42,7 @@ def masked(model: nn.Module, ids: Tensor, seen: int) -> tuple[Tensor, Any]:
     bias = torch.zeros(1, 1, len(t), len(t)).masked_fill(~allowed, torch.finfo(torch.float32).min)
     cache = DynamicCache(config=model.config)
     masks = {"full_attention": bias, "linear_attention": None}
-    return model(ids, attention_mask=masks, past_key_values=cache, use_cache=True).logits, cache
+    return model(ids, attention_mask=masks, **cached(model, cache), use_cache=True).logits, cache
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def looped(
             attends = type(mine) is DynamicLayer
             options = {} if rotary is None else {"position_embeddings": rotary}
             out: Tensor = layer(
-                h, attention_mask=bias if attends else None, position_ids=positions, past_key_values=cache,
+                h, attention_mask=bias if attends else None, position_ids=positions, **cached(layer, cache),
                 use_cache=True, **options,
             )  # fmt: skip
             if not attends:

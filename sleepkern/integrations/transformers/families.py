@@ -20,8 +20,8 @@ from .delta import many_tokens, one_token
 from .mamba2 import fused_scan, one_step, scan
 
 FAMILIES = (
-    "qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid",  # gated delta rule
-    "kimi_linear", "bailing_hybrid",  # KDA
+    "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid", "lara_mini",  # gated delta rule
+    "kimi_linear", "bailing_hybrid", "glm5_next",  # KDA
     "mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2",  # Mamba-2
 )  # fmt: skip
 """Patched by name: transformers.models.<family>.modeling_<family>."""
