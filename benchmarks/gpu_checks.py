@@ -27,7 +27,7 @@ from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.sleep import SleepSession, packed_cuda
-from sleepkern.sleep.session import Eviction
+from sleepkern.sleep.choices import Eviction
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
 from .cuda_calls import LONG, STEPS, WINDOWS, Call, calls

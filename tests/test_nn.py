@@ -152,8 +152,9 @@ def test_a_sleep_ends_when_the_fast_weights_have_settled() -> None:
     changes = SleepSession(model, L, passes=6, feedback="reinject").ingest(ids[:, :L]).reports[0].changes
     assert bool((changes[1:] < changes[:-1]).all())
     limit = float((changes[2] + changes[3]) / 2)
-    session = SleepSession(model, L, passes=6, feedback="reinject", settled=limit).ingest(ids[:, :L])
-    expected = SleepSession(model, L, passes=4, feedback="reinject").ingest(ids[:, :L])
+    options = {"feedback": "reinject", "differentiable": True}
+    session = SleepSession(model, L, passes=6, settled=limit, **options).ingest(ids[:, :L])
+    expected = SleepSession(model, L, passes=4, **options).ingest(ids[:, :L])
     assert len(session.reports[0].changes) == 4
     for mine, other in zip(session.memory.fast().values(), expected.memory.fast().values(), strict=True):
         assert torch.equal(mine.state, other.state)
@@ -208,7 +209,8 @@ def test_gradients_with_and_without_checkpoints() -> None:
     def gradients(dtype: torch.dtype, checkpoint: bool, eviction: str) -> list[Tensor]:
         same = awake().to(dtype)
         same.load_state_dict(model.state_dict())
-        session = SleepSession(same, L, passes=3, checkpoint=checkpoint, eviction=eviction).ingest(ids)
+        options = {"checkpoint": checkpoint, "differentiable": not checkpoint, "eviction": eviction}
+        session = SleepSession(same, L, passes=3, **options).ingest(ids)
         loss = F.cross_entropy(session.read(ids[:, :5]).flatten(0, 1), ids[:, 1:6].flatten())
         return list(torch.autograd.grad(loss, list(same.parameters())))
 
@@ -228,7 +230,7 @@ def test_starts_near_the_identity_and_learns() -> None:
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids, losses = torch.randint(0, 20, (16, L)), []
     for _ in range(30):  # say again what was slept over
-        session = SleepSession(model, L, passes=2, feedback="reinject").ingest(ids)
+        session = SleepSession(model, L, passes=2, feedback="reinject", differentiable=True).ingest(ids)
         loss = F.cross_entropy(session.read(ids[:, :6]).flatten(0, 1), ids[:, 1:7].flatten())
         optimiser.zero_grad()
         loss.backward()

@@ -150,7 +150,8 @@ def test_what_is_not_captured() -> None:
     session, recorder = captured(model, passes=2)
     captures, mask = session.captures, torch.ones_like(ids)
     assert captures is not None
-    assert "gradients may be wanted" in str(captures.why_not(session, ids, None))
+    assert "gradients may be wanted" in str(captures.why_not(SleepSession(model, L, differentiable=True), ids, None))
+    assert captures.why_not(session, ids, None) is None
     with torch.no_grad():
         assert captures.why_not(session, ids, None) is None
         assert captures.why_not(session, ids, mask) == "padding"

@@ -195,7 +195,8 @@ def test_half_precision_and_checkpointing() -> None:
     model, weight = retrofitted(), "model.layers.1.inserted.mixer.qkv.weight"
 
     def gradient(checkpoint: bool) -> Tensor:
-        slept = SleepSession(model, L, passes=2, checkpoint=checkpoint).ingest(tokens(2, 2 * L))
+        options = {"checkpoint": checkpoint, "differentiable": True}
+        slept = SleepSession(model, L, passes=2, **options).ingest(tokens(2, 2 * L))
         return torch.autograd.grad(slept.read(tokens(2, 3)).square().sum(), model.get_parameter(weight))[0]
 
     assert relative_error(gradient(True), gradient(False)) < CLOSE and float(gradient(False).abs().max()) > 0

@@ -181,8 +181,6 @@ def test_to_disk_and_back(model: nn.Module, eviction: str, tmp_path: Path) -> No
     other.load_state_dict(load_file(tmp_path / "session.safetensors"))
     first, second = session.ingest(more).state_dict(), other.ingest(more).state_dict()
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    with pytest.raises(ValueError, match=r"state: got layers \[9\]; expected"):
-        other.load_state_dict({"position": torch.tensor(0), "9.state": torch.zeros(1)})
 
 
 @torch.no_grad()
@@ -225,7 +223,8 @@ def test_gradients_through_passes(blocks: slice | None) -> None:
     name = "model.layers.1.linear_attn.in_proj_qkv.weight"
 
     def loss(checkpoint: bool = False) -> Tensor:
-        session = SleepSession(model, L, passes=3, blocks=blocks, checkpoint=checkpoint).ingest(ids)
+        options = {"checkpoint": checkpoint, "differentiable": True}
+        session = SleepSession(model, L, passes=3, blocks=blocks, **options).ingest(ids)
         return torch.stack([x.state.square().sum() for x in session.memory.fast().values()]).sum()
 
     found = [torch.autograd.grad(loss(c), model.get_parameter(name))[0] for c in (False, True)]
@@ -242,8 +241,8 @@ def test_gradients_through_passes(blocks: slice | None) -> None:
     assert max(relative_error(g, exact) for g in found) < 1e-4
 
 
-@torch.no_grad()
 def test_memory_does_not_grow_with_the_text() -> None:
+    """As one writes it: parameters want gradients, and nothing says that there are none to come."""
     model = build("qwen3_next", num_hidden_layers=4)
     session = SleepSession(model, window=2000)
     sizes, resident = [], []
@@ -311,12 +310,6 @@ def test_beams_are_those_of_the_model(family: str, options: dict[str, Any]) -> N
     model.generation_config.update(**options)
     torch.manual_seed(3)
     assert torch.equal(session.generate(ids[:, L + 5 :]), expected)
-
-
-def test_beams_without_a_generate_of_the_model() -> None:
-    session = SleepSession(build("mamba2"), L).ingest(tokens(2, L))
-    with pytest.raises(ValueError, match="options: got num_beams; expected max_new_tokens"):
-        session.generate(tokens(2, 3), num_beams=2)
 
 
 class Stopped(BaseException):

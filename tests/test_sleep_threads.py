@@ -149,9 +149,11 @@ def test_wrapped_models_sleep_as_themselves(wrapped: Callable[[nn.Module], nn.Mo
 @torch.no_grad()
 def test_a_compiled_base_model() -> None:
     plain, model, ids = build("qwen3_5"), build("qwen3_5"), tokens(1, 2 * L)
+    whole = torch.compile(build("qwen3_5"), backend="eager")
     model.model = torch.compile(model.model, backend="eager")
-    found = SleepSession(model, L).ingest(ids).read(ids)
-    assert relative_error(found, SleepSession(plain, L).ingest(ids).read(ids)) < CLOSE
+    for given in (model, whole):
+        found = SleepSession(given, L).ingest(ids).read(ids)
+        assert relative_error(found, SleepSession(plain, L).ingest(ids).read(ids)) < CLOSE
 
 
 @torch.no_grad()

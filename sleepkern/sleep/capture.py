@@ -104,8 +104,8 @@ class Captures:
         """None where the sleep over this window can be a graph, else the sentence why it runs as it is."""
         if ids.device.type != self.recorder.device:
             return f"tokens on {ids.device}, graphs are of {self.recorder.device}"
-        if torch.is_grad_enabled():
-            return "gradients may be wanted; torch.no_grad() says that they are not"
+        if session.differentiable and torch.is_grad_enabled():
+            return "gradients may be wanted (differentiable); torch.no_grad() says that they are not"
         if ids.shape[1] != session.window:
             return f"a window of {ids.shape[1]} tokens instead of {session.window}"
         if mask is not None or session.kept_mask is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ class Slow(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+Pair = TypeVar("Pair", Fast, Slow)
 
 
 class Memory(Protocol):
@@ -77,8 +80,11 @@ class Stack(Protocol):
     def logits(self, h: Tensor) -> Tensor:
         """Of what the last block leaves."""
 
-    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
-        """ids [B,T] and what follows them, after `memory`, which stays as it is."""
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, waiting: int, **options: Any) -> Tensor:
+        """ids [B,T] but for the first `waiting`, and what follows them, after `memory`, which stays as it is.
+
+        Those that waited are read like the others, but were not given by whoever asks: no option counts them.
+        """
 
 
 @runtime_checkable
@@ -95,11 +101,19 @@ class Whole(Protocol):
 
 
 def stack_of(model: nn.Module | Stack) -> Stack:
-    """The blocks of a SleepLM, or of a causal language model of transformers; a Stack is what it is."""
+    """The blocks of a SleepLM, or of a causal language model of transformers; a Stack is what it is.
+
+    Raises:
+        TypeError, ValueError: none of them, nor a wrapper around one.
+    """
     from ..nn import SleepLM
+    from .unwrapped import unwrapped
 
     if isinstance(model, Stack):
         return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}; expected a module, or a Stack (docs/models.md)")
+    model = unwrapped(model)
     if isinstance(model, SleepLM):
         from .own_stack import OwnStack
 
@@ -109,12 +123,18 @@ def stack_of(model: nn.Module | Stack) -> Stack:
     return TransformersStack(model)
 
 
-def copied(stack: Stack, memory: Memory) -> Memory:
-    """A memory that goes on from here on its own."""
+def copied(stack: Stack, memory: Memory, rows: Tensor | None = None) -> Memory:
+    """A memory that goes on from here on its own; rows: numbers of those of the batch that it has, default all."""
     copy = stack.memory()
-    copy.set_fast(memory.fast())
-    copy.set_slow(memory.slow())
+    copy.set_fast(_of_rows(memory.fast(), rows))
+    copy.set_slow(_of_rows(memory.slow(), rows))
     return copy
+
+
+def _of_rows(kept: dict[int, Pair], rows: Tensor | None) -> dict[int, Pair]:
+    if rows is None:
+        return kept
+    return {i: type(pair)(*(t.index_select(0, rows) if t.numel() else t for t in pair)) for i, pair in kept.items()}
 
 
 @contextmanager

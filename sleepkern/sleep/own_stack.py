@@ -61,6 +61,12 @@ class OwnStack:
     def __len__(self) -> int:
         return len(self.model.layers)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens, each of every kind."""
+        kinds = self.model.kinds
+        return self.model.tokens.num_embeddings * (1 if kinds is None else kinds.num_embeddings)
+
     def memory(self) -> OwnMemory:
         return OwnMemory(self.model)
 
@@ -86,9 +92,11 @@ class OwnStack:
     def logits(self, h: Tensor) -> Tensor:
         return self.model.logits(h)
 
-    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
-        """Greedy, or drawn at a temperature (`written`); at most what is left of a window."""
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, waiting: int, **options: Any) -> Tensor:
+        """Greedy or drawn (`written`); at most what is left of a window."""
         memory = copied(self, memory)
-        return written(
-            lambda new, place, padding: self.open(new, first, memory, padding, place), self.logits, ids, mask, **options
-        )
+
+        def opened(new: Tensor, place: int, padding: Tensor | None) -> tuple[Tensor, list[Any]]:
+            return self.open(new, first, memory, padding, place)
+
+        return written(opened, self.logits, ids, mask, waiting, self.model, options)

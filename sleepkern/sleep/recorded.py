@@ -50,24 +50,38 @@ class RecordedStack(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         """
+        Args:
+            model: has `lm_head`, and a base model as `model` or by the name that its `base_model_prefix` says. The base
+                model has `layers`, a ModuleList, and behind them `norm` (or a name of NORMS). Its forward takes
+                input_ids, attention_mask, position_ids, use_cache and the cache (`past_key_values` or `cache_params`),
+                calls each of its layers with h [B,T,d] first, in order, and gives a tensor, a tuple or an output with
+                last_hidden_state; a layer gives a tensor or a tuple.
+
         Raises:
-            ValueError: the model has not the parts that are needed: a base model with layers and norm, and lm_head.
+            ValueError: the model has not these parts.
         """
         self.model: Any = model
-        self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        self.base: Any = getattr(model, getattr(model, "base_model_prefix", "model"), None)
         self.base = getattr(self.base, "_orig_mod", self.base)  # compiled: only embeddings and masks would run so
         self.last: str = next((name for name in NORMS if hasattr(self.base, name)), NORMS[0])
         parts = ((self.base, "layers"), (self.base, self.last), (self.model, "lm_head"))
         missing = [name for holder, name in parts if not isinstance(getattr(holder, name, None), nn.Module)]
         if missing:
             raise ValueError(
-                f"model: got a {type(model).__name__} without {', '.join(missing)}; expected a causal language model "
-                "of transformers, a base model with layers and norm, and lm_head"
+                f"model: got a {type(model).__name__} without {', '.join(missing)}; expected a causal language "
+                "model: a base model (`model`, or what `base_model_prefix` names) with layers and norm, and lm_head; "
+                "out of a wrapper or several parts, pass that model itself; for others, a Stack (docs/models.md)"
             )
         self.cache_name = cache_name(self.base)
 
     def __len__(self) -> int:
         return len(self.base.layers)
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens that can be embedded, where the model says so."""
+        embedding = getattr(self.model, "get_input_embeddings", lambda: getattr(self.base, "embed_tokens", None))()
+        return getattr(embedding, "num_embeddings", None)
 
     @abstractmethod
     def memory(self) -> Memory:
@@ -76,16 +90,23 @@ class RecordedStack(ABC):
     def open(self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
         calls: list[Any] = []
         through: list[Any] = []
+        if not hasattr(memory, "cache"):
+            raise TypeError(
+                f"memory: got a {type(memory).__name__} without `cache`; expected what the model takes for one"
+            )
         with self._recorded(calls, through) as base:
             out = base(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions(ids, first),
                 use_cache=True,
-                **{self.cache_name: memory.cache},  # type: ignore[attr-defined]
+                **{self.cache_name: memory.cache},
             )
-        if not calls:  # or they ran by themselves, and what is in memory is theirs
-            raise ValueError(f"model: got a {type(self.model).__name__} whose forward does not call its own layers")
+        if len(calls) < len(self):  # or they ran by themselves, and what is in memory is theirs
+            raise ValueError(
+                f"model: got a {type(self.model).__name__} whose forward does not call its own layers "
+                f"({len(calls)} calls of {len(self)})"
+            )
         self._check_calls(calls, memory)
         h = [_tensor(x) for x in (*through, out)]
         if not all(map(_same, h, h[1:])):  # what recorders let through, from the first to what the model gives
@@ -128,16 +149,19 @@ class RecordedStack(ABC):
         with self.alone():
             return self.model.lm_head(getattr(self.base, self.last)(h))  # type: ignore[no-any-return]
 
-    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
-        """Greedy or drawn, with max_new_tokens, do_sample and temperature."""
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, waiting: int, **options: Any) -> Tensor:
+        """Greedy or drawn (`written`)."""
         memory = copied(self, memory)
-        return written(
-            lambda new, done, padding: self.open(new, first + done, memory, padding), self.logits, ids, mask, **options
-        )
+
+        def opened(new: Tensor, done: int, padding: Tensor | None) -> tuple[Tensor, list[Any]]:
+            return self.open(new, first + done, memory, padding)
+
+        return written(opened, self.logits, ids, mask, waiting, self.model, options)
 
     def alone(self) -> AbstractContextManager[Any]:
         """To be held where the base model is used: one that cannot be copied is changed while it is recorded."""
-        return nullcontext() if _copied(self.base, {}) is not None else _locks.setdefault(self.base, RLock())
+        free = _copied(self.base, {}) is not None and _copied(self.model, {}) is not None
+        return nullcontext() if free else _locks.setdefault(self.base, RLock())
 
     @contextmanager
     def _recorded(self, calls: list[Call], through: list[Any]) -> Iterator[Any]:
@@ -145,17 +169,23 @@ class RecordedStack(ABC):
         with self.alone():
             self.check_mode()
             recorders = nn.ModuleList(_Recorder(block, calls, through, self.tuples) for block in self.base.layers)
-            instead: dict[str, nn.Module] = {"layers": recorders, self.last: nn.Identity()}
-            copy = _copied(self.base, instead)
-            if copy is not None:
-                yield copy
-                return
-            aside = {name: getattr(self.base, name) for name in instead}
-            try:
-                vars(self.base)["_modules"].update(instead)
-                yield self.base
-            finally:
-                vars(self.base)["_modules"].update(aside)
+            with replaced(self.base, {"layers": recorders, self.last: nn.Identity()}) as base:
+                yield base
+
+
+@contextmanager
+def replaced(module: Any, instead: dict[str, nn.Module]) -> Iterator[Any]:
+    """The module with other submodules: a copy of it where that can be, else itself meanwhile; see `alone`."""
+    copy = _copied(module, instead)
+    if copy is not None:
+        yield copy
+        return
+    aside = {name: getattr(module, name) for name in instead}
+    try:
+        vars(module)["_modules"].update(instead)
+        yield module
+    finally:
+        vars(module)["_modules"].update(aside)
 
 
 def _copied(base: nn.Module, instead: dict[str, nn.Module]) -> nn.Module | None:
@@ -198,10 +228,23 @@ def positions(ids: Tensor, first: int | Tensor) -> Tensor:
 
 
 def _tensor(out: Any) -> Tensor:
-    """The first of what a model or block gives."""
-    while not isinstance(out, Tensor):
-        out = out[0]
-    return out
+    """h out of what a model or block gives.
+
+    Raises:
+        TypeError: it is not in it.
+    """
+    found = out
+    while not isinstance(found, Tensor):
+        if isinstance(found, (tuple, list)) and found:
+            found = found[0]
+        elif getattr(found, "last_hidden_state", None) is not None:
+            found = found.last_hidden_state
+        else:
+            raise TypeError(
+                f"model: got a {type(out).__name__} out of its forward or of a layer; expected a tensor, a tuple that "
+                "begins with one, or an output with last_hidden_state"
+            )
+    return found
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,9 @@ except ImportError as error:
     raise too_old() from error
 
 from .inserted import beside_attention, fast_of, inserted_in, put_fast
-from .memory import Fast, Memory, Slow
-from .recorded import RecordedStack, positions
-
-Pair = TypeVar("Pair", Fast, Slow)
+from .memory import Fast, Memory, Pair, Slow, copied
+from .options import for_the_model, found
+from .recorded import RecordedStack, positions, replaced
 
 _TUPLES = ("bamba", "falcon_h1")
 """Models that expect tuples from their layers."""
@@ -142,48 +141,87 @@ class TransformersStack(RecordedStack):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        if not hasattr(getattr(self.model, "config", None), "get_text_config"):
+            raise ValueError(
+                f"model: got a {type(model).__name__} without a config of transformers; expected a model of "
+                "transformers, a SleepLM, or a Stack that says where this one's layers keep what they remember "
+                "(docs/models.md)"
+            )
         self.tuples = self.model.config.model_type in _TUPLES
 
     def memory(self) -> TransformersMemory:
         with self.alone():
             return TransformersMemory(self.model)
 
+    def logits(self, h: Tensor) -> Tensor:
+        """As the model's own forward makes them: it may scale them, or have them in another type."""
+        norm = getattr(self.base, self.last)
+        with self.alone(), replaced(self.model, {self.model.base_model_prefix: _Left(self.base, norm, h)}) as model:
+            out: Tensor = model(input_ids=torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)).logits
+        return out
+
     @torch.no_grad()
-    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, **options: Any) -> Tensor:
-        """By the model's own `generate`, with its options; Mamba-2 without attention as RecordedStack."""
-        if not memory.attention:
-            return super().generate(ids, mask, first, memory, **options)
-        rows = _rows_of_one(self.model, options)
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, waiting: int, **options: Any) -> Tensor:
+        """By the model's own `generate`, which begins after what waited."""
+        options = for_the_model(self.model, options)
+        said = found(self.model, options)
+        rows = max(int(said.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
         with self.alone():
             self.check_mode()
+            memory = self._read_on(ids[:, :waiting], mask, first, memory) if waiting else memory
             answering = TransformersMemory(self.model, own=False)
             answering.set_fast(_repeated(memory.fast(), rows))
             answering.set_slow(_repeated(memory.slow(), rows))
-            before = answering.tokens()
-            made: Tensor = self.model.generate(
-                ids,
-                attention_mask=mask,
-                position_ids=positions(ids, first),
-                **{self.cache_name: answering.cache},
-                **options,
-            )
-            if answering.tokens() <= before:
+            kept = answering.tokens() if memory.attention else 0
+            ids, before = ids[:, waiting:], mask.shape[1] - (ids.shape[1] - waiting)
+            given = {self.cache_name: answering.cache, "attention_mask": mask}
+            if memory.attention:  # a place for every key: what there is for new ones is taken
+                given["position_ids"] = positions(mask, first + waiting - before)
+            else:
+                given["attention_mask"] = mask[:, before:]
+            made: Tensor = self.model.generate(ids, **given, **options)
+            if memory.attention and answering.tokens() <= kept:
                 raise ValueError(
                     f"model: got a {type(self.model).__name__} whose generate takes {self.cache_name} and does not go "
                     "on in it; expected answers to come after what was ingested"
                 )
         return made
 
+    def _read_on(self, ids: Tensor, mask: Tensor, first: int, memory: Memory) -> Memory:
+        """What is remembered after these tokens too; mask [B, kept keys + T or more]."""
+        after = copied(self, memory)
+        kept = next((slow.keys.shape[-2] for slow in memory.slow().values()), 0)
+        mask = mask[:, : kept + ids.shape[1]]
+        h, calls = self.open(ids, first, after, None if bool(mask.all()) else mask)
+        for call in calls:
+            h = call(h)
+        return after
 
-def _rows_of_one(model: Any, options: dict[str, Any]) -> int:
-    """How many rows `generate` makes of each, for its beams or for answers drawn side by side."""
-    configs = options.get("generation_config"), model.generation_config
 
-    def option(name: str) -> int:
-        found = (options.get(name), *(getattr(config, name, None) for config in configs))
-        return next((n for n in found if n is not None), 1)
+class _Left(nn.Module):
+    """Stands for a base model whose last block left h."""
 
-    return max(option("num_beams"), option("num_return_sequences"))
+    def __init__(self, base: nn.Module, norm: nn.Module, h: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "parts", (base, norm))  # not submodules: nothing of them is to be seen or moved
+        self.h = h
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.parts[0], name)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return _Output((self.parts[1](self.h),))
+
+
+class _Output(tuple[Tensor]):
+    """What stands for the output of a base model: what is asked of it beside h is None."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _repeated(kept: dict[int, Pair], rows: int) -> dict[int, Pair]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .options import Asked, asked
+
 Open = Callable[[Tensor, int, Tensor | None], tuple[Tensor, list[Any]]]
 """ids [B,T], how many tokens of this writing came before them, mask: what `Stack.open` gives."""
 
@@ -18,28 +20,47 @@ def written(
     logits: Callable[[Tensor], Tensor],
     ids: Tensor,
     mask: Tensor,
-    max_new_tokens: int = 20,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    **unknown: Any,
+    waiting: int,
+    model: Any,
+    options: dict[str, Any],
 ) -> Tensor:
-    """ids [B,T] and what follows, greedy or drawn at a temperature; mask [B, kept keys + T] has 0 for padding.
+    """ids [B,T] but for the first `waiting`, and what follows, greedy or drawn.
+
+    mask [B, kept keys + T] has 0 for padding. A row ends with eos_token_id; all end when each has, or after as many
+    tokens as they may be.
 
     Raises:
-        ValueError: another option, or a temperature of 0 or less.
+        TypeError, ValueError: an option that is not among those of `options.asked`, or one out of range.
     """
-    if unknown:
-        raise ValueError(f"options: got {', '.join(unknown)}; expected max_new_tokens, do_sample or temperature")
-    if do_sample and not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}; expected above 0")
+    how = asked(model, options, ids.shape[1] - waiting)
     made, new, padding = ids, ids, None if bool(mask.all()) else mask
-    for _ in range(max_new_tokens):
+    ended = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
+    ends = torch.tensor(how.eos, dtype=ids.dtype, device=ids.device)
+    for count in range(how.most):
         h, blocks = opened(new, made.shape[1] - new.shape[1], padding)
         for block in blocks:
             h = block(h)
-        last = logits(h[:, -1:])[:, -1]
-        drawn = torch.multinomial((last / temperature).softmax(-1), 1) if do_sample else None
-        new = last.argmax(-1, keepdim=True) if drawn is None else drawn
-        made = torch.cat([made, new], dim=1)
+        new = _next(logits(h[:, -1:])[:, -1], how, count).to(ids.dtype)
+        made = torch.cat([made, new.masked_fill(ended, how.pad)], dim=1)
+        if how.eos:
+            ended = ended | torch.isin(new, ends)
+            if bool(ended.all()):
+                break
         padding = None if padding is None else torch.cat([padding, torch.ones_like(new)], dim=1)
-    return made
+    return made[:, waiting:]
+
+
+def _next(logits: Tensor, how: Asked, count: int) -> Tensor:
+    """The token [B,1] after so many new ones, by logits [B,vocabulary]."""
+    if count < how.least and how.eos:
+        logits = logits.index_fill(-1, torch.tensor(how.eos, device=logits.device), -torch.inf)
+    if not how.do_sample:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / how.temperature
+    if how.top_k is not None and how.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(how.top_k).values[:, -1:], -torch.inf)
+    if how.top_p < 1:
+        largest, order = logits.sort(descending=True)
+        before = largest.softmax(-1).cumsum(-1) - largest.softmax(-1)
+        logits = logits.masked_fill((before >= how.top_p).gather(-1, order.argsort()), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..nn import SleepLM
 from ..sleep import SleepSession
-from ..sleep.session import Eviction, Feedback
+from ..sleep.choices import Eviction, Feedback
 from ..tasks import IGNORED, Batch
 
 
@@ -40,7 +40,7 @@ class Sleeper(nn.Module):
         return self.session().ingest(context).read(question)
 
     def session(self) -> SleepSession:
-        """A fresh one with these settings."""
+        """A fresh one with these settings, which gradients go through wherever autograd is on."""
         return SleepSession(
             self.model,
             self.window,
@@ -49,6 +49,7 @@ class Sleeper(nn.Module):
             feedback=self.feedback,
             settled=self.settled,
             checkpoint=self.checkpoint,
+            differentiable=True,
         )
 
 

@@ -1,0 +1,175 @@
+"""N passes over a window, as far as they concern memory: all of a sleep but what is said of it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from .choices import ConvState, Eviction, Feedback
+from .memory import Fast, Memory, Slow, Stack, Whole, put_back
+from .passes import normalised, relative_change
+from .text import joined, own
+
+
+class Passing:
+    """What a SleepSession does with a window; the settings are explained there."""
+
+    model: nn.Module | Stack
+    stack: Stack
+    memory: Memory
+    looped: range
+    passes: int
+    eviction: Eviction
+    feedback: Feedback
+    conv_state: ConvState
+    settled: float | None
+    checkpoint: bool
+    differentiable: bool
+    kept_mask: Tensor | None
+
+    def pass_through(self, ids: Tensor, mask: Tensor | None, first: int | Tensor) -> Tensor:
+        """A sleep as far as it concerns memory, all of it or none; changes [N]. first: position of the first token."""
+        memory = self.memory
+        before, kept = memory.fast(), memory.slow()
+        low, high = self.looped[0], self.looped[-1] + 1
+        with put_back(memory, before, kept):
+            h, calls = self._open(ids, mask, memory, first)
+            for call in calls[:low]:
+                h = call(h)
+            if isinstance(self.stack, Whole) and self._why_not_whole(h, mask) is None:
+                h, changes = self.stack.sleep(h, self.looped, memory, self.passes, self.feedback, self.conv_state)
+            else:
+                h, changes = self._passes(calls[low:high], h, before, kept)
+            for call in calls[high:]:
+                h = call(h)
+            self._evict(ids.shape[1], mask)
+        return changes
+
+    def explain(self) -> str:
+        """How a sleep over a window without padding runs: in one call, or block by block and why."""
+        example = next(iter(self._parameters()), torch.empty(0))
+        reason = self._why_not_whole(example, None)
+        if reason is not None:
+            return f"block by block: {reason}"
+        return f"all passes in one call, {'one launch' if example.is_cuda else 'of C++'}"
+
+    def _why_not_whole(self, h: Tensor, mask: Tensor | None) -> str | None:
+        """None where all passes over h are one call (`sleep_blocks`), else the sentence why each block is called."""
+        if not isinstance(self.stack, Whole):
+            return "only the blocks of a SleepLM run in one call"
+        if mask is not None or self.kept_mask is not None:
+            return "padding"
+        if self.settled is not None:
+            return "whether another pass follows depends on numbers (settled)"
+        if self.feedback == "replay":
+            return "a replay repeats the recurrence alone"
+        recorded = self.differentiable and not self.checkpoint and torch.is_grad_enabled()
+        if recorded and any(p.requires_grad for p in self._parameters()):
+            return "gradients; with checkpoint=True each pass is run again for them instead"
+        return self.stack.why_not(h, self.looped)
+
+    def _parameters(self) -> list[Tensor]:
+        return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
+
+    def _passes(
+        self, looped: list[Any], h: Tensor, before: dict[int, Fast], kept: dict[int, Slow]
+    ) -> tuple[Tensor, Tensor]:
+        """Block by block: h after the last pass, and changes [N]."""
+        memory, passes = self.memory, self.passes
+        if self.feedback == "replay":
+            looped, passes = [partial(call, replays=passes) for call in looped], 1
+        start, changes = h, []
+        for done in range(passes):
+            if done > 0:
+                self._start_pass(before, kept)
+                h = h if self.feedback == "raw" else normalised(h) + start
+            fast = {i: x for i, x in memory.fast().items() if i in self.looped}
+            h = self._run(looped, h)
+            after = {i: x.state for i, x in memory.fast().items() if i in self.looped}
+            self._check_remembered(after)
+            changes.append(relative_change((fast[i].state if i in fast else None, S) for i, S in after.items()))
+            if self.settled is not None and float(changes[-1]) < self.settled:
+                break
+        return h, torch.stack(changes)
+
+    def _run(self, calls: list[Any], h: Tensor) -> Tensor:
+        """The looped blocks once."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return self._run_checkpointed(calls, h)
+        for call in calls:
+            h = call(h)
+        return h
+
+    def _run_checkpointed(self, calls: list[Any], h: Tensor) -> Tensor:
+        """The same as a function of h and the fast weights, which gives both anew and leaves memory as it was.
+
+        The backward calls it again, when memory has long gone on.
+        """
+        memory, fast, slow = self.memory, self.memory.fast(), self.memory.slow()
+        before = sorted(i for i in fast if i in self.looped)
+        after = [i for i in memory.recurrent if i in self.looped]
+        kept = [i for i in memory.attention if i in self.looped and self.eviction == "sliding"]
+
+        def once(h: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            aside = memory.fast(), memory.slow()
+            try:
+                memory.set_fast({i: Fast(*states[2 * n : 2 * n + 2]) for n, i in enumerate(before)})
+                memory.set_slow(slow)
+                for call in calls:
+                    h = call(h)
+                made = [*(memory.fast()[i] for i in after), *(memory.slow()[i] for i in kept)]
+            finally:  # the backward leaves early, by an exception, once it has what it needs
+                memory.set_fast(aside[0])
+                memory.set_slow(aside[1])
+            return (h, *(t for pair in made for t in pair))
+
+        h, *made = checkpointed(once, h, *(t for i in before for t in fast[i]), use_reentrant=False)
+        pairs = list(zip(made[::2], made[1::2], strict=True))
+        memory.set_fast(fast | {i: Fast(*pair) for i, pair in zip(after, pairs, strict=False)})
+        memory.set_slow(slow | {i: Slow(*pair) for i, pair in zip(kept, pairs[len(after) :], strict=True)})
+        return h
+
+    def _check_remembered(self, after: dict[int, Tensor]) -> None:
+        """
+        Raises:
+            ValueError: looped blocks that should have left a fast weight and did not.
+        """
+        lost = [i for i in self.memory.recurrent if i in self.looped and i not in after]
+        if lost:
+            raise ValueError(
+                f"memory: got no fast weights of blocks {lost} after a pass; expected those of all `recurrent` blocks, "
+                "written into what the model was opened with"
+            )
+
+    def _start_pass(self, before: dict[int, Fast], kept: dict[int, Slow]) -> None:
+        """Attention starts a pass from what it had before the window, in the looped blocks; so may convolutions."""
+        slow = {i: x for i, x in self.memory.slow().items() if i not in self.looped}
+        self.memory.set_slow(slow | {i: x for i, x in kept.items() if i in self.looped})
+        if self.conv_state == "rewind":
+            fast = self.memory.fast()
+            for i in fast.keys() & set(self.looped):
+                conv = before[i].conv if i in before else torch.zeros_like(fast[i].conv)
+                fast[i] = Fast(conv, fast[i].state)
+            self.memory.set_fast(fast)
+
+    def _evict(self, tokens: int, mask: Tensor | None) -> None:
+        if self.eviction == "hard":
+            self.memory.set_slow({})
+            return
+        kept = {i: Slow(*(t[..., -tokens:, :] for t in x)) for i, x in self.memory.slow().items()}
+        self.memory.set_slow(kept)
+        self.kept_mask = own(mask) if kept else None
+
+    def _open(self, ids: Tensor, mask: Tensor | None, memory: Memory, first: int | Tensor) -> tuple[Tensor, list[Any]]:
+        mask = self._mask_with_kept(ids, mask)
+        mask = None if mask is None or bool(mask.all()) else mask
+        return self.stack.open(ids, first, memory, mask)
+
+    def _mask_with_kept(self, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """[B, kept keys + T]; None where nothing is padded, so that a GPU need not be asked."""
+        kept = next((slow.keys.shape[-2] for slow in self.memory.slow().values()), 0)
+        return joined(ids.new_ones(ids.shape[0], kept), self.kept_mask, ids, mask)

@@ -1,0 +1,107 @@
+"""Tokens and masks as a caller gives them, checked; and the questions of a batch, by their length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Types of tokens."""
+
+
+class Text(NamedTuple):
+    """ids [B,T], and mask [B,T] with 0 for padding on the left, or None where there is none."""
+
+    ids: Tensor
+    mask: Tensor | None
+
+
+class Questions(NamedTuple):
+    """Those of a batch that have one length: rows, their numbers, or None for all of them; ids [rows,T] unpadded."""
+
+    rows: Tensor | None
+    ids: Tensor
+
+
+def text_of(ids: Any, mask: Any, vocabulary: int | None) -> Text:
+    """ids [B,T], or a mapping with input_ids and perhaps attention_mask, as tokenizers of transformers give it.
+
+    Raises:
+        TypeError, ValueError: not tokens of this vocabulary, or a mask that is none or pads behind text.
+    """
+    if isinstance(ids, Mapping):
+        if "input_ids" not in ids:
+            raise ValueError(f"ids: got a mapping with {', '.join(map(str, ids)) or 'nothing'}; expected input_ids")
+        mask = ids.get("attention_mask") if mask is None else mask
+        ids = ids["input_ids"]
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: got a {type(ids).__name__}; expected a tensor of integers [B,T]")
+    if ids.ndim != 2 or ids.dtype not in WHOLE:
+        raise ValueError(f"ids: got {ids.dtype} {list(ids.shape)}; expected integers [B,T]")
+    if vocabulary is not None and ids.numel() > 0 and ids.device.type != "meta":
+        low, high = (int(end) for end in torch.aminmax(ids))
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"ids: got {low if low < 0 else high}; expected tokens from 0 to {vocabulary - 1}")
+    return Text(ids, None if mask is None else _mask_of(mask, ids))
+
+
+def _mask_of(mask: Any, ids: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: got a {type(mask).__name__}; expected a tensor, 0 for padding, else 1")
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: got {list(mask.shape)}; expected {list(ids.shape)}, as ids")
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError("attention_mask: got other values than 0 and 1; expected 0 for padding, else 1")
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError("attention_mask: got padding behind text; expected it on the left")
+    return mask.to(ids.device, torch.int64)
+
+
+def by_length(text: Text) -> list[Questions]:
+    """Questions without their padding, shortest first: padding inside of a text would pass through its fast weights.
+
+    Raises:
+        ValueError: a row without any token.
+    """
+    if text.mask is None:
+        return [Questions(None, text.ids)]
+    lengths = text.mask.sum(dim=1)
+    found: list[int] = lengths.unique().tolist()
+    if 0 in found:
+        raise ValueError("attention_mask: got a row of padding only; expected a token in each")
+    if found == [text.ids.shape[1]]:
+        return [Questions(None, text.ids)]
+    parts = ((lengths == length).nonzero().flatten() for length in found)
+    return [Questions(rows, text.ids[rows, -length:]) for length, rows in zip(found, parts, strict=True)]
+
+
+def merged(ids: Tensor, parts: list[Questions], answers: list[Tensor], pad: int) -> Tensor:
+    """ids [B,T] as given, padding too, and what follows each row, `pad` behind the shorter.
+
+    answers: for each part its own ids and what follows, as often side by side as each row was answered.
+    """
+    new = [answer[:, part.ids.shape[1] :] for part, answer in zip(parts, answers, strict=True)]
+    times = new[0].shape[0] // parts[0].ids.shape[0]
+    longest = max(part.shape[1] for part in new)
+    out = torch.cat([ids, ids.new_full((ids.shape[0], longest), pad)], dim=1).repeat_interleave(times, dim=0)
+    for part, answer in zip(parts, new, strict=True):
+        rows = torch.arange(ids.shape[0], device=ids.device) if part.rows is None else part.rows
+        side_by_side = (rows[:, None] * times + torch.arange(times, device=ids.device)).flatten()
+        out[side_by_side, ids.shape[1] : ids.shape[1] + answer.shape[1]] = answer
+    return out
+
+
+def joined(first: Tensor, first_mask: Tensor | None, second: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask of tokens [B,T1] and [B,T2] one after the other; None means that none is padded."""
+    if first_mask is None and mask is None:
+        return None
+    pairs = ((first, first_mask), (second, mask))
+    return torch.cat([torch.ones_like(ids) if mask is None else mask for ids, mask in pairs], dim=1)
+
+
+def own(ids: Tensor | None) -> Tensor | None:
+    """A copy, or None of nothing: a view would keep a whole text, and change with what it is a view of."""
+    return None if ids is None or ids.shape[1] == 0 else ids.clone()
