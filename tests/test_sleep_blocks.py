@@ -249,7 +249,23 @@ BAD: dict[str, dict[str, Any]] = {
     "h: got": {"h": torch.randn(3, 4)},
     "states: got 1": {"states": [None]},
     "states: got Slow for block 1": {"states": [None, Slow(torch.zeros(1), torch.zeros(1)), None]},
-    "passes: got 0": {"passes": 0},
+    "passes: got 0; expected at least 1": {"passes": 0},
+    "passes: got 4611686018427387904; expected at least 1 and at most": {"passes": 2**62},
+    "passes: got True; expected a whole number": {"passes": True},
+    "passes: got 1.5; expected a whole number": {"passes": 1.5},
+    "h: got a NoneType; expected a tensor": {"h": None},
+    "h: got a list; expected a tensor": {"h": [[1.0]]},
+    r"h: got torch.float32 \[1, 3, 8\]; expected dense floats": {"h": torch.randn(1, 3, 8).to_sparse()},
+    "blocks: got a SleepLM; expected a list": {"blocks": model(8, 2, {})},
+    "blocks: got a Linear at 0; expected a HybridBlock": {"blocks": [torch.nn.Linear(8, 8)]},
+    "blocks: got a int at 0": {"blocks": [1]},
+    "blocks: got none": {"blocks": []},
+    "states: got a Tensor; expected a list": {"states": torch.zeros(3)},
+    "states: got a int; expected a list": {"states": 3},
+    "states: got a tuple for block 0; expected Fast, Slow or None": {"states": [(1, 2), None, None]},
+    r"states: got \['NoneType'\] in that of block 1; expected tensors": {
+        "states": [None, Fast(torch.zeros(1, 3, 24), None), None]  # type: ignore[arg-type]
+    },
     "feedback: got": {"feedback": "loud"},
     "conv_state: got": {"conv_state": "keep"},
     "h: got a width of 9; expected 8": {"h": torch.randn(1, 3, 9)},
@@ -271,5 +287,5 @@ BAD: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("message", list(BAD))
 def test_bad_input(message: str) -> None:
     lm = model(8, 2, {})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sleep_blocks(**({"h": torch.randn(1, 3, 8), "blocks": lm.blocks()} | BAD[message]))

@@ -145,6 +145,23 @@ def test_the_stand_in_sees_what_a_graph_would_freeze(monkeypatch: pytest.MonkeyP
         error(lambda self, run, ids, mask, first: run(self, ids, torch.ones_like(ids), first))
 
 
+@torch.no_grad()
+def test_weights_elsewhere_are_recorded_anew() -> None:
+    """A graph reads them where they lay; what is written there is read without another recording."""
+    model, ids = build("qwen3_5"), tokens(1, 2 * L)
+    session, recorder = captured(model, passes=2)
+    others = {name: 1.1 * t for name, t in model.state_dict().items()}
+    session.fork().ingest(ids)
+    recordings = len(recorder.tapes)
+    for assign, more in ((False, 0), (True, 2)):
+        model.load_state_dict({name: t.clone() for name, t in others.items()}, assign=assign)
+        found = session.fork().ingest(ids).state_dict()
+        expected = SleepSession(model, L, passes=2).ingest(ids).state_dict()
+        assert max(relative_error(found[name], expected[name]) for name in expected if "." in name) < 3e-6
+        assert len(recorder.tapes) == recordings + more
+        model.load_state_dict({name: t / 1.1 for name, t in others.items()})
+
+
 def test_what_is_not_captured() -> None:
     model, ids = sleep_lm(), tokens(2, L)
     session, recorder = captured(model, passes=2)

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn.modules import module as _module
 
 from .. import settings
 from ..backends.tensors import on_device_of
+from . import arguments, fitting, packed_cuda
 from . import packed as native
-from . import packed_cuda
 from .memory import Fast, Slow
 from .packed import State
 from .passes import normalised, relative_change
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
+
+_Named = dict[str, Tensor]
 
 
 class Slept(NamedTuple):
@@ -70,10 +73,10 @@ def sleep_blocks(
     does not count: see `forget_packed`.
 
     Raises:
-        ValueError: an argument out of range.
+        TypeError: an argument of another type.
+        ValueError: an argument out of range, or a tensor whose memory was freed.
     """
-    states = [None] * len(blocks) if states is None else list(states)
-    _check(h, blocks, states, passes, feedback, conv_state)
+    blocks, states = arguments.check(h, blocks, states, passes, feedback, conv_state)
     with on_device_of(h):
         return _run_where_it_may(h, blocks, states, passes, feedback, conv_state)
 
@@ -88,10 +91,12 @@ def _run_where_it_may(
 ) -> Slept:
     if why_not(h, blocks) is not None:
         return one_by_one(h, blocks, passes, states, feedback, conv_state)
-    _check_sizes(h, blocks, states)
+    arguments.check_sizes(h, blocks, states)
+    tensors = _tensors_of(states)
+    if not all(fitting.readable(t) for t in tensors):
+        return one_by_one(h, blocks, passes, states, feedback, conv_state)
     how = _How(passes, feedback == "reinject", conv_state == "carry")
-    tensors = [t for state in states if state is not None for t in state]
-    parameters = _parameters(blocks)
+    parameters = _parameters(blocks) if torch.is_grad_enabled() else []
     if torch.is_grad_enabled() and any(t.requires_grad for t in (h, *tensors, *parameters)):
         changes = h.new_empty(passes, dtype=torch.float32)
         made = _Recorded.apply(blocks, states, how, changes, h, *tensors, *parameters)
@@ -102,7 +107,9 @@ def _run_where_it_may(
 def forget_packed(blocks: Sequence[HybridBlock]) -> None:
     """Have `sleep_blocks` pack the weights of these blocks anew.
 
-    It does so by itself after any change that torch counts; a write through a parameter's `.data` is not counted.
+    It does so by itself where a block has other weights or numbers than before, or torch has counted a write to one of
+    its parameters. Torch does not count writes by way of a parameter's `.data` (`p.data.mul_(2)`, `p.data += d`, which
+    merging an adapter may do), of its numpy array, or of another process that shares its memory: call this after them.
     """
     for block in blocks:
         native.forget(block)
@@ -124,34 +131,13 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
         return "a transform of torch.func or forward mode wants to see the operators"
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return "modules have hooks, which want to be called"
+    if not fitting.readable(h):
+        return f"h is a {type(h).__name__} that is not numbers at an address"
     for block in blocks:
-        reason = _why_not_packed(block, h)
+        reason = fitting.why_not(block, h)
         if reason is not None:
             return reason
     return packed_cuda.why_not(h, blocks) if device == "cuda" else native.why_not(blocks)
-
-
-def _why_not_packed(block: HybridBlock, h: Tensor) -> str | None:
-    """None where weights say all of what a block does."""
-    from .. import nn
-
-    ours = {
-        nn.HybridBlock, nn.GatedDeltaNet, nn.WindowAttention, nn.MLP, nn.ShortConvolution, nn.GatedRMSNorm,
-        torch.nn.Linear, torch.nn.RMSNorm,
-    }  # fmt: skip
-    if type(block) is not nn.HybridBlock:
-        return f"a {type(block).__name__} is not a HybridBlock of sleepkern.nn"
-    for m in block.modules():
-        if m._forward_hooks or m._forward_pre_hooks:
-            return "a module has hooks, which want to be called"
-        if type(m) not in ours or getattr(m, "bias", None) is not None or "forward" in vars(m):
-            return f"a {type(m).__name__} in a block is not as sleepkern.nn made it"
-    for p in block.parameters():
-        if p.device != h.device or p.dtype != h.dtype:
-            return f"weights are {p.dtype} on {p.device}, h is {h.dtype} on {h.device}"
-        if p.is_inference():
-            return "weights made in inference mode do not say when they change"
-    return None
 
 
 class _How(NamedTuple):
@@ -195,10 +181,13 @@ def one_by_one(
     return Slept(h, now, torch.stack(changes))  # type: ignore[arg-type]
 
 
-def _one_pass(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State]) -> tuple[Tensor, list[State]]:
+def _one_pass(
+    h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], weights: Sequence[_Named] | None = None
+) -> tuple[Tensor, list[State]]:
+    """weights: of each block, in the place of its own."""
     after: list[State] = []
-    for block, state in zip(blocks, states, strict=True):
-        h, kept = block(h, state)
+    for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
+        h, kept = block(h, state) if weights is None else functional_call(block, weights[i], (h, state))
         after.append(kept)
     return h, after
 
@@ -218,7 +207,10 @@ def _fast_weights(before: Sequence[State], after: Sequence[State]) -> list[tuple
 
 
 class _Recorded(torch.autograd.Function):
-    """Passes of one call each; h and what blocks remember between them is kept, and each is run again backwards."""
+    """Passes of one call each; h and what blocks remember between them is kept, and each is run again backwards.
+
+    With the weights of the forward, whatever blocks have by then: they may have been lent for that call only.
+    """
 
     @staticmethod
     def forward(
@@ -239,7 +231,8 @@ class _Recorded(torch.autograd.Function):
             h, after, change = _run(entry, blocks, now, how._replace(passes=1))
             now = list(after)
             changes[n] = change[0]
-        ctx.blocks, ctx.how = blocks, how
+        ctx.blocks, ctx.how, ctx.names = blocks, how, _names(blocks)
+        ctx.numbers = [fitting.numbers_of(block) for block in blocks]
         # As saved tensors, and weights among them, so that torch sees it if they are written to before the backward.
         ctx.forms = [[None if s is None else type(s) for s in began] for _, began in [*kept, (h, states)]]
         began = [*kept, (start, states)]
@@ -249,47 +242,60 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        tensors = iter(ctx.saved_tensors[len(_parameters(ctx.blocks)) :])
+        if ctx.numbers != [fitting.numbers_of(block) for block in ctx.blocks]:
+            raise RuntimeError("numbers of the blocks, such as heads or eps, were changed between forward and backward")
+        count = 1 + max(place for names in ctx.names for place in names.values())
+        weights, tensors = list(ctx.saved_tensors[:count]), iter(ctx.saved_tensors[count:])
         began = [(next(tensors), [None if f is None else f(next(tensors), next(tensors)) for f in forms])
                  for forms in ctx.forms]  # fmt: skip
         *kept, (_, states) = began
+        # Aliases, of which those for which nobody asks get no gradient.
+        leaves = [t.detach().requires_grad_(n) for t, n in zip(weights, ctx.needs_input_grad[-count:], strict=True)]
+        named = [{name: leaves[place] for name, place in names.items()} for names in ctx.names]
         with torch.autocast(grads[0].device.type, enabled=False):
-            return (None, None, None, None, *_differentiate(ctx.blocks, states, ctx.how, kept, grads))
+            found = _differentiate(ctx.blocks, named, states, ctx.how, kept, grads, leaves)
+        return (None, None, None, None, *found)
 
 
 def _differentiate(
     blocks: Sequence[HybridBlock],
+    named: Sequence[_Named],
     states: list[State],
     how: _How,
     kept: list[tuple[Tensor, list[State]]],
     grads: Sequence[Tensor],
+    weights: list[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients of h, of all tensors in states, and of all parameters."""
-    parameters = _parameters(blocks)
-    wanted = [p for p in parameters if p.requires_grad]
+    """Gradients of h, of all tensors in states, and of all weights, which blocks have by name."""
+    wanted = [p for p in weights if p.requires_grad]
     start = kept[0][0]
-    dstart, dparameters = torch.zeros_like(start), [torch.zeros_like(p) for p in wanted]
+    dstart, dweights = torch.zeros_like(start), [torch.zeros_like(p) for p in wanted]
     dstates = [None if s is None else [torch.zeros_like(t) for t in s] for s in states]
     dh, dafter = grads[0], list(grads[1:])
     for n in reversed(range(how.passes)):
         h, before = kept[n]
-        leaves = [h, start, *(t for s in before if s is not None for t in s)]
+        leaves = [h, start, *_tensors_of(before)]
         leaves = [t.detach().requires_grad_() for t in leaves]
         with torch.enable_grad():
             entry = normalised(leaves[0]) + leaves[1] if how.reinject and n > 0 else leaves[0]
-            out, after = _one_pass(entry, blocks, _filled(before, leaves[2:]))
-        made = [out, *(t for s in after if s is not None for t in s)]
-        found = torch.autograd.grad(made, [*leaves, *wanted], [dh, *dafter], allow_unused=True)
-        dparameters = [a if b is None else a + b for a, b in zip(dparameters, found[len(leaves) :], strict=True)]
+            out, after = _one_pass(entry, blocks, _filled(before, leaves[2:]), named)
+        found = torch.autograd.grad([out, *_tensors_of(after)], [*leaves, *wanted], [dh, *dafter], allow_unused=True)
+        dweights = [a if b is None else a + b for a, b in zip(dweights, found[len(leaves) :], strict=True)]
         dh = torch.zeros_like(h) if found[0] is None else found[0]
         dstart = dstart if found[1] is None else dstart + found[1]
         dafter = _pass_on(before, found[2 : len(leaves)], after, states, dstates, n, how.carry)
-    by_parameter = iter(dparameters)
+    by_weight = iter(dweights)
     return [
         dh + dstart,
         *(t for s in dstates if s is not None for t in s),
-        *(next(by_parameter) if p.requires_grad else None for p in parameters),
+        *(next(by_weight) if p.requires_grad else None for p in weights),
     ]
+
+
+def _names(blocks: Sequence[HybridBlock]) -> list[dict[str, int]]:
+    """For each block by name the places of its parameters among all."""
+    places = {p: i for i, p in enumerate(_parameters(blocks))}
+    return [{name: places[p] for name, p in block.named_parameters()} for block in blocks]
 
 
 def _parameters(blocks: Sequence[HybridBlock]) -> list[Tensor]:
@@ -337,47 +343,3 @@ def _pass_on(
 def _paired(blocks: Sequence[HybridBlock], tensors: Sequence[Tensor]) -> list[Fast | Slow]:
     pairs = zip(tensors[::2], tensors[1::2], strict=True)
     return [Fast(*pair) if block.recurrent else Slow(*pair) for block, pair in zip(blocks, pairs, strict=True)]
-
-
-def _check(
-    h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], passes: int, feedback: str, conv_state: str
-) -> None:
-    if h.ndim != 3 or not h.is_floating_point() or 0 in h.shape:
-        raise ValueError(f"h: got {h.dtype} {list(h.shape)}; expected floats [B,L,d], none of them 0")
-    if not blocks or len(states) != len(blocks):
-        raise ValueError(f"states: got {len(states)} for {len(blocks)} blocks; expected one each, at least one")
-    if passes < 1:
-        raise ValueError(f"passes: got {passes}; expected at least 1")
-    if feedback not in ("raw", "reinject"):
-        raise ValueError(f"feedback: got {feedback!r}; expected 'raw' or 'reinject'")
-    if conv_state not in ("rewind", "carry"):
-        raise ValueError(f"conv_state: got {conv_state!r}; expected 'rewind' or 'carry'")
-    for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
-        if state is not None and isinstance(state, Fast) != block.recurrent:
-            raise ValueError(f"states: got {type(state).__name__} for block {i}; expected that of its mixer")
-
-
-def _check_sizes(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State]) -> None:
-    """What native code takes on trust; modules would see it by themselves."""
-    for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
-        width = block.mixer_norm.weight.shape[0]
-        if h.shape[2] != width:
-            raise ValueError(f"h: got a width of {h.shape[2]}; expected {width}, that of block {i}")
-        if state is None:
-            continue
-        for name, t, size in zip(state._fields, state, _sizes_of(block, h.shape[0], state), strict=True):
-            if t.shape != size or t.device != h.device or not t.is_floating_point():
-                raise ValueError(
-                    f"states: got {name} {t.dtype} {list(t.shape)} on {t.device} for block {i}; expected floats "
-                    f"{list(size)} on {h.device}"
-                )
-
-
-def _sizes_of(block: HybridBlock, B: int, state: Fast | Slow) -> list[tuple[int, ...]]:
-    """Shapes of what a block remembers of B sequences; keys and values may be of any number of tokens."""
-    mixer: Any = block.mixer
-    if isinstance(state, Slow):
-        size = (B, mixer.heads, state.keys.shape[-2] if state.keys.ndim > 1 else 0, mixer.q_norm.weight.shape[0])
-        return [size, size]
-    channels, W = mixer.convolution.weight.shape
-    return [(B, W - 1, channels), (B, mixer.value_heads, mixer.key_width, mixer.value_width)]

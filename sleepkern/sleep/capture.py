@@ -3,8 +3,8 @@
 N passes over a model's blocks are thousands of small launches out of Python; a graph launches them at once. What
 differs between two sleeps goes in and out by tensors that stay where they are: ids, the position of the first, fast
 weights, keys and values that were kept. The model's weights are read where they lay when the graph was recorded, by the
-kernels that were there then; where a launch reads a packed copy of them (packed_cuda.py), a sleep after they have
-changed is recorded anew.
+kernels that were there then. A sleep is recorded anew after they were put elsewhere, or others in their place, and,
+where a launch reads a packed copy of them (packed_cuda.py), after they have changed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import packed_cuda
+from .identity import Places
 from .memory import Fast, Slow, put_back
 
 if TYPE_CHECKING:
@@ -88,9 +89,11 @@ class _Graph(NamedTuple):
     replay: Callable[[], None]
     made: Made
     weights: list[packed_cuda.Packed]
+    places: Places
 
-    def current(self) -> bool:
-        return all(packed.current() for packed in self.weights)
+    def current(self, session: SleepSession) -> bool:
+        """Whether the session's model still has its weights where the graph reads them."""
+        return self.places.hold(_weights(session)) and all(packed.current() for packed in self.weights)
 
 
 class Captures:
@@ -123,7 +126,7 @@ class Captures:
         first = ids.new_full((), session.position)
         given = _Given(ids, first, session.memory.fast(), session.memory.slow())
         form = given.form()
-        if form not in self.graphs or not self.graphs[form].current():
+        if form not in self.graphs or not self.graphs[form].current(session):
             self.graphs[form] = self._recorded(session, given)
         graph = self.graphs[form]
         for own, new in zip(graph.given.tensors(), given.tensors(), strict=True):
@@ -148,7 +151,13 @@ class Captures:
 
         with packed_cuda.reading() as weights:
             replay, made = self.recorder.record(run)
-        return _Graph(own, replay, made, weights)
+        return _Graph(own, replay, made, weights, Places(_weights(session)))
+
+
+def _weights(session: SleepSession) -> list[Tensor]:
+    """What a graph reads of a model: its parameters, and its buffers."""
+    model = getattr(session.stack, "model", session.model)
+    return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
 
 
 def _apart(made: Made) -> Made:

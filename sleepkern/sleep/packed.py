@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from .fitting import numbers_of, weights_of
+from .identity import Contents
 from .memory import Fast, Slow
 
 if TYPE_CHECKING:
@@ -30,6 +32,27 @@ of it."""
 _packed: WeakKeyDictionary[HybridBlock, Packed] = WeakKeyDictionary()
 
 
+class Source:
+    """What weights were packed of: these blocks, with the weights and numbers that they have. Keeps none of it."""
+
+    def __init__(self, blocks: Sequence[HybridBlock]) -> None:
+        self._blocks = [ref(block) for block in blocks]
+        self._numbers = [numbers_of(block) for block in blocks]
+        self._weights = Contents([weight for block in blocks for weight in weights_of(block)])
+
+    def holds(self, blocks: Sequence[HybridBlock]) -> bool:
+        """Whether these are the blocks, with the weights and numbers that they had, as far as torch counts writes."""
+        if len(blocks) != len(self._blocks) or any(r() is not b for r, b in zip(self._blocks, blocks, strict=True)):
+            return False
+        weights = [weight for block in blocks for weight in weights_of(block)]
+        return self._weights.hold(weights) and [numbers_of(block) for block in blocks] == self._numbers
+
+    def current(self) -> bool:
+        """Whether the blocks are still there, with the weights and numbers they had."""
+        blocks = [block for r in self._blocks if (block := r()) is not None]
+        return self.holds(blocks)
+
+
 class Packed:
     """Weights of a stack of blocks, each norm multiplied into the product after it; see csrc/blocks.h.
 
@@ -37,10 +60,9 @@ class Packed:
     """
 
     def __init__(self, blocks: Sequence[HybridBlock], form: Any) -> None:
-        self.blocks = [ref(block) for block in blocks]
-        self.asked = form
+        self.source = Source(blocks)
+        self.asked, self.isa = form, _C.isa()
         self.form = _C.Form.plain if form == _C.Form.winograd and not _balanced(blocks) else form
-        self.version = _version(blocks)
         sizes = (_C.packed_size(n, depth, self.form) for block in blocks for n, depth in _shapes(block))
         self.weights = _room(sum(sizes))
         self.used = 0
@@ -48,8 +70,9 @@ class Packed:
         self.layers = [self._layer(block) for block in blocks]
 
     def holds(self, blocks: Sequence[HybridBlock], form: Any) -> bool:
-        """Whether these are its blocks, packed when this form was asked for, and their weights what they were."""
-        return self.asked == form and same_blocks(self.blocks, blocks) and self.version == _version(blocks)
+        """Whether these are its blocks, packed when this form was asked for, and their weights what they were; and the
+        instruction set, whose panels differ in width."""
+        return self.asked == form and self.isa == _C.isa() and self.source.holds(blocks)
 
     def _layer(self, block: HybridBlock) -> dict[str, Any]:
         mlp, norm = block.mlp, block.mlp_norm
@@ -171,11 +194,6 @@ def forget(block: HybridBlock) -> None:
     _packed.pop(block, None)
 
 
-def same_blocks(kept: Sequence[ref[HybridBlock]], blocks: Sequence[HybridBlock]) -> bool:
-    """Whether these are the blocks that were packed, all of them alive."""
-    return len(kept) == len(blocks) and all(r() is b for r, b in zip(kept, blocks, strict=True))
-
-
 def multiplies_bfloat16(dtype: torch.dtype) -> bool:
     """Whether products with weights take bfloat16 for h of this type: where the machine multiplies it in one
     instruction, and h is bfloat16, or float32 of which torch.set_float32_matmul_precision("medium") allows it."""
@@ -188,26 +206,6 @@ def form_for(dtype: torch.dtype) -> Any:
     if multiplies_bfloat16(dtype):
         return _C.Form.bfloat16
     return _C.Form.winograd if _C.adds_beside_products() else _C.Form.plain
-
-
-def version_of(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
-    """Changes with every write to a weight that torch counts, which one through `.data` is not, and with the numbers
-    that are packed beside them."""
-    weights = ((p.data_ptr(), p._version) for block in blocks for p in block.parameters())
-    return (*weights, *(_numbers(block) for block in blocks))
-
-
-def _numbers(block: HybridBlock) -> tuple[float | None, ...]:
-    mixer: Any = block.mixer
-    norms = (block.mixer_norm.eps, block.mlp_norm.eps)
-    if block.recurrent:
-        return (*norms, mixer.decay_bias, mixer.strength, mixer.norm.eps)
-    return (*norms, mixer.q_norm.eps, mixer.k_norm.eps)
-
-
-def _version(blocks: Sequence[HybridBlock]) -> tuple[Any, ...]:
-    """And with the instruction set, whose panels differ in width."""
-    return (_C.isa(), *version_of(blocks))
 
 
 def _balanced(blocks: Sequence[HybridBlock]) -> bool:

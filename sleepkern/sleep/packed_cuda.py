@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..backends import cuda
 from ..backends.tensors import on_device_of
 from .memory import Fast, Slow
 from .order_cuda import Order, heads_of, order
-from .packed import State, _eps, same_blocks, version_of
+from .packed import Source, State, _eps
 from .plan_cuda import TILE, Plan, Shape, paired, plan, share, sizes, slower
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ class Packed:
         self, blocks: Sequence[HybridBlock], p: Plan, device: torch.device, before: Packed | None = None
     ) -> None:
         """before: of the same plan, whose order is taken over if it is that of these blocks."""
-        self.blocks = [ref(block) for block in blocks]
-        self.version = version_of(blocks)
+        self.source, self.forgotten = Source(blocks), False
         self.cluster = p.cluster
         self.alive: list[Tensor] = []
         shapes = _shapes(blocks)
@@ -159,12 +158,11 @@ class Packed:
 
     def holds(self, blocks: Sequence[HybridBlock]) -> bool:
         """Whether these are its blocks, and their weights what they were."""
-        return same_blocks(self.blocks, blocks) and self.version == version_of(blocks)
+        return not self.forgotten and self.source.holds(blocks)
 
     def current(self) -> bool:
         """Whether its blocks are still there, with the weights that were packed."""
-        blocks = [block for r in self.blocks if (block := r()) is not None]
-        return self.holds(blocks)
+        return not self.forgotten and self.source.current()
 
     def _layer(self, block: HybridBlock, s: Shape) -> dict[str, Any]:
         mixer: Any = block.mixer
@@ -210,7 +208,7 @@ def packed(blocks: Sequence[HybridBlock], p: Plan, device: torch.device) -> Pack
 def forget(block: HybridBlock) -> None:
     """What was packed of stacks that begin with this block; recordings that read it see that it is not current."""
     for found in _packed.pop(block, {}).values():
-        found.version = ()
+        found.forgotten = True
 
 
 def _weights(block: HybridBlock) -> list[Tensor]:

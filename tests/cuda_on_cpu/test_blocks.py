@@ -223,7 +223,7 @@ def test_recordings_keep_packed_weights_and_go_with_them(on) -> None:
         assert kept
         lm.blocks()[0].mlp.up.weight *= 2
         sleep_blocks(torch.randn(1, 8, 32).bfloat16(), lm.blocks())  # packs them anew
-        assert all(packed() is not None for packed in kept) and not graph.current()
+        assert all(packed() is not None for packed in kept) and not graph.current(session)
         session.fork().ingest(ids)
         assert recorder.count == 2
 
