@@ -201,35 +201,6 @@ def test_exported_program_holds_torch_operators_only(model: nn.Module) -> None:
         assert relative_error(program.module()(x), layer(x)) < CLOSE
 
 
-# ---------------------------------------------------------------- packed sequences
-
-
-@pytest.mark.since("5.16")
-def test_packed_equals_separate(model: nn.Module) -> None:
-    """Whole model: recurrence, convolution and attention stop at the borders. Stock refuses."""
-    lengths = (17, 1, 30, 2)
-    ids = tokens(1, sum(lengths))
-    packing: dict[str, Any] = {
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).int(),
-        "use_cache": False,
-    }
-    with torch.no_grad():
-        separate = torch.cat([model(piece).logits for piece in ids.split(lengths, dim=1)], dim=1)
-        with pytest.raises(ValueError, match="packed sequences"):
-            model(ids, **packing)
-        with patch():
-            assert relative_error(model(ids, **packing).logits, separate) < CLOSE
-            index = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None].int()
-            assert relative_error(model(ids, seq_idx=index, **packing).logits, separate) < CLOSE
-
-
-@pytest.mark.since("5.16")
-def test_packed_by_seq_idx_alone_is_refused_as_in_stock(model: nn.Module) -> None:
-    with patch(), torch.no_grad(), pytest.raises(ValueError, match="packed sequences"):
-        model(tokens(1, 8), seq_idx=torch.tensor([[0] * 4 + [1] * 4]), use_cache=False)
-
-
 # ---------------------------------------------------------------- the functions
 
 

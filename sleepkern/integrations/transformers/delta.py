@@ -6,8 +6,8 @@ the reason in the debug log.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,96 +16,89 @@ from torch import Tensor
 import sleepkern
 from sleepkern.rules import GATED_DELTA_RULE, Rule
 
-from ..falling_back import left_to_original, why_not_here
+from ..falling_back import why_not_here
+from ..replacing import replacement
+from .packing import joined, named, offsets_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Call(NamedTuple):
-    """One call of a model under sleepkern's names; what else models pass is dropped."""
+class _Many(NamedTuple):
+    """A call for many tokens: what stock heeds, in its order, and the names of packed sequences."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
     g: Tensor
     beta: Tensor
-    initial_state: Tensor | None
-    output_final_state: bool
-    use_qk_l2norm_in_kernel: bool
-    cu_seqlens: Tensor | None
-    seq_idx: Tensor | None
+    chunk_size: int = 64
+    initial_state: Tensor | None = None
+    output_final_state: bool = False
+    use_qk_l2norm_in_kernel: bool = False
+    cu_seqlens: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    seq_idx: Tensor | None = None
 
 
-def _chunk_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    chunk_size: int = 64,
-    initial_state: Tensor | None = None,
-    output_final_state: bool = False,
-    use_qk_l2norm_in_kernel: bool = False,
-    cu_seqlens: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    **unused: Any,
-) -> _Call:
-    if initial_state is not None:
-        initial_state = initial_state.to(torch.float32)
-    options = (output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, seq_idx)
-    return _Call(query, key, value, g, beta, initial_state, *options)
+class _One(NamedTuple):
+    """The same for a step: without chunk_size."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    g: Tensor
+    beta: Tensor
+    initial_state: Tensor | None = None
+    output_final_state: bool = False
+    use_qk_l2norm_in_kernel: bool = False
+    cu_seqlens: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    seq_idx: Tensor | None = None
 
 
-def _step_call(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *rest: Any, **named: Any) -> _Call:
-    """The same without chunk_size."""
-    return _chunk_call(query, key, value, g, beta, 64, *rest, **named)
+_Call = _Many | _One
 
 
 def many_tokens(original: Callable[..., Any], rule: Rule = GATED_DELTA_RULE) -> Callable[..., Any]:
     """Stands for torch_chunk_gated_delta_rule, or with KDA for chunk_kimi_delta_attention."""
-
-    @functools.wraps(original)
-    def chunk(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        call = _chunk_call(*args, **kwargs)
-        if left_to_original(_why_not(call)):
-            return original(*args, **kwargs)  # type: ignore[no-any-return]
-        return _ingest(rule, call)
-
-    return chunk
+    return replacement(original, _Many, _why_not, partial(_ingest, rule), named("cu_seqlens", _size))
 
 
 def one_token(original: Callable[..., Any], rule: Rule = GATED_DELTA_RULE) -> Callable[..., Any]:
     """Stands for torch_recurrent_gated_delta_rule, or with KDA for recurrent_kimi_delta_attention."""
 
-    @functools.wraps(original)
-    def recurrent(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        call = _step_call(*args, **kwargs)
-        if left_to_original(_why_not(call)):
-            return original(*args, **kwargs)  # type: ignore[no-any-return]
+    def run(call: _One) -> tuple[Tensor, Tensor | None]:
         return _step(rule, call) if _may_write_state(call) else _ingest(rule, call)
 
-    return recurrent
+    return replacement(original, _One, _why_not, run, named("cu_seqlens", _size))
+
+
+def _size(query: Tensor) -> tuple[int, int]:
+    return query.shape[0], query.shape[1]
 
 
 def _ingest(rule: Rule, call: _Call) -> tuple[Tensor, Tensor | None]:
+    offsets = _offsets(call)
+    inputs = call[:5] if offsets is None else [joined(x) for x in call[:5]]
     o, state = getattr(sleepkern, rule.name)(
-        *call[:5],
-        initial_state=call.initial_state,
+        *inputs,
+        initial_state=None if call.initial_state is None else call.initial_state.to(torch.float32),
         output_final_state=call.output_final_state,
         use_qk_l2norm_in_kernel=call.use_qk_l2norm_in_kernel,
-        cu_seqlens=call.cu_seqlens,
+        cu_seqlens=offsets,
     )
-    return o.to(call.q.dtype), state  # another type only under autocast
+    o = o if offsets is None else o.view(call.value.shape)
+    return o.to(call.query.dtype), state  # another type only under autocast
 
 
-def _step(rule: Rule, call: _Call) -> tuple[Tensor, Tensor | None]:
+def _step(rule: Rule, call: _One) -> tuple[Tensor, Tensor | None]:
     assert call.initial_state is not None
-    normalize = call.use_qk_l2norm_in_kernel
-    o, state = sleepkern.recurrent_step(*call[:5], call.initial_state, rule=rule, use_qk_l2norm_in_kernel=normalize)
-    return o.to(call.q.dtype), state
+    state, normalize = call.initial_state.to(torch.float32), call.use_qk_l2norm_in_kernel
+    o, state = sleepkern.recurrent_step(*call[:5], state, rule=rule, use_qk_l2norm_in_kernel=normalize)
+    return o.to(call.query.dtype), state
 
 
-def _may_write_state(call: _Call) -> bool:
+def _may_write_state(call: _One) -> bool:
     """Whether the state may be updated where it lies, which saves the decode step a copy of it.
 
     Only for the buffer of a transformers cache: the layer copies the returned state into that very
@@ -115,7 +108,7 @@ def _may_write_state(call: _Call) -> bool:
     compiler plans the memory.
     """
     state = call.initial_state
-    if torch.compiler.is_compiling() or not call.output_final_state or call.cu_seqlens is not None:
+    if torch.compiler.is_compiling() or not call.output_final_state or _offsets(call) is not None:
         return False
     if state is None or getattr(state, "_dynamo_static_input_type", None) is None:
         return False
@@ -125,15 +118,24 @@ def _may_write_state(call: _Call) -> bool:
 
 def _why_not(call: _Call) -> str | None:
     """None, or the sentence why a call is left to the function that was there before."""
-    reason = why_not_here(call.k)
+    reason = why_not_here(call.key)
     if reason is not None:
         return reason
-    if call.k.dtype not in _DTYPES:
-        return f"a model of {call.k.dtype} keeps a float32 state, which sleepkern does not mix"
-    if call.q.dtype != call.k.dtype or call.v.dtype != call.k.dtype:
-        return f"query, key and value have the types {call.q.dtype}, {call.k.dtype}, {call.v.dtype}"
-    if call.k.numel() == 0:
+    if call.key.dtype not in _DTYPES:
+        return f"a model of {call.key.dtype} keeps a float32 state, which sleepkern does not mix"
+    if call.query.dtype != call.key.dtype or call.value.dtype != call.key.dtype:
+        return f"query, key and value have the types {call.query.dtype}, {call.key.dtype}, {call.value.dtype}"
+    if call.key.numel() == 0:
         return "no tokens"
-    if call.seq_idx is not None and call.cu_seqlens is None:
-        return "packed sequences are told apart by cu_seq_lens_q, only seq_idx was given"
+    carried = call.initial_state is not None or call.output_final_state
+    if carried and call.key.shape[0] > 1 and _packed(call):
+        return "states of packed sequences in several rows"
     return None
+
+
+def _packed(call: _Call) -> bool:
+    return call.cu_seqlens is not None or call.cu_seq_lens_q is not None or call.seq_idx is not None
+
+
+def _offsets(call: _Call) -> Tensor | None:
+    return offsets_of(*_size(call.key), call.cu_seqlens, call.cu_seq_lens_q, call.seq_idx)

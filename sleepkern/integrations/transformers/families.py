@@ -15,9 +15,9 @@ from sleepkern.rules import KDA
 
 from ..fla import stands_for
 from ..patching import Make, Patch, Registry, Target
-from . import convolution, gated_norm
+from . import base_model, convolution, gated_norm
 from .delta import many_tokens, one_token
-from .mamba2 import fused_scan, one_step, scan
+from .mamba2 import fused_mixer, fused_scan, one_step, scan
 
 FAMILIES = (
     "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid", "lara_mini",  # gated delta rule
@@ -69,6 +69,7 @@ _KINDS: tuple[dict[str, Make], ...] = (
 _BESIDE: dict[str, Make] = {
     "causal_conv1d_fn": convolution.many_tokens,
     "causal_conv1d_update": convolution.one_token,
+    "mamba2_split_conv1d_scan_combined": fused_mixer,
 }
 _OLDER: dict[str, Make] = {  # of transformers 4.57 to 5.10, from the package fla; None without it
     "chunk_gated_delta_rule": many_tokens,
@@ -126,4 +127,7 @@ def _targets_of_module(module: ModuleType) -> list[Target]:
     if makes and "is_fast_path_available" not in defined:  # in older versions the convolution has other arguments
         makes |= _BESIDE
     functions = [Target(module, name, makes[name]) for name in sorted(makes) if callable(defined.get(name))]
-    return functions + gated_norm.targets(module) if functions else []
+    if not functions:
+        return []
+    inline = "mamba_chunk_scan_combined" in makes  # older Mamba-2, whose own code hands seq_idx to its packages
+    return functions + gated_norm.targets(module) + ([] if inline else base_model.targets(module))

@@ -22,77 +22,84 @@ from torch.nn import functional as F
 import sleepkern
 from sleepkern.rules import SIMPLE_GLA
 
-from ..falling_back import left_to_original, why_not_here
+from ..falling_back import why_not_here
+from ..replacing import replacement
+from .packing import NAMES, joined, named, offsets_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Scan(NamedTuple):
-    """One call: x [B,T,H,P], dt [B,T,H], A [H], B and C [B,T,G,N], state [B,H,P,N]."""
+    """A call for many tokens: x [B,T,H,P], dt [B,T,H], A [H], B and C [B,T,G,N], D [H], states [B,H,P,N].
 
-    x: Tensor
+    What stock heeds, in its order; z, which mamba_ssm heeds; and the names of packed sequences.
+    """
+
+    hidden_states: Tensor
     dt: Tensor
     A: Tensor
     B: Tensor
     C: Tensor
-    D: Tensor | None
-    dt_bias: Tensor | None
-    state: Tensor | None
-    softplus: bool
-    limit: tuple[float, float]
-    returns_state: bool
-    seq_idx: Tensor | None
-    cu_seqlens: Tensor | None
-    z: Tensor | None
+    chunk_size: int
+    D: Tensor | None = None
+    dt_bias: Tensor | None = None
+    initial_states: Tensor | None = None
+    dt_softplus: bool = False
+    dt_limit: tuple[float, float] = (0.0, float("inf"))
+    return_final_states: bool = False
+    z: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    seq_idx: Tensor | None = None
 
 
-def _scan_call(
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int = 256,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False,
-    seq_idx: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    z: Tensor | None = None,
-    **unused: Any,
-) -> _Scan:
-    options = (dt_softplus, dt_limit, return_final_states, seq_idx, cu_seqlens, z)
-    return _Scan(hidden_states, dt, A, B, C, D, dt_bias, initial_states, *options)
+class _OlderScan(NamedTuple):
+    """The same in the order of mamba_ssm's mamba_chunk_scan_combined."""
+
+    hidden_states: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    chunk_size: int
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+    initial_states: Tensor | None = None
+    seq_idx: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    dt_softplus: bool = False
+    dt_limit: tuple[float, float] = (0.0, float("inf"))
+    return_final_states: bool = False
+    cu_seq_lens_q: Tensor | None = None
 
 
 def scan(original: Callable[..., Any]) -> Callable[..., Any]:
     """Stands for mamba2_chunk_scan."""
-
-    @functools.wraps(original)
-    def chunk_scan(*args: Any, **kwargs: Any) -> Any:
-        call = _scan_call(*args, **kwargs)
-        if left_to_original(_why_not(call)):
-            return original(*args, **kwargs)
-        return _ingest(call)
-
-    return chunk_scan
+    return replacement(original, _Scan, _why_not, _ingest, named("seq_idx", _size))
 
 
 def fused_scan(original: Callable[..., Any]) -> Callable[..., Any]:
     """Stands for mamba_ssm's mamba_chunk_scan_combined as older files call it: readouts have the type of x."""
 
-    @functools.wraps(original)
-    def mamba_chunk_scan_combined(*args: Any, **kwargs: Any) -> Any:
-        call = _scan_call(*args, **kwargs)
-        if left_to_original(_why_not(call)):
-            return original(*args, **kwargs)
-        out = _ingest(call)
-        return (out[0].to(call.x.dtype), out[1]) if isinstance(out, tuple) else out.to(call.x.dtype)
+    def run(call: _OlderScan) -> Any:
+        out, dtype = _ingest(call), call.hidden_states.dtype
+        return (out[0].to(dtype), out[1]) if isinstance(out, tuple) else out.to(dtype)
 
-    return mamba_chunk_scan_combined
+    return replacement(original, _OlderScan, _why_not, run)
+
+
+def fused_mixer(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for mamba2_split_conv1d_scan_combined, a training mixer in one call, or None where a mixer has to go on
+    step by step: so it does with packed sequences, which its convolution and scan here keep apart."""
+
+    @functools.wraps(original)
+    def split_conv1d_scan(*args: Any, **kwargs: Any) -> Any:
+        if any(kwargs.get(name) is not None for name in NAMES):
+            return None
+        return original(*args, **kwargs)
+
+    return split_conv1d_scan
 
 
 def one_step(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,54 +111,32 @@ def one_step(original: Callable[..., Any]) -> Callable[..., Any]:
     than those, and with a copy of the state longer still.
     """
 
-    @functools.wraps(original)
-    def selective_state_update(*args: Any, **kwargs: Any) -> Any:
-        call = _step_call(*args, **kwargs)
-        if left_to_original(_why_no_step(call)):
-            return original(*args, **kwargs)
-        return _step(call)
-
-    return selective_state_update
+    return replacement(original, _Step, _why_no_step, _step)
 
 
 class _Step(NamedTuple):
-    """One call: state [B,H,P,N], x [B,H,P], dt [B,H,P], A [H,P,N], B and C [B,G,N], D and dt_bias [H,P], z as x."""
+    """A call for one token: state [B,H,P,N], x [B,H,P], dt [B,H,P], A [H,P,N], B and C [B,G,N], D, dt_bias [H,P], z as
+    x."""
 
     state: Tensor
-    x: Tensor
+    hidden_states: Tensor
     dt: Tensor
     A: Tensor
     B: Tensor
     C: Tensor
-    D: Tensor | None
-    dt_bias: Tensor | None
-    softplus: bool
-    z: Tensor | None
-
-
-def _step_call(
-    state: Tensor,
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    z: Tensor | None = None,
-    **unused: Any,
-) -> _Step:
-    return _Step(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z)
+    D: Tensor | None = None
+    dt_bias: Tensor | None = None
+    dt_softplus: bool = False
+    z: Tensor | None = None
 
 
 def _step(call: _Step) -> Tensor:
     dt = call.dt[..., 0].float()  # [B,H]: the same for a whole head, and so is A
     dt = dt if call.dt_bias is None else dt + call.dt_bias[:, 0].float()
-    dt = F.softplus(dt) if call.softplus else dt
-    g, x = dt * call.A[:, 0, 0].float(), call.x.float()
+    dt = F.softplus(dt) if call.dt_softplus else dt
+    g, x = dt * call.A[:, 0, 0].float(), call.hidden_states.float()
     if call.state.transpose(-1, -2).is_contiguous():
-        q, k, v, g, beta = (t[:, None] for t in (call.C, call.B, call.x, g, dt))
+        q, k, v, g, beta = (t[:, None] for t in (call.C, call.B, call.hidden_states, g, dt))
         S = call.state.transpose(-1, -2)
         o, _ = sleepkern.recurrent_step(q, k, v, g, beta, S, rule=SIMPLE_GLA, scale=1.0)
         y = o[:, 0].float()
@@ -159,7 +144,7 @@ def _step(call: _Step) -> Tensor:
         y = _step_transposed(call, x, g, dt)
     y = y if call.D is None else torch.addcmul(y, x, call.D.float())
     y = y if call.z is None else y * F.silu(call.z.float())
-    return y.to(call.x.dtype)
+    return y.to(call.hidden_states.dtype)
 
 
 def _step_transposed(call: _Step, x: Tensor, g: Tensor, dt: Tensor) -> Tensor:
@@ -173,10 +158,10 @@ def _step_transposed(call: _Step, x: Tensor, g: Tensor, dt: Tensor) -> Tensor:
 
 def _why_no_step(call: _Step) -> str | None:
     """None, or the sentence why a step is left to the function that was there before."""
-    reason = why_not_here(call.x)
+    reason = why_not_here(call.hidden_states)
     if reason is not None:
         return reason
-    if call.x.device.type != "cpu":
+    if call.hidden_states.device.type != "cpu":
         return "the step of one token is replaced on the CPU only"
     if torch.compiler.is_compiling():
         return "a compiled graph, whose compiler plans the memory"
@@ -191,41 +176,58 @@ def _why_no_step(call: _Step) -> str | None:
     return None
 
 
-def _ingest(call: _Scan) -> Tensor | tuple[Tensor, Tensor]:
+def _ingest(call: _Scan | _OlderScan) -> Tensor | tuple[Tensor, Tensor]:
     dt = call.dt if call.dt_bias is None else call.dt + call.dt_bias.to(call.dt.dtype)
-    dt = F.softplus(dt) if call.softplus else dt
-    dt = dt.clamp(*call.limit).float()
-    state = None if call.state is None else call.state.float().transpose(-1, -2)
+    dt = F.softplus(dt) if call.dt_softplus else dt
+    dt = dt.clamp(*call.dt_limit).float()
+    state = None if call.initial_states is None else call.initial_states.float().transpose(-1, -2)
+    inputs, offsets = (call.C, call.B, call.hidden_states, call.A.float() * dt, dt), _offsets(call)
+    q, k, v, g, beta = inputs if offsets is None else [joined(x) for x in inputs]
     o, final = sleepkern.simple_gla(
-        call.C,
-        call.B,
-        call.x,
-        call.A.float() * dt,
-        dt,
+        q,
+        k,
+        v,
+        g,
+        beta,
         scale=1.0,
         initial_state=state,
-        output_final_state=call.returns_state,
+        output_final_state=call.return_final_states,
+        cu_seqlens=offsets,
     )
-    y = o.float()
+    y = o.float() if offsets is None else o.float().view(call.hidden_states.shape)
     if call.D is not None:
-        y = torch.addcmul(y, call.x.float(), call.D.float()[:, None])
-    if not call.returns_state:
+        y = torch.addcmul(y, call.hidden_states.float(), call.D.float()[:, None])
+    if not call.return_final_states:
         return y
     assert final is not None
     return y, final.transpose(-1, -2)
 
 
-def _why_not(call: _Scan) -> str | None:
+def _why_not(call: _Scan | _OlderScan) -> str | None:
     """None, or the sentence why a call is left to the function that was there before."""
-    reason = why_not_here(call.x)
+    x = call.hidden_states
+    reason = why_not_here(x)
     if reason is not None:
         return reason
-    if call.x.dtype not in _DTYPES or not call.x.dtype == call.B.dtype == call.C.dtype:
-        return f"x, B and C have the types {call.x.dtype}, {call.B.dtype}, {call.C.dtype}"
-    if call.x.numel() == 0:
+    if x.dtype not in _DTYPES or not x.dtype == call.B.dtype == call.C.dtype:
+        return f"x, B and C have the types {x.dtype}, {call.B.dtype}, {call.C.dtype}"
+    if x.numel() == 0:
         return "no tokens"
-    if call.seq_idx is not None or call.cu_seqlens is not None:
-        return "packed sequences"
     if call.z is not None:
         return "a gate z inside the scan"
+    if call.D is not None and call.D.dim() != 1:
+        return "a skip connection D for each channel"
+    if isinstance(call, _OlderScan) and call.cu_seqlens is not None:
+        return "offsets, for which mamba_ssm returns the states of each sequence"
+    packed = any(t is not None for t in (call.cu_seqlens, call.cu_seq_lens_q, call.seq_idx))
+    if packed and (call.initial_states is not None or call.return_final_states):
+        return "states of packed sequences"
     return None
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[0], x.shape[1]
+
+
+def _offsets(call: _Scan | _OlderScan) -> Tensor | None:
+    return offsets_of(*_size(call.hidden_states), call.cu_seqlens, call.cu_seq_lens_q, call.seq_idx)

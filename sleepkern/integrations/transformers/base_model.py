@@ -1,0 +1,260 @@
+"""The forward of a base model: packed sequences by every name become those that its layers heed.
+
+A modeling file hands some names on to its recurrences and drops others, and its attention goes by position_ids alone.
+So the names are brought together before the layers run: offsets for recurrences and convolutions (cu_seq_lens_q),
+position_ids that restart for the attention mask. What names the sequences differently, or cannot be kept apart, raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..patching import Target
+from .packing import number_of_each, offsets_of
+
+_OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+_NAMES = (*_OFFSETS, "seq_idx")
+_LENGTHS = ("max_length_q", "max_length_k")
+_CACHES = ("past_key_values", "cache_params", "cache")
+"""What versions of transformers call the memory of earlier tokens."""
+_MASKS_WITHOUT_POSITIONS = ("granitemoehybrid",)
+"""Families whose files make attention's mask without position_ids, so that it never sees packed sequences."""
+
+
+def targets(module: ModuleType) -> list[Target]:
+    """The forwards of the base models that a modeling file defines, and of heads that hand nothing on to theirs."""
+    own = [x for _, x in sorted(vars(module).items()) if getattr(x, "__module__", None) == module.__name__]
+    bases = [x for x in own if isinstance(x, type) and x.__name__.endswith("Model") and _reads_text(x)]
+    older = "is_fast_path_available" in vars(module)
+    make = functools.partial(forward, hands_on=not older, masks=_family(module) in _MASKS_WITHOUT_POSITIONS)
+    found = [Target(x, "forward", make) for x in bases]
+    heads = [x for x in own if getattr(x, "__name__", "") == "Mamba2ForCausalLM"]
+    return found + [Target(x, "forward", handing_on) for x in heads]
+
+
+def _reads_text(model: type) -> bool:
+    """Whether it embeds tokens; a model of several media has one inside that does."""
+    taken = inspect.signature(model.forward).parameters if "forward" in vars(model) else {}  # type: ignore[attr-defined]
+    return "inputs_embeds" in taken and not any(name.startswith("pixel_values") for name in taken)
+
+
+def _family(module: ModuleType) -> str:
+    return module.__name__.rpartition(".modeling_")[2]
+
+
+class _Carried(dict[str, Any]):
+    """Arguments on their way through a head that hands on attention_mask and drops the names of packed sequences."""
+
+
+def handing_on(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for the forward of Mamba2ForCausalLM."""
+    order = _order(original)
+
+    @functools.wraps(original)
+    def with_names(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        names = {name: given[name] for name in (*_NAMES, *_LENGTHS) if given.get(name) is not None}
+        if (positions := _positions(given)) is not None:
+            names["position_ids"] = positions
+        if not names or torch.compiler.is_exporting():
+            return original(self, *args, **kwargs)
+        mask = _Carried(names, attention_mask=given.get("attention_mask"))
+        return original(self, **{**given, "attention_mask": mask})
+
+    return with_names
+
+
+def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callable[..., Any]:
+    """Stands for the forward of a base model.
+
+    Args:
+        hands_on: whether its layers hand offsets on to their recurrences.
+        masks: whether attention's mask of packed sequences has to be made here.
+    """
+    order = _order(original)
+
+    @functools.wraps(original)
+    def kept_apart(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        if torch.compiler.is_exporting() or isinstance(given.get("cu_seq_lens_k"), dict):  # or paged attention's order
+            return original(self, *args, **kwargs)
+        carried = isinstance(given.get("attention_mask"), _Carried)
+        if carried:
+            given |= given["attention_mask"]
+        packed = _packed(given)
+        if packed is None and not carried and not any(name in kwargs for name in _NAMES):
+            return original(self, *args, **kwargs)
+        if not hands_on and packed is not None:
+            if packed.offsets.device.type != "cpu":  # there packages may see to it
+                return original(self, *args, **kwargs)
+            raise ValueError(
+                f"packed sequences: got several in a row for a {type(self).__name__} of this version of transformers, "
+                "whose layers do not keep them apart on a CPU; expected one a row"
+            )
+        others = {name: x for name, x in given.items() if name not in (*_NAMES, *_LENGTHS)}
+        if "position_ids" not in order:
+            others.pop("position_ids", None)
+        if packed is None:
+            return original(self, **others)
+        return original(self, **others | _apart(self, packed, given, "position_ids" in order, masks))
+
+    return kept_apart
+
+
+def _order(original: Callable[..., Any]) -> list[str]:
+    """Names of arguments by position after self."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [x.name for x in inspect.signature(original).parameters.values() if x.kind is kind][1:]
+
+
+class _Packed(NamedTuple):
+    offsets: Tensor
+    """[n + 1] int32 among the tokens of all rows."""
+    rows: int
+    T: int
+
+
+def _packed(given: dict[str, Any]) -> _Packed | None:
+    """None where every row is one sequence.
+
+    Raises:
+        ValueError: names that do not fit the tokens or each other.
+    """
+    named = {name: given[name] for name in _NAMES if given.get(name) is not None}
+    positions = _positions(given)
+    if not named and (positions is None or given.get("attention_mask") is not None):
+        return None
+    text: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    rows, T = text.shape[:2]
+    if torch.compiler.is_compiling():
+        offsets = _trusted(named, positions, rows, T)
+        return None if offsets is None else _Packed(offsets.to(text.device, torch.int32), rows, T)
+    starts = _agreed(named, positions, rows, T)
+    if starts == list(range(0, rows * T, T)):
+        return None
+    return _Packed(torch.tensor([*starts, rows * T], dtype=torch.int32, device=text.device), rows, T)
+
+
+def _positions(given: dict[str, Any]) -> Tensor | None:
+    """position_ids [B,T] or [1,T] of text without a past; of the four that vision models give, those of text."""
+    x = given.get("position_ids")
+    if x is None or x.shape[-1] < 2 or x.is_meta or any(given.get(name) is not None for name in _CACHES):
+        return None
+    if x.ndim == 3:
+        return x[0] if x.shape[0] == 4 else None  # type: ignore[no-any-return]
+    return x.view(-1, x.shape[-1])  # type: ignore[no-any-return]
+
+
+def _trusted(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) -> Tensor | None:
+    """Offsets in a compiled graph, which cannot look at values: not compared, but positions alone may not restart."""
+    for name in _OFFSETS:
+        if name in named:
+            return torch.as_tensor(named[name])
+    if "seq_idx" in named:
+        return offsets_of(rows, T, seq_idx=named["seq_idx"])
+    assert positions is not None
+    goes_on = (positions.diff(dim=-1) == 1).all()
+    torch._assert_async(goes_on, "position_ids: restart in a compiled model; expected cu_seq_lens_q beside them")
+    return None
+
+
+def _agreed(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) -> list[int]:
+    """Where sequences start among the tokens of all rows, by all that was given."""
+    found = {name: _starts_of_offsets(name, x, rows, T) for name, x in named.items() if name in _OFFSETS}
+    if "seq_idx" in named:
+        index = torch.as_tensor(named["seq_idx"])
+        if index.shape not in ((rows, T), (1, T), (T,)):
+            raise ValueError(f"seq_idx: got shape {list(index.shape)}; expected [B,T] = {[rows, T]}")
+        found["seq_idx"] = _starts_of_marks(index.view(-1, T).diff(dim=-1) != 0, rows, T), rows * T
+    if positions is not None and positions.shape[1] == T:
+        found["position_ids"] = _starts_of_marks(positions.diff(dim=-1) != 1, rows, T), rows * T
+    (first, (starts, end)), *others = found.items()
+    for name, (more, its_end) in others:
+        both = min(end, its_end)
+        if [x for x in more if x < both] != [x for x in starts if x < both]:
+            raise ValueError(
+                f"{name}: got sequences that start at tokens {_few(more)}; expected those of {first}, {_few(starts)}"
+            )
+        if end < its_end:  # behind the sequences of the first name lies padding, of which this one may know more
+            starts, end = more, its_end
+    return starts
+
+
+def _starts_of_offsets(name: str, x: Any, rows: int, T: int) -> tuple[list[int], int]:
+    """(starts, where the last ends); padding behind the last is a sequence of its own."""
+    offsets = torch.as_tensor(x).flatten().tolist()
+    end, total = (offsets[-1] if offsets else 0), rows * T
+    rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+    starts = sorted({*offsets[:-1], *([end] if end < total else [])})
+    if len(offsets) < 2 or offsets[0] != 0 or not rising or end > total or isinstance(end, float):
+        raise ValueError(f"{name}: got {_few(offsets)}; expected offsets of sequences, from 0 to {total} tokens")
+    starts = [x for x in starts if x < total]
+    if not set(range(0, total, T)) <= set(starts):
+        raise ValueError(f"{name}: got {_few(offsets)}; expected every row of {T} tokens to start a sequence")
+    return starts, end
+
+
+def _starts_of_marks(new: Tensor, rows: int, T: int) -> list[int]:
+    """new [B or 1,T-1]: whether a token starts a sequence, from the second of a row on."""
+    first = new.new_ones(new.shape[0], 1)
+    return torch.cat([first, new], dim=1).expand(rows, -1).flatten().nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
+
+
+def _few(x: Iterable[Any]) -> str:
+    shown = list(x)
+    return str(shown) if len(shown) <= 8 else f"[{', '.join(map(str, shown[:6]))}, ..., {shown[-1]}]"
+
+
+def _apart(model: Any, packed: _Packed, given: dict[str, Any], has_positions: bool, masks: bool) -> dict[str, Any]:
+    """Arguments by which the layers keep the sequences apart."""
+    offsets, rows, T = packed
+    past = next((name for name in _CACHES if given.get(name) is not None), None)
+    if past is not None or given.get("use_cache"):
+        raise ValueError(
+            f"{past or 'use_cache'}: got {'a cache' if past else True} with packed sequences, of which no cache can be "
+            f"kept; expected {None if past else False}"
+        )
+    apart: dict[str, Any] = {"use_cache": False, "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    apart["attention_mask"] = _mask(given.get("attention_mask"))
+    if torch.compiler.is_compiling():
+        apart |= {name: given[name] for name in _LENGTHS if name in given}
+    else:
+        apart |= dict.fromkeys(_LENGTHS, int(offsets.diff().max()))
+    if has_positions:
+        apart["position_ids"] = _restarting(given.get("position_ids"), packed)
+    if masks and apart["attention_mask"] is None:
+        from transformers.masking_utils import create_causal_mask
+
+        shaped = model.get_input_embeddings().weight.new_zeros(()).expand(rows, T, 1)
+        mask = create_causal_mask(model.config, shaped, None, None, position_ids=_restarting(None, packed))
+        apart["attention_mask"] = {"full_attention": mask, "linear_attention": None}
+    return apart
+
+
+def _mask(mask: Any) -> Any:
+    """None for a mask that hides nothing; one that was made for attention, by whoever packed, stays."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return mask
+    everything = (mask == 1).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(everything, "attention_mask: hides tokens of packed sequences; expected None")
+    elif not everything:
+        raise ValueError("attention_mask: got one that hides tokens of packed sequences; expected None, or ones")
+    return None
+
+
+def _restarting(positions: Tensor | None, packed: _Packed) -> Tensor:
+    """position_ids as given where they tell sequences apart, else made to."""
+    if positions is not None and not (positions.ndim == 3 and positions.shape[0] == 3):
+        return positions
+    offsets, rows, T = packed
+    tokens = torch.arange(rows * T, device=offsets.device).view(rows, T)
+    text = tokens - offsets[number_of_each(offsets, rows, T).long()]
+    return text if positions is None else torch.cat([text[None], positions])

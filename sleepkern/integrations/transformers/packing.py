@@ -1,0 +1,71 @@
+"""Where packed sequences start and end, whatever a caller names them by.
+
+Several sequences may lie one behind the other in a row. Models of transformers and its collators say where by
+cu_seq_lens_q, fla by cu_seqlens (offsets [n + 1] of the sequences among all tokens of all rows), causal_conv1d and
+mamba_ssm by seq_idx [B,T] (the number of each token's sequence). Here all become offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
+_FIRST = ("query", "hidden_states", "q", "x")
+"""What the first argument of an original is called."""
+
+
+def offsets_of(
+    rows: int,
+    T: int,
+    cu_seqlens: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor | None:
+    """[n + 1] among the rows * T tokens of all rows; None where no name is given.
+
+    Tokens of a row before those that seq_idx counts belong to its first sequence.
+    """
+    if cu_seqlens is not None or cu_seq_lens_q is not None:
+        return cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+    if seq_idx is None:
+        return None
+    index = seq_idx.expand(rows, -1)
+    index = torch.cat([index[:, :1].expand(-1, T - index.shape[1]), index], dim=1)
+    starts = torch.ones(rows, T, dtype=torch.bool, device=index.device)
+    starts[:, 1:] = index[:, 1:] != index[:, :-1]
+    return torch.cat([starts.flatten().nonzero()[:, 0], torch.full((1,), rows * T, device=index.device)])
+
+
+def number_of_each(offsets: Tensor, rows: int, T: int) -> Tensor:
+    """seq_idx [rows,T] in int32."""
+    tokens = torch.arange(rows * T, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets[1:].contiguous(), tokens, right=True, out_int32=True).view(rows, T)
+
+
+def named(name: str, size: Callable[[Tensor], tuple[int, int]]) -> Any:
+    """A hand_back (replacing.py) that tells the original of packed sequences by the one name that it heeds.
+
+    Where it heeds none it raises, as transformers' own functions do; by another name it would mix the sequences.
+    `size` gives rows and T of the first argument.
+    """
+
+    def hand_back(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = {x: kwargs[x] for x in NAMES if kwargs.get(x) is not None}
+        if not given:
+            return kwargs
+        rows, T = size(args[0] if args else next(kwargs[x] for x in _FIRST if x in kwargs))
+        offsets = offsets_of(rows, T, **given)
+        assert offsets is not None
+        others = {x: value for x, value in kwargs.items() if x not in NAMES}
+        return others | {name: offsets if name == "cu_seqlens" else number_of_each(offsets, rows, T)}
+
+    return hand_back
+
+
+def joined(x: Tensor) -> Tensor:
+    """[B,T,...] as the one row [1,BT,...] that offsets count."""
+    return x if x.shape[0] == 1 else x.reshape(1, -1, *x.shape[2:])
