@@ -3,7 +3,7 @@
 from . import rules
 from .backends.triton.plan import use_plans
 from .dispatch import Explanation
-from .integrations.transformers import patch, unpatch
+from .integrations.transformers import patch, patched, unpatch
 from .measure import bench, verify
 from .ops import (
     SleepResult,
@@ -30,6 +30,7 @@ __all__ = [
     "gla",
     "kda",
     "patch",
+    "patched",
     "recurrent_step",
     "rules",
     "simple_gla",

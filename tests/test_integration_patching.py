@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,9 @@ from hybrid_models import (
 )
 from torch import nn
 
-from sleepkern.integrations.transformers import patch, unpatch
+import sleepkern
+from sleepkern.integrations.patching import Registry, Target
+from sleepkern.integrations.transformers import FAMILIES, patch, unpatch
 from sleepkern.rules import GATED_DELTA_RULE
 from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
 
@@ -41,7 +44,7 @@ def originals(family: str = "qwen3_next") -> list[Any]:
 @pytest.mark.since("5.16")
 def test_patches_nest_repeat_and_are_undone_exactly() -> None:
     stock, stock_olmo = originals(), originals("olmo_hybrid")
-    with patch() as outer:
+    with patch("qwen3_next") as outer:
         patched = originals()
         assert all(a is not b for a, b in zip(patched, stock, strict=True))
         with patch("qwen3_next", "olmo_hybrid"):
@@ -228,3 +231,73 @@ class JetBlock(nn.Module):
         expected = call(GATED_DELTA_RULE, to_float64(x), "reference", use_qk_l2norm_in_kernel=True)
         assert relative_error(o, expected[0]) < CLOSE and relative_error(state, expected[1]) < CLOSE
     assert module.chunk_gated_delta_rule is chunk_gated_delta_rule
+
+
+# ---------------------------------------------------------------- threads, and what is patched
+
+
+def test_threads_patch_and_leave_at_any_moment() -> None:
+    """Each in blocks of its own, switched as often as Python can: nobody fails, and nothing stays behind."""
+    module, stock, failed = globals_of("qwen3_next"), originals(), []
+    forward = module.Qwen3NextModel.forward
+
+    def serve() -> None:
+        try:
+            for i in range(150):
+                with patch("qwen3_next"):
+                    assert all(a is not b for a, b in zip(originals(), stock, strict=True))
+                if i % 50 == 49:
+                    patch("qwen3_next").undo()
+        except BaseException as error:
+            failed.append(error)
+
+    threads, interval = [threading.Thread(target=serve) for _ in range(8)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert originals() == stock and module.Qwen3NextModel.forward is forward and not sleepkern.patched()
+
+
+def test_a_patch_that_fails_replaces_nothing() -> None:
+    def fails(original: Any) -> Any:
+        raise RuntimeError("no replacement")
+
+    module, registry = ModuleType("theirs"), Registry()
+    vars(module).update(one=len, two=len)
+    with pytest.raises(RuntimeError, match="no replacement"):
+        registry.claim([Target(module, "one", lambda original: print), Target(module, "two", fails)])
+    assert module.one is len and not registry.names()
+
+
+def test_patched_tells_what_is_replaced() -> None:
+    model, llama = build("qwen3_next", num_hidden_layers=1), build("llama", num_hidden_layers=1)
+    assert sleepkern.patched() == sleepkern.patched(model) == sleepkern.patched("bamba") == ()
+    file = "transformers.models.qwen3_next.modeling_qwen3_next"
+    with patch(model) as ours:
+        assert sleepkern.patched(model) == sleepkern.patched("qwen3_next") == sleepkern.patched()
+        assert f"{file}.{CHUNK}" in sleepkern.patched() and f"{file}.Qwen3NextModel.forward" in repr(ours)
+        assert sleepkern.patched("bamba", llama) == ()
+        with patch("bamba"):
+            assert "transformers.models.bamba.modeling_bamba.mamba2_chunk_scan" in sleepkern.patched("bamba", model)
+    assert sleepkern.patched() == () and repr(ours) == "Patch()"
+    with pytest.raises(ValueError, match="got 'llama'; expected a model or one of qwen3_next"):
+        sleepkern.patched("llama")
+
+
+def test_patch_without_a_name_takes_all_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    with patch():
+        assert all(sleepkern.patched(family) for family in FAMILIES)
+        everything = sleepkern.patched()
+    for family in FAMILIES[1:]:
+        monkeypatch.setitem(sys.modules, f"transformers.models.{family}.modeling_{family}", None)
+    with patch():  # an older transformers has some of them
+        assert sleepkern.patched() == tuple(name for name in everything if ".qwen3_next." in name)
+    monkeypatch.setitem(sys.modules, "transformers.models.qwen3_next.modeling_qwen3_next", None)
+    with pytest.raises(ImportError, match="'qwen3_next' needs a transformers that has it"):
+        patch()

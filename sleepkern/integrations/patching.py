@@ -1,13 +1,13 @@
-"""Replacing attributes of foreign modules in a way that can be undone, nested and repeated.
+"""Replacing attributes of foreign modules in a way that can be undone, nested and repeated, by many threads.
 
-A slot is one attribute of one holder (a Python module or an nn.Module). The first claim replaces
-its value, the last release puts the original object back, so with-blocks may nest and repeat in
-any order.
+A slot is one attribute of one holder (a Python module, a class or an nn.Module). The first claim replaces its value,
+the last release puts the original object back, so with-blocks may nest and repeat in any order.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,6 +27,10 @@ class Target:
     name: str
     make: Make
 
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.holder), self.name
+
 
 @dataclass(eq=False)
 class _Slot:
@@ -35,6 +39,16 @@ class _Slot:
     original: Any
     replacement: Any
     claims: int = 0
+
+    def __str__(self) -> str:
+        """Where it is, as one would import it."""
+        named = self.holder if hasattr(self.holder, "__name__") else type(self.holder)
+        within = "" if named is self.holder and not isinstance(named, type) else f"{named.__module__}."
+        return f"{within}{getattr(named, '__qualname__', named.__name__)}.{self.name}"
+
+    @property
+    def in_place(self) -> bool:
+        return getattr(self.holder, self.name) is self.replacement
 
 
 class Patch:
@@ -46,9 +60,7 @@ class Patch:
 
     def undo(self) -> None:
         """Release what this patch claimed; an original returns when no other patch claims it."""
-        slots, self._slots = self._slots, []
-        for slot in slots:
-            self._registry.release(slot)
+        self._registry.release(self._slots)
 
     def __enter__(self) -> Patch:
         return self
@@ -62,48 +74,64 @@ class Patch:
         self.undo()
 
     def __repr__(self) -> str:
-        names = (f"{getattr(s.holder, '__name__', type(s.holder).__name__)}.{s.name}" for s in self._slots)
-        return f"Patch({', '.join(names)})"
+        return f"Patch({', '.join(map(str, self._slots))})"
 
 
 class Registry:
-    """The slots that an integration holds at the moment."""
+    """The slots that an integration holds at the moment. One lock guards them and the attributes themselves."""
 
     def __init__(self) -> None:
         self._slots: dict[tuple[int, str], _Slot] = {}
+        self._lock = threading.RLock()
 
     def claim(self, targets: Iterable[Target]) -> Patch:
-        """Replace every target that is not replaced yet."""
-        return Patch(self, [self._claim(target) for target in targets])
+        """Replace every target that is not replaced yet: all of them, or on an error none."""
+        slots: list[_Slot] = []
+        with self._lock:
+            try:
+                for target in targets:
+                    slots.append(self._claim(target))
+            except BaseException:
+                self.release(slots)
+                raise
+        return Patch(self, slots)
 
-    def release(self, slot: _Slot) -> None:
-        """Take back one claim; nothing to do for a slot that `release_all` has emptied before."""
-        if slot.claims == 0:
-            return
-        slot.claims -= 1
-        if slot.claims == 0:
-            self._restore(slot)
+    def release(self, slots: list[_Slot]) -> None:
+        """Take back one claim each, the last first, and empty the list; nothing to do for slots without claims."""
+        with self._lock:
+            while slots:
+                slot = slots.pop()
+                if slot.claims > 0:  # or release_all came before
+                    slot.claims -= 1
+                    if slot.claims == 0:
+                        self._restore(slot)
 
     def release_all(self) -> None:
         """Put every original back, whoever claims it."""
-        for slot in list(self._slots.values()):
-            slot.claims = 0
-            self._restore(slot)
+        with self._lock:
+            for slot in reversed(list(self._slots.values())):
+                slot.claims = 0
+                self._restore(slot)
+
+    def names(self, targets: Iterable[Target] | None = None) -> tuple[str, ...]:
+        """What is replaced at the moment, of these targets or of all."""
+        with self._lock:
+            slots = self._slots.values() if targets is None else map(self._slots.get, {x.key for x in targets})
+            return tuple(sorted(str(slot) for slot in slots if slot is not None and slot.in_place))
 
     def _claim(self, target: Target) -> _Slot:
-        key = (id(target.holder), target.name)  # stable: the slot keeps the holder alive
-        slot = self._slots.get(key)
+        slot = self._slots.get(target.key)  # stable: the slot keeps the holder alive
         if slot is None:
             original = getattr(target.holder, target.name)
             slot = _Slot(target.holder, target.name, original, target.make(original))
             setattr(target.holder, target.name, slot.replacement)
-            self._slots[key] = slot
+            self._slots[target.key] = slot
         slot.claims += 1
         return slot
 
     def _restore(self, slot: _Slot) -> None:
         del self._slots[id(slot.holder), slot.name]
-        if getattr(slot.holder, slot.name) is slot.replacement:
+        if slot.in_place:
             setattr(slot.holder, slot.name, slot.original)
         else:  # a later patch by somebody else: theirs to undo
             logger.warning("%s of %r was replaced by others; left as it is", slot.name, slot.holder)

@@ -48,9 +48,8 @@ def replacement(
         hand_back: the keyword arguments under which the original gets a call, from the positional ones and the
             keywords that came; default as they came.
     """
-    parameters = inspect.signature(takes).parameters
-    names = frozenset(parameters)
-    required = [x.name for x in parameters.values() if x.default is inspect.Parameter.empty]
+    names = frozenset(takes._fields)  # type: ignore[attr-defined]
+    required = takes._fields[: len(takes._fields) - len(takes._field_defaults)]  # type: ignore[attr-defined]
     by_position = _same_order(original, takes)
 
     @functools.wraps(original)
@@ -77,9 +76,10 @@ _BY_OTHERS = {"q": "query", "k": "key", "v": "value", "x": "hidden_states"}
 """What packages call the first arguments of the functions that older files take from them."""
 
 
+@functools.lru_cache(maxsize=256)  # a server may patch for each request
 def _same_order(original: Callable[..., Any], takes: type[Any]) -> int:
     """How many arguments by position mean the same to both."""
-    ours = list(inspect.signature(takes).parameters)
+    ours = takes._fields
     same = 0
     for x, name in zip(inspect.signature(original).parameters.values(), ours, strict=False):
         if x.kind is inspect.Parameter.VAR_POSITIONAL:  # it passes all on, to whom cannot be seen

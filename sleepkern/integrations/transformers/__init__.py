@@ -1,11 +1,12 @@
 """Hybrid models of Hugging Face transformers on sleepkern's kernels.
 
-    from sleepkern.integrations.transformers import patch, unpatch
+    from sleepkern.integrations.transformers import patch, patched, unpatch
 
-    with patch():                 # Qwen3-Next, every model of the process, also those already built
+    with patch():                 # all families, every model of the process, also those already built
         model.generate(...)
     patch("qwen3_5", "kimi_linear", "bamba")
     patch(model)                  # the families that this model is made of
+    patched(model)                # what of them is replaced at the moment
     unpatch()
 
 The modeling files call module-level functions for the recurrence of many tokens and of one, and for the short
@@ -15,14 +16,14 @@ and code stay as they are. Layers of transformers 4.57 to 5.10 keep the function
 there, patch before building, or `patch(model)`, which also sets them in the model's layers. Those versions' Mamba-2
 families compute inline and stay stock, but for the scan on a GPU with mamba_ssm (mamba2.py).
 
-Each call is looked at on its own: what sleepkern does not do (float64, torch.export, a device
-without a kernel) goes to the original function, with the reason in the debug log.
+Each call is looked at on its own: what sleepkern does not do (float64, torch.export, a device without a kernel, an
+argument that it does not know) goes to the original function, with the reason in the debug log.
 
-New with the patch: packed sequences on the CPU, but for Mamba-2. Pass `cu_seq_lens_q`, `position_ids` that restart
-with each sequence and `use_cache=False`, as for flash attention; the short convolution then stops
-at the borders too. Without the patch such a call raises.
+New with the patch: packed sequences on the CPU, forward and gradients, as each sequence alone. Name them by what
+transformers and its collators give: cu_seq_lens_q, cu_seq_lens_k, cu_seqlens, seq_idx, or position_ids that restart
+(docs/models.md). What cannot be kept apart raises.
 """
 
-from .families import FAMILIES, patch, unpatch
+from .families import FAMILIES, patch, patched, unpatch
 
-__all__ = ["FAMILIES", "patch", "unpatch"]
+__all__ = ["FAMILIES", "patch", "patched", "unpatch"]

@@ -39,6 +39,7 @@ def targets(module: ModuleType) -> list[Target]:
     return found + [Target(x, "forward", handing_on) for x in heads]
 
 
+@functools.lru_cache(maxsize=256)  # signatures take long, and a server may patch for each request
 def _reads_text(model: type) -> bool:
     """Whether it embeds tokens; a model of several media has one inside that does."""
     taken = inspect.signature(model.forward).parameters if "forward" in vars(model) else {}  # type: ignore[attr-defined]
@@ -108,6 +109,7 @@ def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callab
     return kept_apart
 
 
+@functools.lru_cache(maxsize=256)
 def _order(original: Callable[..., Any]) -> list[str]:
     """Names of arguments by position after self."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

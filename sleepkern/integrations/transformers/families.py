@@ -33,23 +33,44 @@ def patch(*families: str | nn.Module) -> Patch:
     """Let models of these families compute with sleepkern until `unpatch` or the with-block's end.
 
     Args:
-        families: names out of `FAMILIES`, default "qwen3_next"; or models, which stand for the
-            families that they are made of.
+        families: names out of `FAMILIES`; or models, which stand for the families that they are made of. Default all
+            of `FAMILIES` that the installed transformers has, whose modeling files are then imported (a third of a
+            second, once).
 
     Returns:
-        A `Patch`, usable as a with-block. Patches nest and repeat; each takes back what it claimed.
+        A `Patch`, usable as a with-block. Patches nest and repeat, in any number of threads; each takes back what it
+        claimed. `patched` tells what is replaced.
 
     Raises:
-        ImportError: transformers is not installed, or too old for the family.
+        ImportError: transformers is not installed, or too old for the family (by default: for all of them).
         ValueError: an unknown family, or a model without a recurrence that could be replaced.
     """
-    targets = [target for family in families or ("qwen3_next",) for target in _targets(family)]
-    return _registry.claim(targets)
+    targets = [target for family in families for target in _targets(family)]
+    return _registry.claim(targets if families else _targets_of_all())
 
 
 def unpatch() -> None:
     """Put all original functions back, whatever patches are open."""
     _registry.release_all()
+
+
+def patched(*families: str | nn.Module) -> tuple[str, ...]:
+    """What is replaced at the moment, sorted; empty, so false, where nothing is.
+
+    Args:
+        families: names out of `FAMILIES`, or models: only what they are made of. Default whatever is replaced.
+
+    Returns:
+        Names such as "transformers.models.bamba.modeling_bamba.mamba2_chunk_scan".
+
+    Raises:
+        ImportError: a family that the installed transformers has not.
+        ValueError: an unknown family.
+    """
+    if not families:
+        return _registry.names()
+    found = (_targets_of_model(x) if isinstance(x, nn.Module) else _targets_of_module(_modeling(x)) for x in families)
+    return _registry.names(target for targets in found for target in targets)
 
 
 _GATED_DELTA: dict[str, Make] = {
@@ -82,18 +103,34 @@ _ATTRIBUTES = {  # of a layer, transformers 4.57 to 5.10
 
 
 def _targets(family: str | nn.Module) -> list[Target]:
+    targets = _targets_of_model(family) if isinstance(family, nn.Module) else _targets_of_module(_modeling(family))
+    if targets:
+        return targets
     if isinstance(family, nn.Module):
-        return _targets_of_model(family)
+        raise ValueError(f"families: got a {type(family).__name__}; expected a model with a recurrence that is ours")
+    raise ImportError(f"families: {family!r} of this version of transformers has no function to replace")
+
+
+def _targets_of_all() -> list[Target]:
+    """Of all families that are there, and have a function to replace."""
+    errors, targets = [], []
+    for family in FAMILIES:
+        try:
+            targets += _targets(family)
+        except ImportError as error:
+            errors.append(error)
+    if not targets:
+        raise errors[0]
+    return targets
+
+
+def _modeling(family: str) -> ModuleType:
     if family not in FAMILIES:
         raise ValueError(f"families: got {family!r}; expected a model or one of {', '.join(FAMILIES)}")
     try:
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     except ModuleNotFoundError as error:
         raise ImportError(f"families: {family!r} needs a transformers that has it: {error}") from error
-    targets = _targets_of_module(module)
-    if not targets:
-        raise ImportError(f"families: {family!r} of this version of transformers has no function to replace")
-    return targets
 
 
 def _targets_of_model(model: nn.Module) -> list[Target]:
@@ -103,8 +140,6 @@ def _targets_of_model(model: nn.Module) -> list[Target]:
     for layer in model.modules():
         present = (name for name in _ATTRIBUTES if callable(vars(layer).get(name)))
         targets += [Target(layer, name, _ATTRIBUTES[name]) for name in present]
-    if not targets:
-        raise ValueError(f"families: got a {type(model).__name__}; expected a model with a recurrence that is ours")
     return targets
 
 
