@@ -12,14 +12,14 @@ backward always come from the same one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import transforms
 from .addresses import check_memory, check_written, mark_written
-from .backends import chunked, reference
+from .backends.interface import Backend
 from .backends.tensors import (
     Ingested,
     differentiable,
@@ -29,7 +29,7 @@ from .backends.tensors import (
     unrecorded,
     untraced,
 )
-from .dispatch import choose
+from .dispatch import choose, torch_form
 from .problem import (
     Problem,
     Tensors,
@@ -40,7 +40,7 @@ from .problem import (
     check_values,
     describe,
 )
-from .rules import RULES, rule_named
+from .rules import RULES, Rule, rule_named
 
 _INPUTS = "Tensor? q, Tensor k, Tensor v, Tensor? g, Tensor? beta, "
 _OPTIONS = "Tensor? cu_seqlens, str rule, str backend, float scale, bool normalize"
@@ -56,14 +56,20 @@ _library.define(
 _library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}, Tensor? places=None) -> Tensor")
 
 
-def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
-    """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator."""
-    refuse_tangents(*x)
+def ingest(problem: Problem, engine: Backend, x: Tensors) -> Ingested:
+    """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator.
+
+    Under transforms that differentiate, `engine` is a torch form, whose own operators are recorded.
+    """
+    if not transforms.reversing():
+        refuse_tangents(*x)
+    if transforms.differentiating():
+        return _by_torch(problem, engine, x)
     if unrecorded(*x):
         return _checked_forward(problem, engine, x)
     o, state, residual, passes = torch.ops.sleepkern.ingest.default(
         *x,
-        problem.rule.name,
+        _row(problem.rule),
         engine.NAME,
         problem.scale,
         problem.normalize,
@@ -76,7 +82,7 @@ def ingest(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
     return Ingested(o if problem.output else None, state, residual, passes)
 
 
-def step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None = None) -> Tensor:
+def step(problem: Problem, engine: Backend, x: Tensors, places: Tensor | None = None) -> Tensor:
     """Readouts [B,T,HV,V]; x.state is updated in place, with places [B] where they say that the states of a pool lie.
 
     Not differentiable: callers take `ingest` then.
@@ -85,7 +91,7 @@ def step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None
     if unrecorded(*x, places):
         return _checked_step(problem, engine, x, places)
     return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
-        *x, problem.rule.name, engine.NAME, problem.scale, problem.normalize, places
+        *x, _row(problem.rule), engine.NAME, problem.scale, problem.normalize, places
     )
 
 
@@ -99,13 +105,23 @@ def check_update(x: Tensors, places: Tensor | None = None) -> None:
         check_written("state", x.state, _READ, (*x[:5], places))
 
 
-def _checked_forward(problem: Problem, engine: ModuleType, x: Tensors) -> Ingested:
+def _row(rule: Rule) -> str:
+    """The name of the rule in RULES, by which it travels."""
+    for name, known in RULES.items():
+        if rule == known:
+            return name
+    raise ValueError(f"rule: got {rule} where a call is recorded; expected one of {', '.join(RULES)}")
+
+
+_row._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo compares objects by identity
+
+
+def _checked_forward(problem: Problem, engine: Backend, x: Tensors) -> Ingested:
     check_values(problem, x)
     if problem.B == 0:
         return _of_no_sequence(problem, x)
     with on_device_of(x.k):
-        out: Ingested = engine.forward(problem, x)
-    return out
+        return engine.forward(problem, x)
 
 
 def _of_no_sequence(problem: Problem, x: Tensors) -> Ingested:
@@ -117,7 +133,7 @@ def _of_no_sequence(problem: Problem, x: Tensors) -> Ingested:
     return Ingested(o, state, x.k.new_empty(heads, dtype=torch.float32), x.k.new_empty(heads, dtype=torch.int32))
 
 
-def _checked_step(problem: Problem, engine: ModuleType, x: Tensors, places: Tensor | None) -> Tensor:
+def _checked_step(problem: Problem, engine: Backend, x: Tensors, places: Tensor | None) -> Tensor:
     check_values(problem, x, "state")
     assert x.state is not None
     if not x.state.is_meta:
@@ -129,10 +145,15 @@ def _checked_step(problem: Problem, engine: ModuleType, x: Tensors, places: Tens
     mark_written(x.state)
     with on_device_of(x.k):
         if places is None:
-            o: Tensor = engine.step(problem, x)
-            return o
+            return engine.step(problem, x)
         own: Callable[[Problem, Tensors, Tensor], Tensor] | None = getattr(engine, "step_in_pool", None)
         return step_in_pool(problem, x, places, engine.step) if own is None else own(problem, x, places)
+
+
+def _by_torch(problem: Problem, engine: Backend, x: Tensors) -> Ingested:
+    if not torch.compiler.is_compiling():
+        check_values(problem, x)
+    return engine.forward(problem, x)
 
 
 def wants_grad(x: Tensors) -> bool:
@@ -151,7 +172,7 @@ def _checked(
     method: str = "auto",
     places: Tensor | None = None,
     state_name: str = "initial_state",
-) -> tuple[Problem, ModuleType]:
+) -> tuple[Problem, Backend]:
     """The problem and the backend of an operator's call, which may be anybody's: all that `ops` checks.
 
     Raises:
@@ -311,7 +332,7 @@ def _differentiable(ctx: Any, x: Tensors, do: Tensor | None, dstate: Tensor | No
     """Gradients of q, k, v, g, beta, state for create_graph=True: by torch's own operators, so that they have some."""
     rule, _, scale, normalize, passes, tol, method = ctx.options
     problem = describe(RULES[rule], x, scale, normalize, passes, tol, method)
-    engine = next(backend for backend in (chunked, reference) if backend.why_not(problem) is None)
+    engine = torch_form(problem)
 
     def by_torch(*inputs: Tensor | None) -> list[Tensor | None]:
         out = engine.forward(problem, Tensors._make([*inputs, x.cu_seqlens]))

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
-from . import settings
-from .backends import BACKENDS
+import torch
+
+from . import backends, settings
+from .backends import chunked, cpu, cuda, reference
+from .backends.interface import Backend, refusal
 from .problem import Problem
+
+_OTHERS = {
+    "sleep_blocks": ((cuda.NAME, cpu.NAME), "its modules"),
+    "short_convolution, gated_rms_norm": ((cpu.NAME,), "torch's operators"),
+}
+"""The families of calls beside the recurrence: the backends each has, best first, and its torch form."""
+_SIZES = ("B", "T", "H", "HV", "K", "V", "sequences")
+_LARGE = 1 << 40
+"""Stands for a size that a graph leaves open."""
 
 
 @dataclass(frozen=True)
@@ -29,47 +41,115 @@ class Explanation:
         for name, reason in self.reasons.items():
             mark = "chosen" if name == self.chosen else "could" if reason is None else f"no: {reason}"
             lines.append(f"  {name:<10} {mark}")
-        return "\n".join(lines)
+        forced = f"  SLEEPKERN_BACKEND={settings.BACKEND}:"
+        return "\n".join([*lines, *(f"{forced} {family} by {what}" for family, what in other_families().items())])
 
 
-def choose(problem: Problem, backend: str | None = None) -> ModuleType:
+def choose(problem: Problem, backend: str | None = None) -> Backend:
     """The backend for this problem: the one asked for (argument, then SLEEPKERN_BACKEND), or the best that can.
 
     Raises:
         ValueError: no such backend, or the one asked for cannot do the problem (with its reason).
     """
-    wanted = backend or settings.BACKEND
-    if wanted is not None:
-        return _by_name(wanted, problem)
-    for candidate in BACKENDS:
-        if candidate.why_not(problem) is None:
+    problem = _of_any_size(problem)
+    if backend is not None or settings.BACKEND is not None:
+        return _by_name(problem, backend)
+    for candidate in backends.BACKENDS:
+        if refusal(candidate, problem) is None:
             return candidate
     raise ValueError(f"backend: none can do this call:\n{explain_problem(problem)}")
 
 
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
-    """Every backend's answer for the problem, and which one a call would take."""
-    reasons = {candidate.NAME: candidate.why_not(problem) for candidate in BACKENDS}
-    wanted = backend or settings.BACKEND
+    """Every backend's answer for the problem, and which one a call would take: none where `choose` raises."""
+    reasons = {candidate.NAME: refusal(candidate, problem) for candidate in backends.BACKENDS}
+    wanted = settings.BACKEND if backend is None else backend
     can = [name for name, reason in reasons.items() if reason is None and wanted in (None, name)]
     if not can:
         return Explanation(problem, None, "-", reasons)
-    chosen = next(candidate for candidate in BACKENDS if can[0] == candidate.NAME)
+    chosen = backend_named(can[0])
     return Explanation(problem, chosen.NAME, chosen.kernel(problem), reasons)
 
 
-def backend_named(name: str) -> ModuleType:
-    """The backend of that name; ValueError with the known names otherwise."""
-    for candidate in BACKENDS:
+def backend_named(name: str, source: str = "backend") -> Backend:
+    """The backend of that name; ValueError with the known names, and who gave this one, otherwise."""
+    for candidate in backends.BACKENDS:
         if name == candidate.NAME:
             return candidate
-    known = ", ".join(candidate.NAME for candidate in BACKENDS)
-    raise ValueError(f"backend: got {name!r}; expected one of {known}")
+    known = ", ".join(candidate.NAME for candidate in backends.BACKENDS)
+    raise ValueError(f"{source}: got {name!r}; expected one of {known}")
 
 
-def _by_name(name: str, problem: Problem) -> ModuleType:
-    candidate = backend_named(name)
-    reason = candidate.why_not(problem)
+def asked_for(name: str) -> bool:
+    """Whether SLEEPKERN_BACKEND leaves a call to the backend of that name: it says nothing, or that.
+
+    Where not, a family of calls without a backend of the name that it says takes its torch form.
+
+    Raises:
+        ValueError: SLEEPKERN_BACKEND says a name that no family of calls knows.
+    """
+    if settings.BACKEND is None or settings.BACKEND == name:
+        return True
+    backend_named(settings.BACKEND, "SLEEPKERN_BACKEND")
+    return False
+
+
+def other_families() -> dict[str, str]:
+    """What SLEEPKERN_BACKEND, where it is set, makes each family of calls beside the recurrence take."""
+    name = settings.BACKEND
+    return (
+        {} if name is None else {family: name if name in known else form for family, (known, form) in _OTHERS.items()}
+    )
+
+
+def method_of(problem: Problem, engine: Backend) -> str:
+    """The replay method that the backend takes; the one asked for where a graph leaves sizes open, which decide."""
+    return problem.method if _open_sizes(problem) else engine.method_of(problem)
+
+
+def torch_form(problem: Problem, engine: Backend | None = None) -> Backend:
+    """The backend whose operators torch can differentiate as often as wanted: `engine` if it is one, else the best.
+
+    Raises:
+        NotImplementedError: neither of them does the problem.
+    """
+    for candidate in (chunked, reference):
+        if candidate is engine:
+            return candidate
+    for candidate in (chunked, reference):
+        if refusal(candidate, problem) is None:
+            return candidate
+    raise NotImplementedError(
+        f"backend: no torch form of this call, which transforms and second gradients take: {refusal(chunked, problem)}"
+    )
+
+
+def _by_name(problem: Problem, backend: str | None) -> Backend:
+    """The one that is asked for, by argument before environment."""
+    source, name = ("SLEEPKERN_BACKEND", settings.BACKEND) if backend is None else ("backend", backend)
+    assert name is not None
+    candidate = backend_named(name, source)
+    reason = refusal(candidate, problem)
     if reason is not None:
-        raise ValueError(f"backend: got {name!r}, which cannot do this call: {reason}")
+        raise ValueError(f"{source}: got {name!r}, which cannot do this call: {reason}")
     return candidate
+
+
+def _of_any_size(problem: Problem) -> Problem:
+    """The problem with large numbers where a graph leaves batch and tokens open, so that the choice holds for all.
+
+    A comparison with an open size would become a condition of the graph. Method "rank" asks for few tokens itself.
+    """
+    if problem.method == "rank":
+        return problem
+    sizes: dict[str, Any] = {name: _LARGE for name in _open_sizes(problem) if name in ("B", "T", "sequences")}
+    return problem._replace(**sizes) if sizes else problem
+
+
+def _open_sizes(problem: Problem) -> list[str]:
+    """The sizes that are no numbers in the graph that is being made."""
+    if not torch.compiler.is_compiling():
+        return []
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return [name for name in _SIZES if not has_static_value(getattr(problem, name))]

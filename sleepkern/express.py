@@ -14,14 +14,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import settings
+from . import backends, settings
 from .addresses import mark_written
 from .backends import cpu
+from .backends.interface import Backend
 from .problem import Tensors
-from .rules import Rule
+from .rules import RULES, Rule
 
 _api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _usable = cpu._C is not None and _api is not None and bool(cpu._C.use_exchange_api(_api))
+
+_ROWS = {id(rule): rule for rule in RULES.values() if rule in cpu.SUPPORTS}
+"""The rules of the lane: rows themselves, not what equals them, so that a plain call need not compare."""
+_order: tuple[Backend, ...] = ()
+_names: tuple[str | None, ...] = ()
+"""The order of backends, and what a call may ask for that is `cpu` in this order; None is to ask for nothing."""
 
 
 def forward(
@@ -29,7 +36,7 @@ def forward(
 ) -> tuple[Tensor, Tensor] | None:
     """(readouts, final state) of a plain call, None for any other."""
     q, k, v, g, beta, state, cu_seqlens = x
-    if cu_seqlens is not None or not _open(q, k, v, g, beta, state, scale, normalize, backend):
+    if cu_seqlens is not None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
         return None
     if k.dim() != 4 or v.dim() != 4:
         return None
@@ -56,7 +63,7 @@ def step(
     backend: str | None,
 ) -> Tensor | None:
     """Readouts of a plain call that updates `state` in place, None for any other."""
-    if state is None or not _open(q, k, v, g, beta, state, scale, normalize, backend):
+    if state is None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
         return None
     if state.is_inference() and not torch.is_inference_mode_enabled():
         return None
@@ -71,6 +78,7 @@ def step(
 
 
 def _open(
+    rule: Rule,
     q: Tensor | None,
     k: Tensor,
     v: Tensor,
@@ -81,7 +89,11 @@ def _open(
     normalize: bool,
     backend: str | None,
 ) -> bool:
-    if not _usable or settings.DEBUG or (backend or settings.BACKEND) not in (None, cpu.NAME):
+    if not _usable or settings.DEBUG or id(rule) not in _ROWS:
+        return False
+    if backends.BACKENDS is not _order and not _look_at_order():
+        return False
+    if (settings.BACKEND if backend is None else backend) not in _names:
         return False
     # Spelled out, because a loop would cost as much as all the questions.
     if (
@@ -118,6 +130,28 @@ def _open(
         or (beta is not None and beta.is_neg())
         or (state is not None and state.is_neg())
     )
+
+
+def _look_at_order() -> bool:
+    """Make out which plain calls on the CPU are `cpu`'s: the one of that name, and the first that takes CPU tensors.
+
+    Not in a graph that is being made, which takes no plain call and should write nothing down; then False.
+    """
+    global _order, _names
+    if torch.compiler.is_compiling():
+        return False
+    order = backends.BACKENDS
+    named = next((b for b in order if b.NAME == cpu.NAME), None) is cpu
+    first = next((b for b in order if not _never_on_the_cpu(b)), None) is cpu
+    _names = (*((cpu.NAME,) if named else ()), *((None,) if first else ()))
+    _order = order
+    return True
+
+
+def _never_on_the_cpu(backend: Backend) -> bool:
+    """Whether a backend says so for all its calls; one that does not may want a plain call."""
+    why_not_on = getattr(backend, "why_not_on", None)
+    return why_not_on is not None and why_not_on("cpu") is not None
 
 
 def _run(rule: Rule, scale: float | None, normalize: bool, *tensors: Tensor | None) -> bool:

@@ -24,8 +24,10 @@ and on processors that multiply it in one instruction where the rule decays by h
 says which).
 
 All are differentiable in every tensor, in reverse mode; gradients that are differentiated again (create_graph=True) are
-made by torch's operators, which is slower. All run under torch.compile(fullgraph=True) and autocast, and raise
-ValueError or TypeError naming the argument, what it got and what it expects, before any kernel runs.
+made by torch's operators, which is slower. So are calls under transforms of torch.func that differentiate in reverse
+mode (grad, vjp, jacrev, hessian, vmap of these), whatever `backend` says; forward mode alone (jvp, jacfwd) is refused.
+All run under torch.compile(fullgraph=True), torch.export with any dimension open, and autocast, and raise ValueError or
+TypeError naming the argument, what it got and what it expects, before any kernel runs.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, express
+from . import autograd, express, settings, transforms
+from .backends.interface import Backend
 from .backends.tensors import on_device_of
-from .dispatch import Explanation, choose, explain_problem
-from .problem import Tensors, check, check_dense, check_flag, check_pool
+from .dispatch import Explanation, choose, explain_problem, method_of, torch_form
+from .problem import Problem, Tensors, check, check_dense, check_flag, check_pool
 from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule, rule_named
 
 
@@ -49,7 +52,7 @@ class SleepResult(NamedTuple):
     output       [B,T,HV,V] readouts of the last pass, None when q was not given
     passes       passes made: an int, or int32 [n,HV] when `tol` let heads stop early
     residual     [n,HV] estimated distance to the fixed point relative to |S|; None without `tol`
-    method       how the passes were made
+    method       how the passes were made; "auto" in a graph that leaves sizes open, which chooses as it runs
     """
 
     final_state: Tensor
@@ -207,9 +210,8 @@ def recurrent_step(
     x = _cast(x)
     check_dense("state", state)
     problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
-    with on_device_of(x.k):
-        engine = choose(problem, backend)
-    if inplace and not autograd.wants_grad(x):
+    engine = _choose(problem, x, backend)
+    if inplace and not (autograd.wants_grad(x) or transforms.active()):
         return autograd.step(problem, engine, x), state
     if inplace:  # what is saved for the gradient must not be the buffer that is about to be overwritten
         autograd.check_update(x)
@@ -228,10 +230,9 @@ def _step_in_pool(
     problem = check(rule, x._replace(state=None), scale, normalize)
     check_pool(problem, pool, places)
     assert pool is not None
-    with on_device_of(x.k):
-        engine = choose(problem, backend)
+    engine = _choose(problem, x, backend)
     pool = pool if inplace else pool.clone()
-    if not autograd.wants_grad(x):
+    if not (autograd.wants_grad(x) or transforms.active()):
         return autograd.step(problem, engine, x._replace(state=pool), places), pool
     if inplace:
         autograd.check_update(x, places)
@@ -298,11 +299,14 @@ def explain(
 ) -> Explanation:
     """Which backend and kernel a call with these tensors would take, and why not the others.
 
-    Nothing is computed. Raises as the call itself would.
+    Nothing is computed. Raises as the call itself would, but where no backend is asked for by name and none can do the
+    call: then `chosen` is None, and `reasons` say why.
     """
     x = _cast(Tensors(q, k, v, g, beta, initial_state, cu_seqlens))
     problem = check(rule_named(rule), x, None, False, passes, tol, method, readouts=False)
     with on_device_of(x.k):
+        if backend is not None or settings.BACKEND is not None:
+            choose(problem, backend)
         return explain_problem(problem, backend)
 
 
@@ -320,11 +324,18 @@ def run(
     """Check, choose, apply: the one way from every public function to a kernel."""
     x = _cast(x)
     problem = check(rule, x, scale, normalize, passes, tol, method, readouts)
+    engine = _choose(problem, x, backend)
     with on_device_of(x.k):
-        engine = choose(problem, backend)
-        made_by = engine.method_of(problem)
+        made_by = method_of(problem, engine)
     out = autograd.ingest(problem, engine, x)
     return SleepResult(out.state, out.o, problem.passes if out.passes is None else out.passes, out.residual, made_by)
+
+
+def _choose(problem: Problem, x: Tensors, backend: str | None) -> Backend:
+    """The backend that computes: the one that is chosen, or torch's operators where a transform wants their rules."""
+    with on_device_of(x.k):
+        engine = choose(problem, backend)
+    return torch_form(problem, engine) if transforms.differentiating() else engine
 
 
 def _one_pass(

@@ -16,7 +16,7 @@ Chunk factors (chunk-local, G the running sum of g):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Gate = Literal["none", "head", "channel"]
@@ -29,9 +29,12 @@ class Rule:
     name   the public function's name, which is also the field's (flash-linear-attention's) name
     gate   what the decay is attached to: nothing, a value head, or a key channel of a value head
     delta  whether a write first erases what the state holds along k (the delta rule)
+
+    Two rules are equal where they compute the same: the same class and the same switches, whatever their names. So a
+    backend's set of rules holds no rule with a trait that the backend was never told of.
     """
 
-    name: str
+    name: str = field(compare=False)
     gate: Gate
     delta: bool
 
@@ -41,6 +44,9 @@ KDA = Rule("kda", gate="channel", delta=True)
 DELTA_RULE = Rule("delta_rule", gate="none", delta=True)
 SIMPLE_GLA = Rule("simple_gla", gate="head", delta=False)
 GLA = Rule("gla", gate="channel", delta=False)
+
+FAMILY = frozenset(Rule("", gate, delta) for gate in ("none", "head", "channel") for delta in (False, True))
+"""Every combination of the two switches, with a row in RULES or without."""
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)}
 

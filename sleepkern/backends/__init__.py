@@ -1,7 +1,9 @@
-"""Step 5 of a call, COMPUTE. Every backend is a module that speaks the same words:
+"""Step 5 of a call, COMPUTE. Every backend is an object, such as a module, with the same words (interface.py):
 
 NAME                                   what `backend=` and SLEEPKERN_BACKEND call it
-why_not(problem) -> str | None         None, or the sentence why it cannot do the problem
+SUPPORTS                               frozenset of the rules it computes
+OPTIONS                                frozenset of the options of Problem it heeds, its fields that have a default
+why_not(problem) -> str | None         None, or the sentence why it cannot do a problem of these rules and options
 kernel(problem) -> str                 one line on the code it would run
 method_of(problem) -> str              the replay method it would take
 forward(problem, tensors) -> Ingested  readouts, final state, and how a replay ended
@@ -9,9 +11,12 @@ backward(problem, tensors, do, dstate) gradients of q, k, v, g, beta and the ini
 step(problem, tensors) -> o            a few tokens, the state updated in place
 step_in_pool(problem, tensors, places) the same on states of a pool, where a backend has it
 pieces(problem)                        one pass and its gradients, where replays of other backends take them
+
+A new backend is such an object in BACKENDS, before those that it is better than.
 """
 
 from . import chunked, cpu, cuda, reference, triton
+from .interface import Backend
 
-BACKENDS = (cuda, cpu, triton, chunked, reference)
-"""Best first; `choose` takes the first that does not refuse."""
+BACKENDS: tuple[Backend, ...] = (cuda, cpu, triton, chunked, reference)
+"""Best first; `choose` takes the first that does not refuse. Another tuple in this place counts from the next call."""

@@ -19,12 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..problem import Problem, Tensors
-from ..rules import Rule
+from ..rules import FAMILY, Rule
 from . import replay_backward
+from .interface import REPLAY
 from .replay import Cost, affine, cheapest, closed, repeat
 from .tensors import Heads, Ingested, by_sequence, gradients, step_by
 
 NAME = "chunked"
+SUPPORTS = FAMILY
+OPTIONS = REPLAY
 CHUNK = 64
 FORGET = -1e4
 """exp of it is 0 in every type; a log decay of -inf itself would make differences of G into NaN."""

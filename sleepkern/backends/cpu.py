@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, Tensors
+from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
 from . import replay_backward
+from .interface import REPLAY
 from .replay import Cost, affine, cheapest, closed, repeat, window_decay
 from .tensors import Ingested, in_rows
 
@@ -19,6 +21,8 @@ except ImportError as error:
     _missing = f"the compiled module sleepkern._C is not there ({error})"
 
 NAME = "cpu"
+SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
+OPTIONS = REPLAY
 GATES = {"none": 0, "head": 1, "channel": 2}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0)

@@ -7,25 +7,28 @@ after it; through the gradients of a replay it calls one of them itself. Kernels
 from __future__ import annotations
 
 from functools import lru_cache
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem, Tensors
+from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
 from . import chunked, cpu, replay_backward, triton
+from .interface import REPLAY, Ordinary, refusal
 from .replay import Cost, cheapest
 from .tensors import Ingested, in_rows, on_device_of
 
 _C = cpu._C
 
 NAME = "cuda"
+SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
+OPTIONS = REPLAY
 STEP_LIMIT = 8
 """Tokens that are stepped one by one."""
 WIDEST = 256
 """Of a state that is stepped; replay has K up to 128."""
-ORDINARY = (triton, cpu, chunked)
+ORDINARY: tuple[Ordinary, ...] = (triton, cpu, chunked)
 """Where the ordinary passes of a backward are made, best first."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ABSENT = (0, 0, 0)
@@ -150,7 +153,7 @@ def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | N
     """Gradients of q, k, v, g, beta, state."""
     ordinary = _ordinary(problem)
     if not _replays(problem):
-        return ordinary.backward(problem, x, do, dstate)  # type: ignore[no-any-return]
+        return ordinary.backward(problem, x, do, dstate)
     made = None
     if problem.tol is not None:
         made = forward(problem._replace(output=False), x._replace(q=None)).passes
@@ -355,9 +358,9 @@ def _mode(problem: Problem) -> str:
     return "bf16" if problem.dtype == torch.bfloat16 else "exact"
 
 
-def _ordinary(problem: Problem) -> ModuleType:
+def _ordinary(problem: Problem) -> Ordinary:
     one = problem._replace(passes=1, tol=None, method="auto")
-    return next(backend for backend in ORDINARY if backend.why_not(one) is None)
+    return next(backend for backend in ORDINARY if refusal(backend, one) is None)
 
 
 def _views(problem: Problem, x: Tensors, reads: bool) -> tuple[list[tuple[int, int, int]], list[Tensor]]:

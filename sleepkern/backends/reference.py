@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, Tensors
-from ..rules import Rule
+from ..rules import FAMILY, Rule
+from .interface import REPLAY
 from .replay import repeat
 from .tensors import Heads, Ingested, by_sequence, gradients, step_by
 
 NAME = "reference"
+SUPPORTS = FAMILY
+OPTIONS = REPLAY
 
 
 def why_not(problem: Problem) -> str | None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..problem import Problem, Tensors
 from .tensors import Ingested
 
@@ -44,7 +45,7 @@ def repeat(one_pass: OnePass, state: Tensor, passes: int, tol: float | None, out
         residual, size = torch.where(active, left, residual), torch.where(active, step, size)
         made = made + active.int()
         active = active & (left > tol)
-        if not bool(active.any()):
+        if not transforms.active() and not bool(active.any()):
             break
     o = one_pass(before, True)[0] if output else None
     return Ingested(o, after, residual, made)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from .. import transforms
 from ..problem import Problem, Tensors
 
 NORM_EPS = 1e-6
@@ -91,7 +92,7 @@ def by_sequence(problem: Problem, x: Tensors, ingest: Callable[[Heads], Ingested
     if not problem.packed:
         return _token_major(problem, [ingest(_heads(problem, x, slice(None), slice(None)))], [x.k.shape[1]])
     assert x.cu_seqlens is not None
-    offsets = x.cu_seqlens.tolist()
+    offsets = transforms.offsets_of(x.cu_seqlens)
     spans = list(zip(offsets, offsets[1:], strict=False))
     parts = [ingest(_heads(problem, x, slice(a, b), slice(i, i + 1))) for i, (a, b) in enumerate(spans)]
     return _token_major(problem, parts, [b - a for a, b in spans])

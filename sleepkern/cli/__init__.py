@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
+from ..backends import cpu
+from ..dispatch import asked_for
 from . import bench, curves, demo, explain, info, study, train, tune, verify
+from .output import usage
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +40,10 @@ def _options(
     ] = False,
 ) -> None:
     """Kernels for fast weights and sleep: check them, time them, ask them."""
+    try:
+        asked_for(cpu.NAME)
+    except ValueError as error:
+        raise usage(error) from error
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..dispatch import explain_problem
+from .. import settings
+from ..dispatch import explain_problem, other_families
 from ..measure.cases import Case, Op
 from ..problem import FLOATS
 from ..rules import RULES
@@ -52,6 +53,8 @@ def command(
         chosen = name == explained.chosen
         table.add_row(name, f"[green]chosen: {explained.kernel}[/]" if chosen else reason or "could")
     console.print(table)
+    for family, what in other_families().items():
+        console.print(f"SLEEPKERN_BACKEND={settings.BACKEND}: {family} by {what}", soft_wrap=True)
     console.print(f"work: {work(case)}")
     finish(explained.chosen is not None)
 

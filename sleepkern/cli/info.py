@@ -10,9 +10,10 @@ import torch
 import typer
 from rich.table import Table
 
+from .. import settings
 from ..backends import triton
 from ..backends.triton.assembler import assembler, assembler_fault
-from ..dispatch import explain_problem
+from ..dispatch import explain_problem, other_families
 from ..measure.cases import Case
 from ..measure.environment import environment, native_module
 from ..rules import GATED_DELTA_RULE
@@ -47,6 +48,7 @@ def gather() -> dict[str, Any]:
         "warnings": known_faults(),
         "backends": {name: reason or "ready" for name, reason in
         explain_problem(problem).reasons.items()},
+        "SLEEPKERN_BACKEND": {"recurrence": settings.BACKEND, **other_families()},
     }  # fmt: skip
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import settings
+from .. import transforms
 from ..addresses import check_memory
 from ..backends import cpu
-from ..backends.tensors import in_rows, untraced
+from ..backends.tensors import in_rows, refuse_tangents, untraced
+from ..dispatch import asked_for
 from ..problem import check_dense
 
 _C = cpu._C
@@ -20,8 +21,18 @@ ABSENT = (0, 0, 0)
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether these are all there and of a kind that the C++ kernels read, and no other backend is asked for."""
-    if _C is None or settings.BACKEND not in (None, cpu.NAME):
+    """Whether the C++ kernels are there, read tensors of this kind, and neither another backend is asked for nor a
+    transform differentiates, which wants torch's operators.
+
+    Raises:
+        ValueError: SLEEPKERN_BACKEND says a name that nobody knows.
+        NotImplementedError: a tangent of forward mode alone.
+    """
+    if not asked_for(cpu.NAME) or _C is None:
+        return False
+    if transforms.differentiating():
+        if not transforms.reversing():
+            refuse_tangents(*tensors)
         return False
     return all(t is None or (t.device.type == "cpu" and t.dtype in TYPES) for t in tensors)
 
@@ -31,7 +42,7 @@ def direct(*tensors: Tensor | None) -> bool:
 
     Takes anything for a tensor, and says no to what is none.
     """
-    if _C is None or settings.BACKEND not in (None, cpu.NAME) or not untraced(*tensors):
+    if not asked_for(cpu.NAME) or _C is None or not untraced(*tensors):
         return False
     if forward_ad._current_level >= 0:
         return False

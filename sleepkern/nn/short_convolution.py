@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..addresses import check_memory, check_written, mark_written
 from ..backends.tensors import differentiable, refuse_tangents, untraced
 from ..problem import check_offsets, check_packing
+from ..transforms import offsets_of
 from . import native
 
 _C: Any = native._C
@@ -293,7 +294,7 @@ def _by_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
+        ends = offsets_of(cu_seqlens)
         check_offsets(ends, x.shape[1])
         parts = [
             _by_torch(x[:, a:b], weight, bias, None if past is None else past[i : i + 1], None, silu)

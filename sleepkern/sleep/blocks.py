@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.modules import module as _module
 
-from .. import settings
 from ..backends.tensors import on_device_of
+from ..dispatch import asked_for
 from . import arguments, fitting, packed_cuda
 from . import packed as native
 from .memory import Fast, Slow
@@ -121,8 +121,8 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
     if native._C is None:
         return "the compiled module sleepkern._C is not there"
     device = h.device.type
-    if settings.BACKEND not in (None, device):
-        return f"backend {settings.BACKEND} was asked for"
+    if not asked_for(device):  # the backends of sleep_blocks have the names of their devices
+        return "SLEEPKERN_BACKEND asks for another backend"
     if device not in ("cpu", "cuda") or h.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"one call for {h.dtype} on {h.device} is not there, only for at most 32 bits on CPU and GPU"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device) or torch._C._len_torch_dispatch_stack() > 0:

@@ -11,8 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def throughput(setting: Configuration, passes: int = 4, seconds: float = 20.0) -
         training = Training(Run(setting, passes))
 
         def step() -> None:
-            with _backend(backend):
+            with settings.backend(backend):
                 training.step()
 
         return training, Candidate([step])
@@ -106,15 +105,6 @@ def adaptive(folder: Path) -> list[dict[str, Any]]:
         made = statistics.fmean(len(report.changes) for report in reports)
         rows.append({"settled": threshold, "passes_made": made, "accuracy": training.measure()})
     return rows
-
-
-@contextmanager
-def _backend(name: str | None) -> Iterator[None]:
-    before, settings.BACKEND = settings.BACKEND, name
-    try:
-        yield
-    finally:
-        settings.BACKEND = before
 
 
 def _status(field: str) -> int:

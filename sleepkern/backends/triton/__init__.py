@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from ...problem import Problem, Tensors
+from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
 from .. import replay_backward
+from ..interface import REPLAY
 from ..tensors import Ingested
 from .assembler import capability_of_plans, numbers
 from .plan import STEP_LIMIT, Operands, plan_for
 
 NAME = "triton"
+SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
+OPTIONS = REPLAY
 WIDEST = 256
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

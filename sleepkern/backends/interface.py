@@ -1,0 +1,80 @@
+"""What a backend is to the rest of the package, and the one question that is asked of it before it computes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..problem import Problem, Tensors
+from ..rules import Rule
+from .replay_backward import OneBackward, OnePass
+from .tensors import Ingested
+
+REPLAY = frozenset({"passes", "tol", "method"})
+"""The options of a replay, as a backend's OPTIONS name them."""
+_PLAIN = tuple(Problem._field_defaults.items())
+"""Each option of Problem and the value that changes nothing."""
+
+
+class Backend(Protocol):
+    """The words of backends/__init__.py that every backend has."""
+
+    @property
+    def NAME(self) -> str:
+        """What `backend=` and SLEEPKERN_BACKEND call it."""
+
+    @property
+    def SUPPORTS(self) -> frozenset[Rule]:
+        """The rules it computes."""
+
+    @property
+    def OPTIONS(self) -> frozenset[str]:
+        """The fields of Problem with a default that it heeds."""
+
+    def why_not(self, problem: Problem, /) -> str | None:
+        """None, or the sentence why it cannot do a problem of its rules and options."""
+
+    def kernel(self, problem: Problem, /) -> str:
+        """One line on the code it would run."""
+
+    def method_of(self, problem: Problem, /) -> str:
+        """The replay method it would take."""
+
+    def forward(self, problem: Problem, x: Tensors, /) -> Ingested:
+        """Readouts, final state, and how a replay ended."""
+
+    def backward(
+        self, problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, /
+    ) -> list[Tensor | None]:
+        """Gradients of q, k, v, g, beta and the initial state."""
+
+    def step(self, problem: Problem, x: Tensors, /) -> Tensor:
+        """Readouts of a few tokens, x.state updated in place."""
+
+
+class Ordinary(Backend, Protocol):
+    """A backend whose passes other backends put the gradients of a replay together from."""
+
+    def pieces(self, problem: Problem, /) -> tuple[OnePass, OneBackward]:
+        """One pass and its gradients."""
+
+
+def refusal(backend: Backend, problem: Problem) -> str | None:
+    """None where the backend does the problem, else the sentence why not.
+
+    What the backend never heard of, a rule or an option, is not left to its own judgement.
+    """
+    if not _has(backend.SUPPORTS, problem.rule):
+        return f"does not know the rule {problem.rule}"
+    for option, plain in _PLAIN:
+        if option not in backend.OPTIONS and getattr(problem, option) != plain:
+            return f"does not know the option {option} = {getattr(problem, option)!r}"
+    return backend.why_not(problem)
+
+
+def _has(rules: frozenset[Rule], rule: Rule) -> bool:
+    return rule in rules
+
+
+_has._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo compares objects in sets by identity
