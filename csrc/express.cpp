@@ -59,12 +59,16 @@ bool apart(const Call& c, const Problem& p) {
   return true;
 }
 
+// Whether there is memory: a wrapper's tensor has address 0, one in a freed storage its offset. Systems map nothing
+// here.
+bool has_memory(const Tensor& t) { return reinterpret_cast<uintptr_t>(address(t)) >= 65536; }
+
 // [B, T, ...] whose tokens lie one row stride apart over the whole batch.
 bool rows(const Tensor& t, Rows& out) {
   const int64_t B = t.shape[0], T = t.shape[1];
   if (!type_of(t, out.type) || !dense(t, 2)) return false;
   if (B != 1 && T != 1 && t.strides[0] != T * t.strides[1]) return false;
-  if (!t.data) return false;  // freed, or a wrapper's
+  if (!has_memory(t)) return false;
   out.data = address(t);
   out.stride = T > 1 ? t.strides[1] : t.strides[0];
   return true;
@@ -94,7 +98,7 @@ bool any_positive(const Rows& x, int64_t tokens, int64_t width) {
 bool states(const Tensor& t, const Problem& p, float*& data) {
   Type type;
   data = reinterpret_cast<float*>(const_cast<char*>(address(t)));
-  return data && type_of(t, type) && type == Type::float32 && has_shape(t, {p.sequences, p.HV, p.K, p.V}) &&
+  return has_memory(t) && type_of(t, type) && type == Type::float32 && has_shape(t, {p.sequences, p.HV, p.K, p.V}) &&
          dense(t, 0);
 }
 

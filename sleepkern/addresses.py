@@ -58,7 +58,7 @@ def mark_written(t: Tensor) -> None:
 
 
 def _has_no_memory(t: Tensor) -> bool:
-    return t.data_ptr() == 0 or t.untyped_storage().nbytes() == 0
+    return not t.is_meta and (t.data_ptr() == 0 or t.untyped_storage().nbytes() == 0)
 
 
 def _range(t: Tensor) -> tuple[int, int]:

@@ -38,8 +38,9 @@ import torch
 from torch import Tensor
 
 from . import autograd, express, settings, transforms
+from .addresses import check_memory
 from .backends.interface import Backend
-from .backends.tensors import on_device_of
+from .backends.tensors import on_device_of, untraced
 from .dispatch import Explanation, choose, explain_problem, method_of, torch_form
 from .problem import Problem, Tensors, check, check_dense, check_flag, check_pool
 from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule, rule_named
@@ -215,6 +216,8 @@ def recurrent_step(
         return autograd.step(problem, engine, x), state
     if inplace:  # what is saved for the gradient must not be the buffer that is about to be overwritten
         autograd.check_update(x)
+        if untraced(state):
+            check_memory(("state",), (state,))
         x = x._replace(state=state.clone())
     out = autograd.ingest(problem, engine, x)
     assert out.o is not None
@@ -230,6 +233,8 @@ def _step_in_pool(
     problem = check(rule, x._replace(state=None), scale, normalize)
     check_pool(problem, pool, places)
     assert pool is not None
+    if untraced(pool, places):
+        check_memory(("state", "state_indices"), (pool, places))
     engine = _choose(problem, x, backend)
     pool = pool if inplace else pool.clone()
     if not (autograd.wants_grad(x) or transforms.active()):

@@ -13,7 +13,7 @@ from sleepkern.rules import RULES, Rule
 pytest_plugins = ["versions"]
 
 # `make test` takes the first; --hypothesis-profile=full the second.
-hypothesis.settings.register_profile("quick", max_examples=60, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("full", max_examples=5000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("quick")
 

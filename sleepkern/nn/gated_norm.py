@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..addresses import check_memory
-from ..backends.tensors import differentiable, refuse_tangents
+from ..backends.tensors import differentiable, refuse_tangents, untraced
 from ..problem import check_flag, finite
 from . import native
 
@@ -49,6 +49,8 @@ def gated_rms_norm(
     direct = x is not None and gate is not None and weight is not None and native.direct(x, gate, weight)
     if not direct:
         _check_tensors(x, gate, weight)
+    if not direct and untraced(x, gate, weight):
+        check_memory(("x", "gate", "weight"), (x, gate, weight))
     eps = finite("eps", eps)
     check_flag("gate_first", gate_first)
     if x.ndim == 2 and gate.ndim == 2:

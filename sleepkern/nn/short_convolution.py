@@ -55,6 +55,8 @@ def short_convolution(
     direct = x is not None and weight is not None and native.direct(x, weight, bias, past) and untraced(cu_seqlens)
     if not direct:
         _check_tensors(x, weight, bias, past=past)
+    if not direct and untraced(x, weight, bias, past, cu_seqlens):
+        check_memory(("x", "weight", "bias", "past", "cu_seqlens"), (x, weight, bias, past, cu_seqlens))
     _check(x, weight, bias, past, activation, cu_seqlens)
     silu = activation == "silu"
     past = past if past is None else past.to(x.dtype)
@@ -96,9 +98,10 @@ def short_convolution_step(
     if state.shape != (B, D, W):
         raise ValueError(f"state: got {list(state.shape)}; expected [B,D,W] = {[B, D, W]}")
     silu = activation == "silu"
-    if direct or (untraced(x, state, weight, bias) and not x.is_meta):
+    if direct or untraced(x, state, weight, bias):
         check_memory(("x", "weight", "bias", "state"), (x, weight, bias, state))
-        check_written("state", state, ("x", "weight", "bias"), (x, weight, bias))
+        if not state.is_meta:
+            check_written("state", state, ("x", "weight", "bias"), (x, weight, bias))
     if not direct and native.usable(x, state, weight, bias):
         refuse_tangents(x, state, weight, bias)
     if not direct or not x.numel() or W > _C.convolution_limit or state.dtype != x.dtype or not state.is_contiguous():
