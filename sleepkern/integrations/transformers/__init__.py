@@ -4,7 +4,7 @@
 
     with patch():                 # all families, every model of the process, also those already built
         model.generate(...)
-    patch("qwen3_5", "kimi_linear", "bamba")
+    patch("qwen3_5", "kimi_linear", "bamba")    # FAMILIES has all names; Lara-Mini needs 5.24
     patch(model)                  # the families that this model is made of
     patched(model)                # what of them is replaced at the moment
     unpatch()
