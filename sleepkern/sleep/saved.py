@@ -25,6 +25,7 @@ class Restored(NamedTuple):
 
     memory: Memory
     position: int
+    batch: int
     waiting: Tensor | None
     waiting_mask: Tensor | None
     kept_mask: Tensor | None
@@ -56,13 +57,13 @@ def restored(session: SleepSession, state: Any, device: torch.device) -> Restore
     given = _names(session, state, position)
     copies = {name: t.detach().to(device, copy=True) for name, t in state.items() if name != "position"}
     _check_forms(copies, given, _forms(session.stack, device))
-    _check_rows(copies)
+    rows = _rows(copies)
     _check_texts(copies, session.vocabulary)
     memory = session.stack.memory()
     fast, slow = session.memory.recurrent, session.memory.attention
     memory.set_fast({i: Fast(copies[f"{i}.conv"], copies[f"{i}.state"]) for i in fast if f"{i}.conv" in copies})
     memory.set_slow({i: Slow(copies[f"{i}.keys"], copies[f"{i}.values"]) for i in slow if f"{i}.keys" in copies})
-    return Restored(memory, position, *(copies.get(name) for name in TEXTS))
+    return Restored(memory, position, rows, *(copies.get(name) for name in TEXTS))
 
 
 def _position(state: Mapping[str, Tensor]) -> int:
@@ -139,12 +140,14 @@ def _check_forms(state: dict[str, Tensor], names: list[str], forms: _Forms) -> N
         raise ValueError(f"state: got {kept} kept tokens; expected one number of them")
 
 
-def _check_rows(state: dict[str, Tensor]) -> None:
+def _rows(state: dict[str, Tensor]) -> int:
+    """Of the batch, the same in all; 0 where there are none."""
     rows = {name: t.shape[0] for name, t in state.items() if t.ndim > 0 and t.numel() > 0}
     if len(set(rows.values())) > 1:
         odd = {count: name for name, count in rows.items()}
         got = ", ".join(f"{count} in {name!r}" for count, name in odd.items())
         raise ValueError(f"state: got rows of a batch: {got}; expected one number of them")
+    return max(rows.values(), default=0)
 
 
 def _check_texts(state: dict[str, Tensor], vocabulary: int | None) -> None:

@@ -112,7 +112,7 @@ class SleepSession(Passing):
                 f"feedback: got 'replay' for a {type(model).__name__}; expected a SleepLM, whose blocks can repeat "
                 "their recurrence alone"
             )
-        self.position = 0
+        self.position = self.batch = 0
         self.waiting: Tensor | None = None
         self.waiting_mask: Tensor | None = None
         self.kept_mask: Tensor | None = None
@@ -232,7 +232,7 @@ class SleepSession(Passing):
         """
         example = next(iter(self._parameters()), torch.empty(0))
         found = restored(self, state, example.device)
-        self.memory, self.position, self.waiting, self.waiting_mask, self.kept_mask = found
+        self.memory, self.position, self.batch, self.waiting, self.waiting_mask, self.kept_mask = found
 
     def _grad(self) -> AbstractContextManager[Any]:
         """What reading runs in."""
@@ -274,6 +274,7 @@ class SleepSession(Passing):
 
     def _sleep_over(self, ids: Tensor, mask: Tensor | None, end: int) -> SleepSession:
         """Window by window up to token `end`; what follows waits."""
+        self.batch = ids.shape[0]
         if end == 0:
             self.waiting, self.waiting_mask = ids, mask
         try:
@@ -305,8 +306,7 @@ class SleepSession(Passing):
 
     def _rows(self) -> int | None:
         """Of the batch, None before there are any."""
-        rows = next((x.state.shape[0] for x in self.memory.fast().values()), None)
-        return self.waiting.shape[0] if rows is None and self.waiting is not None else rows
+        return None if self.position == 0 and self.waiting is None else self.batch
 
     def _check_rows(self, ids: Tensor, shared: bool = False) -> None:
         rows = self._rows()

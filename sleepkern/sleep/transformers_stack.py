@@ -155,9 +155,10 @@ class TransformersStack(RecordedStack):
 
     def logits(self, h: Tensor) -> Tensor:
         """As the model's own forward makes them: it may scale them, or have them in another type."""
-        norm = getattr(self.base, self.last)
-        with self.alone(), replaced(self.model, {self.model.base_model_prefix: _Left(self.base, norm, h)}) as model:
-            out: Tensor = model(input_ids=torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)).logits
+        with self.alone():
+            left = _Left(self.base, getattr(self.base, self.last), h)
+            with replaced(self.model, {self.model.base_model_prefix: left}) as model:
+                out: Tensor = model(input_ids=torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)).logits
         return out
 
     @torch.no_grad()
