@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sleepkern.nn import GatedDeltaNet, GatedRMSNorm, HybridBlock, ShortConvolution, SleepLM, WindowAttention
-from sleepkern.sleep import SleepSession
+from sleepkern.sleep import Fast, InsertedMixer, SleepSession
 from sleepkern.testing import relative_error
 
 CLOSE = 1e-5
@@ -203,6 +203,80 @@ def test_padding_writes_nothing(eviction: str) -> None:
     assert relative_error(block(h, None, padding)[0][:, 5:], block(h[:, 5:])[0]) < CLOSE
 
 
+PADDED = {  # 1 for a token of the text, 0 for padding; as many tokens as there are, and fewer than a convolution sees
+    "right": [1] * 7 + [0] * 4,
+    "left": [0] * 4 + [1] * 7,
+    "both": [0, 0] + [1] * 5 + [0] * 4,
+    "inside": [0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0],
+    "two tokens": [0] * 3 + [1, 0, 0, 1] + [0] * 4,
+    "all": [0] * 11,
+}
+
+
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("padded", list(PADDED))
+@pytest.mark.parametrize("kind", [GatedDeltaNet, InsertedMixer, HybridBlock])
+def test_a_row_is_as_if_its_padding_were_not_there(kind: Any, padded: str, continued: bool) -> None:
+    """Outputs, memory, what follows it, and gradients, with nan as padding."""
+    norm = {"index": 0, "width": 16, "heads": 2} if kind is InsertedMixer else {"width": 16}
+    module = kind(**norm, **({"heads": 2} if kind is GatedDeltaNet else {}),
+                  **({"mixer": GatedDeltaNet(16, 2)} if kind is HybridBlock else {}))  # fmt: skip
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    mask, x, after = torch.tensor([PADDED[padded], [1] * 11]), normal(2, 11, 16), normal(2, 3, 16, seed=1)
+    before = module(normal(2, 5, 16, seed=2))[1] if continued else None
+    before = before and Fast(*(t.detach() for t in before))
+    x[mask == 0] = torch.nan
+
+    def run(x: Tensor, before: Fast | None, after: Tensor, mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        out, memory = module(x, before, mask)
+        out = out if mask is None else out[mask != 0]
+        made = [out.flatten(0, -2), *memory, module(after, memory)[0]]
+        return made, list(torch.autograd.grad(sum(t.square().sum() for t in made), list(module.parameters())))
+
+    found, gradients = run(x, before, after, mask)
+    alone = [
+        run(x[i : i + 1, mask[i] != 0], before and Fast(*(t[i : i + 1] for t in before)), after[i : i + 1], None)
+        for i in range(2)
+    ]
+    for got, *rows in zip(found, *(made for made, _ in alone), strict=True):
+        expected = torch.cat(rows)
+        assert got.shape == expected.shape and relative_error(got, expected.double()) < CLOSE
+    for a, *b in zip(gradients, *(grads for _, grads in alone), strict=True):
+        assert relative_error(a, sum(b).double()) < 1e-4  # type: ignore[union-attr]
+
+
+def test_attention_does_not_see_padding() -> None:
+    attention, x, mask = HybridBlock(16, WindowAttention(16, 2)), normal(2, 6, 16), torch.ones(2, 6)
+    mask[0, :2], mask[1, 4:] = 0, 0
+    x[mask == 0] = torch.nan
+    out, kept = attention(x, None, mask)
+    assert relative_error(out[0, 2:], attention(x[:1, 2:])[0][0].double()) < CLOSE
+    assert relative_error(out[1, :4], attention(x[1:, :4])[0][0].double()) < CLOSE
+    assert kept.keys.isfinite().all()
+    weights = list(attention.parameters())
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out[mask != 0].sum(), weights))
+
+
+@pytest.mark.parametrize("kind", ["mixer", "attention", "block", "inserted"])
+def test_masks_that_are_none(kind: str) -> None:
+    module: Any = {
+        "mixer": GatedDeltaNet(16, 2), "attention": WindowAttention(16, 2),
+        "block": HybridBlock(16, GatedDeltaNet(16, 2)), "inserted": InsertedMixer(0, 16, 2),
+    }[kind]  # fmt: skip
+    x, (_, memory) = normal(2, 5, 16), module(normal(2, 3, 16))
+    kept = 3 if kind == "attention" else 0
+    for mask, error, message in (
+        (torch.ones(2, 4 + kept), ValueError, rf"mask: got \[2, {4 + kept}\]; expected \[2, {5 + kept}\]"),
+        (torch.ones(5 + kept), ValueError, "mask: got"),
+        (torch.ones(2, 5 + kept, dtype=torch.complex64), TypeError, "mask: got torch.complex64"),
+        ([[1] * 5] * 2, TypeError, "mask: got list; expected a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            module(x, memory, mask)
+    assert torch.equal(module(x, memory, torch.ones(2, 5 + kept).bool())[0].isfinite().all(), torch.tensor(True))
+
+
 def test_gradients_with_and_without_checkpoints() -> None:
     model, ids = awake(), torch.randint(0, 20, (2, 2 * L))
 
@@ -259,8 +333,15 @@ def test_model_of_no_tokens_and_on_meta() -> None:
         (lambda: SleepSession(awake(), L, settled=-1.0), "settled: got -1.0 with feedback 'raw'; expected >= 0"),
         (lambda: SleepSession(awake(), L, settled=0.1, feedback="replay"), "settled: got 0.1 with feedback 'replay'"),
         (lambda: WindowAttention(15, 2), "width: got 15; expected a multiple of heads = 2"),
+        (lambda: WindowAttention(16, 0), "heads: got 0; expected at least 1"),
+        (lambda: GatedDeltaNet(64, 7), "heads: got 7; expected a divisor of width = 64, or key_width"),
+        (lambda: GatedDeltaNet(64, 2.0), "heads: got 2.0; expected a whole number"),  # type: ignore[arg-type]
+        (lambda: GatedDeltaNet(64, 2, key_width=0), "key_width: got 0; expected at least 1"),
+        (lambda: GatedDeltaNet(64, 2, convolution=0), "convolution: got 0; expected at least 1"),
+        (lambda: GatedDeltaNet(16, 2)(normal(1, 3, 16), replays=0), "replays: got 0; expected a whole number from 1"),
+        (lambda: GatedDeltaNet(16, 2)(normal(1, 3, 16), replays=True), "replays: got True"),
     ],
 )
 def test_bad_arguments(build: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         build()

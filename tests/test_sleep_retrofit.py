@@ -170,6 +170,20 @@ def test_padding_writes_nothing() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_step_after_right_padding_goes_on_from_the_text(attention: str) -> None:
+    model = retrofitted()
+    model.set_attn_implementation(attention)
+    ids, step, mask = tokens(2, 12), tokens(2, 1, seed=5), torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    mask, places = torch.cat([mask, torch.ones_like(step)], dim=1), torch.tensor([[12], [7]])
+    found = model(step, attention_mask=mask, position_ids=places, past_key_values=cache).logits[1]
+    expected = model(torch.cat([ids[1:, :7], step[1:]], dim=1)).logits[0, -1:]
+    assert relative_error(found, expected) < CLOSE
+
+
+@torch.no_grad()
 def test_to_disk_and_back(tmp_path: Path) -> None:
     model, ids, question = retrofitted(), tokens(2, 40), tokens(2, 5, seed=4)
     save_file(model.state_dict(), tmp_path / "model.safetensors")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..sleep.memory import Slow
+from .padding import without_padding
+from .sizes import whole_numbers
 
 _FLASH = importlib.util.find_spec("flash_attn") is not None
 
@@ -23,6 +25,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        whole_numbers(width=width, heads=heads)
         if width % heads:
             raise ValueError(f"width: got {width}; expected a multiple of heads = {heads}")
         self.heads = heads
@@ -31,7 +34,13 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, before: Slow | None = None, mask: Tensor | None = None) -> tuple[Tensor, Slow]:
-        """x [B,T,d] after keys and values before it, [B,H,tokens,d/H]; mask [B,tokens+T] has 0 for padding."""
+        """x [B,T,d] after keys and values before it, [B,H,tokens,d/H]; mask [B,tokens+T] has 0 for padding.
+
+        Raises:
+            TypeError, ValueError: a mask that is no tensor [B,tokens+T] of real numbers.
+        """
+        if mask is not None:
+            x = without_padding(x, mask, 0 if before is None else before.keys.shape[2])
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         if before is not None:

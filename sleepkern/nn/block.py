@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from .attention import WindowAttention
 from .mixer import GatedDeltaNet
+from .padding import without_padding
+from .sizes import whole_numbers
 
 
 class MLP(nn.Module):
@@ -16,6 +18,7 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, factor: int = 4) -> None:
         super().__init__()
+        whole_numbers(width=width, factor=factor)
         self.up = nn.Linear(width, factor * width, bias=False)
         self.out = nn.Linear(factor * width, width, bias=False)
 
@@ -40,7 +43,12 @@ class HybridBlock(nn.Module):
     def forward(
         self, h: Tensor, before: Any = None, mask: Tensor | None = None, replays: int = 1
     ) -> tuple[Tensor, Any]:
-        """h [B,T,d] and the mixer's memory to both after it; replays: passes of a recurrence over the same input."""
+        """h [B,T,d] and the mixer's memory to both after it; replays: passes of a recurrence over the same input.
+
+        mask: as the mixer takes it; what is padding counts as 0.
+        """
+        if mask is not None:  # nan in padding would reach the gradients of the norms
+            h = without_padding(h, mask, 0 if before is None or self.recurrent else before.keys.shape[2])
         options = {"replays": replays} if self.recurrent else {}
         mixed, after = self.mixer(self.mixer_norm(h), before, mask, **options)
         h = h + mixed

@@ -10,7 +10,9 @@ import sleepkern
 
 from ..sleep.memory import Fast
 from .gated_norm import GatedRMSNorm
+from .padding import Padding
 from .short_convolution import ShortConvolution
+from .sizes import whole_numbers
 
 
 class GatedDeltaNet(nn.Module):
@@ -19,11 +21,14 @@ class GatedDeltaNet(nn.Module):
     Args:
         width: d of the residual stream.
         heads: H, of keys. value_heads: HV, a multiple of H, default H.
-        key_width, value_width: K and V of a head, default width / heads, and K.
+        key_width, value_width: K and V of a head, default width / heads, which then has to be whole, and K.
         convolution: width of the short convolution of q, k and v.
         decay_bias: added before the sigmoid of the decay: 4 keeps .982 of the state a token at the start, which has to
             last for window x passes tokens.
         negative: write strengths to 2 instead of 1, so that the transition may have negative eigenvalues.
+
+    Raises:
+        TypeError, ValueError: sizes that are not whole numbers from 1 on, or do not fit each other.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class GatedDeltaNet(nn.Module):
         negative: bool = False,
     ) -> None:
         super().__init__()
+        _check_sizes(width, heads, value_heads, key_width, value_width, convolution)
         self.heads, self.value_heads = heads, value_heads or heads
         self.key_width = key_width or width // heads
         self.value_width = value_width or self.key_width
@@ -56,23 +62,43 @@ class GatedDeltaNet(nn.Module):
     def forward(
         self, x: Tensor, before: Fast | None = None, mask: Tensor | None = None, replays: int = 1
     ) -> tuple[Tensor, Fast]:
-        """x [B,T,d] after `before`; mask [B,T] has 0 where there is padding, which writes nothing.
+        """x [B,T,d] after `before`; mask [B,T] has 0 where there is padding.
+
+        Each row is as if its padding were not there, wherever it stands: nothing is written for it, nothing of it is
+        read, be it nan, and the convolution sees the tokens before and after it as neighbours. Its own outputs are 0.
 
         replays: passes of the recurrence over the same keys, values and gates; readouts are those of the last.
+
+        Raises:
+            TypeError, ValueError: a mask that is no tensor [B,T] of real numbers, or replays below 1.
         """
-        x = x if mask is None else x * mask[..., None].to(x.dtype)
+        if type(replays) is not int or replays < 1:
+            raise ValueError(f"replays: got {replays!r}; expected a whole number from 1 on")
+        padding = None if mask is None else Padding(mask, x)
+        x = x if padding is None else padding.zeroed(x)
         conv, state = (None, None) if before is None else before
-        qkv, conv = self.convolution(self.qkv(x), conv)
+        qkv, conv = self._convolved(self.qkv(x), conv, padding)
         q, k, v = qkv.split(self.split, dim=-1)
         q, k = q.unflatten(-1, (-1, self.key_width)), k.unflatten(-1, (-1, self.key_width))
         v = v.unflatten(-1, (-1, self.value_width))
         decay, strength = self.rates(x).float().chunk(2, dim=-1)
         g, beta = F.logsigmoid(decay + self.decay_bias), self.strength * torch.sigmoid(strength)
-        if mask is not None:
-            g, beta = g * mask[..., None], beta * mask[..., None]
+        if padding is not None:
+            g, beta = padding.zeroed(g), padding.zeroed(beta)
         o, state = self._recur(q, k, v, g, beta, state, replays)
         gate = self.gate(x).unflatten(-1, (-1, self.value_width))
         return self.out(self.norm(o, gate).flatten(-2)), Fast(conv, state)
+
+    def _convolved(self, qkv: Tensor, past: Tensor | None, padding: Padding | None) -> tuple[Tensor, Tensor]:
+        """What the convolution makes of tokens after `past`, and the last of them that are no padding."""
+        if padding is None:
+            return self.convolution(qkv, past)  # type: ignore[no-any-return]
+        W = self.convolution.weight.shape[1]
+        past = qkv.new_zeros(len(qkv), W - 1, qkv.shape[2]) if past is None else past.to(qkv.dtype)
+        # Padding first, then what came before the text, then the text: so neighbours stand beside each other.
+        joined = padding.moved(torch.cat([past, qkv], dim=1), W - 1)
+        mixed, last = self.convolution(joined)
+        return padding.moved_back(mixed, W - 1), last
 
     @staticmethod
     def _recur(
@@ -89,3 +115,13 @@ class GatedDeltaNet(nn.Module):
         )
         assert state is not None
         return o, state
+
+
+def _check_sizes(
+    width: int, heads: int, value_heads: int | None, key_width: int | None, value_width: int | None, convolution: int
+) -> None:
+    given = {"width": width, "heads": heads, "convolution": convolution}
+    chosen = {"value_heads": value_heads, "key_width": key_width, "value_width": value_width}
+    whole_numbers(**given, **{name: n for name, n in chosen.items() if n is not None})
+    if key_width is None and width % heads:
+        raise ValueError(f"heads: got {heads}; expected a divisor of width = {width}, or key_width")

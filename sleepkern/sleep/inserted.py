@@ -34,8 +34,11 @@ class InsertedMixer(nn.Module):
         nn.init.zeros_(self.mixer.out.weight)
 
     def forward(self, h: Tensor, before: Fast | None = None, mask: Tensor | None = None) -> tuple[Tensor, Fast]:
-        """h [B,T,d] after `before`; mask [B,T] has 0 for padding, which writes nothing."""
-        mixed, after = self.mixer(self.norm(h), before, mask)
+        """h [B,T,d] after `before`; mask [B,T] has 0 for padding, which writes nothing, wherever it stands."""
+        from ..nn.padding import without_padding
+
+        seen = h if mask is None else without_padding(h, mask)
+        mixed, after = self.mixer(self.norm(seen), before, mask)
         return h + mixed, after
 
     def before_block(
