@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "bind.h"
 #include "cpu/implementation.h"
 #include "express.h"
+#include "interrupt.h"
 #include "problem.h"
 #ifdef SLEEPKERN_HAS_CUDA
 #include "cuda/device.h"
@@ -19,6 +22,11 @@
 namespace py = pybind11;
 using namespace sleepkern;
 
+bool sleepkern::signalled() {
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
 namespace {
 
 void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
@@ -26,8 +34,11 @@ void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequ
                  uintptr_t o, uintptr_t final_state) {
   Problem problem =
       describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
+  check_offsets(problem.offsets, sequences, T);
   problem.o = reinterpret_cast<void*>(o);
   problem.final_state = reinterpret_cast<float*>(final_state);
+  check_given("o", problem.o, problem.reads && problem.first(sequences) > 0);
+  check_given("final_state", problem.final_state, sequences > 0);
   py::gil_scoped_release unlocked;
   forward(problem);
 }
@@ -38,18 +49,38 @@ void run_backward(int gate, bool delta, bool normalize, float scale, int64_t seq
                   uintptr_t dg, uintptr_t dbeta, uintptr_t dstate) {
   const Problem problem =
       describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
+  check_offsets(problem.offsets, sequences, T);
   auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-  const Gradients gradients{rows(dout),
+  const Gradients gradients{rows("do", dout),
                             static_cast<const float*>(pointer(dfinal)),
                             pointer(dq),
                             pointer(dk),
-                            static_cast<Type>(key_type),
+                            check_type("key_type", key_type),
                             pointer(dv),
                             pointer(dg),
                             pointer(dbeta),
                             static_cast<float*>(pointer(dstate))};
+  const int64_t tokens = problem.first(sequences);
+  check_rows("do", gradients.dout, tokens, problem.reads);
+  check_given("dq", gradients.dq, problem.reads && tokens > 0);
+  check_given("dk", gradients.dk, tokens > 0);
+  check_given("dv", gradients.dv, tokens > 0);
+  check_given("dg", gradients.dg, problem.gate != Gate::none && tokens > 0);
+  if (H != HV && gradients.key_type != Type::float32) refuse("key_type", std::to_string(key_type), "0 where H < HV");
   py::gil_scoped_release unlocked;
   backward(problem, gradients);
+}
+
+void check(const Problem& p, const Replay& r) {
+  check_between("passes", r.passes, 1, PASSES_LIMIT);
+  check_given("final_state", p.final_state, p.sequences > 0);
+  if (std::isnan(r.tol)) refuse("tol", "nan", "a number");
+  check_given("residual", r.residual, r.tol > 0 && p.sequences > 0);
+  check_given("made", r.made, r.tol > 0 && p.sequences > 0);
+  if (!r.rank) return;
+  if (p.gate == Gate::channel) refuse("rank", "channel decay", "one decay a head, or none");
+  if (r.tol > 0) refuse("tol", std::to_string(r.tol), "0 with rank, which forms no state of a pass");
+  check_between("T", p.longest(), 0, RANK_LIMIT);
 }
 
 void run_replay(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
@@ -58,21 +89,29 @@ void run_replay(int gate, bool delta, bool normalize, float scale, int64_t seque
                 uintptr_t made) {
   Problem problem =
       describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
+  check_offsets(problem.offsets, sequences, T);
   problem.final_state = reinterpret_cast<float*>(final_state);
+  Interrupt interrupt(signalled);
   const Replay how{rank,
                    passes,
                    tol,
                    reinterpret_cast<float*>(before),
                    reinterpret_cast<float*>(residual),
-                   reinterpret_cast<int32_t*>(made)};
-  py::gil_scoped_release unlocked;
-  replay(problem, how);
+                   reinterpret_cast<int32_t*>(made),
+                   &interrupt};
+  check(problem, how);
+  {
+    const py::gil_scoped_release unlocked;
+    replay(problem, how);
+  }
+  if (interrupt.stop) throw py::error_already_set();
 }
 
 const dlpack::ExchangeApi* exchange_api = nullptr;
 
 // Take the table of a framework's tensor class; false for one of another major version.
 bool use_exchange_api(const py::capsule& capsule) {
+  if (!capsule.name() || std::strcmp(capsule.name(), "dlpack_exchange_api") != 0) return false;
   const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), capsule.name()));
   if (!api || api->major != dlpack::MAJOR || !api->view) return false;
   exchange_api = api;
@@ -82,6 +121,7 @@ bool use_exchange_api(const py::capsule& capsule) {
 // True if the call was plain and is done.
 bool run_express(int gate, bool delta, bool normalize, double scale, py::handle q, py::handle k, py::handle v,
                  py::handle g, py::handle beta, py::handle state, py::handle o, py::handle final_state) {
+  check_between("gate", gate, 0, 2);
   if (!exchange_api) return false;
   const std::array<py::handle, 8> given{q, k, v, g, beta, state, o, final_state};
   std::array<dlpack::Tensor, 8> views;
@@ -93,6 +133,9 @@ bool run_express(int gate, bool delta, bool normalize, double scale, py::handle 
       return false;
     }
     tensors[i] = &views[i];
+  }
+  for (size_t needed : {0, 1, 2, 6, 7}) {  // q, k, v, o, final_state
+    if (!tensors[needed] || tensors[needed]->dimensions != 4) return false;
   }
   Problem problem{};
   const Call call{static_cast<Gate>(gate),
@@ -129,6 +172,7 @@ void set_isa(const std::string& name) {
 }
 
 double peak_gflops(double seconds) {
+  if (!(seconds >= 0 && seconds <= 600)) refuse("seconds", std::to_string(seconds), "from 0 to 600");
   py::gil_scoped_release unlocked;
   return implementation().peak(seconds) * 1e-9;
 }

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "checks.h"
 #include "problem.h"
 
 namespace sleepkern {
@@ -36,9 +37,9 @@ class Described {
   const pybind11::dict& values_;
 };
 
-inline Rows rows(const View& view) {
+inline Rows rows(const char* name, const View& view) {
   const auto& [address, stride, type] = view;
-  return {reinterpret_cast<const void*>(address), stride, static_cast<Type>(type)};
+  return {reinterpret_cast<const void*>(address), stride, check_type(name, type)};
 }
 
 // What every entry point takes first: sizes and inputs.
@@ -46,6 +47,7 @@ inline Problem describe(int gate, bool delta, bool normalize, float scale, int64
                         int64_t HV, int64_t K, int64_t V, uintptr_t offsets, const View& q, const View& k,
                         const View& v, const View& g, const View& beta, uintptr_t state) {
   Problem problem{};
+  check_between("gate", gate, 0, 2);
   problem.gate = static_cast<Gate>(gate);
   problem.delta = delta;
   problem.normalize = normalize;
@@ -57,15 +59,18 @@ inline Problem describe(int gate, bool delta, bool normalize, float scale, int64
   problem.K = K;
   problem.V = V;
   problem.offsets = reinterpret_cast<const int64_t*>(offsets);
-  problem.q = rows(q);
-  problem.k = rows(k);
-  problem.v = rows(v);
-  problem.g = rows(g);
-  problem.beta = rows(beta);
+  problem.q = rows("q", q);
+  problem.k = rows("k", k);
+  problem.v = rows("v", v);
+  problem.g = rows("g", g);
+  problem.beta = rows("beta", beta);
   problem.state = reinterpret_cast<const float*>(state);
   problem.reads = problem.q.data != nullptr;
+  check(problem);
   return problem;
 }
+
+bool signalled();  // whether a handler of a signal raised, whose exception the call then ends with
 
 void bind_mixer(pybind11::module_& m);        // what stands around the recurrence
 void bind_blocks(pybind11::module_& m);       // stacks of hybrid blocks

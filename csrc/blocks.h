@@ -64,6 +64,7 @@ struct Blocks {
   std::vector<Layer> layers;
   float* h;         // [B, L, d], in place
   double* changes;  // [passes][2] sums of squares over all states: of a pass's change, and after it
+  Interrupt* interrupt;
 };
 
 void sleep_blocks(const Blocks& blocks);

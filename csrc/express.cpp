@@ -1,6 +1,7 @@
 #include "express.h"
 
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 
 namespace sleepkern {
@@ -80,16 +81,25 @@ bool positive(Bits x, Bits infinity) {
   return x != 0 && x <= infinity;
 }
 
+template <class Bits>
+bool any_positive_of(const void* row, int64_t width, Bits infinity) {
+  bool found = false;
+  for (int64_t i = 0; i < width; ++i) {
+    Bits x;
+    std::memcpy(&x, static_cast<const char*>(row) + i * sizeof(Bits), sizeof(Bits));  // at any address
+    found |= positive<Bits>(x, infinity);
+  }
+  return found;
+}
+
 bool any_positive(const Rows& x, int64_t tokens, int64_t width) {
   bool found = false;
   for (int64_t t = 0; t < tokens; ++t) {
+    const char* row = static_cast<const char*>(x.data) + t * x.stride * (x.type == Type::float32 ? 4 : 2);
     if (x.type == Type::float32) {
-      const uint32_t* row = static_cast<const uint32_t*>(x.data) + t * x.stride;
-      for (int64_t i = 0; i < width; ++i) found |= positive<uint32_t>(row[i], 0x7f800000u);
+      found |= any_positive_of<uint32_t>(row, width, 0x7f800000u);
     } else {
-      const uint16_t infinity = x.type == Type::bfloat16 ? 0x7f80u : 0x7c00u;
-      const uint16_t* row = static_cast<const uint16_t*>(x.data) + t * x.stride;
-      for (int64_t i = 0; i < width; ++i) found |= positive<uint16_t>(row[i], infinity);
+      found |= any_positive_of<uint16_t>(row, width, x.type == Type::bfloat16 ? 0x7f80u : 0x7c00u);
     }
   }
   return found;

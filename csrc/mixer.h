@@ -29,7 +29,7 @@ struct Convolution {
   void* y;           // [tokens, D] in x's type
   void* last;        // [sequences, W - 1, D] the last inputs, past ones included, in x's type
 
-  constexpr int64_t first(int64_t sequence) const { return offsets ? offsets[sequence] : sequence * T; }
+  constexpr int64_t first(int64_t sequence) const { return offsets ? offset_at(offsets, sequence) : sequence * T; }
   constexpr int64_t tokens() const { return first(sequences); }
 };
 

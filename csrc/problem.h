@@ -2,15 +2,29 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace sleepkern {
+
+struct Interrupt;
 
 constexpr int64_t HEAD_LIMIT = 256;  // largest K and V of the kernels
 
 enum class Gate { none, head, channel };
 enum class Type { float32, bfloat16, float16 };
 
-// A tensor of tokens: token t (of the flattened batch) starts at data + t * stride elements.
+// Offset n of packed sequences, whatever address they lie at on the CPU.
+constexpr int64_t offset_at(const int64_t* offsets, int64_t n) {
+#ifdef __CUDA_ARCH__
+  return offsets[n];
+#else
+  int64_t offset = 0;
+  std::memcpy(&offset, offsets + n, sizeof(offset));
+  return offset;
+#endif
+}
+
+// A tensor of tokens, at any address: token t (of the flattened batch) starts at data + t * stride elements.
 struct Rows {
   const void* data;  // nullptr when absent
   int64_t stride;
@@ -34,11 +48,11 @@ struct Problem {
   float* final_state;      // [sequences, HV, K, V]
 
   // First token of a sequence in the flattened batch; of `sequences`, the number of tokens.
-  constexpr int64_t first(int64_t sequence) const { return offsets ? offsets[sequence] : sequence * T; }
+  constexpr int64_t first(int64_t sequence) const { return offsets ? offset_at(offsets, sequence) : sequence * T; }
   int64_t longest() const {
     int64_t most = offsets ? 0 : T;
     for (int64_t n = 0; offsets && n < sequences; ++n) {
-      const int64_t tokens = offsets[n + 1] - offsets[n];
+      const int64_t tokens = first(n + 1) - first(n);
       most = most < tokens ? tokens : most;
     }
     return most;
@@ -47,6 +61,7 @@ struct Problem {
 
 // The same window `passes` times, state only: method wy, or rank for windows of at most RANK_LIMIT tokens.
 constexpr int64_t RANK_LIMIT = 64;
+constexpr int64_t PASSES_LIMIT = INT32_MAX;  // what `made` can count
 
 struct Replay {
   bool rank;
@@ -55,7 +70,11 @@ struct Replay {
   float* before;    // [sequences, HV, K, V] state before the last pass a head made, nullptr when not wanted
   float* residual;  // [sequences, HV], with tol
   int32_t* made;    // [sequences, HV] passes made, with tol
+  Interrupt* interrupt;
 };
+
+// Whether a call is to end early; asked between passes by all its threads, one for each that they share.
+bool stops(Interrupt* interrupt);
 
 // What a backward takes and gives beside the problem; all outputs are contiguous.
 struct Gradients {

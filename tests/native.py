@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,17 @@ def build(folder: Path, *options: str, faults: tuple[tuple[str, str, str], ...] 
     return module
 
 
-def run_with(module: Path, code: str) -> subprocess.CompletedProcess[str]:
+def sanitized() -> dict[str, str]:
+    """The environment in which Python loads a module built with -DSLEEPKERN_SANITIZE=ON.
+
+    What Python and torch leave to the end of the process is no leak of ours.
+    """
+    done = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    options = "detect_leaks=0:allocator_may_return_null=1"
+    return {**os.environ, "LD_PRELOAD": done.stdout.strip(), "ASAN_OPTIONS": options}
+
+
+def run_with(module: Path, code: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own in which sleepkern._C is `module`."""
     load = f"""
 import importlib.util, sys
@@ -48,5 +59,5 @@ sys.modules["sleepkern._C"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["sleepkern._C"])
 """
     return subprocess.run(
-        [sys.executable, "-c", load + code], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300
+        [sys.executable, "-c", load + code], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300, env=env
     )

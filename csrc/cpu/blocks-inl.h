@@ -268,7 +268,7 @@ void Group<E>::run(double* changes) const {
   std::memset(a.h, 0, a.padded * a.d_padded * sizeof(float));
   for (int64_t row = 0; row < a.rows; ++row) std::memcpy(a.h + row * a.d_padded, h + row * b.d, row_bytes);
   if (b.reinject) std::memcpy(a.start, a.h, a.padded * a.d_padded * sizeof(float));
-  for (int64_t pass = 0; pass < b.passes; ++pass) {
+  for (int64_t pass = 0; pass < b.passes && !stops(b.interrupt); ++pass) {
     if (pass > 0 && b.reinject) {
       constexpr float EPS = 1.1920929e-07f;  // torch's for float32
       for (int64_t row = 0; row < a.rows; ++row) {

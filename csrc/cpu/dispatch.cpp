@@ -75,6 +75,7 @@ static void prepare_states(const Problem& p, float* states) {
 }
 
 void forward(const Problem& p) {
+  if (p.sequences == 0) return;
   const Implementation& isa = implementation();
   prepare_output(p, p.o, p.HV * p.V, p.v.type);
   prepare_states(p, p.final_state);
@@ -87,6 +88,7 @@ void forward(const Problem& p) {
 }
 
 void backward(const Problem& p, const Gradients& out) {
+  if (p.sequences == 0) return;
   const Implementation& isa = implementation();
   prepare_output(p, out.dq, p.H * p.K, out.key_type);
   prepare_output(p, out.dk, p.H * p.K, out.key_type);
@@ -98,6 +100,7 @@ void backward(const Problem& p, const Gradients& out) {
 }
 
 void replay(const Problem& p, const Replay& r) {
+  if (p.sequences == 0) return;
   const Implementation& isa = implementation();
   prepare_states(p, p.final_state);
   over_units(p, p.sequences * p.HV, 4.0 * p.K * p.V * r.passes,

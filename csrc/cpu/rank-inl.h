@@ -51,7 +51,7 @@ static void lay_out(Rank& x, const Workspace& w, Taker& take) {
 // Passes to make at once, a power of two: the fewest multiply-adds for all passes, in units of rows^2.
 static int64_t cheapest_stride(int64_t passes, int64_t rows, int64_t columns) {
   int64_t best = 1, fewest = (passes - 1) * columns;
-  for (int64_t stride = 2, doublings = 1; stride <= passes; stride *= 2, ++doublings) {
+  for (int64_t stride = 2, doublings = 1; doublings < 31 && stride <= passes; stride *= 2, ++doublings) {
     const int64_t steps = passes / stride, squares = doublings - (steps == 1);
     const int64_t cost = rows * (squares + 2 * (doublings - 1)) + columns * (1 + steps + passes % stride);
     if (cost < fewest) {
@@ -259,7 +259,7 @@ SLEEPKERN_STAGE void multiply_rows(const Factors& f, const float* left, const fl
 }
 
 // The passes of one value panel; `state` goes from S_0 to S_N. from_zero: S_0 is zero.
-SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factors& f, int64_t passes, int64_t stride,
+SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factors& f, const Replay& r, int64_t stride,
                                  const float* U, bool delta, bool from_zero, float* state, Ahead& ahead) {
   float *Y = x.values, *next = x.next, reach = 1;
   const size_t bytes = f.rows * PANEL * sizeof(float);
@@ -268,7 +268,7 @@ SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factor
   if (delta && !from_zero) write_values(w, f, x.held, state, x.held);  // -W S_0
   int64_t made = 0;
   auto make = [&](const RankStep& s, int64_t count) {
-    for (; made + count <= passes; made += count) {
+    for (; made + count <= r.passes && !stops(r.interrupt); made += count) {
       make_step(f, s, reach, made == 0 || !delta, Y, next);
       reach *= s.gamma;
       float* const last = Y;
@@ -291,14 +291,14 @@ SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factor
 
 // All passes of a head over its one block.
 SLEEPKERN_STAGE void replay_in_rows(const Problem& p, const Workspace& w, const Window& window, const Rank& x,
-                                    int64_t passes, int64_t tokens, Ahead& ahead) {
+                                    const Replay& r, int64_t tokens, Ahead& ahead) {
   const Factors f = factors_of(window, w, 0, tokens);
-  const int64_t stride = p.delta ? cheapest_stride(passes, f.rows, w.V_panels * PANEL) : 1;
-  if (p.delta && passes > UNBALANCED_PASSES) balance(w, window, x, f, tokens);
+  const int64_t stride = p.delta ? cheapest_stride(r.passes, f.rows, w.V_panels * PANEL) : 1;
+  if (p.delta && r.passes > UNBALANCED_PASSES) balance(w, window, x, f, tokens);
   if (p.delta) prepare_rank(w, window, x, f, tokens);
-  if (stride > 1) prepare_stride(x, f, stride, passes / stride > 1);
+  if (stride > 1) prepare_stride(x, f, stride, r.passes / stride > 1);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-    replay_rank(w, x, f, passes, stride, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
+    replay_rank(w, x, f, r, stride, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
                 w.state + panel * w.K_rows * PANEL, ahead);
   }
 }
@@ -319,12 +319,14 @@ static bool cancels(const Workspace& w, const Rank& x, double before) {
   return x.keep[0] * before > MOST * distance(w.state, nullptr, w.state_size);
 }
 
+constexpr int64_t PASSES_AHEAD = 1024;  // over which what comes next is asked for
+
 // Heads [begin, end) of sequences * HV, one after the other.
 void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, true);
   const Window& window = thread_local_arrays<Window>(w, p.longest());
   const Rank& rank = thread_local_arrays<Rank>(w);
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for (int64_t unit = begin; unit < end && !stops(r.interrupt); ++unit) {
     const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
     load_state(w, p.state, unit, w.state);
     for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
@@ -333,12 +335,12 @@ void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end)
     }
     const bool in_rows = r.rank && tokens > 0;
     const int64_t blocks = (tokens + REPLAY_BLOCK - 1) / REPLAY_BLOCK;
-    Ahead ahead(state_tiles(w) * (in_rows ? 1 : r.passes * blocks));
+    Ahead ahead(state_tiles(w) * (in_rows ? 1 : min_of(r.passes, PASSES_AHEAD) * blocks));
     if (unit + 1 < end) foresee(p, unit + 1, ahead);
     bool by_passes = !in_rows;
     if (in_rows) {
       const double before = p.state ? distance(w.state, nullptr, w.state_size) : 0;
-      replay_in_rows(p, w, window, rank, r.passes, tokens, ahead);
+      replay_in_rows(p, w, window, rank, r, tokens, ahead);
       by_passes = cancels(w, rank, before);
       if (by_passes) load_state(w, p.state, unit, w.state);
     }

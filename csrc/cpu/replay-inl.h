@@ -209,7 +209,7 @@ SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& 
                                    bool delta, Ahead& ahead) {
   Settling settling;
   int64_t made = 0;
-  for (bool done = false; made < r.passes && !done; ++made) {
+  for (bool done = false; made < r.passes && !done && !stops(r.interrupt); ++made) {
     if (r.tol > 0) std::memcpy(x.before, w.state, w.state_size * sizeof(float));
     for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
       const Factors f = factors_of(x, w, block, min_of(REPLAY_BLOCK, tokens - block * REPLAY_BLOCK));

@@ -7,13 +7,14 @@
 constexpr int LANES = SLEEPKERN_LANES;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+// Of memory at any address.
+typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(LANES * 4)));
 typedef double DoubleVec __attribute__((vector_size(LANES * 8)));
 typedef double DoubleVecUnaligned __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
-typedef uint16_t HalfVecUnaligned __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint16_t HalfVecUnaligned __attribute__((vector_size(LANES * 2), aligned(1), may_alias));
 
 // Stages stay functions of their own: inlined into one, they run out of registers and the thread-local workspace's
 // address is fetched again in every tile.
@@ -150,7 +151,7 @@ SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
 // n < LANES numbers, one by one: a memcpy of unknown size would be a call into libc.
 template <class T>
 SLEEPKERN_INLINE void copy_tail(T* to, const T* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  for (int64_t i = 0; i < n; ++i) std::memcpy(to + i, from + i, sizeof(T));
 }
 
 SLEEPKERN_INLINE Vec widen(HalfVec h, Type type) { return type == Type::bfloat16 ? from_bfloat16(h) : from_float16(h); }
@@ -197,7 +198,10 @@ SLEEPKERN_INLINE void store_row(const float* src, Type type, int64_t n, void* ds
 
 static float load_scalar(const void* src, Type type, int64_t i) {
   alignas(64) float x[LANES];
-  if (type == Type::float32) return static_cast<const float*>(src)[i];
+  if (type == Type::float32) {
+    std::memcpy(x, static_cast<const float*>(src) + i, sizeof(float));
+    return x[0];
+  }
   load_row(static_cast<const uint16_t*>(src) + i, type, 1, x);
   return x[0];
 }

@@ -59,13 +59,18 @@ def affine(A: Tensor, B: Tensor, one_pass: OnePass) -> OnePass:
 def closed(G: Tensor | None, B: Tensor, state: Tensor, passes: int) -> Tensor:
     """State after `passes` passes without delta: Gam^N S + (1 + Gam + ... + Gam^(N-1)) B.
 
-    G is the log of Gam, [n,HV,1,1] or [n,HV,K,1], None for no decay. The sum is taken term by term, which is exact and
+    G is the log of Gam, [n,HV,1,1] or [n,HV,K,1], None for no decay. The sum is made from those of half as many passes,
+    s_2m = s_m (1 + Gam^m) and s_(m+1) = 1 + Gam s_m: log2 N steps of terms that are never negative, which are exact and
     differentiable at G = 0 too.
     """
     if G is None:
         return state + passes * B
-    powers = torch.arange(passes, device=G.device, dtype=G.dtype)
-    return (passes * G).exp() * state + (powers * G[..., None]).exp().sum(-1) * B
+    total, made = torch.ones_like(G), 1
+    for bit in range(passes.bit_length() - 2, -1, -1):
+        total, made = total * (1 + (made * G).exp()), 2 * made
+        if passes >> bit & 1:
+            total, made = 1 + G.exp() * total, made + 1
+    return (passes * G).exp() * state + total * B
 
 
 class Cost(NamedTuple):
