@@ -205,6 +205,17 @@ def test_rank_is_as_exact_as_wy_when_keys_resemble_each_other(
     assert rank < 1.5 * wy + 1e-6
 
 
+@pytest.mark.parametrize(("T", "K", "passes"), [(64, 1, 3), (3, 3, 60), (1, 1, 4)])
+@pytest.mark.parametrize("method", ["auto", "rank"])
+def test_rank_keeps_its_digits_where_passes_forget_nearly_all(method: str, T: int, K: int, passes: int) -> None:
+    """The last state is a ten-thousandth of the first one and smaller, which the rank form takes from it in one sum."""
+    x = make_inputs(rules.DELTA_RULE, Shape(T=T, H=1, HV=2, K=K, V=17), seed=9)
+    x |= {"initial_state": 1000 * x["initial_state"], "v": 0.01 * x["v"], "beta": 0.9 + 0.1 * x["beta"]}
+    truth = replay(rules.DELTA_RULE, to_float64(x), passes, backend="reference", readouts=False).final_state
+    state = replay(rules.DELTA_RULE, x, passes, backend="cpu", method=method, readouts=False).final_state
+    assert relative_error(state, truth) < 2e-5
+
+
 def test_method_is_reported() -> None:
     x = make_inputs(rules.SIMPLE_GLA, LONG)
     assert replay(rules.SIMPLE_GLA, x, 8, backend="chunked").method == "closed"

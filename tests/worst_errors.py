@@ -106,9 +106,7 @@ def run_trial(rule_name: str, type_name: str, seed: int, gradients: bool = True)
     rule, dtype = RULES[rule_name], TYPES[type_name]
     x, normalize, words = draw(rule, dtype, seed)
     truth = results(rule, to_float64(x), "reference", normalize, gradients)
-    actual, chunked = (
-        errors(results(rule, x, backend, normalize, gradients), truth) for backend in ("cpu", "chunked")
-    )
+    actual, chunked = (errors(results(rule, x, backend, normalize, gradients), truth) for backend in ("cpu", "chunked"))
     return [
         Found(
             rule_name, type_name, what, seed, error, chunked[what], max(TOLERANCE[dtype], 2 * chunked[what]), words

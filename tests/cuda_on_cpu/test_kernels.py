@@ -63,6 +63,14 @@ def test_long_windows(on, order: dict[str, Any], method: str) -> None:
     assert max(found.values()) <= TOLERANCE[torch.float32], found
 
 
+def test_rank_only_where_keys_leave_most_of_a_state_alone(on) -> None:
+    """By itself: elsewhere passes may forget all but a little of the first state, and what is left has lost digits."""
+    with on(order="forward"):
+        for T, K, method in ((64, 128, "rank"), (32, 64, "rank"), (64, 64, "wy"), (1, 1, "wy")):
+            problem = Case("ingest", GATED_DELTA_RULE, Shape(T=T, **ONE, K=K, V=32), passes=8).problem()
+            assert cuda.method_of(problem) == method, (T, K)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rule", DELTA, ids=lambda r: r.name)
 @pytest.mark.parametrize("shape", ["T=63", "packed", "K=V=128", "window K=128 V=100"])
