@@ -36,8 +36,18 @@ class CMakeBuild(build_ext):
             f"-DSLEEPKERN_OUTPUT_DIR={target.parent}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
+        run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options])
+        run([cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+
+
+def run(command: list[str]) -> None:
+    """A step of the build, whose own messages stand above ours if it fails."""
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise SystemExit(
+            f"sleepkern._C: building it failed (exit status {status} of cmake; its message stands above). It needs a "
+            "C++17 compiler, such as g++ or clang++; without _C the package runs from its source folder, by torch alone"
+        )
 
 
 def tool(name: str) -> str:

@@ -10,8 +10,9 @@ pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("side", ["patched", "stock"])
 @pytest.mark.parametrize("case", SUITES["model"], ids=lambda case: case.name)
-def test_model(benchmark, case, side):
+def test_model(benchmark, rounds, case, side):
     with models.quiet_transformers():
         patched, stock = models.calls(models.hybrid_model(), case)
         benchmark.extra_info.update(tokens=case.timed_tokens)
-        benchmark.pedantic(patched if side == "patched" else stock, rounds=5, warmup_rounds=1)
+        call = patched if side == "patched" else stock
+        benchmark.pedantic(call, rounds=rounds(call), warmup_rounds=1)

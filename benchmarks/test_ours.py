@@ -10,7 +10,11 @@ CASES = [case for case in select("all", quick=False) if isinstance(case, Case) a
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_ours(benchmark, case):
+def test_ours(benchmark, rounds, case):
     sets = itertools.cycle(case.rotation())
     benchmark.extra_info.update(gflop=case.flops * 1e-9, megabytes=case.bytes * 1e-6)
-    benchmark.pedantic(lambda: run(case, next(sets)), rounds=5, warmup_rounds=1)
+
+    def call():
+        return run(case, next(sets))
+
+    benchmark.pedantic(call, rounds=rounds(call), warmup_rounds=1)

@@ -13,9 +13,13 @@ CASE = Case("forward", rules.GATED_DELTA_RULE, Shape(T=2048, H=16, HV=16, K=128,
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-def test_peers(benchmark, peer):
+def test_peers(benchmark, rounds, peer):
     reason = peer.why_not(CASE, "cpu")
     if reason is not None:
         pytest.skip(reason)
     calls = itertools.cycle([peer.prepare(CASE, x, 1) for x in CASE.rotation()])
-    benchmark.pedantic(lambda: next(calls)(), rounds=3, warmup_rounds=1)
+
+    def call():
+        return next(calls)()
+
+    benchmark.pedantic(call, rounds=rounds(call), warmup_rounds=1)
