@@ -241,6 +241,7 @@ def _wrong_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> ValueError:
 
 
 def check_packing(cu_seqlens: Tensor, B: int) -> None:
+    check_dense("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: got {cu_seqlens.dtype}; expected torch.int32 or torch.int64")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:

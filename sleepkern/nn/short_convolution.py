@@ -55,9 +55,9 @@ def short_convolution(
     direct = x is not None and weight is not None and native.direct(x, weight, bias, past) and untraced(cu_seqlens)
     if not direct:
         _check_tensors(x, weight, bias, past=past)
+    _check(x, weight, bias, past, activation, cu_seqlens)
     if not direct and untraced(x, weight, bias, past, cu_seqlens):
         check_memory(("x", "weight", "bias", "past", "cu_seqlens"), (x, weight, bias, past, cu_seqlens))
-    _check(x, weight, bias, past, activation, cu_seqlens)
     silu = activation == "silu"
     past = past if past is None else past.to(x.dtype)
     if not native.usable(x, weight, bias, past) or weight.shape[1] > _C.convolution_limit:
