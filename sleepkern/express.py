@@ -158,3 +158,6 @@ def _run(rule: Rule, scale: float | None, normalize: bool, *tensors: Tensor | No
     """tensors: q, k, v, g, beta, state, o, final state."""
     unscaled = math.nan if scale is None else scale
     return cpu._C.express(cpu.GATES[rule.gate], rule.delta, normalize, unscaled, *tensors)  # type: ignore[no-any-return]
+
+
+_look_at_order()  # compiled graphs hold on to what they saw here
