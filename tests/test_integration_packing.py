@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,7 +84,7 @@ def test_a_collators_batch_trains_as_its_samples(family: str) -> None:
 
     expected = [x / (sum(LENGTHS) - len(LENGTHS)) for x in map(loss_of, samples)]
     alone = gradients(*expected)
-    for options in ({"return_flash_attn_kwargs": True}, {"return_seq_idx": True}, {}):
+    for options in ({"return_flash_attn_kwargs": True, "return_seq_idx": True}, {}):
         batch = DataCollatorWithFlattening(return_tensors="pt", **options)(samples)
         with patch(family):
             loss = model(**batch).loss
@@ -120,6 +123,17 @@ def test_padding_behind_the_last_sequence(family: str, ids: Tensor) -> None:
             assert relative_error(found, apart(model, ids)) < CLOSE
 
 
+@torch.no_grad()
+def test_the_example_of_the_documentation() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.S)[-1], names)
+    model, texts = build("falcon_h1", num_hidden_layers=1), (tokens(1, 6), tokens(1, 4, seed=2))
+    expected = apart(model, torch.cat(texts, dim=1), (6, 4))
+    found = names["packed"](model, *texts)
+    assert len(found) == 5 and all(relative_error(logits, expected) < CLOSE for logits in found)
+
+
 # ---------------------------------------------------------------- one sequence a row is nothing special
 
 
@@ -151,6 +165,22 @@ def test_vision_positions_get_a_row_for_text(ids: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- what cannot be kept apart
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["granitemoehybrid", "mamba2"])
+def test_forwards_that_hooks_hold(family: str, ids: Tensor) -> None:
+    """accelerate keeps a module's forward, bound, as _old_forward, and puts another on the instance."""
+    model = build(family)
+    expected = apart(model, ids)
+    for module in (model, model.base_model):
+        module._old_forward = module.forward
+        module.forward = functools.partial(lambda module, *x, **y: module._old_forward(*x, **y), module)
+    held = model.base_model._old_forward
+    with patch(model):
+        assert relative_error(model(ids, position_ids=POSITIONS, use_cache=False).logits, expected) < CLOSE
+        assert relative_error(model(ids, cu_seqlens=OFFSETS).logits, expected) < CLOSE
+    assert model.base_model._old_forward is held
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..patching import Target
+from ..patching import Make, Target
 from .packing import number_of_each, offsets_of
 
 _OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
@@ -24,6 +24,7 @@ _NAMES = (*_OFFSETS, "seq_idx")
 _LENGTHS = ("max_length_q", "max_length_k")
 _CACHES = ("past_key_values", "cache_params", "cache")
 """What versions of transformers call the memory of earlier tokens."""
+_HELD = "_old_forward"
 _MASKS_WITHOUT_POSITIONS = ("granitemoehybrid",)
 """Families whose files make attention's mask without position_ids, so that it never sees packed sequences."""
 
@@ -37,6 +38,16 @@ def targets(module: ModuleType) -> list[Target]:
     found = [Target(x, "forward", make) for x in bases]
     heads = [x for x in own if getattr(x, "__name__", "") == "Mamba2ForCausalLM"]
     return found + [Target(x, "forward", handing_on) for x in heads]
+
+
+def held_by_hooks(layer: nn.Module, of_classes: list[Target]) -> list[Target]:
+    """The same for a forward that accelerate's hooks took, bound, from the class before the patch."""
+    made = (x for x in of_classes if x.holder is type(layer) and isinstance(vars(layer).get(_HELD), MethodType))
+    return [Target(layer, _HELD, functools.partial(_bound, x.make)) for x in made]
+
+
+def _bound(make: Make, method: Any) -> Any:
+    return MethodType(make(method.__func__), method.__self__)
 
 
 @functools.lru_cache(maxsize=256)  # signatures take long, and a server may patch for each request

@@ -137,7 +137,9 @@ def _targets_of_model(model: nn.Module) -> list[Target]:
     names = {type(layer).__module__ for layer in model.modules()}
     modules = [sys.modules[name] for name in sorted(names) if name in sys.modules]
     targets = [target for module in modules for target in (_targets_of_module(module) or _targets_on_fla(module))]
+    forwards = [target for target in targets if target.name == "forward"]
     for layer in model.modules():
+        targets += base_model.held_by_hooks(layer, forwards)
         present = (name for name in _ATTRIBUTES if callable(vars(layer).get(name)))
         targets += [Target(layer, name, _ATTRIBUTES[name]) for name in present]
     return targets
