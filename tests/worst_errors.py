@@ -4,7 +4,7 @@
 
 Each trial draws sizes, decay, write strengths and how much keys resemble each other from its seed, so that a seed says
 all of it. An error is in norm, relative to the float64 reference on the same rounded inputs; that of a gradient to its
-own size or to a thousandth of all gradients together, whichever is more. What is allowed: the promise of the type, or
+own size or to a thousandth of all gradients together (dg: two hundredths), whichever is more. What is allowed: the promise of the type, or
 twice the error of the chunk form in torch on the same input, which has the same conditioning.
 """
 
@@ -33,6 +33,8 @@ WIDTHS = (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 48, 64, 65, 128)
 DECAYS = ("zero", "slow", "mixed", "strong", "extreme")
 SMALL = 1e-3
 """Share of all gradients together below which one of them is measured by them."""
+SMALL_DECAY = 2e-2
+"""The same of dg, which under strong decay is a small difference of large terms."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, flo
     all_gradients = sum(float(t.square().sum()) for n, t in truth.items() if n.startswith("d")) ** 0.5
     found = {}
     for name, true in truth.items():
-        size = max(float(true.norm()), SMALL * all_gradients if name.startswith("d") else 0.0, 1e-30)
+        share = SMALL_DECAY if name == "dg" else SMALL if name.startswith("d") else 0.0
+        size = max(float(true.norm()), share * all_gradients, 1e-30)
         error = float((actual[name].double() - true).norm()) / size
         found[name] = error if error == error else float("inf")
     return found

@@ -57,7 +57,7 @@ SLEEPKERN_INLINE float sum(Vec x) {
 // exp for x <= 0, relative error 2e-7; 0 below -87, where float32 would be subnormal.
 // x = n ln2 + f: 2^n by the exponent bits, exp(f) by a polynomial of degree 6 (Cephes).
 SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
-  const float round_to_int = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const float round_to_int = 12582912.0f;     // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
   const IntVec gone = x < broadcast(-87.0f);  // not so for NaN, which stays NaN
   x = gone ? Vec{} : x;
   Vec shifted = x * 1.44269504f + round_to_int;
