@@ -20,8 +20,8 @@ Options of every rule:
     backend                  name of a backend (see `explain`), default the best that can
 
 Sums and states are float32, float64 for float64 inputs. Products of bfloat16 inputs take bfloat16 operands on a GPU,
-and on processors that multiply it in one instruction where the rule decays by head; elsewhere float32 ones (`explain`
-says which).
+and on processors that multiply it in one instruction where the rule decays by head and their errors do not add up;
+elsewhere float32 ones (`explain` says which).
 
 All are differentiable in every tensor, in reverse mode; gradients that are differentiated again (create_graph=True) are
 made by torch's operators, which is slower. So are calls under transforms of torch.func that differentiate in reverse

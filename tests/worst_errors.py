@@ -4,8 +4,8 @@
 
 Each trial draws sizes, decay, write strengths and how much keys resemble each other from its seed, so that a seed says
 all of it. An error is in norm, relative to the float64 reference on the same rounded inputs; that of a gradient to its
-own size or to a thousandth of all gradients together (dg: two hundredths), whichever is more. What is allowed: the promise of the type, or
-twice the error of the chunk form in torch on the same input, which has the same conditioning.
+own size or to a thousandth of all gradients together (dg: two hundredths), whichever is more. What is allowed: the
+promise of the type, or twice the error of the chunk form in torch on the same input, which has the same conditioning.
 """
 
 from __future__ import annotations
