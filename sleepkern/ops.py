@@ -15,7 +15,7 @@ Options of every rule:
     scale                    factor of the readout, default K ** -0.5
     initial_state            state before the first token, default zero
     output_final_state       return the state after the last token
-    use_qk_l2norm_in_kernel  use q / |q| and k / |k| (eps 1e-6 under the root)
+    use_qk_l2norm_in_kernel  use q / |q| and k / |k| (eps 1e-6 under the root), on a GPU of lengths below 1e19
     cu_seqlens               [n+1] int32 or int64: B = 1 and n sequences laid end to end, one state each
     backend                  name of a backend (see `explain`), default the best that can
 

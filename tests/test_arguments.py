@@ -16,7 +16,7 @@ from sleepkern import settings
 from sleepkern.nn.gated_norm import gated_rms_norm
 from sleepkern.nn.short_convolution import short_convolution, short_convolution_step
 from sleepkern.rules import GATED_DELTA_RULE, KDA, Rule
-from sleepkern.testing import Shape, call, make_inputs
+from sleepkern.testing import Shape, call, make_inputs, relative_error
 
 SHAPE = Shape(B=2, T=7, H=1, HV=2, K=8, V=8)
 STEP = ("q", "k", "v", "g", "beta")
@@ -324,6 +324,29 @@ def test_nan_hides_nothing_that_is_refused() -> None:
     barely = torch.full_like(x["beta"], 2.0001)
     with pytest.raises(ValueError, match=r"up to 2\.000\d+; expected at most 2"):
         sleepkern.sleep_ingest(x["k"], x["v"], x["g"], barely, passes=2)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+def test_lengths_whose_squares_leave_the_type_are_normalised(rule: Rule, backend: str) -> None:
+    for dtype, factor in ((torch.float32, 2.0**100), (torch.bfloat16, 2.0**100), (torch.float64, 2.0**600)):
+        for T in (1, 80) if dtype != torch.float64 or backend != "cpu" else ():
+            x = make_inputs(rule, Shape(T=T, H=1, HV=1, K=24, V=8), dtype, seed=3)
+            long = {**x, "q": x["q"] * factor, "k": x["k"] * factor}
+            for a, b in zip(*(call(rule, y, backend, use_qk_l2norm_in_kernel=True) for y in (long, x)), strict=True):
+                assert relative_error(a, b) < (1e-2 if dtype == torch.bfloat16 else 1e-4), (dtype, T)
+    x = make_inputs(rule, Shape(T=80, H=1, HV=1, K=24, V=8), seed=3)
+    short = {n: t if t is None else t.clone().requires_grad_() for n, t in x.items()}
+    long = {
+        n: (t.detach() * 2.0**70 if n in "qk" else t.detach()).requires_grad_()
+        for n, t in short.items()
+        if t is not None
+    }
+    for y in (long, short):
+        o, S = call(rule, {**short, **y}, backend, use_qk_l2norm_in_kernel=True)
+        (o.square().sum() + S.square().sum()).backward()
+    for n, t in long.items():
+        expected = short[n].grad / 2.0**70 if n in "qk" else short[n].grad
+        assert relative_error(t.grad, expected) < 1e-3, n
 
 
 def test_infinities_are_found_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,15 +36,26 @@ SLEEPKERN_INLINE float squared_length(const Workspace& w, const float* row) {
   return sum(square);
 }
 
-SLEEPKERN_INLINE float normalising(float square) { return 1.0f / std::sqrt(square + 1e-6f); }
+constexpr float SHRINK = 0x1p-70f;
+
+// What makes a row's length 1, from its square. Where the square leaves float32, the row is first multiplied by SHRINK,
+// which is exact.
+SLEEPKERN_INLINE float normalising(const Workspace& w, float* row, float& square) {
+  if (square <= std::numeric_limits<float>::max()) return 1.0f / std::sqrt(square + 1e-6f);
+  for (int64_t d = 0; d < w.K; d += LANES) store(row + d, load(row + d) * SHRINK);
+  square = squared_length(w, row);
+  return 1.0f / std::sqrt(square);
+}
 
 // The same, normalised if asked for; returns the factor.
 SLEEPKERN_INLINE float load_token(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
   load_as_it_is(c, w, x, t, out);
   if (!c.p.normalize || t >= c.count) return 1.0f;
-  const float factor = normalising(squared_length(w, out));
+  const float given = squared_length(w, out);
+  float square = given;
+  const float factor = normalising(w, out, square);
   for (int64_t d = 0; d < w.K; d += LANES) store(out + d, load(out + d) * factor);
-  return factor;
+  return square == given ? factor : factor * SHRINK;
 }
 
 // LANES token rows to their columns of a matrix in panels of K rows.

@@ -109,8 +109,8 @@ SLEEPKERN_STAGE void prepare_pairs(const Chunk& c, Workspace& w) {
     for (int l = 0; l < LANES; ++l) {
       float* row = w.rows + l * w.row_size;
       load_as_it_is(c, w, x, t + l, row);
-      const float square = squared_length(w, row);
-      norm[t + l] = c.p.normalize ? normalising(square) : 1.0f;
+      float square = squared_length(w, row);
+      norm[t + l] = c.p.normalize ? normalising(w, row, square) : 1.0f;
       length[t + l] = square * norm[t + l] * norm[t + l];
     }
   };

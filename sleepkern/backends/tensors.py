@@ -175,7 +175,7 @@ def _heads(problem: Problem, x: Tensors, rows: slice, sequence: slice) -> Heads:
     def keys(t: Tensor) -> Tensor:
         t = head_major(t)
         if problem.normalize:
-            t = t * torch.rsqrt(t.square().sum(-1, keepdim=True) + NORM_EPS)
+            t = _of_length_one(t)
         return t.repeat_interleave(groups, dim=1)
 
     if x.state is None:
@@ -191,6 +191,15 @@ def _heads(problem: Problem, x: Tensors, rows: slice, sequence: slice) -> Heads:
         beta=None if x.beta is None else head_major(x.beta),
         state=state,
     )
+
+
+def _of_length_one(t: Tensor) -> Tensor:
+    """t / |t|; numbers whose squares would leave the type are made small first, by a power of two, which is exact."""
+    huge, small = (1e150, 2.0**-600) if t.dtype == torch.float64 else (1e15, 2.0**-70)
+    largest = t.detach().abs().amax(-1, keepdim=True)
+    shrink = torch.where(largest > huge, small, torch.ones_like(largest))
+    t = t * shrink
+    return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + NORM_EPS * shrink.square())
 
 
 def _token_major(problem: Problem, parts: list[Ingested], lengths: list[int]) -> Ingested:
