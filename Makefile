@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
-.PHONY: demo test test-hardening test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo test test-hardening test-oldest test-newest test-properties bench lint gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -38,7 +38,7 @@ NEWEST := $(VENV)/transformers-newest
 PATCHED := tests/test_integration_versions.py tests/test_integration_transformers.py tests/test_integration_patching.py
 SLEEPING := $(addprefix tests/test_sleep_,adapters.py mamba2.py retrofit.py session.py versions.py)
 
-test-hardening: test-oldest test-newest
+test-hardening: test-oldest test-newest test-properties
 
 test-oldest: $(VENV)/built $(OLDEST)/installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PATCHED) -n auto
@@ -48,6 +48,9 @@ test-newest: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(NEWEST) transformers
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(PATCHED) tests/test_integration_mamba2.py \
 	  tests/test_integration_mixers.py tests/test_measure_models.py $(SLEEPING) -n auto
+
+test-properties: $(VENV)/built
+	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=full
 
 $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
 	rm -rf $(OLDEST)

@@ -2,7 +2,7 @@
 
 SLEEPKERN_BACKEND=name  the backend that every call takes which names none itself. A family of calls that has none of
                         that name takes its torch form; a name that no family knows is refused by the first call
-SLEEPKERN_DEBUG=1       look for NaN and check values on a GPU too, at the price of a synchronisation
+SLEEPKERN_DEBUG=1       look for NaN and infinities and check values on a GPU too, at the price of a synchronisation
 """
 
 from __future__ import annotations

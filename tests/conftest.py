@@ -14,7 +14,7 @@ pytest_plugins = ["versions"]
 
 # `make test` takes the first; --hypothesis-profile=full the second.
 hypothesis.settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)
-hypothesis.settings.register_profile("full", max_examples=5000, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("full", max_examples=1500, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("quick")
 
 
