@@ -251,6 +251,7 @@ class SleepSession(Passing):
         if have is None or index is None or (have == 1 and count == 1):
             return self
         other = self._with_memory(copied(self.stack, self.memory, index))
+        other.batch = count
         for name in ("waiting", "waiting_mask", "kept_mask"):
             kept = getattr(self, name)
             setattr(other, name, None if kept is None else kept[index])
