@@ -11,9 +11,10 @@ import torch
 from hybrid_models import CLOSE, build, cached, retrofitted, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 
-from sleepkern.sleep import SleepSession, retrofit
+from sleepkern.sleep import SleepSession, load_retrofitted, retrofit
+from sleepkern.sleep.inserted import inserted_in
 from sleepkern.testing import relative_error
 
 L, LAYERS = 16, (1, 2)
@@ -200,6 +201,33 @@ def test_to_disk_and_back(tmp_path: Path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@torch.no_grad()
+def test_saved_by_transformers_and_loaded_whole(tmp_path: Path) -> None:
+    """Or refused by transformers, which would drop the mixers."""
+    model, ids = retrofitted(decay_bias=2.5, key_width=8, convolution=3, negative=True), tokens(2, 12)
+    model.save_pretrained(tmp_path / "one", max_shard_size="20KB")
+    again = load_retrofitted(tmp_path / "one")
+    assert type(again) is type(model) and not again.training and again.config.model_type == "llama"
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    copy.deepcopy(again).save_pretrained(tmp_path / "two")
+    assert torch.equal(load_retrofitted(tmp_path / "two")(ids).logits, model(ids).logits)
+    half = load_retrofitted(tmp_path / "one", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="model type `sleepkern_retrofit`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="load_retrofitted loads it"):
+        type(model).from_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="push_to_hub: got True"):
+        model.save_pretrained(tmp_path / "three", push_to_hub=True)
+    weights = {name: t for name, t in model.state_dict().items() if ".2.inserted.norm." not in name}
+    model.save_pretrained(tmp_path / "four", state_dict=weights)
+    with pytest.raises(ValueError, match=r"without model.layers.2.inserted.norm.weight and 0 more"):
+        load_retrofitted(tmp_path / "four")
+    original().save_pretrained(tmp_path / "five")
+    with pytest.raises(ValueError, match="expected one to which a retrofitted model was saved"):
+        load_retrofitted(tmp_path / "five")
+
+
 def test_half_precision_and_checkpointing() -> None:
     model = retrofitted().to(torch.bfloat16)
     with torch.no_grad():
@@ -221,11 +249,27 @@ def test_half_precision_and_checkpointing() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "message"),
-    [([4], r"layers: got \[4\]; expected numbers of the 4 blocks"), ([], "layers: got none"), ([-1], r"got \[-1\]")],
+    [
+        ("12", "layers: got '12'; expected numbers of the 4 blocks"),
+        ([1.5], r"layers: got \[1.5\]"),
+        (True, "layers: got True"),
+        (None, "layers: got None"),
+        ([4], r"layers: got \[4\]; expected numbers of the 4 blocks"),
+        ([], "layers: got none"),
+        ([-1], r"got \[-1\]"),
+    ],
 )
-def test_wrong_layers(layers: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_wrong_layers(layers: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         retrofit(original(), layers=layers)
+
+
+def test_wrong_heads_and_one_layer() -> None:
+    plain = original()
+    with pytest.raises(ValueError, match="heads: got 7; expected a divisor of width = 32, or key_width"):
+        retrofit(plain, layers=[1, 2], heads=7)
+    assert list(inserted_in(plain.model.layers)) == []
+    assert list(inserted_in(retrofit(plain, layers=1, heads=7, key_width=4).model.layers)) == [1]
 
 
 def test_wrong_models() -> None:

@@ -4,9 +4,10 @@ from .blocks import Slept, forget_packed, sleep_blocks
 from .inserted import InsertedMixer, retrofit
 from .memory import Fast, Memory, Slow, Stack
 from .recorded import RecordedStack
+from .retrofitted import load_retrofitted
 from .session import SleepReport, SleepSession
 
 __all__ = [
     "Fast", "InsertedMixer", "Memory", "RecordedStack", "SleepReport", "SleepSession", "Slept", "Slow", "Stack",
-    "forget_packed", "retrofit", "sleep_blocks",
+    "forget_packed", "load_retrofitted", "retrofit", "sleep_blocks",
 ]  # fmt: skip

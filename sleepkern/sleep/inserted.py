@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,41 +54,60 @@ class InsertedMixer(nn.Module):
         return ((h, *arguments[1:]), options) if arguments else (arguments, {**options, "hidden_states": h})
 
 
-def retrofit(model: Model, layers: Iterable[int], heads: int | None = None, **mixer: Any) -> Model:
+def retrofit(model: Model, layers: int | Iterable[int], heads: int | None = None, **mixer: Any) -> Model:
     """Put an InsertedMixer before each of the blocks named, in place.
 
     The model computes what it did before until it is trained: as before without a session, the fast weights starting
     from 0 with each text and carried by its cache. `state_dict` has the names that it had, and those of the mixers
-    beside them (model.layers.7.inserted.*); load it into a model that was retrofitted alike.
+    beside them (model.layers.7.inserted.*); load it into a model that was retrofitted alike. What its `save_pretrained`
+    saves `load_retrofitted` loads, and transformers refuses.
 
     Args:
         model: an attention-only causal language model of transformers.
-        layers: numbers of blocks.
-        heads: of the mixers, default those of the model's attention.
+        layers: numbers of blocks, or one.
+        heads: of the mixers, default those of the model's attention; a divisor of its width, or give key_width too.
         mixer: further arguments of sleepkern.nn.GatedDeltaNet, such as key_width and decay_bias.
 
     Raises:
+        TypeError: layers that are no whole numbers.
         ValueError: a model without layers, a number out of range, or a block that has a mixer already.
     """
-    base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    blocks: Any = getattr(base, "layers", None)
-    if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(f"model: got a {type(model).__name__} without layers; expected a model of transformers")
-    named = sorted(set(layers))
+    from .retrofitted import keep_whole
+
+    blocks = _blocks_of(model)
+    chosen: Any = [layers] if isinstance(layers, int) else layers  # a bool then is no whole number
+    chosen = [*chosen] if isinstance(chosen, Iterable) and not isinstance(chosen, str) else [None]
+    if any(type(i) is not int for i in chosen):
+        raise TypeError(f"layers: got {layers!r}; expected numbers of the {len(blocks)} blocks")
+    named = sorted(set(chosen))
     wrong = [i for i in named if not 0 <= i < len(blocks)]
     if wrong or not named:
         raise ValueError(f"layers: got {wrong or 'none'}; expected numbers of the {len(blocks)} blocks")
     twice = [i for i in named if i in inserted_in(blocks)]
     if twice:
         raise ValueError(f"layers: got {twice}, which have mixers already")
-    config: Any = model.config
-    config = config.get_text_config()
-    for i in named:
+    heads = model.config.get_text_config().num_attention_heads if heads is None else heads  # type: ignore[union-attr, operator]
+    insert(model, dict.fromkeys(named, {"heads": heads, **mixer}))
+    keep_whole(model)
+    return model
+
+
+def insert(model: nn.Module, mixers: dict[int, dict[str, Any]]) -> None:
+    """Put an InsertedMixer with these options before each of the blocks named: all of them, or none."""
+    blocks, config = _blocks_of(model), cast(Any, model.config).get_text_config()
+    made = {i: InsertedMixer(i, config.hidden_size, **options) for i, options in mixers.items()}
+    for i, new in made.items():
         like = next(blocks[i].parameters())
-        new = InsertedMixer(i, config.hidden_size, heads or config.num_attention_heads, **mixer)
         blocks[i].inserted = new.to(like.device, like.dtype).train(blocks[i].training)
         blocks[i].register_forward_pre_hook(new.before_block, with_kwargs=True)
-    return model
+
+
+def _blocks_of(model: nn.Module) -> nn.ModuleList:
+    base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    blocks: Any = getattr(base, "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(f"model: got a {type(model).__name__} without layers; expected a model of transformers")
+    return blocks
 
 
 def inserted_in(blocks: Iterable[nn.Module]) -> dict[int, InsertedMixer]:
