@@ -77,6 +77,8 @@ def sleep_blocks(
         ValueError: an argument out of range, or a tensor whose memory was freed.
     """
     blocks, states = arguments.check(h, blocks, states, passes, feedback, conv_state)
+    if any(t.is_neg() for t in (h, *_tensors_of(states))):  # a sign that is not in memory yet
+        h, states = h.resolve_neg(), _filled(states, [t.resolve_neg() for t in _tensors_of(states)])
     with on_device_of(h):
         return _run_where_it_may(h, blocks, states, passes, feedback, conv_state)
 
