@@ -205,6 +205,22 @@ def test_what_cannot_be_kept_apart_raises(given: dict[str, Any], message: str, i
         model(ids, **{"cu_seq_lens_q": OFFSETS, **given})
 
 
+@torch.no_grad()
+def test_in_a_graph_offsets_are_trusted_and_positions_asserted(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs under torch.compile, whose graph cannot look at values."""
+    model = build("granitemoehybrid")
+    expected = apart(model, ids)
+    with patch(model):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        for names in ({"cu_seq_lens_q": OFFSETS}, {"seq_idx": NUMBERS}, {"cu_seqlens": OFFSETS.long()}):
+            assert relative_error(model(ids, **names, use_cache=False).logits, expected) < CLOSE
+        model(ids, position_ids=torch.arange(22)[None], use_cache=False)
+        with pytest.raises(RuntimeError, match="position_ids: restart in a compiled model; expected cu_seq_lens_q"):
+            model(ids, position_ids=POSITIONS, use_cache=False)
+        with pytest.raises(RuntimeError, match="attention_mask: hides tokens of packed sequences"):
+            model(ids, cu_seqlens=OFFSETS, attention_mask=torch.zeros(1, 22, dtype=torch.long), use_cache=False)
+
+
 def test_a_row_may_not_start_inside_a_sequence() -> None:
     model = build("qwen3_next", num_hidden_layers=1)
     with patch(model), pytest.raises(ValueError, match="expected every row of 11 tokens to start a sequence"):
