@@ -4,8 +4,10 @@
 
 Every call draws from a seed of its own, which is printed where it fails: `--first SEED --calls 1` makes it again. The
 exit status is 0 if no call failed: a refusal is an exception that names what was wrong, a failure any other exception
-or a result that is not the reference's. On a module built with -DSLEEPKERN_SANITIZE=ON the process ends at the first
-access outside of an array and the first undefined behaviour.
+or a result that is not the reference's.
+
+With --sanitize the native module is built anew, and the process ends at the first access outside of an array and the
+first undefined behaviour; tests of the kernels follow the calls. That takes some minutes more.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +35,15 @@ from sleepkern.nn.short_convolution import short_convolution_step
 from sleepkern.rules import RULES, Rule
 from sleepkern.sleep.blocks import one_by_one, sleep_blocks
 from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, to_float64
+from tests import native
 
+KERNEL_TESTS = [
+    "tests/test_binding.py",
+    "tests/test_mixer_kernels.py",
+    "tests/test_native.py::test_instruction_sets_and_threads_agree",
+    "tests/test_native.py::test_instruction_sets_and_threads_agree_on_gradients_and_replay",
+    "tests/test_native.py::test_two_threads_give_the_same_bits",
+]
 REFUSED = (ValueError, TypeError, NotImplementedError)
 TYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (0, 1, 1, 2, 3, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40, 64, 65, 80)
@@ -287,13 +300,27 @@ def run(calls: int, first: int) -> int:
     return failures
 
 
+def under_sanitizers(arguments: list[str]) -> int:
+    """Exit status of this program with these arguments, then of the tests of the kernels, on a module of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        load = native.loading(native.build(Path(folder), "-DSLEEPKERN_SANITIZE=ON"))
+        fuzz = f"from tests import fuzz_calls\nsys.argv[1:] = {arguments}\nsys.exit(fuzz_calls.main())"
+        tests = f"import pytest\nsys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *{KERNEL_TESTS}]))"
+        environment = native.sanitized()
+        commands = ([sys.executable, "-c", load + code] for code in (fuzz, tests))
+        return max(abs(subprocess.run(c, check=False, cwd=native.ROOT, env=environment).returncode) for c in commands)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="seeds from here times a million on")
     parser.add_argument("--first", type=int, help="the first seed itself")
     parser.add_argument("--isa", help="instruction set, the best one unless given")
+    parser.add_argument("--sanitize", action="store_true", help="on a module with sanitizers, and tests of the kernels")
     chosen = parser.parse_args()
+    if chosen.sanitize:
+        return under_sanitizers([argument for argument in sys.argv[1:] if argument != "--sanitize"])
     faulthandler.enable()
     torch.set_num_threads(1)
     if chosen.isa:

@@ -50,7 +50,13 @@ def sanitized() -> dict[str, str]:
 
 def run_with(module: Path, code: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run Python code in a process of its own in which sleepkern._C is `module`."""
-    load = f"""
+    command = [sys.executable, "-c", loading(module) + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=300, env=env)
+
+
+def loading(module: Path) -> str:
+    """Python code after which sleepkern._C is `module`."""
+    return f"""
 import importlib.util, sys
 import torch
 torch.set_num_threads(1)
@@ -58,6 +64,3 @@ spec = importlib.util.spec_from_file_location("sleepkern._C", {str(module)!r})
 sys.modules["sleepkern._C"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["sleepkern._C"])
 """
-    return subprocess.run(
-        [sys.executable, "-c", load + code], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300, env=env
-    )
