@@ -99,6 +99,20 @@ def test_two_threads_give_the_same_bits(rule: Rule) -> None:
         assert one is not None and two is not None and torch.equal(one, two)
 
 
+def test_gradients_do_not_depend_on_the_call_before(rule: Rule) -> None:
+    """State alone after readouts: what the pairs of tokens left in the thread's arrays is none of its own."""
+    x = make_inputs(rule, Shape(T=40, H=1, HV=1, K=16, V=16), seed=6)
+    results: list[list[Tensor]] = []
+    for scale in (1.0, 100.0):
+        gradients(rule, {**x, "q": scale * x["q"]})
+        leaves = [t.clone().requires_grad_() for n, t in x.items() if n not in ("q", "cu_seqlens") and t is not None]
+        names = [n for n, t in x.items() if n not in ("q", "cu_seqlens") and t is not None]
+        state = sleepkern.sleep_ingest(**dict(zip(names, leaves, strict=True)), rule=rule, backend="cpu").final_state
+        results.append(list(torch.autograd.grad(state.sin().sum(), leaves)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.usefixtures("restore_isa")
 def test_setting_the_instruction_set() -> None:
     assert "baseline" in _C.isas()

@@ -382,7 +382,7 @@ SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gra
   if (c.p.delta) adjoint_held(c, w, a, state);
   adjoint_writers(c, w, a);
   if (c.p.gate != Gate::none) adjoint_end(w, a, state);
-  if (c.p.gate == Gate::head) gather_pairs(c, a);
+  if (c.p.gate == Gate::head && (c.p.reads || c.p.delta)) gather_pairs(c, a);
   if (c.p.gate == Gate::channel) {
     gather_gates(c, w, a);
     adjoint_channel_grams(c, w, a);
