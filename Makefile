@@ -1,7 +1,8 @@
 # Each target does all its own set-up on a fresh machine with python3, g++ and make; a second call skips it.
 #   make demo       verify, bench, a hybrid model with and without the kernels, asleep, and thinking, into out/demo
 #   make test       the tests; then CUDA's and Triton's kernels, run on the CPU and compiled for GPUs that need not be there
-#   make test-hardening  what takes minutes more: the integrations with the oldest transformers promised and the newest
+#   make test-hardening  what takes an hour more: 20,000 random calls under sanitizers, thousands of examples of every
+#                   property, a search for the worst errors, the integrations with the oldest and the newest transformers
 #   make bench      the full benchmark table and plot, into out/bench
 #   make lint       ruff, mypy, clang-format
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
@@ -16,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
-.PHONY: demo test test-hardening test-oldest test-newest test-properties bench lint gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo test test-hardening test-sanitized test-properties test-errors test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -38,7 +39,16 @@ NEWEST := $(VENV)/transformers-newest
 PATCHED := tests/test_integration_versions.py tests/test_integration_transformers.py tests/test_integration_patching.py
 SLEEPING := $(addprefix tests/test_sleep_,adapters.py mamba2.py retrofit.py session.py versions.py)
 
-test-hardening: test-oldest test-newest test-properties
+test-hardening: test-sanitized test-properties test-errors test-oldest test-newest
+
+test-sanitized: $(VENV)/built
+	$(BIN)/python -m tests.fuzz_calls --sanitize --calls 20000
+
+test-properties: $(VENV)/built
+	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=full -n auto
+
+test-errors: $(VENV)/built
+	$(BIN)/python -m tests.worst_errors --seconds 300 --out out/worst_errors.json
 
 test-oldest: $(VENV)/built $(OLDEST)/installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PATCHED) -n auto
@@ -47,10 +57,8 @@ test-newest: $(VENV)/built
 	rm -rf $(NEWEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(NEWEST) transformers
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(PATCHED) tests/test_integration_mamba2.py \
+	  tests/test_integration_packing.py tests/test_integration_replacing.py \
 	  tests/test_integration_mixers.py tests/test_measure_models.py $(SLEEPING) -n auto
-
-test-properties: $(VENV)/built
-	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=full
 
 $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
 	rm -rf $(OLDEST)
