@@ -187,7 +187,7 @@ def test_forwards_that_hooks_hold(family: str, ids: Tensor) -> None:
     ("given", "message"),
     [
         ({"use_cache": True}, "use_cache: got True with packed sequences, of which no cache can be kept"),
-        ({"past_key_values": DynamicCache()}, "past_key_values: got a cache with packed sequences"),
+        ({"past_key_values": DynamicCache()}, r"(past_key_values|cache): got a cache with packed sequences"),
         ({"attention_mask": torch.tensor([[0] + [1] * 21])}, "attention_mask: got one that hides tokens of packed"),
         ({"position_ids": torch.arange(22)[None]}, r"position_ids: got sequences that start at tokens \[0\]; expected"),
         ({"seq_idx": NUMBERS.flip(1)}, r"seq_idx: got sequences .*; expected those of cu_seq_lens_q, \[0, 5, 14, 15\]"),

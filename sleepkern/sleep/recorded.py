@@ -53,8 +53,8 @@ class RecordedStack(ABC):
         Args:
             model: has `lm_head`, and a base model as `model` or by the name that its `base_model_prefix` says. The base
                 model has `layers`, a ModuleList, and behind them `norm` (or a name of NORMS). Its forward takes
-                input_ids, attention_mask, position_ids, use_cache and the cache (`past_key_values` or `cache_params`),
-                calls each of its layers with h [B,T,d] first, in order, and gives a tensor, a tuple or an output with
+                input_ids, attention_mask, position_ids, use_cache and the cache, under whatever name, calls each of its
+                layers with h [B,T,d] first and the cache, in order, and gives a tensor, a tuple or an output with
                 last_hidden_state; a layer gives a tensor or a tuple.
 
         Raises:

@@ -39,8 +39,11 @@ def _text_model(model: Any) -> nn.Module:
         return model  # type: ignore[no-any-return]
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        alone: Any = AutoModelForCausalLM.from_config(config.get_text_config())
+    try:
+        with torch.device("meta"):
+            alone: Any = AutoModelForCausalLM.from_config(config.get_text_config())
+    except ValueError:  # there is no such model of text alone; the stack says what it misses
+        return model  # type: ignore[no-any-return]
     setattr(alone, alone.base_model_prefix, text)
     alone.lm_head, alone.generation_config = head, model.generation_config
     alone.training = model.training  # of this shell only: the parts keep theirs
