@@ -110,7 +110,7 @@ def tables(report: Report) -> list[Table]:
     theirs = [[name] for name in report.peer_names if not name.startswith(OURS)]
     others = [name for name in report.peer_names if name.startswith(OURS)]
     left = theirs + ([others] if others else [])
-    found = []
+    found: list[Table] = []
     while left or not found:
         first, shown = not found, len(left)
         while shown > 1 and not _fits(_table(report, left[:shown], first)):
