@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CLOSE, build, tokens
+from hybrid_models import CLOSE, FAMILIES, build, tokens
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-from sleepkern.integrations.transformers import FAMILIES, base_model, convolution, delta, mamba2, patch, unpatch
+from sleepkern.integrations.transformers import base_model, convolution, delta, mamba2, patch, unpatch
 from sleepkern.testing import relative_error
 
 LENGTHS = (5, 9, 1, 7)
@@ -48,7 +48,7 @@ def apart(model: nn.Module, ids: Tensor, lengths: tuple[int, ...] = LENGTHS) -> 
     return torch.cat([model(piece, use_cache=False).logits for piece in ids.split(lengths, dim=1)], dim=1)
 
 
-# ---------------------------------------------------------------- the twelve families
+# ---------------------------------------------------------------- every family
 
 
 @torch.no_grad()
@@ -109,6 +109,40 @@ def test_several_in_each_row_of_a_batch(family: str) -> None:
             {"cu_seq_lens_q": torch.tensor([0, 5, 12, 13, 21, 24])},
         ):
             assert relative_error(model(ids, **names, use_cache=False).logits, expected) < CLOSE
+
+
+@torch.no_grad()
+@pytest.mark.since("5.23")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        (
+            "glm5_next",
+            {
+                "index_topk": 8,
+                "layer_types": ["linear_attention"] * 2 + ["full_attention"] * 2,
+                "indexer_types": ["full"] * 3 + ["shared"],
+            },
+        ),
+        ("qwen4_exp", {"indexer_budget": 8}),
+    ],
+)
+def test_an_indexer_picks_tokens_of_its_own_sequence(family: str, sizes: dict[str, Any], attention: str) -> None:
+    """Fewer than a sequence has, so that it matters which; GLM-5-Next's last layer takes those of the one before."""
+    model, ids, lengths = build(family, **sizes), tokens(1, 34), (19, 3, 11, 1)
+    model.set_attn_implementation(attention)
+    numbers = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    expected, two = apart(model, ids, lengths), ids[:, :32].view(2, 16)
+    of_rows = torch.cat([apart(model, two[:1], (15, 1)), model(two[1:], use_cache=False).logits])
+    with patch(family):
+        found = model(ids, seq_idx=numbers, use_cache=False, output_attentions=attention == "eager")
+        assert relative_error(found.logits, expected) < CLOSE
+        rows = model(two, cu_seq_lens_q=torch.tensor([0, 15, 16, 32]), use_cache=False).logits
+        assert relative_error(rows, of_rows) < CLOSE
+    assert attention == "sdpa" or found.attentions
+    for weights in found.attentions or ():
+        assert weights.shape[-2:] == (34, 34) and not weights[:, :, numbers[0, :, None] != numbers].any()
 
 
 @torch.no_grad()
@@ -232,6 +266,20 @@ def test_positions_that_restart_with_a_cache_asked_for_raise(ids: Tensor) -> Non
     model = build("kimi_linear", num_hidden_layers=4)
     with patch(model), pytest.raises(ValueError, match="use_cache: got True with packed sequences"):
         model(ids, position_ids=POSITIONS, use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.since("5.23")
+def test_embeddings_of_ngrams_refuse_packed_sequences(ids: Tensor) -> None:
+    """Their convolution and n-grams are told of no sequences; one a row goes through."""
+    per_layer = {"ple_layer_ids": [1], "ngram_size": 2, "ngram_vocab_size_base": 8, "eos_token_id": 0}
+    model = build("qwen4_exp", **per_layer)
+    expected = model(ids, use_cache=False).logits
+    with patch(model):
+        with pytest.raises(ValueError, match="Qwen4ExpTextModel with ple_layer_ids, whose embeddings of n-grams read"):
+            model(ids, cu_seq_lens_q=OFFSETS, use_cache=False)
+        whole = model(ids, cu_seq_lens_q=torch.tensor([0, 22]), use_cache=False).logits
+    assert relative_error(whole, expected) < CLOSE
 
 
 def test_layers_that_hand_nothing_on_refuse(ids: Tensor) -> None:

@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..patching import Make, Target
-from .packing import number_of_each, offsets_of
+from sleepkern.sleep import caches
 
-_OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
-_NAMES = (*_OFFSETS, "seq_idx")
-_LENGTHS = ("max_length_q", "max_length_k")
-_CACHES = ("past_key_values", "cache_params", "cache")
-"""What versions of transformers call the memory of earlier tokens."""
+from ..patching import Make, Target
+from .packing import LENGTHS, OFFSETS, number_of_each, offsets_of
+
+_NAMES = (*OFFSETS, "seq_idx")
 _HELD = "_old_forward"
 _MASKS_WITHOUT_POSITIONS = ("granitemoehybrid",)
 """Families whose files make attention's mask without position_ids, so that it never sees packed sequences."""
@@ -72,7 +70,7 @@ def handing_on(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def with_names(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(order, args, strict=False)), **kwargs}
-        names = {name: given[name] for name in (*_NAMES, *_LENGTHS) if given.get(name) is not None}
+        names = {name: given[name] for name in (*_NAMES, *LENGTHS) if given.get(name) is not None}
         if (positions := _positions(given)) is not None:
             names["position_ids"] = positions
         if not names or torch.compiler.is_exporting():
@@ -110,7 +108,7 @@ def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callab
                 f"packed sequences: got several in a row for a {type(self).__name__} of this version of transformers, "
                 "whose layers do not keep them apart on a CPU; expected one a row"
             )
-        others = {name: x for name, x in given.items() if name not in (*_NAMES, *_LENGTHS)}
+        others = {name: x for name, x in given.items() if name not in (*_NAMES, *LENGTHS)}
         if "position_ids" not in order:
             others.pop("position_ids", None)
         if packed is None:
@@ -158,16 +156,21 @@ def _packed(given: dict[str, Any]) -> _Packed | None:
 def _positions(given: dict[str, Any]) -> Tensor | None:
     """position_ids [B,T] or [1,T] of text without a past; of the four that vision models give, those of text."""
     x = given.get("position_ids")
-    if x is None or x.shape[-1] < 2 or x.is_meta or any(given.get(name) is not None for name in _CACHES):
+    if x is None or x.shape[-1] < 2 or x.is_meta or _past(given) is not None:
         return None
     if x.ndim == 3:
         return x[0] if x.shape[0] == 4 else None  # type: ignore[no-any-return]
     return x.view(-1, x.shape[-1])  # type: ignore[no-any-return]
 
 
+def _past(given: dict[str, Any]) -> str | None:
+    """The name under which the memory of earlier tokens was given."""
+    return next((x for x in given if caches.is_cache(given[x]) or (x in caches.NAMES and given[x] is not None)), None)
+
+
 def _trusted(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) -> Tensor | None:
     """Offsets in a compiled graph, which cannot look at values: not compared, but positions alone may not restart."""
-    for name in _OFFSETS:
+    for name in OFFSETS:
         if name in named:
             return torch.as_tensor(named[name])
     if "seq_idx" in named:
@@ -180,7 +183,7 @@ def _trusted(named: dict[str, Any], positions: Tensor | None, rows: int, T: int)
 
 def _agreed(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) -> list[int]:
     """Where sequences start among the tokens of all rows, by all that was given."""
-    found = {name: _starts_of_offsets(name, x, rows, T) for name, x in named.items() if name in _OFFSETS}
+    found = {name: _starts_of_offsets(name, x, rows, T) for name, x in named.items() if name in OFFSETS}
     if "seq_idx" in named:
         index = torch.as_tensor(named["seq_idx"])
         if index.shape not in ((rows, T), (1, T), (T,)):
@@ -228,18 +231,23 @@ def _few(x: Iterable[Any]) -> str:
 def _apart(model: Any, packed: _Packed, given: dict[str, Any], has_positions: bool, masks: bool) -> dict[str, Any]:
     """Arguments by which the layers keep the sequences apart."""
     offsets, rows, T = packed
-    past = next((name for name in _CACHES if given.get(name) is not None), None)
+    past = _past(given)
     if past is not None or given.get("use_cache"):
         raise ValueError(
             f"{past or 'use_cache'}: got {'a cache' if past else True} with packed sequences, of which no cache can be "
             f"kept; expected {None if past else False}"
         )
+    if getattr(model.config, "ple_layer_ids", None):
+        raise ValueError(
+            f"packed sequences: got several in a row for a {type(model).__name__} with ple_layer_ids, whose embeddings "
+            "of n-grams read tokens across sequences; expected one a row"
+        )
     apart: dict[str, Any] = {"use_cache": False, "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
     apart["attention_mask"] = _mask(given.get("attention_mask"))
     if torch.compiler.is_compiling():
-        apart |= {name: given[name] for name in _LENGTHS if name in given}
+        apart |= {name: given[name] for name in LENGTHS if name in given}
     else:
-        apart |= dict.fromkeys(_LENGTHS, int(offsets.diff().max()))
+        apart |= dict.fromkeys(LENGTHS, int(offsets.diff().max()))
     if has_positions:
         apart["position_ids"] = _restarting(given.get("position_ids"), packed)
     if masks and apart["attention_mask"] is None:

@@ -15,7 +15,7 @@ from sleepkern.rules import KDA
 
 from ..fla import stands_for
 from ..patching import Make, Patch, Registry, Target
-from . import base_model, convolution, gated_norm
+from . import base_model, by_sequence, convolution, gated_norm
 from .delta import many_tokens, one_token
 from .mamba2 import fused_mixer, fused_scan, one_step, scan
 
@@ -167,4 +167,5 @@ def _targets_of_module(module: ModuleType) -> list[Target]:
     if not functions:
         return []
     inline = "mamba_chunk_scan_combined" in makes  # older Mamba-2, whose own code hands seq_idx to its packages
-    return functions + gated_norm.targets(module) + ([] if inline else base_model.targets(module))
+    beside = gated_norm.targets(module) + by_sequence.targets(module)
+    return functions + beside + ([] if inline else base_model.targets(module))

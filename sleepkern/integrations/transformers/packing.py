@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 NAMES = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
+OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
+LENGTHS = ("max_length_q", "max_length_k")
 _FIRST = ("query", "hidden_states", "q", "x")
 """What the first argument of an original is called."""
 
