@@ -250,6 +250,26 @@ def test_decode_updates_the_cache_in_place(model: nn.Module, calls: list[str]) -
 
 
 @pytest.mark.since("5.16")
+def test_a_state_of_inference_mode_is_read_outside_of_it(model: nn.Module, calls: list[str]) -> None:
+    """torch lets nobody write to it there, so a step gives a new state, as stock does."""
+    cache, (module, given) = DynamicCache(config=model.config), (globals_of("qwen3_next"), arguments(1))
+    with patch(), torch.inference_mode():
+        model(tokens(2, 10), **cached(model, cache), use_cache=True)
+    state = cache.layers[0].recurrent_states[0]
+    old, given = state.clone(), given | {"initial_state": state}
+    expected = getattr(module, STEP)(**given)
+    with patch(), torch.no_grad():
+        calls.clear()
+        found = getattr(module, STEP)(**given)
+        assert calls == ["gated_delta_rule"] and torch.equal(state, old)
+        with torch.inference_mode():
+            inside = getattr(module, STEP)(**given)
+    assert calls == ["gated_delta_rule", "recurrent_step"] and not torch.equal(state, old)
+    for by_us in (found, inside):
+        assert all(relative_error(x, y) < CLOSE for x, y in zip(by_us, expected, strict=True))
+
+
+@pytest.mark.since("5.16")
 @pytest.mark.parametrize(
     ("dtype", "device", "reason"),
     [(torch.float64, "cpu", "float64"), (torch.float32, "meta", "no kernel for the device meta")],

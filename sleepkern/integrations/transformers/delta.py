@@ -104,13 +104,16 @@ def _may_write_state(call: _One) -> bool:
     Only for the buffer of a transformers cache: the layer copies the returned state into that very
     buffer next (then a copy onto itself, which torch leaves out). The cache marks its buffers as
     static addresses for the sake of CUDA graphs; a tensor without the mark may still be wanted by
-    whoever made it. Nor for gradients, which need the old state, or in a compiled graph, where the
-    compiler plans the memory.
+    whoever made it. Nor for gradients, which need the old state, in a compiled graph, where the
+    compiler plans the memory, or for a state made in inference mode, which outside of it torch lets
+    nobody write to.
     """
     state = call.initial_state
     if torch.compiler.is_compiling() or not call.output_final_state or _offsets(call) is not None:
         return False
     if state is None or getattr(state, "_dynamo_static_input_type", None) is None:
+        return False
+    if state.is_inference() and not torch.is_inference_mode_enabled():
         return False
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (*call[:5], state))
     return not recorded and state.is_contiguous()
