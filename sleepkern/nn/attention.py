@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..sleep.memory import Slow
 from .padding import without_padding
-from .sizes import whole_numbers
+from .sizes import residual, whole_numbers
 
 _FLASH = importlib.util.find_spec("flash_attn") is not None
 
@@ -37,8 +37,11 @@ class WindowAttention(nn.Module):
         """x [B,T,d] after keys and values before it, [B,H,tokens,d/H]; mask [B,tokens+T] has 0 for padding.
 
         Raises:
-            TypeError, ValueError: a mask that is no tensor [B,tokens+T] of real numbers.
+            TypeError, ValueError: another x or `before`, or a mask that is no tensor [B,tokens+T] of real numbers.
         """
+        residual(x, self.qkv)
+        if before is not None:
+            self._check_before(before, x.shape[0])
         if mask is not None:
             x = without_padding(x, mask, 0 if before is None else before.keys.shape[2])
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
@@ -46,6 +49,13 @@ class WindowAttention(nn.Module):
         if before is not None:
             k, v = torch.cat([before.keys, k], dim=2), torch.cat([before.values, v], dim=2)
         return self.out(_attend(q, k, v, mask).transpose(1, 2).flatten(-2)), Slow(k, v)
+
+    def _check_before(self, before: Slow, B: int) -> None:
+        if not isinstance(before, Slow):
+            raise TypeError(f"before: got a {type(before).__name__}; expected Slow(keys, values)")
+        for name, t in before._asdict().items():
+            if t.ndim != 4 or t.shape[:2] != (B, self.heads) or t.shape != before.keys.shape:
+                raise ValueError(f"before: got {name} {list(t.shape)}; expected {[B, self.heads]} and tokens, width")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from ..sleep.memory import Fast
 from .gated_norm import GatedRMSNorm
 from .padding import Padding
 from .short_convolution import ShortConvolution
-from .sizes import whole_numbers
+from .sizes import residual, whole_numbers
 
 
 class GatedDeltaNet(nn.Module):
@@ -70,8 +70,9 @@ class GatedDeltaNet(nn.Module):
         replays: passes of the recurrence over the same keys, values and gates; readouts are those of the last.
 
         Raises:
-            TypeError, ValueError: a mask that is no tensor [B,T] of real numbers, or replays below 1.
+            TypeError, ValueError: another x, a mask that is no tensor [B,T] of real numbers, or replays below 1.
         """
+        residual(x, self.qkv)
         if type(replays) is not int or replays < 1:
             raise ValueError(f"replays: got {replays!r}; expected a whole number from 1 on")
         padding = None if mask is None else Padding(mask, x)

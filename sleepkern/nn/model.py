@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..sleep.blocks import sleep_blocks
+from ..sleep.text import tokens_of
 from .attention import WindowAttention
 from .block import HybridBlock
 from .mixer import GatedDeltaNet
@@ -72,17 +76,36 @@ class SleepLM(nn.Module):
         return self.tokens(ids % self.vocabulary) + self.kinds(ids // self.vocabulary) + self.positions(places)  # type: ignore[no-any-return]
 
     def blocks(self) -> list[HybridBlock]:
-        """The layers in order."""
-        return [block for block in self.layers if isinstance(block, HybridBlock)]
+        """The layers in order, or what was put around them, as torch.compile does.
+
+        Raises:
+            TypeError: a layer that does not say, as `HybridBlock.recurrent`, what it remembers.
+        """
+        found: list[Any] = list(self.layers)
+        for i, block in enumerate(found):
+            if not isinstance(getattr(block, "recurrent", None), bool):
+                raise TypeError(f"layers: got a {type(block).__name__} at {i}; expected a HybridBlock")
+        return found
 
     def logits(self, h: Tensor) -> Tensor:
         """h [B,T,d] of the last block to [B,T,vocabulary]."""
         return self.lm_head(self.norm(h))  # type: ignore[no-any-return]
 
+    def known(self) -> int | None:
+        """Ids that can be embedded, tokens of every kind; None where embeddings do not say."""
+        counts = [getattr(part, "num_embeddings", None) for part in (self.tokens, self.kinds) if part is not None]
+        return None if None in counts else math.prod(counts)  # type: ignore[arg-type]
+
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits of one window, without memory of others."""
+        """Logits [B,T,vocabulary] of one window, integers [B,T], without memory of others.
+
+        Raises:
+            TypeError, ValueError: other ids; tokens that the model does not know, but on a GPU, which would be waited
+                for.
+        """
+        ids = tokens_of(ids, self.known() if isinstance(ids, Tensor) and ids.device.type == "cpu" else None)
         h, blocks = self.embed(ids), self.blocks()
-        if not torch.is_grad_enabled() and ids.shape[1]:
+        if not torch.is_grad_enabled() and h.numel():
             return self.logits(sleep_blocks(h, blocks).h)
         for block in blocks:
             h, _ = block(h)

@@ -62,10 +62,9 @@ class OwnStack:
         return len(self.model.layers)
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary(self) -> int | None:
         """Tokens, each of every kind."""
-        kinds = self.model.kinds
-        return self.model.tokens.num_embeddings * (1 if kinds is None else kinds.num_embeddings)
+        return self.model.known()
 
     def memory(self) -> OwnMemory:
         return OwnMemory(self.model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .memory import Fast, Memory, Slow, Stack
-from .text import WHOLE
+from .text import WHOLE, tokens_of
 
 if TYPE_CHECKING:
     from .session import SleepSession
@@ -59,6 +59,8 @@ def restored(session: SleepSession, state: Any, device: torch.device) -> Restore
     _check_forms(copies, given, _forms(session.stack, device))
     rows = _rows(copies)
     _check_texts(copies, session.vocabulary)
+    if "waiting" in copies:
+        copies["waiting"] = tokens_of(copies["waiting"], None)
     memory = session.stack.memory()
     fast, slow = session.memory.recurrent, session.memory.attention
     memory.set_fast({i: Fast(copies[f"{i}.conv"], copies[f"{i}.state"]) for i in fast if f"{i}.conv" in copies})
