@@ -11,7 +11,7 @@ import torch
 from hybrid_models import build
 
 import sleepkern
-from sleepkern.cli.bench import table
+from sleepkern.cli.bench import tables
 from sleepkern.measure import bench_cases, models, stacks
 from sleepkern.measure.cases import QUICK, SUITES, select
 from sleepkern.measure.models import ModelCase
@@ -37,7 +37,7 @@ def test_rows_of_a_model() -> None:
         assert row.milliseconds is not None and row.tokens_per_second == pytest.approx(tokens / row.milliseconds * 1e3)
         assert row.peers[0].ratio is not None and row.peers[0].ratio > 0
     assert report.to_dict()["rows"][1]["case"] == "model generate T=40 +3"
-    shown = table(report)
+    (shown,) = tables(report)
     assert shown.row_count == 2 and len(shown.columns) == 5
 
 
