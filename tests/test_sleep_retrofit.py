@@ -67,6 +67,42 @@ def test_a_cache_is_found_by_any_name(name: str | None) -> None:
 
 
 @torch.no_grad()
+def test_packed_sequences_are_refused(tmp_path: Path) -> None:
+    """Attention keeps some of them apart, a mixer would not. One sequence a row goes through, and so does padding."""
+    model, ids = retrofitted(), tokens(2, 12)
+    model.save_pretrained(tmp_path)
+    expected = model(ids).logits
+    packed, whole = torch.tensor([0, 5, 12, 24]), torch.tensor([0, 12, 24])
+    numbers, positions = torch.tensor([[0] * 5 + [1] * 7]), torch.tensor([[*range(5), *range(7)]])
+    ways: list[tuple[str, Any, Any]] = [
+        *((name, packed, whole) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")),
+        ("seq_idx", numbers, torch.tensor([[3] * 12])),
+        ("position_ids", positions, torch.arange(12)[None] + 1),
+    ]
+    for each in (model, copy.deepcopy(model), load_retrofitted(tmp_path)):
+        for name, several, one in ways:
+            message = f"^{name}: got several sequences in a row of a retrofitted model, whose mixers would mix them"
+            with pytest.raises(ValueError, match=message):
+                each(ids, **{name: several}, use_cache=False)
+            assert relative_error(each(ids, **{name: one}, use_cache=False).logits, expected) < CLOSE
+        with pytest.raises(ValueError, match="^position_ids: got several sequences"):
+            each.model(ids, None, positions)
+    padded = torch.tensor([[0] * 3 + [1] * 9]).expand(2, -1)
+    at = torch.tensor([[1] * 3 + [*range(9)]])
+    found = model(ids, attention_mask=padded, position_ids=at, use_cache=False).logits[:, 3:]
+    assert relative_error(found, model(ids[:, 3:]).logits) < CLOSE
+
+
+def test_packed_sequences_are_refused_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs under torch.compile, whose graph cannot look at values."""
+    model, ids = retrofitted(), tokens(1, 12)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    model(ids, seq_idx=torch.zeros(1, 12, dtype=torch.int32), use_cache=False)
+    with pytest.raises(RuntimeError, match="seq_idx: got several sequences in a row of a retrofitted model"):
+        model(ids, seq_idx=torch.arange(12)[None] // 6, use_cache=False)
+
+
+@torch.no_grad()
 def test_what_would_lose_the_state_is_refused() -> None:
     """A cache without layers, or none where one is to be used."""
     block, h = retrofitted().model.layers[1], torch.randn(2, 3, 32)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from .caches import cache_of_block, too_old
+from .caches import NAMES, cache_among, cache_of_block, too_old
 from .memory import Fast
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -96,10 +98,48 @@ def insert(model: nn.Module, mixers: dict[int, dict[str, Any]]) -> None:
     """Put an InsertedMixer with these options before each of the blocks named: all of them, or none."""
     blocks, config = _blocks_of(model), cast(Any, model.config).get_text_config()
     made = {i: InsertedMixer(i, config.hidden_size, **options) for i, options in mixers.items()}
+    if not inserted_in(blocks):
+        cast(Any, model).base_model.register_forward_pre_hook(_refuse_packed, with_kwargs=True)
     for i, new in made.items():
         like = next(blocks[i].parameters())
         blocks[i].inserted = new.to(like.device, like.dtype).train(blocks[i].training)
         blocks[i].register_forward_pre_hook(new.before_block, with_kwargs=True)
+
+
+def _refuse_packed(base: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Forward pre-hook of a base model: its mixers would carry a fast weight from one packed sequence into the next.
+
+    Raises:
+        ValueError: several sequences in a row, by offsets, by numbers, or by positions where attention goes by these.
+    """
+    given = {**dict(zip(_order(type(base).forward), arguments, strict=False)), **options}
+    text = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    if not isinstance(text, Tensor) or text.is_meta or text.ndim < 2:
+        return
+    one: dict[str, Tensor] = {}
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens"):
+        if (offsets := given.get(name)) is not None and not isinstance(offsets, dict):  # a dict is paged attention's
+            one[name] = (torch.as_tensor(offsets) % text.shape[1] == 0).all()
+    if (numbers := given.get("seq_idx")) is not None:
+        one["seq_idx"] = (torch.as_tensor(numbers).diff(dim=-1) == 0).all()
+    alone = cache_among(given.values()) is None and all(given.get(x) is None for x in ("attention_mask", *NAMES))
+    positions = given.get("position_ids")
+    if alone and positions is not None and positions.ndim < 3 and positions.shape[-1] > 1:
+        one["position_ids"] = (positions.diff(dim=-1) == 1).all()
+    for name, x in one.items():
+        message = (
+            f"{name}: got several sequences in a row of a retrofitted model, whose mixers would mix them; expected one"
+        )
+        if torch.compiler.is_compiling():
+            torch._assert_async(x, message)
+        elif not x:
+            raise ValueError(message)
+
+
+@functools.lru_cache(maxsize=64)
+def _order(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of a forward's arguments by position after self."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _blocks_of(model: nn.Module) -> nn.ModuleList:
