@@ -15,6 +15,7 @@ from hybrid_models import (
     CHUNK,
     CLOSE,
     CONV,
+    FAMILIES,
     STEP,
     arguments,
     build,
@@ -25,7 +26,8 @@ from torch import nn
 
 import sleepkern
 from sleepkern.integrations.patching import Registry, Target
-from sleepkern.integrations.transformers import FAMILIES, patch, unpatch
+from sleepkern.integrations.transformers import FAMILIES as ALL
+from sleepkern.integrations.transformers import patch, unpatch
 from sleepkern.rules import GATED_DELTA_RULE
 from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
 
@@ -238,14 +240,14 @@ class JetBlock(nn.Module):
 
 def test_threads_patch_and_leave_at_any_moment() -> None:
     """Each in blocks of its own, switched as often as Python can: nobody fails, and nothing stays behind."""
-    module, stock, failed = globals_of("qwen3_next"), originals(), []
+    module, stock, failed = globals_of("qwen3_next"), originals()[:2], []  # older files have no convolution to replace
     forward = module.Qwen3NextModel.forward
 
     def serve() -> None:
         try:
             for i in range(150):
                 with patch("qwen3_next"):
-                    assert all(a is not b for a, b in zip(originals(), stock, strict=True))
+                    assert all(a is not b for a, b in zip(originals()[:2], stock, strict=True))
                 if i % 50 == 49:
                     patch("qwen3_next").undo()
         except BaseException as error:
@@ -261,7 +263,7 @@ def test_threads_patch_and_leave_at_any_moment() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert not failed
-    assert originals() == stock and module.Qwen3NextModel.forward is forward and not sleepkern.patched()
+    assert originals()[:2] == stock and module.Qwen3NextModel.forward is forward and not sleepkern.patched()
 
 
 def test_a_patch_that_fails_replaces_nothing() -> None:
@@ -275,6 +277,7 @@ def test_a_patch_that_fails_replaces_nothing() -> None:
     assert module.one is len and not registry.names()
 
 
+@pytest.mark.since("5.16")
 def test_patched_tells_what_is_replaced() -> None:
     model, llama = build("qwen3_next", num_hidden_layers=1), build("llama", num_hidden_layers=1)
     assert sleepkern.patched() == sleepkern.patched(model) == sleepkern.patched("bamba") == ()
@@ -294,7 +297,7 @@ def test_patch_without_a_name_takes_all_families(monkeypatch: pytest.MonkeyPatch
     with patch():
         assert all(sleepkern.patched(family) for family in FAMILIES)
         everything = sleepkern.patched()
-    for family in FAMILIES[1:]:
+    for family in ALL[1:]:
         monkeypatch.setitem(sys.modules, f"transformers.models.{family}.modeling_{family}", None)
     with patch():  # an older transformers has some of them
         assert sleepkern.patched() == tuple(name for name in everything if ".qwen3_next." in name)

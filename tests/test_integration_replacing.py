@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hybrid_models import CLOSE, globals_of
+from hybrid_models import CLOSE, FAMILIES, globals_of
 from torch import Tensor
 
 from sleepkern.integrations.replacing import HARMLESS, replacement
-from sleepkern.integrations.transformers import FAMILIES, convolution, delta, mamba2, patch, unpatch
+from sleepkern.integrations.transformers import convolution, delta, mamba2, patch, unpatch
 from sleepkern.integrations.transformers.packing import NAMES
 from sleepkern.rules import KDA
 from sleepkern.testing import relative_error
