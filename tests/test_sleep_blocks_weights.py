@@ -14,10 +14,12 @@ import pytest
 import torch
 from block_stacks import all_of, model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._pytree import tree_map_only
 
 from sleepkern.nn import HybridBlock, SleepLM
 from sleepkern.sleep import sleep_blocks
@@ -229,6 +231,38 @@ NUMBERS = (None, -1.0, "1", True, float("nan"), 1e39, 10**400, torch.tensor(1.0)
 OTHER_NUMBERS = ("decay_bias", "strength", "eps")
 
 
+class Named(Tensor):
+    """A subclass with memory of its own."""
+
+
+class Bare(Tensor):
+    """A wrapper whose own address is 0."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, t: Tensor) -> Bare:
+        made: Bare = Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype)  # type: ignore[attr-defined]
+        made.inner = t
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        return func(*tree_map_only(cls, lambda t: t.inner, args), **tree_map_only(cls, lambda t: t.inner, kwargs or {}))
+
+
+KINDS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda t: t.as_subclass(Named),
+    lambda t: TwoTensor(t, t),
+    Bare,
+    FakeTensorMode().from_tensor,
+    lambda t: t.to_sparse(),
+)
+"""Ways to have no numbers at an address, or to see every operator."""
+
+
 def attributes(block: HybridBlock) -> list[tuple[nn.Module, str, Any]]:
     """Every attribute of every module, with what may be put there."""
     changes: list[tuple[nn.Module, str, Any]] = []
@@ -253,6 +287,7 @@ def shapes(block: HybridBlock) -> list[tuple[nn.Module, str, Any]]:
             sizes |= {(), (1,), (*p.shape, 1), tuple(p.shape[:1])}
             changes += [(m, name, nn.Parameter(torch.randn(size))) for size in sizes]
             changes += [(m, name, nn.Parameter(p.detach().to(kind))) for kind in (torch.float64, torch.bfloat16)]
+            changes += [(m, name, nn.Parameter(kind(p.detach()), requires_grad=False)) for kind in KINDS]
             changes += [(m, name, None)]
         for name, part in list(m.named_children()):
             others: list[nn.Module | None] = [
@@ -289,7 +324,12 @@ def every_change() -> None:
                     setattr(m, name, value)
                 except (TypeError, AttributeError):
                     continue
-                print(type(m).__name__, name, value if not isinstance(value, Tensor) else value.shape, flush=True)
+                print(
+                    type(m).__name__,
+                    name,
+                    (type(value), value.shape) if isinstance(value, Tensor) else value,
+                    flush=True,
+                )
                 kept = states if count % 2 else None
                 ours, true = attempt(sleep_blocks, h, blocks, kept, 2), attempt(one_by_one, h, blocks, 2, kept)
                 count += 1
@@ -297,6 +337,7 @@ def every_change() -> None:
                     answered += 1
                     assert true is not None, "an answer where the modules have none"
                     for a, b in zip(ours, true, strict=True):
+                        assert type(a) is type(b)
                         assert torch.allclose(a, b, rtol=1e-3, atol=1e-3, equal_nan=True)
                 setattr(m, name, old)
         assert why_not(h, blocks) is None

@@ -93,6 +93,18 @@ def test_asking_changes_nothing(model: nn.Module, eviction: str) -> None:
 
 
 @torch.no_grad()
+def test_beams_are_those_of_the_model(model: nn.Module) -> None:
+    """Each beam goes on from its own state; the window was nowhere dropped, so the model itself sees the same."""
+    options = {"max_new_tokens": 3, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    ids, question = tokens(2, L), tokens(2, 4, seed=3)
+    session = SleepSession(model, L, eviction="sliding").ingest(ids)
+    whole = torch.cat([ids, question], dim=1)
+    expected = model.generate(whole, attention_mask=torch.ones_like(whole), **options)
+    for _ in range(2):
+        assert torch.equal(session.generate(question, **options), expected[:, L:])
+
+
+@torch.no_grad()
 def test_windows_of_one_token_leave_what_was_taken_out(model: nn.Module) -> None:
     session = SleepSession(model, 1, passes=2).ingest(tokens(2, 1))
     taken = session.memory.fast()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from hybrid_models import OWN_SIZES, SIZES, build, tokens
 from test_sleep_capture import sleep_lm
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from sleepkern.integrations.transformers import patch
@@ -36,7 +38,19 @@ def answers(session: SleepSession) -> list[Tensor]:
     return [session.read(tokens(2, 4, 4)), session.generate(tokens(2, 4, 4), max_new_tokens=3, num_beams=2)]
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, Peft, lambda model: Peft(nn.DataParallel(model))])
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    """Of a group of its own, as DistributedDataParallel wants."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+WRAPPERS = [nn.DataParallel, Peft, lambda model: Peft(nn.DataParallel(model)), DistributedDataParallel]
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrapped_models(wrap: Any) -> None:
     model = build("qwen3_5")
     with patch(model):
@@ -44,9 +58,11 @@ def test_wrapped_models(wrap: Any) -> None:
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_a_wrapped_model_of_our_own() -> None:
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("wrap", [nn.DataParallel, DistributedDataParallel])
+def test_a_wrapped_model_of_our_own(wrap: Any) -> None:
     model, ids = sleep_lm(), tokens(2, 2 * L)
-    found, expected = (SleepSession(m, L).ingest(ids).read(ids[:, :5]) for m in (nn.DataParallel(model), model))
+    found, expected = (SleepSession(m, L).ingest(ids).read(ids[:, :5]) for m in (wrap(model), model))
     assert torch.equal(found, expected)
 
 
@@ -67,26 +83,33 @@ def test_the_text_of_a_composite_model() -> None:
     torch.testing.assert_close(SleepSession(whole, L).read(ids), whole(ids).logits)
 
 
+class Layer(nn.Linear):
+    """Takes the memory, and writes nothing into it."""
+
+    def forward(self, h: Tensor, cache: Any = None) -> Tensor:
+        return super().forward(h)
+
+
 class Own(nn.Module):
     """A model of one's own, after the contract of RecordedStack, or not quite."""
 
     def __init__(self, out: Any = None, layers: int = 2) -> None:
         super().__init__()
         self.model = nn.Module()
-        self.model.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+        self.model.layers = nn.ModuleList(Layer(8, 8) for _ in range(layers))
         self.model.norm, self.model.embed_tokens, self.lm_head = nn.Identity(), nn.Embedding(9, 8), nn.Linear(8, 9)
         base, kept = self.model, out
 
         def forward(input_ids: Tensor, **options: Any) -> Any:
-            h = base.embed_tokens(input_ids)
-            return base.layers[0](h) if kept is None else kept(base.layers[1](base.layers[0](h)))
+            h, cache = base.embed_tokens(input_ids), options["past_key_values"]
+            return base.layers[0](h, cache) if kept is None else kept(base.layers[1](base.layers[0](h, cache), cache))
 
         self.model.forward = forward  # type: ignore[method-assign]
 
 
 class OwnStack(RecordedStack):
     def memory(self) -> Any:
-        return SimpleNamespace(recurrent=[0, 1], attention=[], cache=None, **{
+        return SimpleNamespace(recurrent=[0, 1], attention=[], cache=object(), **{
             name: lambda *_: {} for name in ("fast", "slow", "set_fast", "set_slow")
         })  # fmt: skip
 
