@@ -271,6 +271,7 @@ def attributes(block: HybridBlock) -> list[tuple[nn.Module, str, Any]]:
             if name.startswith("_") or name == "training":
                 continue
             values: Any = ODD if isinstance(value, int) and name not in OTHER_NUMBERS else NUMBERS
+            values = ODD[:2] if name in ("in_features", "out_features") else values  # nobody reads them
             if isinstance(value, tuple):
                 values = [None, [*value], value[:-1], tuple(2 * n for n in value), tuple(map(float, value))]
             changes += [(m, name, x) for x in values]
