@@ -5,14 +5,12 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "bind.h"
 #include "cpu/implementation.h"
-#include "express.h"
 #include "interrupt.h"
 #include "problem.h"
 #ifdef SLEEPKERN_HAS_CUDA
@@ -107,55 +105,6 @@ void run_replay(int gate, bool delta, bool normalize, float scale, int64_t seque
   if (interrupt.stop) throw py::error_already_set();
 }
 
-const dlpack::ExchangeApi* exchange_api = nullptr;
-
-// Take the table of a framework's tensor class; false for one of another major version.
-bool use_exchange_api(const py::capsule& capsule) {
-  if (!capsule.name() || std::strcmp(capsule.name(), "dlpack_exchange_api") != 0) return false;
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), capsule.name()));
-  if (!api || api->major != dlpack::MAJOR || !api->view) return false;
-  exchange_api = api;
-  return true;
-}
-
-// True if the call was plain and is done.
-bool run_express(int gate, bool delta, bool normalize, double scale, py::handle q, py::handle k, py::handle v,
-                 py::handle g, py::handle beta, py::handle state, py::handle o, py::handle final_state) {
-  check_between("gate", gate, 0, 2);
-  if (!exchange_api) return false;
-  const std::array<py::handle, 8> given{q, k, v, g, beta, state, o, final_state};
-  std::array<dlpack::Tensor, 8> views;
-  std::array<const dlpack::Tensor*, 8> tensors{};
-  for (size_t i = 0; i < given.size(); ++i) {
-    if (given[i].is_none()) continue;
-    if (exchange_api->view(given[i].ptr(), &views[i]) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    tensors[i] = &views[i];
-  }
-  for (size_t needed : {0, 1, 2, 6, 7}) {  // q, k, v, o, final_state
-    if (!tensors[needed] || tensors[needed]->dimensions != 4) return false;
-  }
-  Problem problem{};
-  const Call call{static_cast<Gate>(gate),
-                  delta,
-                  normalize,
-                  scale,
-                  tensors[0],
-                  tensors[1],
-                  tensors[2],
-                  tensors[3],
-                  tensors[4],
-                  tensors[5],
-                  tensors[6],
-                  tensors[7]};
-  if (!plain(call, problem)) return false;
-  py::gil_scoped_release unlocked;
-  forward(problem);
-  return true;
-}
-
 std::vector<std::string> isa_names() {
   std::array<const Implementation*, 8> list;
   const int n = implementations(list.data(), list.size());
@@ -204,8 +153,7 @@ constexpr bool HAS_CUDA = false;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of sleepkern. Import torch first: the threads are torch's.";
-  m.def("use_exchange_api", &use_exchange_api);
-  m.def("express", &run_express);
+  bind_express(m);
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);
   m.def("replay", &run_replay);

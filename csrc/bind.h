@@ -72,6 +72,7 @@ inline Problem describe(int gate, bool delta, bool normalize, float scale, int64
 
 bool signalled();  // whether a handler of a signal raised, whose exception the call then ends with
 
+void bind_express(pybind11::module_& m);      // plain calls, past the checks in Python
 void bind_mixer(pybind11::module_& m);        // what stands around the recurrence
 void bind_blocks(pybind11::module_& m);       // stacks of hybrid blocks
 void bind_cuda(pybind11::module_& m);         // the launches of csrc/cuda

@@ -61,9 +61,10 @@ def ingest(problem: Problem, engine: Backend, x: Tensors) -> Ingested:
 
     Under transforms that differentiate, `engine` is a torch form, whose own operators are recorded.
     """
-    if not transforms.reversing():
+    transformed = transforms.active()
+    if not (transformed and transforms.reversing()):
         refuse_tangents(*x)
-    if transforms.differentiating():
+    if transformed and transforms.differentiating():
         return _by_torch(problem, engine, x)
     if unrecorded(*x):
         return _checked_forward(problem, engine, x)

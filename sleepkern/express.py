@@ -18,11 +18,23 @@ from . import backends, settings
 from .addresses import mark_written
 from .backends import cpu
 from .backends.interface import Backend
-from .problem import Tensors
 from .rules import RULES, Rule
 
 _api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_usable = cpu._C is not None and _api is not None and bool(cpu._C.use_exchange_api(_api))
+_usable = (
+    cpu._C is not None
+    and _api is not None
+    and bool(cpu._C.use_exchange_api(_api))
+    and bool(cpu._C.use_tensor_class(Tensor))
+)
+# Names of this module, because each dot on the way to a function costs half of what the function does.
+_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_autocast = torch._C._is_any_autocast_enabled
+_grad = torch.is_grad_enabled
+_inference = torch.is_inference_mode_enabled
+_empty_like = torch.empty_like
 
 _ROWS = {id(rule): rule for rule in RULES.values() if rule in cpu.SUPPORTS}
 """The rules of the lane: rows themselves, not what equals them, so that a plain call need not compare."""
@@ -32,20 +44,19 @@ _names: tuple[str | None, ...] = ()
 
 
 def forward(
-    rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None
+    rule: Rule, x: tuple[Tensor | None, ...], scale: float | None, normalize: bool, backend: str | None
 ) -> tuple[Tensor, Tensor] | None:
-    """(readouts, final state) of a plain call, None for any other."""
+    """(readouts, final state) of a plain call, None for any other. x: the fields of Tensors."""
     q, k, v, g, beta, state, cu_seqlens = x
     if cu_seqlens is not None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
         return None
-    if k.dim() != 4 or v.dim() != 4:
-        return None
-    B, _, _, K = k.shape
-    _, _, HV, V = v.shape
+    assert k is not None and v is not None
     try:
-        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        B, _, _, K = k.shape
+        _, _, HV, V = v.shape
+        o = _empty_like(v, memory_format=torch.contiguous_format)
         final = v.new_empty((B, HV, K, V), dtype=torch.float32)
-    except RuntimeError:  # of a layout or type that has no such thing
+    except (ValueError, RuntimeError):  # of other dimensions; of a layout or type that has no such thing
         return None
     return (o, final) if _run(rule, scale, normalize, q, k, v, g, beta, state, o, final) else None
 
@@ -65,10 +76,10 @@ def step(
     """Readouts of a plain call that updates `state` in place, None for any other."""
     if state is None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
         return None
-    if state.is_inference() and not torch.is_inference_mode_enabled():
+    if state.is_inference() and not _inference():
         return None
     try:
-        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        o = _empty_like(v, memory_format=torch.contiguous_format)
     except RuntimeError:
         return None
     if not _run(rule, scale, normalize, q, k, v, g, beta, state, o, state):
@@ -80,8 +91,8 @@ def step(
 def _open(
     rule: Rule,
     q: Tensor | None,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     g: Tensor | None,
     beta: Tensor | None,
     state: Tensor | None,
@@ -95,41 +106,17 @@ def _open(
         return False
     if (settings.BACKEND if backend is None else backend) not in _names:
         return False
-    # Spelled out, because a loop would cost as much as all the questions.
     if (
-        type(q) is not Tensor
-        or type(k) is not Tensor
-        or type(v) is not Tensor
-        or (g is not None and type(g) is not Tensor)
-        or (beta is not None and type(beta) is not Tensor)
-        or (state is not None and type(state) is not Tensor)
-        or type(normalize) is not bool
+        type(normalize) is not bool
         or (scale is not None and (type(scale) is not float or not abs(scale) < math.inf))
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_any_autocast_enabled()
+        or _compiling()
+        or _modes() != 0
+        or _transforms() is not None
+        or _autocast()
         or forward_ad._current_level >= 0
     ):
         return False
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (g is not None and g.requires_grad)
-        or (beta is not None and beta.requires_grad)
-        or (state is not None and state.requires_grad)
-    ):
-        return False
-    # The negative bit is torch's own: memory holds the numbers' opposites.
-    return not (
-        q.is_neg()
-        or k.is_neg()
-        or v.is_neg()
-        or (g is not None and g.is_neg())
-        or (beta is not None and beta.is_neg())
-        or (state is not None and state.is_neg())
-    )
+    return cpu._C.ordinary(_grad(), q, k, v, g, beta, state)  # type: ignore[no-any-return]
 
 
 def _look_at_order() -> bool:

@@ -1,6 +1,6 @@
 """Step 1 of a call, PUBLIC: one function per rule, the decode step, and looped ingestion.
 
-Every function ends in `run`: check, choose, apply. Layouts and names are the field's (flash-linear-attention):
+Every function ends in `_apply`: check, choose, apply. Layouts and names are the field's (flash-linear-attention):
 
     q, k   [B,T,H,K]   float32, bfloat16, float16 or float64, one type for q, k, v; last dimension contiguous or not
     v      [B,T,HV,V]  HV a multiple of H: value head j reads key head j // (HV // H)
@@ -32,7 +32,7 @@ TypeError naming the argument, what it got and what it expects, before any kerne
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from torch import Tensor
 from . import autograd, express, settings, transforms
 from .addresses import check_memory
 from .backends.interface import Backend
-from .backends.tensors import on_device_of, untraced
+from .backends.tensors import Ingested, on_device_of, untraced
 from .dispatch import Explanation, choose, explain_problem, method_of, torch_form
 from .problem import Problem, Tensors, check, check_dense, check_flag, check_pool
 from .rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule, rule_named
@@ -80,7 +80,7 @@ def gated_delta_rule(
 
     Gated DeltaNet, arXiv 2412.06464, equation 10. Shapes and options: module docstring.
     """
-    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    x = (q, k, v, g, beta, initial_state, cu_seqlens)
     return _one_pass(GATED_DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
@@ -101,7 +101,7 @@ def kda(
 
     Kimi Delta Attention, arXiv 2510.26692, equation 1. Shapes and options: module docstring.
     """
-    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    x = (q, k, v, g, beta, initial_state, cu_seqlens)
     return _one_pass(KDA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
@@ -121,7 +121,7 @@ def delta_rule(
 
     DeltaNet, arXiv 2406.06484, section 2.2. Shapes and options: module docstring.
     """
-    x = Tensors(q, k, v, None, beta, initial_state, cu_seqlens)
+    x = (q, k, v, None, beta, initial_state, cu_seqlens)
     return _one_pass(DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
@@ -143,7 +143,7 @@ def simple_gla(
     Mamba-2's state space duality (arXiv 2405.21060) with b its step size; also called `ssd`. Shapes and options:
     module docstring.
     """
-    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    x = (q, k, v, g, beta, initial_state, cu_seqlens)
     return _one_pass(SIMPLE_GLA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
@@ -164,7 +164,7 @@ def gla(
 
     Gated linear attention, arXiv 2312.06635, equation 3. Shapes and options: module docstring.
     """
-    x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
+    x = (q, k, v, g, beta, initial_state, cu_seqlens)
     return _one_pass(GLA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
 
 
@@ -326,14 +326,21 @@ def run(
     method: str = "auto",
     readouts: bool = True,
 ) -> SleepResult:
-    """Check, choose, apply: the one way from every public function to a kernel."""
-    x = _cast(x)
-    problem = check(rule, x, scale, normalize, passes, tol, method, readouts)
-    engine = _choose(problem, x, backend)
+    """Check, choose, apply, and say how the passes were made."""
+    problem, engine, out = _apply(rule, x, scale, normalize, backend, passes, tol, method, readouts)
     with on_device_of(x.k):
         made_by = method_of(problem, engine)
-    out = autograd.ingest(problem, engine, x)
     return SleepResult(out.state, out.o, problem.passes if out.passes is None else out.passes, out.residual, made_by)
+
+
+def _apply(
+    rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None, *replay: Any
+) -> tuple[Problem, Backend, Ingested]:
+    """The one way from every public function to a kernel. replay: passes, tol, method, readouts."""
+    x = _cast(x)
+    problem = check(rule, x, scale, normalize, *replay)
+    engine = _choose(problem, x, backend)
+    return problem, engine, autograd.ingest(problem, engine, x)
 
 
 def _choose(problem: Problem, x: Tensors, backend: str | None) -> Backend:
@@ -344,23 +351,29 @@ def _choose(problem: Problem, x: Tensors, backend: str | None) -> Backend:
 
 
 def _one_pass(
-    rule: Rule, x: Tensors, scale: float | None, normalize: bool, output_final_state: bool, backend: str | None
+    rule: Rule,
+    x: tuple[Tensor | None, ...],
+    scale: float | None,
+    normalize: bool,
+    output_final_state: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     if type(output_final_state) is not bool:
         check_flag("output_final_state", output_final_state)
     plain = express.forward(rule, x, scale, normalize, backend)
     if plain is not None:
         o, state = plain
-    else:
-        out = run(rule, x, scale, normalize, backend)
-        assert out.output is not None
-        o, state = out.output, out.final_state
-    return o, state if output_final_state else None
+        return o, state if output_final_state else None
+    _, _, out = _apply(rule, Tensors._make(x), scale, normalize, backend)
+    assert out.o is not None
+    return out.o, out.state if output_final_state else None
 
 
 def _cast(x: Tensors) -> Tensors:
     """Under autocast q, k and v take its type, as a matrix product's operands would: float64 does not, nor do gates and
     state."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return x
     device = x.k.device.type if isinstance(x.k, Tensor) else "cpu"
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return x

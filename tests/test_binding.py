@@ -103,6 +103,28 @@ def test_the_express_lane_leaves_what_is_no_call() -> None:
     with pytest.raises(ValueError, match="gate: got 9"):
         _C.express(9, True, False, 1.0, x, x, x, None, x[..., 0], None, x, torch.zeros(1, 1, 8, 8))
     assert not _C.use_exchange_api(signal_capsule())
+    for call, count in ((_C.express, 12), (_C.ordinary, 7)):
+        with pytest.raises(TypeError, match=f"got 3 arguments; expected {count}"):
+            call(1, 2, 3)
+    with pytest.raises(TypeError):
+        _C.express("head", True, False, 1.0, x, x, x, None, x[..., 0], None, x, torch.zeros(1, 1, 8, 8))
+
+
+def test_the_express_lane_knows_what_torch_says_of_a_tensor() -> None:
+    """At each of the six places: what is no plain tensor, needs a gradient, or holds the opposites of its numbers."""
+    x = torch.zeros(2)
+    assert _C.ordinary(True, *[x] * 6) and _C.ordinary(True, x, x, x, None, None, None)
+    for place in range(6):
+
+        def at(given: object, grad: bool = False, place: int = place) -> bool:
+            answer: bool = _C.ordinary(grad, *[x] * place, given, *[x] * (5 - place))
+            return answer
+
+        assert at(None) == (place > 2)
+        assert not at(torch.nn.Parameter(x, requires_grad=False)) and not at(3) and not at(np.zeros(2))
+        assert not at(torch._neg_view(x)) and not at(x.cfloat().conj().imag)
+        assert not at(x.clone().requires_grad_(), grad=True) and at(x.clone().requires_grad_(), grad=False)
+    assert not _C.use_tensor_class(int) and _C.ordinary(True, *[x] * 6)
 
 
 def signal_capsule() -> Any:

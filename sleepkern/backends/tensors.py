@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from .. import transforms
 from ..problem import Problem, Tensors
 
+_HERE = nullcontext()
 NORM_EPS = 1e-6
 """Added to |x|^2 in the q/k normalisation x / sqrt(|x|^2 + eps), as transformers and flash-linear-attention do."""
 
@@ -52,9 +53,11 @@ def on_device_of(t: Tensor) -> AbstractContextManager[object]:
 
     Entering it costs more than asking. A graph that is being compiled is of one device, and fakes are of none.
     """
-    if torch.compiler.is_compiling() or not t.is_cuda or not torch.cuda.is_initialized():
+    if torch.compiler.is_compiling():
         return nullcontext()
-    return nullcontext() if t.device.index == torch.cuda.current_device() else torch.cuda.device(t.device)
+    if not t.is_cuda or not torch.cuda.is_initialized():
+        return _HERE
+    return _HERE if t.device.index == torch.cuda.current_device() else torch.cuda.device(t.device)
 
 
 def untraced(*tensors: Tensor | None) -> bool:
