@@ -16,7 +16,7 @@ State = Fast | Slow | None
 OPTIONS = [("raw", "rewind", 1), ("raw", "carry", 3), ("reinject", "rewind", 2), ("reinject", "carry", 2)]
 SIZES = {  # L, d, heads, batch, further arguments of the mixers
     "rule 110": (24, 256, 4, 3, {}),
-    "depo": (75, 512, 8, 2, {}),
+    "depo": (75, 512, 8, 1, {}),
     "tiny": (5, 24, 2, 1, {"key_width": 7, "value_heads": 4, "value_width": 5, "convolution": 3}),
     "odd": (17, 40, 5, 7, {"negative": True, "convolution": 2}),
     "one token": (1, 8, 1, 2, {"decay_bias": 2.0}),
