@@ -66,7 +66,9 @@ def _range(t: Tensor) -> tuple[int, int]:
     begin = t.data_ptr()
     if t.is_contiguous():
         return begin, begin + t.nbytes
-    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    last = 0
+    for n, stride in zip(t.shape, t.stride(), strict=True):
+        last += (n - 1) * stride
     return begin, begin + (last + 1) * t.element_size()
 
 

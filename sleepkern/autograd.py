@@ -121,6 +121,8 @@ def _checked_forward(problem: Problem, engine: Backend, x: Tensors) -> Ingested:
     check_values(problem, x)
     if problem.B == 0:
         return _of_no_sequence(problem, x)
+    if not x.k.is_cuda:  # entering nothing costs as much as a check
+        return engine.forward(problem, x)
     with on_device_of(x.k):
         return engine.forward(problem, x)
 
@@ -144,6 +146,8 @@ def _checked_step(problem: Problem, engine: Backend, x: Tensors, places: Tensor 
     if problem.B == 0:
         return torch.empty_like(x.v, memory_format=torch.contiguous_format)
     mark_written(x.state)
+    if places is None and not x.k.is_cuda:
+        return engine.step(problem, x)
     with on_device_of(x.k):
         if places is None:
             return engine.step(problem, x)
@@ -159,7 +163,14 @@ def _by_torch(problem: Problem, engine: Backend, x: Tensors) -> Ingested:
 
 def wants_grad(x: Tensors) -> bool:
     """Whether autograd would record a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x)
+    if not torch.is_grad_enabled():
+        return False
+    for t in x:  # a generator takes as long again
+        if t is None:
+            continue
+        if t.requires_grad:
+            return True
+    return False
 
 
 def _checked(

@@ -51,7 +51,8 @@ def choose(problem: Problem, backend: str | None = None) -> Backend:
     Raises:
         ValueError: no such backend, or the one asked for cannot do the problem (with its reason).
     """
-    problem = _of_any_size(problem)
+    if torch.compiler.is_compiling():
+        problem = _of_any_size(problem)
     if backend is not None or settings.BACKEND is not None:
         return _by_name(problem, backend)
     for candidate in backends.BACKENDS:

@@ -345,7 +345,10 @@ def _apply(
 
 def _choose(problem: Problem, x: Tensors, backend: str | None) -> Backend:
     """The backend that computes: the one that is chosen, or torch's operators where a transform wants their rules."""
-    with on_device_of(x.k):
+    if x.k.is_cuda:
+        with on_device_of(x.k):
+            engine = choose(problem, backend)
+    else:  # entering nothing costs as much as choosing
         engine = choose(problem, backend)
     return torch_form(problem, engine) if transforms.differentiating() else engine
 

@@ -135,17 +135,20 @@ def check_values(problem: Problem, x: Tensors, state_name: str = "initial_state"
     debug = settings.DEBUG
     cu_seqlens, g = x.cu_seqlens, x.g
     names = ("q", "k", "v", "g", "beta", state_name, "cu_seqlens")
-    if not transforms.active():
+    transformed = transforms.active()
+    if not transformed:
         check_memory(names, x)
     if cu_seqlens is not None and (debug or cu_seqlens.device.type == "cpu"):
-        check_offsets(transforms.offsets_of(cu_seqlens), problem.T)
+        check_offsets(transforms.offsets_of(cu_seqlens) if transformed else cu_seqlens.tolist(), problem.T)
     if problem.device != "cpu" and not debug:
         return
     if debug:
         for name, t in zip(names, x, strict=True):
             if t is not None:
                 _check_numbers(name, transforms.plain(t))
-    if g is not None and g.numel() and not (g := transforms.plain(g)).amax().item() <= 0:  # NaN may hide what is above
+    if (
+        g is not None and g.numel() and not (g := transforms.plain(g) if transformed else g).amax().item() <= 0
+    ):  # NaN may hide what is above
         largest = torch.where(g > 0, g, 0).amax().item()
         if largest > 0:
             raise ValueError(f"g: got a log decay of {largest:.9g}; expected g <= 0 (a = exp(g) <= 1)")
@@ -340,8 +343,7 @@ def _check_numbers(name: str, t: Tensor) -> None:
 
 
 def check_offsets(offsets: list[int], T: int) -> None:
-    rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
-    if offsets[0] != 0 or offsets[-1] != T or not rising:
+    if offsets[0] != 0 or offsets[-1] != T or offsets != sorted(offsets):
         raise ValueError(
             f"cu_seqlens: got {offsets if len(offsets) <= 8 else [*offsets[:4], '...', *offsets[-3:]]}; "
             f"expected offsets that start at 0, never fall and end at T = {T}"

@@ -195,7 +195,9 @@ def _arguments(
 ) -> tuple[tuple[object, ...], list[Tensor | None]]:
     """What every entry point of _C takes first, and the tensors that must live while it runs."""
     H, HV, K, V = problem.H, problem.HV, problem.K, problem.V
-    offsets = None if x.cu_seqlens is None else x.cu_seqlens.to("cpu", torch.int64).contiguous()
+    offsets = x.cu_seqlens
+    if offsets is not None and not (offsets.is_cpu and offsets.dtype == torch.int64 and offsets.is_contiguous()):
+        offsets = offsets.to("cpu", torch.int64).contiguous()
     q, q_view = _rows(x.q, H * K) if reads else (None, _ABSENT)
     k, k_view = _rows(x.k, H * K)
     v, v_view = _rows(x.v, HV * V)
@@ -224,5 +226,7 @@ def _rows(t: Tensor | None, width: int) -> tuple[Tensor | None, tuple[int, int, 
         return None, _ABSENT
     if t.dtype not in _TYPES:  # float64 gates beside float32 inputs
         t = t.float()
+    if t.is_contiguous():  # the most frequent answer of in_rows
+        return t, (t.data_ptr(), width, _TYPES[t.dtype])
     t, stride = in_rows(t, width)
     return t, (t.data_ptr(), stride, _TYPES[t.dtype])

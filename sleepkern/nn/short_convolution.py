@@ -52,7 +52,8 @@ def short_convolution(
         TypeError: an argument is not a tensor, not of floats, or cu_seqlens of another type than int32 or int64.
         ValueError: a shape, layout, device, activation or cu_seqlens that does not fit.
     """
-    direct = x is not None and weight is not None and native.direct(x, weight, bias, past) and untraced(cu_seqlens)
+    direct = x is not None and weight is not None and native.direct(x, weight, bias, past)
+    direct = direct and (cu_seqlens is None or untraced(cu_seqlens))
     if not direct:
         _check_tensors(x, weight, bias, past=past)
     _check(x, weight, bias, past, activation, cu_seqlens)
@@ -60,7 +61,7 @@ def short_convolution(
         check_memory(("x", "weight", "bias", "past", "cu_seqlens"), (x, weight, bias, past, cu_seqlens))
     silu = activation == "silu"
     past = past if past is None else past.to(x.dtype)
-    if not native.usable(x, weight, bias, past) or weight.shape[1] > _C.convolution_limit:
+    if not (direct or native.usable(x, weight, bias, past)) or weight.shape[1] > _C.convolution_limit:
         return _by_torch(x, weight, bias, past, cu_seqlens, silu)
     if direct:
         return _convolve(x, weight, bias, past, cu_seqlens, silu)
@@ -87,8 +88,8 @@ def short_convolution_step(
         ValueError: a shape, layout, device or activation that does not fit, or a state that overlaps itself or another
             argument.
     """
-    required = (x, weight, state)
-    direct = not any(t is None for t in required) and native.direct(x, weight, bias, state)
+    missing = x is None or weight is None or state is None
+    direct = not missing and native.direct(x, weight, bias, state)
     if not direct:
         _check_tensors(x, weight, bias, state=state)
     if x.ndim != 2:
