@@ -37,7 +37,7 @@ test: $(VENV)/built
 OLDEST := $(VENV)/transformers-oldest
 NEWEST := $(VENV)/transformers-newest
 PATCHED := tests/test_integration_versions.py tests/test_integration_transformers.py tests/test_integration_patching.py
-SLEEPING := $(addprefix tests/test_sleep_,adapters.py mamba2.py retrofit.py session.py versions.py)
+SLEEPING := $(addprefix tests/test_sleep_,adapters.py asking.py input.py mamba2.py retrofit.py saved.py session.py versions.py wrapped.py)
 
 test-hardening: test-sanitized test-properties test-errors test-oldest test-newest
 
