@@ -197,6 +197,27 @@ def test_only_a_model_that_hides_its_forward_is_changed() -> None:
     assert not isinstance(SleepSession(both, L).stack.alone(), nullcontext)
 
 
+class Meanwhile:
+    """Whenever somebody asks what it is, a model is given something, as another thread may do at that moment."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base, self.asked = base, 0
+
+    @property  # type: ignore[override]
+    def __class__(self) -> type:
+        self.asked += 1
+        vars(self.base)[f"noted_{self.asked}"] = self.asked
+        return Meanwhile
+
+
+def test_a_model_may_be_given_attributes_meanwhile() -> None:
+    model: Any = build("qwen3_5")
+    session = SleepSession(model, L)
+    vars(model.model)["other"] = other = Meanwhile(model.model)
+    session.ingest(tokens(1, L))
+    assert session.position == L and other.asked > 0
+
+
 def test_forks_share_graphs() -> None:
     """A graph's tensors hold one sleep at a time."""
     session = SleepSession(build("qwen3_5"), L, passes=2, capture=True)

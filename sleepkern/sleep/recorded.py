@@ -193,10 +193,10 @@ def _copied(base: nn.Module, instead: dict[str, nn.Module]) -> nn.Module | None:
 
     That is a forward put on the instance, unless all of it that is bound can be bound to the copy, as accelerate's.
     """
-    if "forward" in vars(base) and not all(_known(x, base) for x in vars(base).values() if callable(x)):
+    if "forward" in vars(base) and not all(_known(x, base) for x in list(vars(base).values()) if callable(x)):
         return None
     copy = object.__new__(type(base))
-    vars(copy).update({name: _rebound(x, base, copy) for name, x in vars(base).items()})
+    vars(copy).update({name: _rebound(x, base, copy) for name, x in list(vars(base).items())})
     vars(copy).update(_modules={**vars(base)["_modules"], **instead}, _compiled_call_impl=None)
     return copy
 
