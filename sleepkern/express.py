@@ -76,7 +76,7 @@ def step(
     """Readouts of a plain call that updates `state` in place, None for any other."""
     if state is None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
         return None
-    if state.is_inference() and not _inference():
+    if not state.is_contiguous() or (state.is_inference() and not _inference()):
         return None
     try:
         o = _empty_like(v, memory_format=torch.contiguous_format)
