@@ -25,7 +25,7 @@ demo: $(VENV)/built
 	$(BIN)/python -m sleepkern demo --out out/demo
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest -m "not alone" -n auto
+	$(BIN)/python -m pytest -m "not alone and not hardening" -n auto
 	$(BIN)/python -m pytest -m alone
 	$(BIN)/python -m pytest tests/cuda_on_cpu -n auto --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -n auto
@@ -42,6 +42,7 @@ SLEEPING := $(addprefix tests/test_sleep_,adapters.py asking.py input.py mamba2.
 test-hardening: test-sanitized test-properties test-errors test-oldest test-newest
 
 test-sanitized: $(VENV)/built
+	$(BIN)/python -m pytest -m hardening
 	$(BIN)/python -m tests.fuzz_calls --sanitize --calls 20000
 
 test-properties: $(VENV)/built

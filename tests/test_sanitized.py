@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from native import build, run_with, sanitized
+
+from tests import fuzz_calls
 
 CALLS = "from tests import fuzz_calls\nassert fuzz_calls.run(150, 5_000_000) == 0"
 BEYOND = """
@@ -19,6 +22,7 @@ cpu._C.forward(1, True, False, 1.0, 1, 2, 1, 1, 8, 8, 0, view, view, (short.data
 """
 
 
+@pytest.mark.hardening
 def test_random_calls_under_sanitizers(tmp_path: Path) -> None:
     """The baseline kernels, which all instruction sets share but for a few intrinsics."""
     module = build(tmp_path, "-DSLEEPKERN_SANITIZE=ON", "-DSLEEPKERN_BASELINE_ONLY=ON")
@@ -27,3 +31,8 @@ def test_random_calls_under_sanitizers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     seen = run_with(module, BEYOND, sanitized())  # a value that ends before its row does
     assert seen.returncode != 0 and "heap-buffer-overflow" in seen.stderr, seen.stderr[-4000:]
+
+
+def test_random_calls() -> None:
+    """Without sanitizers, on the best instruction set: a crash ends the process of the tests."""
+    assert fuzz_calls.run(300, 7_000_000) == 0
