@@ -44,6 +44,9 @@ STACK_EXACT = {64: 1024, 128: 1024, 256: 8192}
 STACK_PLAIN = {64: 640, 128: 640, 256: 1408}
 """Bytes of stack a thread may spill, by width of the head. Exact products take no matrix unit and hold more at a time:
 they are there to check numbers by, not for speed. So do windows of two warps (plan.PLAIN_HOPPER)."""
+STACK_CHANNEL_BACKWARD = {64: 1024, 128: 1024, 256: 2048}
+"""The same of gradients with a decay for each channel: dg is summed from pairs of tokens on both sides of each token,
+whose tiles live side by side. A difference of two sums needs fewer, and loses all digits under strong decay."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
         yield f"shared memory {made.shared} > {SHARED[subject.architecture]}"
     budget = STACK_EXACT if operands == "exact" else STACK_PLAIN if subject.capability < 0 else STACK
     stack = budget[subject.key.width]
+    if subject.key.channel and subject.key.direction == "backward":
+        stack = max(stack, STACK_CHANNEL_BACKWARD[subject.key.width])
     if made.stack > stack:
         yield f"stack {made.stack} > {stack}"
     if made.tensor_memory > TENSOR_MEMORY:
