@@ -1,10 +1,11 @@
 """Fast, correct, pleasant kernels for fast weights and sleep. Start with ops.py."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import rules
 from .backends.triton.plan import use_plans
 from .dispatch import Explanation
 from .integrations.transformers import patch, patched, unpatch
-from .measure import bench, verify
 from .ops import (
     SleepResult,
     delta_rule,
@@ -17,6 +18,9 @@ from .ops import (
     sleep_ingest,
     ssd,
 )
+
+if TYPE_CHECKING:
+    from .measure import bench, verify
 
 __version__ = "0.1.0"
 
@@ -40,3 +44,12 @@ __all__ = [
     "use_plans",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`bench` and `verify` on first use: they import peers, models and suites, which no call needs."""
+    if name in ("bench", "verify"):
+        from . import measure
+
+        return getattr(measure, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
