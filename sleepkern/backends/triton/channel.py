@@ -66,48 +66,47 @@ def channel_gradients(
     q, k, G, b, p_P, p_X, stride, rows, C: tl.constexpr, BK: tl.constexpr,
     DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums inside the chunk: those of dq, of row, of col and of dg, [C, BK] each; dP and dM lie at p_P and p_X."""
+    """The sums inside the chunk: those of dq, of dk and of dg, [C, BK] each; dP and dM lie at p_P and p_X.
+
+    The levels above BLOCK go on from what those inside it have summed: two sets of sums would not fit in registers.
+    """
     LEVELS: tl.constexpr = 4 + C // 32 - C // 128
     B: tl.constexpr = C // BLOCK
-    dq, row, col, dg = gradient_levels(
+    zero = tl.zeros([B, BLOCK, BK], tl.float32)
+    dq, dk, dg = gradient_levels(
         tl.reshape(q, [B, BLOCK, BK]), tl.reshape(k, [B, BLOCK, BK]), tl.reshape(G, [B, BLOCK, BK]),
-        tl.reshape(b, [B, BLOCK]), p_P, p_X, stride, rows, 0, BLOCK_LEVELS, B, BLOCK, BK, DELTA, READS, DT, PRECISION,
+        tl.reshape(b, [B, BLOCK]), zero, zero, zero, p_P, p_X, stride, rows, 0, BLOCK_LEVELS,
+        B, BLOCK, BK, DELTA, READS, DT, PRECISION,
     )  # fmt: skip
     dq = tl.reshape(dq, [C, BK])
-    row = tl.reshape(row, [C, BK])
-    col = tl.reshape(col, [C, BK])
+    dk = tl.reshape(dk, [C, BK])
     dg = tl.reshape(dg, [C, BK])
     if C > BLOCK:
-        more_dq, more_row, more_col, more_dg = gradient_levels(
-            q[None], k[None], G[None], b[None], p_P, p_X, stride, rows, BLOCK_LEVELS, LEVELS, 1, C, BK,
-            DELTA, READS, DT, PRECISION,
+        dq, dk, dg = gradient_levels(
+            q[None], k[None], G[None], b[None], dq[None], dk[None], dg[None], p_P, p_X, stride, rows,
+            BLOCK_LEVELS, LEVELS, 1, C, BK, DELTA, READS, DT, PRECISION,
         )  # fmt: skip
-        dq += tl.reshape(more_dq, [C, BK])
-        row += tl.reshape(more_row, [C, BK])
-        col += tl.reshape(more_col, [C, BK])
-        dg += tl.reshape(more_dg, [C, BK])
+        dq = tl.reshape(dq, [C, BK])
+        dk = tl.reshape(dk, [C, BK])
+        dg = tl.reshape(dg, [C, BK])
     if READS:
         i = tl.arange(0, C)
         diagonal = tl.load(p_P + i * (stride + 1), mask=i < rows, other=0.0).to(tl.float32)[:, None]
         dq += diagonal * k
-        col += diagonal * q
-    return dq, row, col, dg
+        dk += diagonal * q
+    return dq, dk, dg
 
 
 @triton.jit
 def gradient_levels(
-    q, k, G, b, p_P, p_X, stride, rows, first, last, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    q, k, G, b, dq, dk, dg, p_P, p_X, stride, rows, first, last, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
     DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, row, col and dg [B, R, BK] of the levels from first to before last.
+    """dq, dk and dg [B, R, BK] with the levels from first to before last added.
 
     All pairs of a level are of an upper half's row i and a lower half's row j. At a row t of the upper half those of
     rows from t on decay, at one of the lower half those of rows before t: dg takes the sum of what they give.
     """
-    dq = tl.zeros([B, R, BK], tl.float32)
-    row = tl.zeros([B, R, BK], tl.float32)
-    col = tl.zeros([B, R, BK], tl.float32)
-    dg = tl.zeros([B, R, BK], tl.float32)
     for level in range(first, last):
         e, upper, pair, turned = level_decay(G, level, B, R, BK)
         ex = tl.where(upper, e, 0.0)
@@ -116,21 +115,23 @@ def gradient_levels(
         if READS:
             dP = tl.where(pair, load_blocks(p_P, stride, rows, B, R, False), 0.0)
             of_q = ex * block_product(dP, k * ey, DT, PRECISION)
+            dq += of_q
+            gains += q * of_q
             dP_turned = tl.where(turned, load_blocks(p_P, stride, rows, B, R, True), 0.0)
             of_k = ey * block_product(dP_turned, q * ex, DT, PRECISION)
-            dq += of_q
-            col += of_k
-            gains += q * of_q + k * of_k
+            dk += of_k
+            gains += k * of_k
         if DELTA:
             dM = tl.where(pair, load_blocks(p_X, stride, rows, B, R, False), 0.0)
-            of_row = ex * block_product(dM, k * ey, DT, PRECISION)
+            of_row = b[:, :, None] * (ex * block_product(dM, k * ey, DT, PRECISION))
+            dk += of_row
+            gains += k * of_row
             dM_turned = tl.where(turned, load_blocks(p_X, stride, rows, B, R, True) * b[:, None, :], 0.0)
             of_k = ey * block_product(dM_turned, k * ex, DT, PRECISION)
-            row += of_row
-            col += of_k
-            gains += k * (b[:, :, None] * of_row + of_k)
+            dk += of_k
+            gains += k * of_k
         dg += block_product(tl.broadcast_to(crossing(level, R), [B, R, R]), gains, tl.float32, PRECISION)
-    return dq, row, col, dg
+    return dq, dk, dg
 
 
 @triton.jit

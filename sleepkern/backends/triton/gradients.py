@@ -136,8 +136,7 @@ def inside_chunk(
     """The sums of channel_gradients but dg's, for a decay [C] that all channels share, or none."""
     i = tl.arange(0, C)
     dq = tl.zeros_like(k)
-    row = tl.zeros_like(k)
-    col = tl.zeros_like(k)
+    dk = tl.zeros_like(k)
     D = head_differences(G, GATE, C)
     turned = i[:, None] <= i[None, :]
     D_turned = tl.where(turned, 1.0, 0.0)
@@ -145,13 +144,13 @@ def inside_chunk(
         D_turned = tl.where(turned, exp_of(G[None, :] - G[:, None]), 0.0)
     if READS:
         dq = product(D * load_tile(p_P, stride, rows, 0, C, C, C), k, DT, PRECISION)
-        col = product(D_turned * load_turned(p_P, stride, rows, 0, C, C, C), q, DT, PRECISION)
+        dk = product(D_turned * load_turned(p_P, stride, rows, 0, C, C, C), q, DT, PRECISION)
     if DELTA:
         dM = load_tile(p_X, stride, rows, 0, C, C, C)
-        row = product(tl.where(i[:, None] > i[None, :], D * dM, 0.0), k, DT, PRECISION)
+        dk += b[:, None] * product(tl.where(i[:, None] > i[None, :], D * dM, 0.0), k, DT, PRECISION)
         dM_turned = load_turned(p_X, stride, rows, 0, C, C, C) * b[None, :]
-        col += product(tl.where(i[:, None] < i[None, :], D_turned * dM_turned, 0.0), k, DT, PRECISION)
-    return dq, row, col
+        dk += product(tl.where(i[:, None] < i[None, :], D_turned * dM_turned, 0.0), k, DT, PRECISION)
+    return dq, dk
 
 
 @triton.jit
@@ -187,11 +186,11 @@ def key_columns(
         p_X += at_rows * C
     dg = 0.0
     if GATE == CHANNEL:
-        dq, row, write, dg = channel_gradients(
+        dq, dk, dg = channel_gradients(
             q, k, G, b, p_P, p_X, HV * C, rows, C, BK, DELTA, READS, DT, PRECISION
         )  # fmt: skip
     else:
-        dq, row, write = inside_chunk(q, k, G, b, p_P, p_X, HV * C, rows, C, GATE, DELTA, READS, DT, PRECISION)
+        dq, dk = inside_chunk(q, k, G, b, p_P, p_X, HV * C, rows, C, GATE, DELTA, READS, DT, PRECISION)
     S_do, S_dR, dS_Vn, S_dS = through_states(
         p_starts, p_ends, p_Vn, p_dR, p_do, at_rows, at_slot, rows, col, do_stride,
         HV, K, V, C, BK, BV, DELTA, READS, DT, PRECISION,
@@ -202,8 +201,7 @@ def key_columns(
     S_dR *= E
     dS_Vn *= until
     dq += S_do
-    row -= S_dR
-    write += dS_Vn
+    dk += dS_Vn - b[:, None] * S_dR
     from_start = -b[:, None] * (k * S_dR)
     if READS:
         from_start += q * S_do
@@ -211,7 +209,6 @@ def key_columns(
     if GATE == CHANNEL:
         dg += tl.cumsum(from_start, 0, reverse=True) + sum_before(to_end, C) + S_dS[None, :]
         store_tile(p_dg + at_rows * K, HV * K, rows, col, dg, K, C, BK)
-    dk = b[:, None] * row + write
     if add:
         dk += load_tile(p_dk + at_keys, H * K, rows, col, K, C, BK)
     store_tile(p_dk + at_keys, H * K, rows, col, dk, K, C, BK)
