@@ -1,8 +1,9 @@
 # Each target does all its own set-up on a fresh machine with python3, g++ and make; a second call skips it.
 #   make demo       verify, bench, a hybrid model with and without the kernels, asleep, and thinking, into out/demo
 #   make test       the tests; then CUDA's and Triton's kernels, run on the CPU and compiled for GPUs that need not be there
-#   make test-hardening  what takes an hour more: 20,000 random calls under sanitizers, thousands of examples of every
-#                   property, a search for the worst errors, the integrations with the oldest and the newest transformers
+#   make test-hardening  what takes two hours more: 20,000 random calls under sanitizers, thousands of examples of every
+#                   property, a search for the worst errors, the integrations with the oldest and the newest transformers,
+#                   a build for each fault planted in a CUDA kernel, Triton's kernels for every GPU
 #   make bench      the full benchmark table and plot, into out/bench
 #   make lint       ruff, mypy, clang-format
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
@@ -17,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
-.PHONY: demo test test-hardening test-sanitized test-properties test-errors test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo test test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -27,10 +28,10 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/python -m pytest -m "not alone and not hardening" -n auto
 	$(BIN)/python -m pytest -m alone
-	$(BIN)/python -m pytest tests/cuda_on_cpu -n auto --dist loadfile
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -n auto
+	$(BIN)/python -m pytest tests/cuda_on_cpu -m "not hardening" -n auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -m "not hardening" -n auto
 	$(BIN)/python -m tests.cuda_offline.gate
-	$(BIN)/python -m tests.triton_offline.gate
+	$(BIN)/python -m tests.triton_offline.gate --quick
 
 # The versions of transformers beside the pinned one, each in a folder that PYTHONPATH puts before the other packages.
 # The newest is fetched anew each time, so that a release is seen here, and does not turn `make test` red.
@@ -39,10 +40,17 @@ NEWEST := $(VENV)/transformers-newest
 PATCHED := tests/test_integration_versions.py tests/test_integration_transformers.py tests/test_integration_patching.py
 SLEEPING := $(addprefix tests/test_sleep_,adapters.py asking.py input.py mamba2.py retrofit.py saved.py session.py versions.py wrapped.py)
 
-test-hardening: test-sanitized test-properties test-errors test-oldest test-newest
+test-hardening: test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest
+
+test-thorough: $(VENV)/built
+	$(BIN)/python -m pytest -m hardening -n auto
+
+test-kernels: $(VENV)/built
+	$(BIN)/python -m pytest tests/cuda_on_cpu -m hardening -n auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -m hardening -n auto
+	$(BIN)/python -m tests.triton_offline.gate
 
 test-sanitized: $(VENV)/built
-	$(BIN)/python -m pytest -m hardening
 	$(BIN)/python -m tests.fuzz_calls --sanitize --calls 20000
 
 test-properties: $(VENV)/built

@@ -9,33 +9,72 @@ import sys
 from pathlib import Path
 
 import pybind11
+import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build(folder: Path, *options: str, faults: tuple[tuple[str, str, str], ...] = ()) -> Path:
-    """Compile csrc into `folder`; the module's path. With faults (file, text, replacement) planted: baseline alone."""
+def build(folder: Path, *options: str) -> Path:
+    """Compile csrc into `folder`; the module's path."""
+    _configure(folder, *options)
+    return _compile(folder)
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """The folder that all processes of one run of the tests share."""
+    root = factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+def build_with_faults(root: Path, folder: Path, faults: tuple[tuple[str, str, str], ...]) -> Path:
+    """A module in `folder` with faults (file, text, replacement) planted, for the baseline instruction set alone.
+
+    All are built in one place under `root`, one after the other, so that what a fault does not reach is compiled once.
+    """
+    place = root / "with_faults"
+    with FileLock(root / "with_faults.lock"):
+        if not (place / "build").exists():
+            _configure(place, "-DSLEEPKERN_BASELINE_ONLY=ON")
+        sound: dict[Path, str] = {}
+        for file, good, bad in faults:
+            path = place / "source" / "csrc" / file
+            text = path.read_text()
+            sound.setdefault(path, text)
+            assert text.count(good) == 1, f"{good!r} is not once in {file}"
+            path.write_text(text.replace(good, bad))
+        try:
+            return Path(shutil.move(_compile(place), folder))
+        finally:
+            for path, text in sound.items():
+                path.write_text(text)
+
+
+def _configure(folder: Path, *options: str) -> None:
     source = folder / "source"
     shutil.copytree(ROOT / "csrc", source / "csrc")
     shutil.copy(ROOT / "CMakeLists.txt", source)
-    for file, good, bad in faults:
-        path = source / "csrc" / file
-        text = path.read_text()
-        assert text.count(good) == 1, f"{good!r} is not once in {file}"
-        path.write_text(text.replace(good, bad))
-    tools = Path(sys.executable).parent
-    cmake, ninja = (shutil.which(tool, path=f"{tools}:/usr/local/bin:/usr/bin") for tool in ("cmake", "ninja"))
-    assert cmake is not None
-    assert ninja is not None
-    configure = [cmake, "-S", source, "-B", folder / "build", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}", "-DSLEEPKERN_CUDA=OFF"]
-    configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DSLEEPKERN_OUTPUT_DIR={folder}", *options]
-    configure += ["-DSLEEPKERN_BASELINE_ONLY=ON"] if faults else []
-    for command in (configure, [cmake, "--build", folder / "build"]):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    command = [_tool("cmake"), "-S", source, "-B", folder / "build", "-G", "Ninja"]
+    command += [f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DCMAKE_BUILD_TYPE=Release", "-DSLEEPKERN_CUDA=OFF"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    _run([*command, f"-DSLEEPKERN_OUTPUT_DIR={folder}", *options])
+
+
+def _compile(folder: Path) -> Path:
+    _run([_tool("cmake"), "--build", folder / "build"])
     (module,) = folder.glob("_C*.so")
     return module
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
+    assert path is not None, f"{name} is not installed"
+    return path
+
+
+def _run(command: list[object]) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def sanitized() -> dict[str, str]:

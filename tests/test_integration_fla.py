@@ -1,24 +1,17 @@
-"""flash-linear-attention's functions over ours; and ours inside the real one, in a process of its own."""
+"""flash-linear-attention's functions over ours."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hybrid_models import CLOSE, build, tokens
+from hybrid_models import CLOSE
 from torch import Tensor
 from torch.nn import functional as F
 
 import sleepkern
 from sleepkern.integrations import fla
-from sleepkern.integrations.fla.calls import CHANGING, HARMLESS
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
 
@@ -26,14 +19,6 @@ SHAPE = Shape(B=2, T=70, H=2, HV=2, K=24, V=40)
 NAMES = {
     GATED_DELTA_RULE: "gated_delta_rule", KDA: "kda", DELTA_RULE: "delta_rule", SIMPLE_GLA: "simple_gla", GLA: "gla",
 }  # fmt: skip
-FOLDERS = {
-    "gated_delta_rule": "gated_delta_rule", "gdn": "gated_delta_rule", "gdn_gate": "gated_delta_rule", "kda": "kda",
-    "kda_gate": "kda", "delta_rule": "delta_rule", "simple_gla": "simple_gla", "gla": "gla", "retention": "retention",
-    "lightning_attn": "lightning_attn", "linear_attn": "linear_attn",
-}  # fmt: skip
-"""Where fla has functions of these endings, the first that fits."""
-FLA = Path(sys.prefix) / "fla"
-"""Where `make` puts flash-linear-attention: beside the other packages, for with it stock models crash on a CPU."""
 
 
 def inputs(rule: Rule) -> dict[str, Any]:
@@ -269,102 +254,3 @@ def test_calls_that_are_not_ours_go_back_to_the_original(monkeypatch: pytest.Mon
         fla.why_not(fla.fused_recurrent_gated_delta_rule, q, k, v, beta=wide)
         == "beta has a number for each value channel"
     )
-
-
-def in_fla(code: str) -> Any:
-    """What code leaves in `result`, in a process that sees flash-linear-attention."""
-    if not FLA.is_dir():
-        pytest.skip(f"flash-linear-attention is not in {FLA}; `make` puts it there")
-    tests = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(FLA), str(tests), str(tests.parent)])
-    program = f"import json, torch\n{code}\nprint('RESULT', json.dumps(result))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.split("RESULT")[1])
-
-
-def test_every_argument_of_flas_is_taken() -> None:
-    """By name, and by position where fla's come so: each is a parameter of ours, known as harmless, or refused."""
-    code = f"""
-import importlib, inspect, pkgutil
-result = {{}}
-for name in {list(fla.FUNCTIONS)}:
-    rule = next(r for r in {list(FOLDERS)} if name.endswith(r))
-    folder = {FOLDERS}[rule]
-    package = importlib.import_module(f"fla.ops.{{folder}}")
-    modules = [package]
-    for found in pkgutil.iter_modules(package.__path__):
-        try:
-            modules.append(importlib.import_module(f"fla.ops.{{folder}}.{{found.name}}"))
-        except ImportError:
-            assert found.name in ("parallel", "backends"), found.name
-    for module in modules:
-        if hasattr(module, name):
-            function = inspect.unwrap(getattr(module, name))
-            found = inspect.signature(function).parameters.values()
-            result[name] = [p.name for p in found if not p.kind.name.startswith("VAR")]
-"""
-    found = in_fla(code)
-    broken = {"parallel_delta_rule"}  # fla 0.6 cannot import its own
-    assert set(found) | broken == set(fla.FUNCTIONS)
-    for name, theirs in found.items():
-        ours = inspect.signature(fla.FUNCTIONS[name]).parameters
-        positional = [p.name for p in ours.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
-        common = [n for n in theirs if n in positional]
-        assert common == positional[: len(common)] == theirs[: len(common)], name
-        assert set(theirs) <= {*ours, *HARMLESS, *CHANGING}, name
-
-
-def test_registered_with_fla() -> None:
-    """fla's own functions run on a CPU, where without it they look for a driver."""
-    code = """
-import sleepkern.integrations.fla as kernels
-from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-from fla.ops.kda import chunk_kda
-from fla.ops.simple_gla import fused_recurrent_simple_gla
-from sleepkern.rules import GATED_DELTA_RULE, KDA, SIMPLE_GLA
-from sleepkern.testing import Shape, call, make_inputs, relative_error
-
-cases = ((GATED_DELTA_RULE, chunk_gated_delta_rule), (KDA, chunk_kda), (SIMPLE_GLA, fused_recurrent_simple_gla))
-result = []
-for registered in (False, True):
-    for rule, function in cases:
-        x = make_inputs(rule, Shape(T=70))
-        if not rule.delta:
-            x["beta"] = None
-        given = {n: x[n] for n in ("q", "k", "v", "g", "beta", "initial_state") if x[n] is not None}
-        try:
-            o = function(**given)[0]
-        except Exception:
-            assert not registered
-        else:
-            result.append(float(relative_error(o, call(rule, x, "reference")[0])))
-    kernels.register()
-"""
-    errors = in_fla(code)
-    assert len(errors) == 3 and max(errors) <= CLOSE
-
-
-@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear"])
-def test_models_run_where_fla_makes_them_crash(family: str) -> None:
-    code = f"""
-from hybrid_models import build, tokens
-from sleepkern.integrations.transformers import patch
-model, ids = build("{family}"), tokens(1, 30)
-with torch.no_grad():
-    try:
-        model(ids)
-        crashed = False
-    except Exception:
-        crashed = True
-    with patch("{family}"):
-        result = [crashed, model(ids).logits.tolist()]
-"""
-    crashed, logits = in_fla(code)
-    with torch.no_grad():
-        stock: Tensor = build(family)(tokens(1, 30)).logits
-    assert crashed and relative_error(torch.tensor(logits), stock) < CLOSE
-    assert sleepkern.patch is not None

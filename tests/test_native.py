@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from native import build, run_with
+from native import build, build_with_faults, run_with, shared
 from torch import Tensor
 
 import sleepkern
@@ -222,27 +222,33 @@ print(*wrong)
 """
 
 
-def test_avx512_source_agrees(tmp_path: Path) -> None:
-    """Natively where the machine has AVX-512 with bfloat16, else the same source compiled for AVX2.
+@pytest.fixture(scope="module")
+def avx512(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The module where the machine has AVX-512 with bfloat16, else one of the same source compiled for AVX2."""
+    if "avx512bf16" in _C.isas():
+        return Path(str(_C.__file__))
+    return build(tmp_path_factory.mktemp("avx512"), "-DSLEEPKERN_EMULATE_AVX512=ON")
 
-    And what is rounded to bfloat16 keeps to 1e-2 where errors would add up: those panels are done in float32.
-    """
-    emulated = "avx512bf16" not in _C.isas()
-    module = build(tmp_path, "-DSLEEPKERN_EMULATE_AVX512=ON") if emulated else Path(_C.__file__)
-    done = run_with(module, AVX512_AGREES)
+
+def test_avx512_source_agrees(avx512: Path) -> None:
+    """And what is rounded to bfloat16 keeps to 1e-2 where errors would add up: those panels are done in float32."""
+    done = run_with(avx512, AVX512_AGREES)
     assert done.stdout.strip() == "agrees", done.stderr
-    done = run_with(module, ROUNDINGS_DO_NOT_ADD_UP)
+    done = run_with(avx512, ROUNDINGS_DO_NOT_ADD_UP)
     assert done.returncode == 0 and not done.stdout.split(), done.stdout + done.stderr
-    if emulated:  # else these files run on this source anyway
-        suites = ["-q", "tests/test_mixer_kernels.py", "tests/test_sleep_blocks.py"]
-        done = run_with(module, f"import pytest\nassert not pytest.main({suites})")
-        assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_verify_finds_a_broken_kernel(tmp_path: Path) -> None:
+@pytest.mark.hardening
+def test_mixers_and_blocks_of_avx512(avx512: Path) -> None:
+    suites = ["-q", "tests/test_mixer_kernels.py", "tests/test_sleep_blocks.py"]
+    done = run_with(avx512, f"import pytest\nassert not pytest.main({suites})")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_verify_finds_a_broken_kernel(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A state that is not decayed: the kernel runs, and `verify` ends red."""
     fault = ("cpu/ingest-inl.h", "    scale_rows(t, w.keep + d);\n", "")
-    module = build(tmp_path, faults=(fault,))
+    module = build_with_faults(shared(tmp_path_factory), tmp_path, (fault,))
     command = "sys.argv[1:] = ['verify', '--quick', '--backend', 'cpu']\nfrom sleepkern.cli import main\nmain()"
     done = run_with(module, command)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -289,7 +295,7 @@ print(*wrong)
 """
 
 
-def test_broken_gradients_and_replay_are_found(tmp_path: Path) -> None:
+def test_broken_gradients_and_replay_are_found(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A gate whose gradient forgets the state at the chunk's end; a rank form that does not decay the first state, and
     one whose several passes at once leave one out; a convolution that forgets a gradient of what it hands on; attention
     in which a token does not see itself; a gate whose gradient adds the pair of a token with itself and takes it away.
@@ -311,7 +317,7 @@ def test_broken_gradients_and_replay_are_found(tmp_path: Path) -> None:
             "const BitVec visible = reinterpret_cast<BitVec>(seen >",
         ),
     )
-    done = run_with(build(tmp_path, faults=faults), GRADIENTS_AND_REPLAY)
+    done = run_with(build_with_faults(shared(tmp_path_factory), tmp_path, faults), GRADIENTS_AND_REPLAY)
     assert done.stdout.split() == ["dg", "rank", "strides", "dlast", "blocks", "differences"], done.stdout + done.stderr
     sound = run_with(Path(str(_C.__file__)), GRADIENTS_AND_REPLAY)
     assert sound.stdout.split() == [] and sound.returncode == 0, sound.stdout + sound.stderr

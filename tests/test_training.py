@@ -218,7 +218,7 @@ def torchrun(kind: str, processes: int, out: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.hardening)])
 def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
     found = torchrun(kind, 2, tmp_path / "two.pt")
     training = Training(Run(TINY, passes=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import building
 import torch
+from filelock import FileLock
 
 from sleepkern.backends import cuda
 
@@ -31,9 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the build without faults."""
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    building.build(folder)
+    """Folder of the build without faults, which all processes of a run share."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "cuda_on_cpu"
+    with FileLock(root / "cuda_on_cpu.lock"):
+        if not (folder / "cuda_on_cpu.so").exists():
+            building.build(folder)
     return folder
 
 

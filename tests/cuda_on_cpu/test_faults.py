@@ -1,11 +1,14 @@
 """A fault planted in a kernel turns tests red: wrong mathematics, a missing barrier or wait, and, under the sanitizers,
 
 an access beyond an array that no result would show.
+
+Each needs a build of its own: `make test` takes a few of them, `make test-hardening` all.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from building import build, run_tests
@@ -95,20 +98,25 @@ OVERRUNS: dict[str, tuple[str, str, str, str]] = {
         "blocks_stream.cuh", "(stages < most ? stages : most)", "stages", "test_equals and random",
     ),
 }  # fmt: skip
+QUICK = ("state does not decay", "no barrier before v is read", "no barrier before the mixer")
 SANITIZED = (
     "pool or (test_chain and 100) or (test_step and 200 and float16) or (test_replay and random and (15 or packed))"
     " or (test_long_windows and backward)"
 )
 
 
-@pytest.mark.parametrize("name", FAULTS)
+def _each(faults: dict[str, tuple[str, str, str, str]]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.hardening) for name in faults]
+
+
+@pytest.mark.parametrize("name", _each(FAULTS))
 def test_a_planted_fault_is_seen(name: str, tmp_path: Path, sound: Path) -> None:
     file, good, bad, chosen = FAULTS[name]
     done = run_tests(build(tmp_path, fault=(f"cuda/{file}", good, bad), sound=sound), chosen)
     assert done.returncode == 1 or done.returncode < 0, done.stdout + done.stderr  # red, or ended by a signal
 
 
-@pytest.mark.parametrize("name", BLOCK_FAULTS)
+@pytest.mark.parametrize("name", _each(BLOCK_FAULTS))
 def test_a_fault_planted_in_blocks_is_seen(name: str, tmp_path: Path, sound: Path) -> None:
     file, good, bad, chosen = BLOCK_FAULTS[name]
     module = build(tmp_path, fault=(f"cuda/{file}", good, bad), sound=sound)
@@ -124,6 +132,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.hardening
 def test_sanitizers_have_nothing_to_say(sanitized: Path) -> None:
     done = run_tests(sanitized / "cuda_on_cpu.so", SANITIZED, sanitize=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -131,6 +140,7 @@ def test_sanitizers_have_nothing_to_say(sanitized: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.hardening
 @pytest.mark.parametrize("name", OVERRUNS)
 def test_an_overrun_is_seen(name: str, tmp_path: Path, sanitized: Path) -> None:
     file, good, bad, chosen = OVERRUNS[name]

@@ -11,7 +11,7 @@ from sleepkern.training import Configuration, Run, Training
 TINY = Configuration(Depo(4, (1, 2), 2), width=32, heads=2, blocks=2, batch=2, steps=5)
 
 
-@pytest.mark.parametrize("feedback", ["reinject", "replay"])
+@pytest.mark.parametrize("feedback", [pytest.param("reinject", marks=pytest.mark.hardening), "replay"])
 def test_five_steps(feedback: str, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {}
     for name in ("triton", "cpu", "chunked"):
