@@ -1,11 +1,10 @@
 """Fast, correct, pleasant kernels for fast weights and sleep. Start with ops.py."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import rules
-from .backends.triton.plan import use_plans
 from .dispatch import Explanation
-from .integrations.transformers import patch, patched, unpatch
 from .ops import (
     SleepResult,
     delta_rule,
@@ -18,15 +17,18 @@ from .ops import (
     sleep_ingest,
     ssd,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .measure import bench, verify
-
-__version__ = "0.1.0"
+    from .backends.triton.plan import use_plans
+    from .integrations.transformers import patch, patched, unpatch
+    from .measure.bench import bench
+    from .testing.verify import verify
 
 __all__ = [
     "Explanation",
     "SleepResult",
+    "__version__",
     "bench",
     "delta_rule",
     "explain",
@@ -46,10 +48,22 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`bench` and `verify` on first use: they import peers, models and suites, which no call needs."""
-    if name in ("bench", "verify"):
-        from . import measure
+_ON_FIRST_USE = {
+    "bench": "measure.bench",
+    "patch": "integrations.transformers",
+    "patched": "integrations.transformers",
+    "unpatch": "integrations.transformers",
+    "use_plans": "backends.triton.plan",
+    "verify": "testing.verify",
+}
+"""What no call of a kernel needs, by the module that has it."""
 
-        return getattr(measure, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})

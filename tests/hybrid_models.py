@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from versions import here, release
 
-import sleepkern
+from sleepkern import ops
+from sleepkern.integrations.caches import NAMES, cache_among, cache_name
 from sleepkern.sleep import retrofit
-from sleepkern.sleep.caches import NAMES, cache_among, cache_name
 
 VERSION = release(here())
 PROMISED = {
@@ -213,7 +213,7 @@ def spy_on_sleepkern(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run(*args, **kwargs)
 
     for name in ("gated_delta_rule", "kda", "simple_gla", "recurrent_step"):
-        monkeypatch.setattr(sleepkern, name, functools.partial(spy, name, getattr(sleepkern, name)))
+        monkeypatch.setattr(ops, name, functools.partial(spy, name, getattr(ops, name)))
     return seen
 
 

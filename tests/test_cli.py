@@ -20,7 +20,7 @@ from sleepkern.testing import Shape
 
 demo = importlib.import_module("sleepkern.cli.demo")
 output = importlib.import_module("sleepkern.cli.output")
-verify_module = importlib.import_module("sleepkern.measure.verify")
+verify_module = importlib.import_module("sleepkern.testing.verify")
 
 TINY = (Case("forward", rules.GATED_DELTA_RULE, Shape(T=33, H=1, HV=1, K=16, V=16)),)
 

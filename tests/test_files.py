@@ -15,11 +15,11 @@ from test_training import TINY
 from typer.testing import CliRunner
 
 from sleepkern.cli import app
+from sleepkern.experiments.training import Run, Training
+from sleepkern.experiments.training.costs import adaptive
+from sleepkern.experiments.training.logs import read_log
+from sleepkern.experiments.training.study import N1, Study, seeds_of
 from sleepkern.files import read_json, replacing, write_text
-from sleepkern.training import Run, Training
-from sleepkern.training.costs import adaptive
-from sleepkern.training.logs import read_log
-from sleepkern.training.study import N1, Study, seeds_of
 
 
 def write_half(path: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from hybrid_models import build
 
-import sleepkern
+from sleepkern import ops
 from sleepkern.cli.bench import tables
+from sleepkern.integrations.caches import cache_among
 from sleepkern.measure import bench_cases, models, stacks
 from sleepkern.measure.cases import QUICK, SUITES, select
 from sleepkern.measure.models import ModelCase
 from sleepkern.measure.stacks import BlocksCase
 from sleepkern.nn import SleepLM
-from sleepkern.sleep.caches import cache_among
 
 READ, GENERATE = ModelCase("read", 40, generated=3), ModelCase("generate", 40, generated=3)
 
@@ -44,7 +44,7 @@ def test_rows_of_a_model() -> None:
 @pytest.mark.parametrize("wrong", ["logits", "tokens"])
 def test_a_model_that_differs_gets_no_time(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Readouts 1 % off; or right logits from which other tokens are made."""
-    run = sleepkern.gated_delta_rule
+    run = ops.gated_delta_rule
 
     def spoiled(*args: Any, **options: Any) -> Any:
         o, S = run(*args, **options)
@@ -58,7 +58,7 @@ def test_a_model_that_differs_gets_no_time(wrong: str, monkeypatch: pytest.Monke
         return made if len(sessions) == 1 else made._replace(generated=made.generated + 1)
 
     if wrong == "logits":
-        monkeypatch.setattr(sleepkern, "gated_delta_rule", spoiled)
+        monkeypatch.setattr(ops, "gated_delta_rule", spoiled)
     else:
         monkeypatch.setattr(models, "_session", other_tokens)
     (row,) = bench_cases([READ], quick=True).rows

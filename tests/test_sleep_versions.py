@@ -9,8 +9,8 @@ import torch
 from hybrid_models import CLOSE, build, tokens
 from torch import Tensor, nn
 
+from sleepkern.integrations.caches import cache_among
 from sleepkern.sleep import SleepSession
-from sleepkern.sleep.caches import cache_among
 from sleepkern.testing import relative_error
 
 L = 24

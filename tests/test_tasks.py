@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sleepkern.tasks import IGNORED, SPLITS, Arithmetic, Depo, NamedDepo, Rule110, Task
-from sleepkern.tasks.task import belongs
+from sleepkern.experiments.tasks import IGNORED, SPLITS, Arithmetic, Depo, NamedDepo, Rule110, Task
+from sleepkern.experiments.tasks.task import belongs
 
 TASKS: dict[str, Task] = {
     "depo": Depo(),

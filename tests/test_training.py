@@ -16,14 +16,15 @@ from torch.nn import functional as F
 
 from sleepkern import settings
 from sleepkern.cli.curves import draw_curves
-from sleepkern.tasks import IGNORED, Batch, Depo
+from sleepkern.cli.study import TRAINER
+from sleepkern.experiments.tasks import IGNORED, Batch, Depo
+from sleepkern.experiments.training import CONFIGURATIONS, Configuration, Run, Training, configuration, loss_of, right
+from sleepkern.experiments.training.curriculum import Frontier
+from sleepkern.experiments.training.estimate import estimate, longer
+from sleepkern.experiments.training.logs import read_logs
+from sleepkern.experiments.training.optimisers import Muon, orthogonal, rate_factor, split_parameters
+from sleepkern.experiments.training.study import N1, N4, Row, Study, markdown, seeds_of, summary
 from sleepkern.testing import relative_error
-from sleepkern.training import CONFIGURATIONS, Configuration, Run, Training, configuration, loss_of, right
-from sleepkern.training.curriculum import Frontier
-from sleepkern.training.estimate import estimate, longer
-from sleepkern.training.logs import read_logs
-from sleepkern.training.optimisers import Muon, orthogonal, rate_factor, split_parameters
-from sleepkern.training.study import N1, N4, Row, Study, markdown, seeds_of, summary
 
 TINY = Configuration(Depo(5, (1, 2), 4), width=16, heads=2, blocks=2, batch=8, steps=6, look=3, problems=20)
 FRONTIER = replace(TINY, curriculum="frontier")
@@ -235,14 +236,14 @@ def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
 def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     study = Study(tmp_path, rows=(N1, N4), seeds=(0,), steps=2)
     shown: list[Any] = []
-    study.run(watch=shown.append, interval=0.2)
+    study.run(TRAINER, watch=shown.append, interval=0.2)
     logs = [study.log(row, 0) for row in (N1, N4)]
     assert all(log is not None and log.finished and log.steps == 2 for log in logs) and shown
     found, text = summary(study), markdown(study)
     assert [row["row"] for row in found["rows"]] == ["N=1", "N=4"] and not found["passed"]
     assert len(text.splitlines()) == 5 and "| N=4 | 0 |" in text
     stamps = [(study.place(row, 0) / "log.json").stat().st_mtime_ns for row in (N1, N4)]
-    study.run()
+    study.run(TRAINER)
     assert stamps == [(study.place(row, 0) / "log.json").stat().st_mtime_ns for row in (N1, N4)]
     draw_curves(read_logs([tmp_path]), tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
@@ -250,4 +251,4 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
         seeds_of("0,a")
     wrong = Row("wrong", 2, "none")
     with pytest.raises(RuntimeError, match="wrong, seed 0: got exit status 2; see"):
-        Study(tmp_path, rows=(wrong,), seeds=(0,), steps=2).run()
+        Study(tmp_path, rows=(wrong,), seeds=(0,), steps=2).run(TRAINER)

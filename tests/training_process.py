@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from test_training import TINY
 
-from sleepkern.training import Run, Training, placed
+from sleepkern.experiments.training import Run, Training, placed
 
 kind, out = sys.argv[1], Path(sys.argv[2])
 torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import typer
 
 from ..backends import cpu
 from ..dispatch import asked_for
+from ..version import __version__
 from . import bench, curves, demo, explain, info, study, train, tune, verify
 from .output import usage
 
@@ -27,8 +28,6 @@ app.add_typer(study.app, name="study")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
-
         typer.echo(__version__)
         raise typer.Exit
 

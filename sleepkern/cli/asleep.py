@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.caches import cache_in
 from ..integrations.transformers import patch
 from ..measure.models import hybrid_model, quiet_transformers
-from ..sleep.caches import cache_in
 
 WINDOW = 512
 PASSES = (1, 2, 4)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..training.logs import Log, read_logs
+from ..experiments.training.logs import Log, read_logs
 from .output import console, drawable, named_path, usage
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..files import write_text
-from ..measure.verify import Progress as Report
+from ..testing.verify import Progress as Report
 
 console = Console()
 

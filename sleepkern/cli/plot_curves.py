@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib import pyplot
 
+from ..experiments.training.logs import Log
 from ..files import replacing
-from ..training.logs import Log
 from .plot import COLORS, PEAK_COLOR
 
 

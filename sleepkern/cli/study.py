@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +12,17 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..experiments.training import configuration
+from ..experiments.training.costs import adaptive, step_costs, throughput
+from ..experiments.training.logs import Log, read_logs
+from ..experiments.training.study import N1, N4, Study, gaps, markdown, seeds_of, summary
 from ..files import write_text
 from ..measure.environment import environment
 from ..measure.timing import threads
-from ..training import configuration
-from ..training.costs import adaptive, step_costs, throughput
-from ..training.logs import Log, read_logs
-from ..training.study import N1, N4, Study, gaps, markdown, seeds_of, summary
 from .curves import draw_curves
 from .output import console, finish, named_path, progress_bar, usage, writable, write_json
+
+TRAINER = (sys.executable, "-m", "sleepkern", "train")
 
 app = typer.Typer(no_args_is_help=True, help="What N passes are good for, and what they cost.")
 
@@ -93,7 +96,7 @@ def costs_markdown(found: dict[str, Any]) -> str:
 def run_study(study: Study, processes: int = 2) -> dict[str, Any]:
     """Train what is missing, with a bar; show and write study.json, study.md and study.png."""
     with watching(study) as watch:
-        study.run(processes, watch)
+        study.run(TRAINER, processes, watch)
     found = {**summary(study), "environment": environment()}
     console.print(table(study))
     write_json(study.folder / "study.json", found)

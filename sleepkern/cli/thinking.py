@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..training.study import N1, N4, Study
+from ..experiments.training.study import N1, N4, Study
 from .study import run_study
 
 

@@ -12,10 +12,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..experiments.training import CONFIGURATIONS, Run, Training, configuration, placed
+from ..experiments.training.estimate import estimate
+from ..experiments.training.logs import CHECKPOINT, LOG, default_label, written
 from ..measure.timing import threads
-from ..training import CONFIGURATIONS, Run, Training, configuration, placed
-from ..training.estimate import estimate
-from ..training.logs import CHECKPOINT, LOG, default_label, written
 from .output import check_device, console, named_path, usage, writable, write_json
 
 

@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from ..measure import environment, verify
-from ..measure.cases import type_name
-from ..measure.verify import DTYPES, Row
+from ..testing import type_name
+from ..testing.verify import DTYPES, Row
 from .output import check_device, console, finish, named_path, progress_bar, usage, writable, write_json
 
 TYPES = {type_name(dtype): dtype for dtype in DTYPES}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import explain_problem
-from ..testing import TOLERANCE, Shape, relative_error, to_float64
+from ..testing import TOLERANCE, Shape, relative_error, to_float64, type_name
+from ..testing.verify import Progress
 from . import cases, timing
 from .cases import AnyCase, Case, Result
 from .ceilings import Ceilings, ceilings
@@ -25,7 +26,6 @@ from .environment import environment
 from .models import ModelCase
 from .peers import Peer, peers_of
 from .stacks import BlocksCase
-from .verify import Progress
 
 CHECKED_TOKENS = 300
 """Tokens of the check: several chunks, and a last one that is not full. 100 when quick."""
@@ -293,7 +293,7 @@ def _row(
         case=case.name,
         op=case.op,
         rule=case.rule.name,
-        dtype=cases.type_name(case.dtype),
+        dtype=type_name(case.dtype),
         tokens=case.shape.B * case.shape.T * case.passes,
         threads=threads,
         backend=explained.chosen or "none",
@@ -349,7 +349,7 @@ def _measure_whole(case: ModelCase | BlocksCase, quick: bool, threads: int, best
         case=case.name,
         op=case.op,
         rule=case.rule.name,
-        dtype=cases.type_name(case.dtype),
+        dtype=type_name(case.dtype),
         tokens=case.timed_tokens,
         threads=ours_threads,
         backend=explained.chosen or "none",

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..problem import Problem
 from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
-from ..testing import Shape, call, make_inputs
+from ..testing import Shape, call, make_inputs, type_name
 from . import flops, stacks
 from .models import ModelCase
 from .stacks import BlocksCase
@@ -125,11 +125,6 @@ class Case:
         size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor))
         sets = 1 if self.cached else min(MOST_SETS, -(-CACHE_BYTES // size))
         return [first, *(self.inputs(i, device) for i in range(1, sets))]
-
-
-def type_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def run(case: Case, inputs: dict[str, Any], backend: str | None = None) -> Result:

@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "transformers", "ggml-python", "flash-linear-attention", "
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to repeat a measurement on `device`."""
-    from .. import __version__
+    from ..version import __version__
 
     native = native_module()
     return {

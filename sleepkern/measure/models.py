@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..integrations.caches import cache_in, cache_name
 from ..integrations.transformers import patch
 from ..rules import GATED_DELTA_RULE, Rule
-from ..sleep.caches import cache_in, cache_name
 from .stacks import Prepared
 
 MODEL = (

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import sleepkern
-
+from .. import ops
 from ..sleep.memory import Fast
 from .gated_norm import GatedRMSNorm
 from .padding import Padding
@@ -106,12 +105,12 @@ class GatedDeltaNet(nn.Module):
         q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, replays: int
     ) -> tuple[Tensor, Tensor]:
         if replays > 1:
-            slept = sleepkern.sleep_ingest(
+            slept = ops.sleep_ingest(
                 k, v, g, beta, passes=replays, q=q, initial_state=state, use_qk_l2norm_in_kernel=True
             )
             assert slept.output is not None
             return slept.output, slept.final_state
-        o, state = sleepkern.gated_delta_rule(
+        o, state = ops.gated_delta_rule(
             q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
         )
         assert state is not None

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .caches import NAMES, cache_among, cache_of_block, too_old
+from ..integrations.caches import NAMES, cache_among, cache_of_block, too_old
 from .memory import Fast
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .caches import cache_name
+from ..integrations.caches import cache_name
 from .memory import Memory, copied
 from .writing import written
 

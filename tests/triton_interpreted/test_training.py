@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sleepkern import settings
-from sleepkern.tasks import Depo
-from sleepkern.training import Configuration, Run, Training
+from sleepkern.experiments.tasks import Depo
+from sleepkern.experiments.training import Configuration, Run, Training
 
 TINY = Configuration(Depo(4, (1, 2), 2), width=32, heads=2, blocks=2, batch=2, steps=5)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import caches
 from ..patching import Make, Target
 from .packing import LENGTHS, OFFSETS, number_of_each, offsets_of
 
@@ -163,8 +164,6 @@ def _positions(given: dict[str, Any]) -> Tensor | None:
 
 def _past(given: dict[str, Any]) -> str | None:
     """The name under which the memory of earlier tokens was given."""
-    from sleepkern.sleep import caches  # only where a model is called: sessions take a while to import
-
     return next((x for x in given if caches.is_cache(given[x]) or (x in caches.NAMES and given[x] is not None)), None)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caches import cache_among
 from ..patching import Target
 from .packing import LENGTHS, NAMES, OFFSETS, joined
 
@@ -37,8 +38,6 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def each_alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(order, args, strict=False)), **kwargs}
         offsets = given.get("cu_seq_lens_q")
-        from sleepkern.sleep.caches import cache_among
-
         if not isinstance(offsets, Tensor) or torch.compiler.is_exporting() or cache_among(given.values()) is not None:
             return original(self, *args, **kwargs)
         rows, T = given["hidden_states"].shape[:2]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import sleepkern
+from sleepkern import ops
 from sleepkern.rules import GATED_DELTA_RULE, Rule
 
 from ..falling_back import why_not_here
@@ -80,7 +80,7 @@ def _size(query: Tensor) -> tuple[int, int]:
 def _ingest(rule: Rule, call: _Call) -> tuple[Tensor, Tensor | None]:
     offsets = _offsets(call)
     inputs = call[:5] if offsets is None else [joined(x) for x in call[:5]]
-    o, state = getattr(sleepkern, rule.name)(
+    o, state = getattr(ops, rule.name)(
         *inputs,
         initial_state=None if call.initial_state is None else call.initial_state.to(torch.float32),
         output_final_state=call.output_final_state,
@@ -94,7 +94,7 @@ def _ingest(rule: Rule, call: _Call) -> tuple[Tensor, Tensor | None]:
 def _step(rule: Rule, call: _One) -> tuple[Tensor, Tensor | None]:
     assert call.initial_state is not None
     state, normalize = call.initial_state.to(torch.float32), call.use_qk_l2norm_in_kernel
-    o, state = sleepkern.recurrent_step(*call[:5], state, rule=rule, use_qk_l2norm_in_kernel=normalize)
+    o, state = ops.recurrent_step(*call[:5], state, rule=rule, use_qk_l2norm_in_kernel=normalize)
     return o.to(call.query.dtype), state
 
 

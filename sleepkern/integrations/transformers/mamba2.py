@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import sleepkern
+from sleepkern import ops
 from sleepkern.rules import SIMPLE_GLA
 
 from ..falling_back import why_not_here
@@ -138,7 +138,7 @@ def _step(call: _Step) -> Tensor:
     if call.state.transpose(-1, -2).is_contiguous():
         q, k, v, g, beta = (t[:, None] for t in (call.C, call.B, call.hidden_states, g, dt))
         S = call.state.transpose(-1, -2)
-        o, _ = sleepkern.recurrent_step(q, k, v, g, beta, S, rule=SIMPLE_GLA, scale=1.0)
+        o, _ = ops.recurrent_step(q, k, v, g, beta, S, rule=SIMPLE_GLA, scale=1.0)
         y = o[:, 0].float()
     else:
         y = _step_transposed(call, x, g, dt)
@@ -183,7 +183,7 @@ def _ingest(call: _Scan | _OlderScan) -> Tensor | tuple[Tensor, Tensor]:
     state = None if call.initial_states is None else call.initial_states.float().transpose(-1, -2)
     inputs, offsets = (call.C, call.B, call.hidden_states, call.A.float() * dt, dt), _offsets(call)
     q, k, v, g, beta = inputs if offsets is None else [joined(x) for x in inputs]
-    o, final = sleepkern.simple_gla(
+    o, final = ops.simple_gla(
         q,
         k,
         v,

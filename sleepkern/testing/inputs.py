@@ -1,4 +1,4 @@
-"""Inputs and the error measure, shared by tests, `verify` and benchmarks."""
+"""Random inputs of a call, its result by any backend, and how far two results are apart."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import ops
-from .rules import Rule
+from .. import ops
+from ..rules import Rule
 
 Decay = Literal["slow", "zero", "strong", "extreme", "mixed"]
 
@@ -147,3 +147,8 @@ def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
         (x.cpu() if isinstance(x, Tensor) else x)
         for name, x in inputs.items()
     }  # fmt: skip
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -22,8 +22,7 @@ from .. import ops
 from ..backends import BACKENDS
 from ..dispatch import Explanation, backend_named
 from ..rules import RULES, Rule
-from ..testing import AWKWARD_SHAPES, TOLERANCE, Shape, call, make_inputs, to_float64
-from .cases import type_name
+from .inputs import AWKWARD_SHAPES, TOLERANCE, Shape, call, make_inputs, to_float64, type_name
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is running, how many are done, how many there are)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,15 +77,19 @@ class Study:
         except ValueError:
             return None
 
-    def run(self, processes: int = 2, watch: Watch | None = None, interval: float = 2.0) -> None:
+    def run(
+        self, trainer: Sequence[str], processes: int = 2, watch: Watch | None = None, interval: float = 2.0
+    ) -> None:
         """Train what is not finished, `processes` at a time, one thread each; `watch` sees the logs now and then.
+
+        trainer: the command that trains once, to which the task and options of `sleepkern train` are added.
 
         Raises:
             RuntimeError: a training failed; its output is in its folder.
         """
         stop = threading.Event()
         with ThreadPoolExecutor(processes) as pool:
-            futures = [pool.submit(self._train, row, seed, stop) for row, seed in self.jobs()]
+            futures = [pool.submit(self._train, trainer, row, seed, stop) for row, seed in self.jobs()]
             try:
                 while not all(future.done() for future in futures):
                     if watch is not None:
@@ -99,7 +102,7 @@ class Study:
                 stop.set()
                 raise
 
-    def _train(self, row: Row, seed: int, stop: threading.Event) -> None:
+    def _train(self, trainer: Sequence[str], row: Row, seed: int, stop: threading.Event) -> None:
         done, folder = self.log(row, seed), self.place(row, seed)
         if stop.is_set() or (done is not None and done.finished and done.steps == self.steps_of(row)):
             return
@@ -108,7 +111,7 @@ class Study:
             "size": self.size, "passes": row.passes, "feedback": row.feedback, "eviction": row.eviction,
             "steps": self.steps_of(row), "seed": seed, "out": folder, "label": row.name, "threads": 1,
         }  # fmt: skip
-        command = [sys.executable, "-m", "sleepkern", "train", self.task, "--resume"]
+        command = [*trainer, self.task, "--resume"]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         with open(folder / "output.txt", "w") as output:
             child = subprocess.Popen(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import read_json
-from ..measure.environment import environment
+from ...files import read_json
+from ...measure.environment import environment
 from .training import Training
 
 LOG, CHECKPOINT = "log.json", "checkpoint.pt"

@@ -1,6 +1,7 @@
 """What sleeping costs in training: seconds and memory of a step, by passes and by the settings of a session.
 
-`python -m sleepkern.training.costs '{"passes": 4}'` measures one setting in a process of its own and prints JSON.
+`python -m sleepkern.experiments.training.costs '{"passes": 4}'` measures one setting in a process of its own and
+prints JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 
-from .. import settings
-from ..measure.timing import Candidate, ratio, time_in_turns
+from ... import settings
+from ...measure.timing import Candidate, ratio, time_in_turns
 from .checkpoints import read_checkpoint
 from .configurations import Configuration, configuration
 from .logs import CHECKPOINT
@@ -59,7 +60,7 @@ def step_costs(progress: Callable[[str, int, int], None] | None = None) -> list[
         if progress is not None:
             progress(f"a step with {options}", done, len(SETTINGS))
         place = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed pages go back at once
-        command = [sys.executable, "-m", "sleepkern.training.costs", json.dumps(options)]
+        command = [sys.executable, "-m", "sleepkern.experiments.training.costs", json.dumps(options)]
         found = subprocess.run(command, env=place, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(found.splitlines()[-1]))
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..nn import SleepLM
+from ...nn import SleepLM
 from ..tasks import Arithmetic, Depo, NamedDepo, Rule110, Task
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import SleepLM
-from ..sleep import SleepSession
-from ..sleep.choices import Eviction, Feedback
+from ...nn import SleepLM
+from ...sleep import SleepSession
+from ...sleep.choices import Eviction, Feedback
 from ..tasks import IGNORED, Batch
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import replacing
-from ..sleep.choices import Eviction, Feedback
+from ...files import replacing
+from ...sleep.choices import Eviction, Feedback
 from ..tasks import IGNORED, Batch
 from .checkpoints import check_weights, damaged, read_checkpoint
 from .configurations import Configuration

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import GatedDeltaNet, WindowAttention
+from ...nn import GatedDeltaNet, WindowAttention
 
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WARM_UP = 50

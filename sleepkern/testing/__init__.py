@@ -1,0 +1,17 @@
+"""Inputs, the error measure and tolerances, shared by tests, `verify` and benchmarks."""
+
+from .inputs import (
+    AWKWARD_SHAPES,
+    TOLERANCE,
+    Decay,
+    Shape,
+    call,
+    make_inputs,
+    relative_error,
+    to_float64,
+    type_name,
+)
+
+__all__ = [
+    "AWKWARD_SHAPES", "TOLERANCE", "Decay", "Shape", "call", "make_inputs", "relative_error", "to_float64", "type_name",
+]  # fmt: skip
