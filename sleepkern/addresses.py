@@ -25,16 +25,25 @@ def check_memory(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None
             )
 
 
+def check_writable(name: str, t: Tensor) -> None:
+    """Refuse a tensor that torch does not let anyone update in place here.
+
+    Raises:
+        ValueError: it was made in inference mode and is written to outside.
+    """
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: got a tensor made in torch.inference_mode; expected one that may be updated in place here"
+        )
+
+
 def check_written(name: str, t: Tensor, names: Sequence[str], read: Sequence[Tensor | None]) -> None:
     """Refuse a tensor that is about to be updated in place while its memory is read by another name.
 
     Raises:
         ValueError: it overlaps one of `read` or itself, or was made in inference mode and is written to outside.
     """
-    if t.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"{name}: got a tensor made in torch.inference_mode; expected one that may be updated in place here"
-        )
+    check_writable(name, t)
     if not t.numel():
         return
     begin, end = _range(t)

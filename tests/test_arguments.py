@@ -142,6 +142,8 @@ def test_an_inference_tensor_is_not_updated_outside() -> None:
         step(x, state)
     with pytest.raises(ValueError, match=r"^state: got a tensor made in torch.inference_mode"):
         short_convolution_step(X[:, 0], past, WEIGHT)
+    with pytest.raises(ValueError, match=r"^state: got a tensor made in torch.inference_mode"):
+        short_convolution_step(Wrapped(X[:, 0]), past, WEIGHT)
     assert torch.equal(state, kept)
 
 

@@ -100,6 +100,10 @@ def check(name: str, call: tuple[Function, Arguments, tuple[str, ...]], shown: d
     before = _kept({n: t for n, t in arguments.items() if n not in written and shown.get(n) not in WRONG})
     # To write to an inference tensor outside of its mode is refused, as torch refuses it.
     refused = any(kind in WRONG or (kind == "inference" and n in written) for n, kind in shown.items())
+    if all(t.is_meta for t in arguments.values() if isinstance(t, Tensor)):
+        return  # a call of meta tensors has a meta tensor for a result
+    if shown == {"cu_seqlens": "one more"} and plain.get("initial_state", plain.get("past")) is None:
+        return  # another, empty sequence
     if refused:
         _refused(function, arguments)
     else:
@@ -165,7 +169,7 @@ def test_one_tensor_may_come_as_two(data: st.DataObject) -> None:
     if one == other or one not in plain:
         return
     a, b = plain[one], plain[other]
-    memory = torch.zeros(a.numel() + b.numel(), dtype=a.dtype).uniform_(-1, 0)
+    memory = torch.zeros(a.numel() + b.numel(), dtype=a.dtype).uniform_(-0.2, 0)  # beta * |k|^2 stays below 2
     first, second = memory[: a.numel()].view(a.shape), memory[: b.numel()].view(b.shape)
     if a.dtype != b.dtype:
         return

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..addresses import check_memory, check_written, mark_written
+from ..addresses import check_memory, check_writable, check_written, mark_written
 from ..backends.tensors import differentiable, refuse_tangents, untraced
 from ..problem import check_offsets, check_packing
 from ..transforms import offsets_of
@@ -103,6 +103,8 @@ def short_convolution_step(
         check_memory(("x", "weight", "bias", "state"), (x, weight, bias, state))
         if not state.is_meta:
             check_written("state", state, ("x", "weight", "bias"), (x, weight, bias))
+    elif not torch.compiler.is_compiling():
+        check_writable("state", state)
     if not direct and native.usable(x, state, weight, bias):
         refuse_tangents(x, state, weight, bias)
     if not direct or not x.numel() or W > _C.convolution_limit or state.dtype != x.dtype or not state.is_contiguous():
