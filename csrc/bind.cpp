@@ -1,5 +1,7 @@
 // sleepkern._C: one m.def per entry point. Tensors arrive as (address, row stride, type code);
 // sleepkern/backends/cpu.py holds the other side of each signature.
+#include "bind.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "bind.h"
 #include "cpu/implementation.h"
+#include "cpu/thread_pool.h"
 #include "interrupt.h"
 #include "problem.h"
 #ifdef SLEEPKERN_HAS_CUDA

@@ -4,18 +4,12 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "types.h"
 
 namespace sleepkern {
 
 constexpr int64_t CONVOLUTION_LIMIT = 4;  // widest convolution of the kernels
 constexpr int64_t CHANNELS = 512;         // of a convolution at a time: with taps and four rows 20 KB
-
-// Numbers side by side, of a type of their own.
-struct Array {
-  const void* data;  // nullptr when absent
-  Type type;
-};
 
 // z_t = bias + sum_j w_(W-1-j) x_(t-j);  y_t = silu(z_t) or z_t, each channel for itself.
 struct Convolution {
@@ -80,5 +74,8 @@ void convolve_backward(const Convolution& convolution, const ConvolutionGradient
 void convolve_step(const ConvolutionStep& step);
 void gated_norm(const GatedNorm& norm);
 void gated_norm_backward(const GatedNorm& norm, const GatedNormGradients& gradients);
+
+// The last inputs of each sequence to `last`.
+void keep_last(const Convolution& convolution);
 
 }  // namespace sleepkern

@@ -2,34 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "types.h"
 
 namespace sleepkern {
-
-struct Interrupt;
-
-constexpr int64_t HEAD_LIMIT = 256;  // largest K and V of the kernels
-
-enum class Gate { none, head, channel };
-enum class Type { float32, bfloat16, float16 };
-
-// Offset n of packed sequences, whatever address they lie at on the CPU.
-constexpr int64_t offset_at(const int64_t* offsets, int64_t n) {
-#ifdef __CUDA_ARCH__
-  return offsets[n];
-#else
-  int64_t offset = 0;
-  std::memcpy(&offset, offsets + n, sizeof(offset));
-  return offset;
-#endif
-}
-
-// A tensor of tokens, at any address: token t (of the flattened batch) starts at data + t * stride elements.
-struct Rows {
-  const void* data;  // nullptr when absent
-  int64_t stride;
-  Type type;
-};
 
 struct Problem {
   Gate gate;
@@ -72,9 +48,6 @@ struct Replay {
   int32_t* made;    // [sequences, HV] passes made, with tol
   Interrupt* interrupt;
 };
-
-// Whether a call is to end early; asked between passes by all its threads, one for each that they share.
-bool stops(Interrupt* interrupt);
 
 // What a backward takes and gives beside the problem; all outputs are contiguous.
 struct Gradients {

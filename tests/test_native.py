@@ -307,7 +307,7 @@ def test_broken_gradients_and_replay_are_found(tmp_path: Path, tmp_path_factory:
     reach = " + load(s.H + at) * reach;"
     faults = (
         ("cpu/adjoint-inl.h", end, end.replace("total[n] * load(w.keep + d)", "Vec{}")),
-        ("cpu/adjoint-inl.h", pairs, f"({pairs} + {pair}) - {pair}"),
+        ("cpu/gradients-inl.h", pairs, f"({pairs} + {pair}) - {pair}"),
         ("cpu/rank-inl.h", reach, reach.replace(" * reach", "")),
         ("cpu/rank-inl.h", "x.G[diagonal] += 1 + gamma;", "x.G[diagonal] += 1;"),
         ("cpu/convolution-inl.h", "kept >= 1 - W;", "kept >= 2 - W;"),

@@ -1,4 +1,13 @@
 // silu and sigmoid, their derivatives, and rows in any type.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+#include "types.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 SLEEPKERN_INLINE Vec sigmoid(Vec z) {
   const Vec e = exp_nonpositive(reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) | 0x80000000u));
@@ -65,3 +74,6 @@ SLEEPKERN_INLINE void store_up_to(void* row, int64_t i, int64_t n, Vec x) {
   if (n >= LANES) return store_as<TYPE>(row, i, x);
   store_part<TYPE>(row, i, n, x);
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

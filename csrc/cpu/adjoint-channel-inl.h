@@ -7,6 +7,19 @@
 // a level's first half come before all i of its second. So of its pairs those of tokens from t on decay at a token t of
 // the second half, those of tokens before t at one of the first: dg takes the sum of what they give dq and z, q_i and
 // b_i k_i times, or of what they give dk-, k_j times.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/adjoint-workspace.h"
+#include "cpu/channel-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 // rows of k or q times the level's factors, turned.
 static void turn_decayed(const Workspace& w, const float* rows, int64_t end, float* turned) {
@@ -158,3 +171,6 @@ SLEEPKERN_STAGE void adjoint_channel_grams(const Chunk& c, const Workspace& w, c
     for (int64_t d = 0; d < w.K_rows; d += LANES) adjoint_base(c, w, a, start, d);
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -6,6 +6,19 @@
 // first, a second walk keeps the state before each of its chunks and the values they write. So no more than
 // max(SEGMENT, sqrt(n)) chunks and n / SEGMENT or sqrt(n) states are held by a thread: at K = V = 128 5 MB for
 // T = 2048, 6 MB at 32768, 26 MB at a million, whatever the batch.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/arena.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 constexpr int64_t SEGMENT = 64;
 
@@ -68,3 +81,6 @@ static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t lo
   for (float** lanes : {&a.beta_lanes, &a.gate_lanes, &a.write_lanes, &a.pair_lanes}) *lanes = take(CHUNK * LANES);
   a.row = take(w.row_size);
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

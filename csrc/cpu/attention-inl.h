@@ -4,6 +4,19 @@
 // what it leaves is the left operand of the product with the values.
 //
 //   s = k^T q / sqrt(D);  p = exp(s - max s);  o = p v / sum p
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/arena.h"
+#include "cpu/product-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 struct AttentionArrays {
   float* queries;  // [L / PANEL][D][PANEL]
@@ -140,3 +153,6 @@ SLEEPKERN_STAGE void attend(const Head& h) {
     }
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

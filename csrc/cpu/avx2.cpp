@@ -3,4 +3,4 @@
 #define SLEEPKERN_LANES 8
 #define SLEEPKERN_SUPPORTED (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 #define SLEEPKERN_ADDERS false
-#include "kernel-inl.h"
+#include "cpu/kernel-inl.h"

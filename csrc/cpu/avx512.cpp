@@ -10,4 +10,4 @@
    __builtin_cpu_supports("avx512vl"))
 #endif
 #define SLEEPKERN_ADDERS __builtin_cpu_is("amd")
-#include "kernel-inl.h"
+#include "cpu/kernel-inl.h"

@@ -11,4 +11,4 @@
    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
 #endif
 #define SLEEPKERN_ADDERS __builtin_cpu_is("amd")
-#include "kernel-inl.h"
+#include "cpu/kernel-inl.h"

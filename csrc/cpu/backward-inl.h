@@ -1,4 +1,23 @@
 // Gradients of whole sequences: segment by segment from the last, see adjoint-workspace.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/adjoint-inl.h"
+#include "cpu/adjoint-workspace.h"
+#include "cpu/arena.h"
+#include "cpu/ingest-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/prefetch.h"
+#include "cpu/prepare-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 // Ingest a chunk as the forward does, without readouts, and keep what it writes, zero beyond count.
 SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes, const Chunk& next) {
@@ -99,3 +118,6 @@ void backward_heads(const Problem& p, const Gradients& out, int64_t begin, int64
     backward_head(p, w, a, out, unit, tokens, unit % group > 0, first_chunk(p, unit + 1, end * group));
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

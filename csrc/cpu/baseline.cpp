@@ -3,4 +3,4 @@
 #define SLEEPKERN_LANES 4
 #define SLEEPKERN_SUPPORTED true
 #define SLEEPKERN_ADDERS false
-#include "kernel-inl.h"
+#include "cpu/kernel-inl.h"

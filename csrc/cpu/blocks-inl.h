@@ -4,6 +4,30 @@
 //   down
 //
 // A group has at most GROUP_ROWS rows, see blocks.cpp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "blocks.h"
+#include "cpu/arena.h"
+#include "cpu/attention-inl.h"
+#include "cpu/convolution-inl.h"
+#include "cpu/dot-inl.h"
+#include "cpu/forward-inl.h"
+#include "cpu/norm-inl.h"
+#include "cpu/product-inl.h"
+#include "cpu/simd.h"
+#include "cpu/strip-inl.h"
+#include "cpu/thread_pool.h"
+#include "cpu/tile.h"
+#include "cpu/winograd-inl.h"
+#include "mixer.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 struct BlockArrays {
   float* h;         // [rows][d_padded]
@@ -296,3 +320,6 @@ void run_group(const Blocks& b, int64_t first, int64_t sequences, bool shared, d
       if constexpr (DOTS) Group<Pair>{b, arrays, team, first, sequences}.run(changes);
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

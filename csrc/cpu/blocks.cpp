@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "implementation.h"
+#include "cpu/implementation.h"
+#include "cpu/thread_pool.h"
 
 namespace sleepkern {
 

@@ -7,6 +7,19 @@
 // exponents non-positive, and give one product; the two halves are the same problem with h / 2. Blocks of BASE tokens
 // are summed directly. All these exponentials are products of the tokens' own a = exp(g), at most CHUNK of them: one
 // exponential a number of g, and no difference of long sums that would lose digits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/pack-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 constexpr int64_t BASE = ROWS;
 
@@ -147,3 +160,6 @@ SLEEPKERN_STAGE void prepare_channel_decay(const Chunk& c, Workspace& w) {
   }
   for (int64_t t = 0; w.end_keys && t < end; t += LANES) pack_tokens(w, w.factors + t * w.row_size, t, w.end_keys);
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

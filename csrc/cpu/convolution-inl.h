@@ -1,5 +1,17 @@
 // The short convolution. A token reads its own row and the W - 1 before it, which still lie in L1, so memory is passed
 // once: rows of at most CHANNELS channels, token after token.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/activation-inl.h"
+#include "cpu/simd.h"
+#include "mixer.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 // w[j] multiplies x_(t-j); the last row is the bias.
 struct Taps {
@@ -219,3 +231,6 @@ void convolve_backward(const Convolution& c, const ConvolutionGradients& g, int6
 void convolve_step(const ConvolutionStep& s, int64_t begin, int64_t end) {
   with_type_and_width(s.x.type, s.W, [&](auto TYPE, auto W) { step_convolution<TYPE(), W()>(s, begin, end); });
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

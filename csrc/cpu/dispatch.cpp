@@ -2,8 +2,9 @@
 #include <atomic>
 #include <cstring>
 
-#include "implementation.h"
-#include "memory.h"
+#include "cpu/implementation.h"
+#include "cpu/memory.h"
+#include "cpu/thread_pool.h"
 
 namespace sleepkern {
 

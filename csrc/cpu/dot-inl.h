@@ -1,6 +1,15 @@
 // Products of bfloat16. Two neighbours of the depth lie side by side in a lane of 32 bits, the earlier one in the low
 // half, and a step of a product takes both, sum + low low + high high, with sums in float32: half the steps and half
 // the bytes of a product of floats. SLEEPKERN_BFLOAT16_DOT: the machine does it in one instruction.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/simd.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 #ifdef SLEEPKERN_BFLOAT16_DOT
 constexpr bool DOTS = true;
@@ -76,3 +85,6 @@ SLEEPKERN_INLINE Vec multiply_add(Vec sum, Pair a, BitVec b) {
   static_assert(SIGN > 0, "there is no instruction that subtracts");
   return dot(sum, broadcast_bits(a.bits), b);
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,6 +1,8 @@
 // What an ISA file offers, and how one is chosen.
 #pragma once
 
+#include <cstdint>
+
 #include "blocks.h"
 #include "mixer.h"
 #include "problem.h"
@@ -48,14 +50,6 @@ int implementations(const Implementation** list, int capacity);
 // The one in use: the best, unless another was set by name (returns false for an unknown or unsupported name).
 const Implementation& implementation();
 bool set_implementation(const char* name);
-
-// Run body(begin, end, context) over [0, n) on torch's threads, following torch.set_num_threads.
-void parallel_for(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
-const char* thread_source();
-int64_t thread_count();
-
-// The last inputs of each sequence to `last`.
-void keep_last(const Convolution& convolution);
 
 void forward(const Problem& problem);
 void backward(const Problem& problem, const Gradients& gradients);

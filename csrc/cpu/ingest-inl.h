@@ -3,6 +3,21 @@
 //   Vn = (I + M)^-1 (b v - key_scale * (k^T S))     by blocked forward substitution; b v where the rule has no delta
 //   O  = read_scale * (q^T S) + P Vn
 //   S  <- keep * S + Kt^T Vn
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dot-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/prefetch.h"
+#include "cpu/rounding-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 SLEEPKERN_STAGE void load_values(const Chunk& c, const Workspace& w, int64_t panel) {
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
@@ -167,3 +182,6 @@ SLEEPKERN_STAGE void store_state(const Workspace& w, const float* panels, int64_
     }
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

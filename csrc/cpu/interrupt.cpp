@@ -2,7 +2,7 @@
 
 #include <ctime>
 
-#include "problem.h"
+#include "types.h"
 
 namespace sleepkern {
 

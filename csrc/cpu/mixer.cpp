@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "implementation.h"
-#include "memory.h"
+#include "cpu/implementation.h"
+#include "cpu/memory.h"
+#include "cpu/thread_pool.h"
 
 namespace sleepkern {
 

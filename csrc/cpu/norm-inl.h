@@ -1,6 +1,19 @@
 // The gated RMS norm: one row of one head after the other, each in float while it is in L1.
 //
 //   norm first: n = r x, y = w n a;   gate first: n = r x a, y = w n;   a = act(gate), r = (mean (.)^2 + eps)^-1/2
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/activation-inl.h"
+#include "cpu/arena.h"
+#include "cpu/simd.h"
+#include "mixer.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 struct NormRows {
   float *x, *gate, *weight, *dy, *normed;  // [V up to whole vectors], zeros beyond V; weight: of all heads
@@ -132,3 +145,6 @@ void gated_norm_backward(const GatedNorm& p, const GatedNormGradients& g, int64_
     store_row(r.sums + h * r.row, Type::float32, p.V, g.dweight + part * p.weights() + h * p.V);
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

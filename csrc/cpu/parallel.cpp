@@ -10,7 +10,7 @@
 #include <omp.h>
 #endif
 
-#include "implementation.h"
+#include "cpu/thread_pool.h"
 
 namespace sleepkern {
 

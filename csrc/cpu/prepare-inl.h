@@ -5,6 +5,21 @@
 //   couplings, scores  M_ij = b_i k_i.k_j exp(G_i - G_j), i > j;   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j
 //
 // Exponents are sums of log decays between two tokens, never positive.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/channel-inl.h"
+#include "cpu/dot-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/rounding-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 // exp of it is 0 in every type; -inf itself would make differences of G into NaN.
 constexpr float FORGET = -1e4f;
@@ -158,3 +173,6 @@ SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
   prepare_decays<float>(c, w);
   prepare_grams<float>(c, w);
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

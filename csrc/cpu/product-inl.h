@@ -3,6 +3,20 @@
 // Weights lie in panels over their outputs, [n / PANEL][depth][PANEL], activations x in strips (strip-inl.h). A panel
 // of weights stays in L2 while the strips of a group of rows pass by, and a tile takes the whole depth at once. The
 // weights after it, which follow in memory, are asked for meanwhile.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "blocks.h"
+#include "cpu/dot-inl.h"
+#include "cpu/simd.h"
+#include "cpu/strip-inl.h"
+#include "cpu/tile.h"
+#include "cpu/winograd-inl.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 constexpr int64_t LINE = 16;  // floats of a cache line
 // Steps of a tile between two askings: many at once would keep its own loads waiting.
@@ -167,3 +181,6 @@ void pack_matrix(const float* matrix, int64_t n, int64_t depth, Form form, void*
       if (DOTS) pack_outputs(matrix, n, depth, static_cast<Pair*>(packed));
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

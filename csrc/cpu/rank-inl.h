@@ -16,6 +16,23 @@
 //   U <- R U,  W <- R W,  Kt <- R^-T Kt
 //
 // leaves Kt^T U and Kt^T W as they are, and makes |Y| the size of what it adds to the state, which no pass grows.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/arena.h"
+#include "cpu/prefetch.h"
+#include "cpu/replay-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "cpu/wy-inl.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 constexpr int64_t UNBALANCED_PASSES = 4;  // up to so many lose less than the factors have lost already
 
@@ -303,14 +320,6 @@ SLEEPKERN_STAGE void replay_in_rows(const Problem& p, const Workspace& w, const 
   }
 }
 
-// The first block of a head, and its states.
-static void foresee(const Problem& p, int64_t unit, Ahead& ahead) {
-  const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
-  ahead.add_inputs(Chunk(p, first, min_of(tokens, REPLAY_BLOCK), unit % p.HV));
-  if (p.state) ahead.add_state(p, p.state, unit);
-  ahead.add_state(p, p.final_state, unit);
-}
-
 // Whether the form above has lost digits: what passes leave of a state is gamma^N S_0 less what Kt^T Y takes from it,
 // and where that is nearly all, the rest is of the size of their rounding. A pass by wy goes on from what the one
 // before has left, and loses none.
@@ -319,32 +328,5 @@ static bool cancels(const Workspace& w, const Rank& x, double before) {
   return x.keep[0] * before > MOST * distance(w.state, nullptr, w.state_size);
 }
 
-constexpr int64_t PASSES_AHEAD = 1024;  // over which what comes next is asked for
-
-// Heads [begin, end) of sequences * HV, one after the other.
-void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end) {
-  Workspace& w = thread_local_arrays<Workspace>(p, true);
-  const Window& window = thread_local_arrays<Window>(w, p.longest());
-  const Rank& rank = thread_local_arrays<Rank>(w);
-  for (int64_t unit = begin; unit < end && !stops(r.interrupt); ++unit) {
-    const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
-    load_state(w, p.state, unit, w.state);
-    for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
-      const int64_t at = block * REPLAY_BLOCK;
-      make_block(p, w, window, first + at, min_of(REPLAY_BLOCK, tokens - at), unit % p.HV, block);
-    }
-    const bool in_rows = r.rank && tokens > 0;
-    const int64_t blocks = (tokens + REPLAY_BLOCK - 1) / REPLAY_BLOCK;
-    Ahead ahead(state_tiles(w) * (in_rows ? 1 : min_of(r.passes, PASSES_AHEAD) * blocks));
-    if (unit + 1 < end) foresee(p, unit + 1, ahead);
-    bool by_passes = !in_rows;
-    if (in_rows) {
-      const double before = p.state ? distance(w.state, nullptr, w.state_size) : 0;
-      replay_in_rows(p, w, window, rank, r, tokens, ahead);
-      by_passes = cancels(w, rank, before);
-      if (by_passes) load_state(w, p.state, unit, w.state);
-    }
-    if (by_passes) replay_passes(w, window, r, unit, tokens, p.delta, ahead);
-    store_state(w, w.state, unit, p.final_state);
-  }
-}
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

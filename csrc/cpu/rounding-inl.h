@@ -12,6 +12,19 @@
 // A panel in which this comes to more than ROUNDING_LIMIT is given up and done again in float32. It happens where
 // little is forgotten and much is written: b near 2 without much decay, or values that cancel. An initial state is
 // taken to be as wrong as the limit allows, so that a text read piece by piece stays within it as well.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/dot-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 constexpr double MEAN_SQUARE_ROUNDING = 2.4e-6;
 constexpr double ROUNDING_LIMIT = 5e-3;  // relative, leaves room below 1e-2 for chance and for rounding o itself
@@ -107,3 +120,6 @@ static void judge_readouts(Workspace& w) {
     if (rounds_too_much(x.output_error, x.output)) w.left_out |= uint32_t{1} << panel;
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,8 +1,22 @@
-// One vector type and what it can do. Included inside the namespace of an ISA file, which fixes LANES; written in the
+// One vector type and what it can do. The including ISA file fixes its LANES and the namespace; written in the
 // compilers' vector extensions, so that the same source is SSE, AVX2, AVX-512 or NEON and every width runs anywhere.
 //
 // Everything is `static` or a template on types of that namespace: an inline function shared between ISA files would
 // let the linker hand AVX code to a machine without it.
+#pragma once
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "types.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 constexpr int LANES = SLEEPKERN_LANES;
 
@@ -240,3 +254,6 @@ SLEEPKERN_INLINE void transpose(const float* src, int64_t src_stride, float* dst
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) store(dst + i * dst_stride, rows[i]);
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

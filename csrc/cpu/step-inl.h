@@ -2,6 +2,18 @@
 // token reads it twice (the second time from L2) and writes it once, row after row, which the hardware foresees:
 //
 //   u = (a S)^T k,  y = (a S)^T q;   e = b (v - [delta] u);   o = scale (y + (q.k) e);   S <- a S + k e^T
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/pack-inl.h"
+#include "cpu/simd.h"
+#include "cpu/workspace.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 constexpr int STEP_ROWS = 4;
 #define SLEEPKERN_EACH_STEP_ROW(r) _Pragma("GCC unroll 4") for (int r = 0; r < STEP_ROWS; ++r)
@@ -123,3 +135,6 @@ SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* 
   step_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, p, state, v, w.couplings, w.scores, w.writers);
   if (p.reads) store_row(v, p.v.type, p.V, static_cast<char*>(p.o) + ((c.first + t) * p.HV + c.head) * p.V * size);
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,5 +1,17 @@
 // Activations as left operands: strips over their rows, [rows / ROWS][depth][ROWS]. A tile reads one strip from its
 // first step to its last, line after line; of a panel it would want a part of every line.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "cpu/dot-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "cpu/winograd-inl.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 typedef float Strip __attribute__((vector_size(ROWS * 4)));
 typedef float StripUnaligned __attribute__((vector_size(ROWS * 4), aligned(4), may_alias));
@@ -86,3 +98,6 @@ SLEEPKERN_STAGE void sum_pairs(const Winograd* strips, int64_t count, int64_t de
     }
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

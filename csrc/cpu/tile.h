@@ -10,6 +10,15 @@
 // A chunk of 32 tokens: work within a chunk grows with its length (2 CHUNK (K + V) flop a token beside 6 K V for the
 // state), while the state's way through registers costs the same a chunk. On AVX2 32 beats 64 by a tenth at K = V = 64,
 // 128.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dot-inl.h"
+#include "cpu/simd.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 constexpr int VECS = 2;
 constexpr int PANEL = VECS * LANES;
@@ -196,3 +205,6 @@ SLEEPKERN_INLINE void pair_rows(const float* rows, int64_t count, Pair* pairs) {
     }
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -8,6 +8,16 @@
 // instead of three multiply-adds, all pipes busy, 1.5 x what is called the peak.
 //
 // Rounding: errors are those of |x|^2 + |y|^2 instead of 2 |x| |y|. So who packs balances the two, see `Weights`.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 // What a panel is made of whose products are taken so.
 struct Winograd {
@@ -62,3 +72,6 @@ SLEEPKERN_INLINE void add_pair_sums(TileOf<HEIGHT>& t, const float* left, const 
   SLEEPKERN_EACH_OF(HEIGHT, r)
     SLEEPKERN_EACH_VEC(n) t.at[r][n] += broadcast(left[r]) + load(right + n * LANES);
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

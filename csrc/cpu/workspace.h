@@ -1,6 +1,18 @@
 // What one thread holds: the states of a group of heads and the operands of one chunk of one head, in panels (tile.h).
 // At K = V = 128 a state is 64 KB and the operands 60 KB, of which a panel's turn touches 8 KB of state and 2 KB of
 // values and streams the rest from L2.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/arena.h"
+#include "cpu/dot-inl.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+#include "problem.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
 
 // Heads of one sequence that take turns chunk by chunk, so that a page of the caller's tensors, on which the rows of
 // several heads lie side by side, is visited once and not once a head. One head after the other takes a quarter longer
@@ -86,18 +98,6 @@ struct Workspace {
   float* keep;               // [K_rows] Gam of each row of the state
 };
 
-// Hands out arrays of a block of memory, each on its own cache line. Without memory it only counts.
-struct Taker {
-  float* memory;
-  int64_t used = 0;
-
-  float* operator()(int64_t n) {
-    float* here = memory && n ? memory + used : nullptr;
-    used += round_up(n, 16);
-    return here;
-  }
-};
-
 // Whether products take bfloat16, at least at first: panels whose roundings add up are done again in float32
 // (rounding-inl.h). Not where no gate is, for many of those would be. With channel decay operands are products of
 // decays, rescaled at every level, which stay in float32.
@@ -148,41 +148,6 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   w.until_rows = take(channel ? turned : 0);
 }
 
-// Memory in huge pages where the system grants them, so that a stage that streams it neither misses the TLB nor depends
-// on where in L2 small pages happen to fall.
-static float* allocate(int64_t floats) {
-  const int64_t bytes = round_up(floats * static_cast<int64_t>(sizeof(float)), HUGE_PAGE);
-  void* memory = std::aligned_alloc(HUGE_PAGE, bytes);
-  if (!memory) throw std::bad_alloc();
-  prefer_huge_pages(memory, bytes);
-  return static_cast<float*>(memory);
-}
-
-// The thread's own T, laid out by lay_out(T&, args..., Taker&); the memory grows to the largest problem seen and stays
-// for the next call.
-template <class T, class... Args>
-static T& thread_local_arrays(const Args&... args) {
-  struct Owner {
-    T arrays{};
-    float* memory = nullptr;
-    int64_t capacity = 0;
-    ~Owner() { std::free(memory); }
-  };
-  static thread_local Owner owner;
-  Taker count{nullptr};
-  lay_out(owner.arrays, args..., count);
-  if (count.used > owner.capacity) {
-    std::free(owner.memory);
-    owner.memory = nullptr;
-    owner.capacity = 0;
-    owner.memory = allocate(count.used);
-    owner.capacity = count.used;
-  }
-  Taker take{owner.memory};
-  lay_out(owner.arrays, args..., take);
-  return owner.arrays;
-}
-
 // Operands of the products of one value panel, E: float or Pair.
 template <class E>
 struct Operands {
@@ -205,3 +170,6 @@ SLEEPKERN_INLINE Operands<E> operands(const Workspace& w, int64_t panel) {
     return {w.keys, w.readers, w.writers, w.scores, w.values, w.values, w.state + panel * w.K_rows * PANEL};
   }
 }
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,7 +1,6 @@
-#include "cuda/blocks.cuh"
-
 #include <algorithm>
 
+#include "cuda/blocks.cuh"
 #include "cuda/launch-inl.h"
 
 namespace sleepkern::cuda {

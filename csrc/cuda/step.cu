@@ -1,5 +1,5 @@
-#include "cuda/step.cuh"
 #include "cuda/launch-inl.h"
+#include "cuda/step.cuh"
 
 namespace sleepkern::cuda {
 
