@@ -1,7 +1,7 @@
 // The launch for a stack of blocks; sleepkern/sleep/packed_cuda.py holds the other side: the call and each layer are
 // dicts of sizes and addresses.
 #include "bind.h"
-#include "cuda/launch.h"
+#include "cuda/blocks_launch.h"
 
 namespace py = pybind11;
 

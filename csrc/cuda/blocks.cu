@@ -1,9 +1,20 @@
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/blocks.cuh"
+#include "cuda/blocks_launch.h"
+#include "cuda/call.h"
+#include "cuda/kernel_choice.h"
 #include "cuda/launch-inl.h"
 
 namespace sleepkern::cuda {
+
+inline std::string describe(const BlocksCall& c) {
+  return "B = " + std::to_string(c.B) + ", L = " + std::to_string(c.L) + ", d = " + std::to_string(c.d) +
+         ", layers = " + std::to_string(c.depth) + ", passes = " + std::to_string(c.passes) +
+         ", cluster = " + std::to_string(c.cluster) + ", windows of a cluster = " + std::to_string(c.group);
+}
 
 int64_t blocks_memory(const BlocksCall& call) { return places_of(call).end; }
 

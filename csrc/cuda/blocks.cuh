@@ -17,6 +17,16 @@
 #pragma once
 
 #include "cuda/blocks_attention.cuh"
+#include "cuda/blocks_call.h"
+#include "cuda/blocks_memory.cuh"
+#include "cuda/blocks_recurrence.cuh"
+#include "cuda/blocks_stream.cuh"
+#include "cuda/blocks_tile.cuh"
+#include "cuda/call.h"
+#include "cuda/ptx.h"
+#include "cuda/rows.cuh"
+#include "cuda/tile.h"
+#include "types.h"
 
 namespace sleepkern::cuda {
 

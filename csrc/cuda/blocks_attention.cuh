@@ -8,7 +8,15 @@
 // running maximum. What was kept of earlier windows is read from global memory.
 #pragma once
 
-#include "cuda/blocks_recurrence.cuh"
+#include "cuda/blocks_call.h"
+#include "cuda/blocks_memory.cuh"
+#include "cuda/blocks_stream.cuh"
+#include "cuda/blocks_tile.cuh"
+#include "cuda/call.h"
+#include "cuda/ptx.h"
+#include "cuda/rows.cuh"
+#include "cuda/tile.h"
+#include "types.h"
 
 namespace sleepkern::cuda {
 

@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "problem.h"
-
 namespace sleepkern::cuda {
 
 constexpr int MOST_LAYERS = 24;  // a kernel's arguments have 4 KB

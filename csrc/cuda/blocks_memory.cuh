@@ -1,7 +1,11 @@
 // What a thread block of sleep_blocks has in shared memory, and which windows are its own.
 #pragma once
 
+#include "cuda/blocks_call.h"
 #include "cuda/blocks_stream.cuh"
+#include "cuda/call.h"
+#include "cuda/ptx.h"
+#include "cuda/tile.h"
 
 namespace sleepkern::cuda {
 

@@ -8,7 +8,16 @@
 // `wide` holds q, k, v and gate of all rows as a tile (tile.h): the convolution writes over its own inputs, o over v.
 #pragma once
 
+#include "cuda/blocks_call.h"
+#include "cuda/blocks_memory.cuh"
+#include "cuda/blocks_stream.cuh"
+#include "cuda/blocks_tile.cuh"
 #include "cuda/blocks_walk.cuh"
+#include "cuda/call.h"
+#include "cuda/ptx.h"
+#include "cuda/rows.cuh"
+#include "cuda/tile.h"
+#include "types.h"
 
 namespace sleepkern::cuda {
 

@@ -12,6 +12,7 @@
 
 #include "cuda/blocks_call.h"
 #include "cuda/call.h"
+#include "cuda/ptx.h"
 #include "cuda/tile.h"
 
 namespace sleepkern::cuda {

@@ -1,8 +1,10 @@
 // Pieces of the tile of bf16 that a layer's inputs lie in: 8 columns of a row, 16 rows x 16 columns as operands.
 #pragma once
 
+#include "cuda/blocks_call.h"
 #include "cuda/blocks_memory.cuh"
-#include "cuda/rows.cuh"
+#include "cuda/ptx.h"
+#include "cuda/tile.h"
 
 namespace sleepkern::cuda {
 

@@ -16,7 +16,13 @@
 // KB a window), and L2 gives one back in less time than one of the layer's products takes.
 #pragma once
 
+#include "cuda/blocks_call.h"
+#include "cuda/blocks_memory.cuh"
+#include "cuda/blocks_stream.cuh"
 #include "cuda/blocks_tile.cuh"
+#include "cuda/call.h"
+#include "cuda/ptx.h"
+#include "cuda/tile.h"
 
 namespace sleepkern::cuda {
 

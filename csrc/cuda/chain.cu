@@ -1,5 +1,8 @@
 #include "cuda/chain.cuh"
+#include "cuda/describe.h"
+#include "cuda/kernel_choice.h"
 #include "cuda/launch-inl.h"
+#include "cuda/launch.h"
 
 namespace sleepkern::cuda {
 

@@ -10,7 +10,10 @@
 // columns at a time (32 K each). Value blocks give dA in parts; the parts are added outside, in order.
 #pragma once
 
+#include "cuda/call.h"
 #include "cuda/passes.cuh"
+#include "cuda/ptx.h"
+#include "cuda/tile.h"
 
 namespace sleepkern::cuda {
 

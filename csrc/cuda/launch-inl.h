@@ -1,37 +1,17 @@
-// What the files that launch kernels share: the launch itself, and the choice of a kernel by width and mode.
+// A launch. One that fails names the kernel and what describe(arguments) says of its arguments.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "cuda/launch.h"
-#include "cuda/tile.h"
+#include "cuda/ptx.h"
 
 namespace sleepkern::cuda {
 
 struct Grid {
   int64_t x, y;
 };
-
-inline std::string describe(const Problem& p) {
-  return "sequences = " + std::to_string(p.sequences) + ", T = " + std::to_string(p.T) +
-         ", HV = " + std::to_string(p.HV) + ", K = " + std::to_string(p.K) + ", V = " + std::to_string(p.V);
-}
-inline std::string describe(const Call& c) {
-  return describe(c.p) + ", passes = " + std::to_string(c.passes) + ", block = " + std::to_string(c.block) +
-         ", slots = " + std::to_string(c.slots);
-}
-inline std::string describe(const Steps& s) { return describe(s.p); }
-inline std::string describe(const Chain& c) {
-  return "heads = " + std::to_string(c.heads) + ", K = " + std::to_string(c.K) + ", V = " + std::to_string(c.V) +
-         ", passes = " + std::to_string(c.passes);
-}
-
-inline std::string describe(const BlocksCall& c) {
-  return "B = " + std::to_string(c.B) + ", L = " + std::to_string(c.L) + ", d = " + std::to_string(c.d) +
-         ", layers = " + std::to_string(c.depth) + ", passes = " + std::to_string(c.passes) +
-         ", cluster = " + std::to_string(c.cluster) + ", windows of a cluster = " + std::to_string(c.group);
-}
 
 // cluster: neighbouring thread blocks that see each other's shared memory.
 #ifdef SLEEPKERN_CUDA_ON_CPU
@@ -72,30 +52,5 @@ void run(const char* name, void (*kernel)(Arguments), Grid grid, int threads, in
   check(cudaLaunchKernelExC(&how, reinterpret_cast<const void*>(kernel), packed));
 }
 #endif
-
-// A kernel is chosen by use(width) or use(mode, width), both constants.
-template <Mode MODE>
-struct ModeOf {
-  static constexpr Mode value = MODE;
-};
-template <int KP>
-struct WidthOf {
-  static constexpr int value = KP;
-};
-
-template <class Use>
-void with_width(int64_t K, Use use) {
-  if (K <= 64) return use(WidthOf<64>());
-  if (K <= WIDEST_KEY) return use(WidthOf<128>());
-  throw std::runtime_error("sleepkern: no CUDA kernel for K = " + std::to_string(K));
-}
-
-template <class Use>
-void with_kernel(int mode, int64_t K, Use use) {
-  with_width(K, [&](auto width) {
-    if (mode == static_cast<int>(Mode::bf16)) return use(ModeOf<Mode::bf16>(), width);
-    use(ModeOf<Mode::exact>(), width);
-  });
-}
 
 }  // namespace sleepkern::cuda

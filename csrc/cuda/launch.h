@@ -1,9 +1,8 @@
-// The launches of csrc/cuda, for bind_cuda.cpp. Each throws std::runtime_error that names kernel, shape and reason.
+// The launches of the recurrence, for its bindings. Each throws std::runtime_error that names kernel, shape and reason.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/blocks_call.h"
 #include "cuda/call.h"
 
 namespace sleepkern::cuda {
@@ -12,7 +11,6 @@ namespace sleepkern::cuda {
 int64_t window_memory(int mode, int K, bool reads, bool channel);  // of prepare too, which keeps the same of a chunk
 int64_t replay_memory(int mode, int K, bool reads, int block, int slots);
 int64_t chain_memory(int K, bool backward);
-int64_t blocks_memory(const BlocksCall& call);
 
 void window(const Call& call, void* stream);
 void prepare(const Call& call, void* stream);
@@ -20,6 +18,5 @@ void replay(const Call& call, void* stream);
 void powers(const Chain& chain, void* stream);
 void adjoint(const Chain& chain, void* stream);
 void step(const Steps& steps, void* stream);
-void sleep_blocks(const BlocksCall& call, void* stream);
 
 }  // namespace sleepkern::cuda

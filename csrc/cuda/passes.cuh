@@ -6,7 +6,11 @@
 // Qe and P, and nothing is written there. Accumulators S^T [16][KP]: KP / 2 registers a thread; Vn^T [16][CHUNK]: 32.
 #pragma once
 
+#include "cuda/call.h"
+#include "cuda/ptx.h"
 #include "cuda/rows.cuh"
+#include "cuda/tile.h"
+#include "problem.h"
 
 namespace sleepkern::cuda {
 

@@ -6,7 +6,12 @@
 // (k_i exp(G_i - R)) . (k_j exp(R - G_j)), both exponents <= 0. In the diagonal 16 x 16 blocks every pair has its own.
 #pragma once
 
-#include "cuda/prepare.cuh"
+#include "cuda/call.h"
+#include "cuda/chunk_memory.cuh"
+#include "cuda/ptx.h"
+#include "cuda/rows.cuh"
+#include "cuda/tile.h"
+#include "problem.h"
 
 namespace sleepkern::cuda {
 

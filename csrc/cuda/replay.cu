@@ -1,5 +1,9 @@
+#include "cuda/describe.h"
+#include "cuda/kernel_choice.h"
 #include "cuda/launch-inl.h"
+#include "cuda/launch.h"
 #include "cuda/replay.cuh"
+#include "cuda/rows.cuh"
 
 namespace sleepkern::cuda {
 

@@ -13,8 +13,14 @@
 // chunk where something is read. Registers: S^T KP / 2, Vn^T 32, and A or d another KP / 2.
 #pragma once
 
+#include "cuda/call.h"
+#include "cuda/chunk_memory.cuh"
 #include "cuda/passes.cuh"
 #include "cuda/prepare.cuh"
+#include "cuda/ptx.h"
+#include "cuda/rows.cuh"
+#include "cuda/tile.h"
+#include "problem.h"
 
 namespace sleepkern::cuda {
 

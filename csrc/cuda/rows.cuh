@@ -2,7 +2,10 @@
 #pragma once
 
 #include "cuda/call.h"
+#include "cuda/ptx.h"
 #include "cuda/tile.h"
+#include "problem.h"
+#include "types.h"
 
 namespace sleepkern::cuda {
 

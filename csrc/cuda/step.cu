@@ -1,4 +1,6 @@
+#include "cuda/describe.h"
 #include "cuda/launch-inl.h"
+#include "cuda/launch.h"
 #include "cuda/step.cuh"
 
 namespace sleepkern::cuda {

@@ -8,7 +8,11 @@
 //   blockIdx.x = sequence * HV + head, blockIdx.y = 64 value columns
 #pragma once
 
+#include "cuda/call.h"
+#include "cuda/ptx.h"
 #include "cuda/rows.cuh"
+#include "problem.h"
+#include "types.h"
 
 namespace sleepkern::cuda {
 

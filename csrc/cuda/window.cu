@@ -1,4 +1,8 @@
+#include "cuda/chunk_memory.cuh"
+#include "cuda/describe.h"
+#include "cuda/kernel_choice.h"
 #include "cuda/launch-inl.h"
+#include "cuda/launch.h"
 #include "cuda/window.cuh"
 
 namespace sleepkern::cuda {

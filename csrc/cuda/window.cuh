@@ -10,8 +10,14 @@
 // pass. Registers: S^T KP / 2, U^T 32, Vn^T 32. With tol the state before a pass waits in the final state's place.
 #pragma once
 
+#include "cuda/call.h"
+#include "cuda/chunk_memory.cuh"
 #include "cuda/passes.cuh"
 #include "cuda/prepare.cuh"
+#include "cuda/ptx.h"
+#include "cuda/rows.cuh"
+#include "cuda/tile.h"
+#include "problem.h"
 
 namespace sleepkern::cuda {
 
