@@ -46,6 +46,7 @@ def test_a_source_archive_has_what_make_and_the_tests_need(tmp_path: Path) -> No
     needed = [*SOURCES, *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]
     names = {str(path.relative_to(ROOT)) for path in needed}
     names |= {"README.md", "Makefile", "CMakeLists.txt", "pyproject.toml", "setup.py", ".ci/run", ".clang-format"}
+    names |= {".clangd", "compile_flags.txt"}
     names |= {"requirements.txt", "requirements-fla.txt", "requirements-oldest.txt", "MANIFEST.in"}
     names |= {"benchmarks/README.md"}
     assert not names - listed

@@ -247,7 +247,7 @@ def test_mixers_and_blocks_of_avx512(avx512: Path) -> None:
 
 def test_verify_finds_a_broken_kernel(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A state that is not decayed: the kernel runs, and `verify` ends red."""
-    fault = ("cpu/ingest-inl.h", "    scale_rows(t, w.keep + d);\n", "")
+    fault = ("cpu/recurrence/state_pass.h", "    scale_rows(t, w.keep + d);\n", "")
     module = build_with_faults(shared(tmp_path_factory), tmp_path, (fault,))
     command = "sys.argv[1:] = ['verify', '--quick', '--backend', 'cpu']\nfrom sleepkern.cli import main\nmain()"
     done = run_with(module, command)
@@ -306,13 +306,13 @@ def test_broken_gradients_and_replay_are_found(tmp_path: Path, tmp_path_factory:
     pairs, pair = "sum(load(a.pair_lanes + t * LANES))", "a.gains[column_at(t, CHUNK) + t * PANEL]"
     reach = " + load(s.H + at) * reach;"
     faults = (
-        ("cpu/adjoint-inl.h", end, end.replace("total[n] * load(w.keep + d)", "Vec{}")),
-        ("cpu/gradients-inl.h", pairs, f"({pairs} + {pair}) - {pair}"),
-        ("cpu/rank-inl.h", reach, reach.replace(" * reach", "")),
-        ("cpu/rank-inl.h", "x.G[diagonal] += 1 + gamma;", "x.G[diagonal] += 1;"),
-        ("cpu/convolution-inl.h", "kept >= 1 - W;", "kept >= 2 - W;"),
+        ("cpu/recurrence/chunk_backward.h", end, end.replace("total[n] * load(w.keep + d)", "Vec{}")),
+        ("cpu/recurrence/write_gradients.h", pairs, f"({pairs} + {pair}) - {pair}"),
+        ("cpu/replay/token_space.h", reach, reach.replace(" * reach", "")),
+        ("cpu/replay/token_space.h", "x.G[diagonal] += 1 + gamma;", "x.G[diagonal] += 1;"),
+        ("cpu/mixer/convolution.h", "kept >= 1 - W;", "kept >= 2 - W;"),
         (
-            "cpu/attention-inl.h",
+            "cpu/blocks/attention.h",
             "const BitVec visible = reinterpret_cast<BitVec>(seen >=",
             "const BitVec visible = reinterpret_cast<BitVec>(seen >",
         ),

@@ -47,7 +47,7 @@ class Device(NamedTuple):
 class Plan(NamedTuple):
     """How a replay is cut.
 
-    method  wy, affine or rank (csrc/cuda/window.cuh, replay.cuh)
+    method  wy, affine or rank (csrc/cuda/recurrence/single_chunk.cuh, multi_chunk.cuh)
     window  one chunk, prepared and replayed in one launch
     block   value columns of a block
     slots   chunks that its shared memory holds

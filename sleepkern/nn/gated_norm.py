@@ -2,7 +2,7 @@
 
     y = w r x act(gate), r = (mean x^2 + eps)^-1/2        gate first (Mamba-2): y = w u r(u), u = x act(gate)
 
-On the CPU one C++ pass over memory forward and one backward (csrc/cpu/norm-inl.h); elsewhere torch's operators.
+On the CPU one C++ pass over memory forward and one backward (csrc/cpu/mixer/gated_norm.h); elsewhere torch's operators.
 """
 
 from __future__ import annotations

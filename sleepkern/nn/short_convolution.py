@@ -2,7 +2,8 @@
 
     z_t = bias + sum_j w_{W-1-j} x_{t-j}, j < W;   y_t = silu(z_t) or z_t      each channel for itself
 
-On the CPU one C++ pass over memory forward and one backward (csrc/cpu/convolution-inl.h); elsewhere torch's operators.
+On the CPU one C++ pass over memory forward and one backward (csrc/cpu/mixer/convolution.h); elsewhere torch's
+operators.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""In what order the CUDA kernel for a stack of blocks multiplies by weights: csrc/cuda/blocks_stream.cuh.
+"""In what order the CUDA kernel for a stack of blocks multiplies by weights: csrc/cuda/blocks/weight_stream.cuh.
 
 Computed with the places of numbers instead of the numbers, once for a stack's sizes and a plan: weights that change are
 then put in order by one indexing.
@@ -113,12 +113,15 @@ def _rounds(groups: int) -> list[Round]:
 
 
 def _splits(p: Plan) -> int:
-    """Parts of the terms of the rates, as csrc/cuda/blocks_call.h has it."""
+    """Parts of the terms of the rates, as csrc/cuda/blocks/params.h has it."""
     return next(n for n in (8, 4, 2, 1) if n <= p.cluster * p.exchange)
 
 
 def _fragments(weight: Tensor) -> Tensor:
-    """[outputs / 16, terms / 16, 256] of a weight [outputs, terms], as lanes hold right operands (csrc/cuda/tile.h)."""
+    """[outputs / 16, terms / 16, 256] of a weight [outputs, terms], as lanes hold right operands.
+
+    csrc/cuda/arch/mma_tiles.h has the same order.
+    """
     groups, steps = weight.shape[0] // TILE, weight.shape[1] // TILE
     x = weight.reshape(groups, 2, 8, steps, 2, 4, 2)  # group, half, g; step, half, t, pair
     return x.permute(0, 3, 2, 5, 1, 4, 6).reshape(groups, steps, 256)

@@ -54,7 +54,7 @@ class Source:
 
 
 class Packed:
-    """Weights of a stack of blocks, each norm multiplied into the product after it; see csrc/blocks.h.
+    """Weights of a stack of blocks, each norm multiplied into the product after it; see csrc/common/blocks.h.
 
     form: of the products' operands, of `_C.Form`.
     """

@@ -1,7 +1,7 @@
 """Hybrid blocks as the CUDA kernel takes them, and its launch.
 
-csrc/cuda/blocks.cuh is the other side. A cluster of thread blocks takes a group of windows; each has its share of the
-heads, of the MLP's columns and of the columns of h.
+csrc/cuda/blocks/kernel.cuh is the other side. A cluster of thread blocks takes a group of windows; each has its share
+of the heads, of the MLP's columns and of the columns of h.
 """
 
 from __future__ import annotations

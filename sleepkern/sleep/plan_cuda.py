@@ -1,6 +1,6 @@
 """How the CUDA kernel for a stack of blocks cuts a call: thread blocks of a cluster, windows of a group.
 
-csrc/cuda/blocks_memory.cuh says what must fit into shared memory.
+csrc/cuda/blocks/smem_layout.cuh says what must fit into shared memory.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ def build(folder: Path, sanitize: bool = False, fault: Fault | None = None, soun
         assert text.count(good) == 1, f"{file}: {good!r} is there {text.count(good)} times, expected once"
         (csrc / file).write_text(text.replace(good, bad))
     sources = [
-        *sorted((csrc / "cuda").glob("*.cu")),
-        csrc / "bind_cuda.cpp",
-        csrc / "bind_cuda_blocks.cpp",
+        *sorted((csrc / "cuda").rglob("*.cu")),
+        csrc / "bindings" / "cuda_recurrence.cpp",
+        csrc / "bindings" / "cuda_blocks.cpp",
         HERE / "module.cpp",
     ]
     sources = [s for s in sources if s.name != "device.cu"]

@@ -1,5 +1,5 @@
-// Runs CUDA kernels on the CPU, for tests: what csrc/cuda/ptx.h gives on a GPU, with the threads of a block, or of all
-// blocks of a cluster, as fibers.
+// Runs CUDA kernels on the CPU, for tests: what csrc/cuda/arch/ptx.h gives on a GPU, with the threads of a block, or of
+// all blocks of a cluster, as fibers.
 //
 // A fiber runs until it waits: for a cluster, a block, a warp, or a copy. Of those that can go on the first, the last
 // (so one warp runs far ahead of the others), or any goes on; so code that lacks a barrier reads what is not there yet

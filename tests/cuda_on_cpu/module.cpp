@@ -1,5 +1,5 @@
 // The launches of csrc/cuda as a Python module whose "GPU" is the CPU.
-#include "bind.h"
+#include "bindings/arguments.h"
 #include "cuda_on_cpu.h"
 
 namespace py = pybind11;

@@ -15,87 +15,96 @@ from building import build, run_tests
 
 FAULTS: dict[str, tuple[str, str, str, str]] = {
     "state does not decay": (
-        "passes.cuh", "S[n][i] *= decay(column_of(n, i));", "S[n][i] *= 1.0f;", "test_replay and 15",
+        "recurrence/state_pass.cuh", "S[n][i] *= decay(column_of(n, i));", "S[n][i] *= 1.0f;", "test_replay and 15",
     ),
     "rank erases as if no pass had gone": (
-        "window.cuh", "gamma * Y[n][i] + power * erased[n][i]", "gamma * Y[n][i] + erased[n][i]",
+        "recurrence/single_chunk.cuh", "gamma * Y[n][i] + power * erased[n][i]", "gamma * Y[n][i] + erased[n][i]",
         "test_methods and rank",
     ),
     "no barrier before the scores are inverted": (
-        "prepare.cuh", "  block_barrier();\n  invert<MODE", "  invert<MODE", "test_replay and 15",
+        "recurrence/chunk_factors.cuh", "  block_barrier();\n  invert<MODE", "  invert<MODE", "test_replay and 15",
     ),
     "no barrier before v is read": (
-        "window.cuh", "    block_barrier();\n    const int group", "    const int group", "test_replay and 15",
+        "recurrence/single_chunk.cuh",
+        "    block_barrier();\n    const int group", "    const int group", "test_replay and 15",
     ),
     "no barrier before a place is loaded again": (
-        "replay.cuh", "    block_barrier();  // all have read the place\n", "", "test_long_windows",
+        "recurrence/multi_chunk.cuh", "    block_barrier();  // all have read the place\n", "", "test_long_windows",
     ),
-    "no wait for a copy": ("replay.cuh", "if (seen < asked) copy_wait(", "if (false) copy_wait(", "test_replay and 65"),
-    "wait for the wrong phase": ("replay.cuh", "seen / c.slots & 1", "0", "test_long_windows"),
+    "no wait for a copy": (
+        "recurrence/multi_chunk.cuh", "if (seen < asked) copy_wait(", "if (false) copy_wait(", "test_replay and 65",
+    ),
+    "wait for the wrong phase": ("recurrence/multi_chunk.cuh", "seen / c.slots & 1", "0", "test_long_windows"),
     "queries are loaded while others read them": (
-        "replay.cuh", "    block_barrier();  // all have read the chunk before\n", "", "test_replay and 65",
+        "recurrence/multi_chunk.cuh",
+        "    block_barrier();  // all have read the chunk before\n", "", "test_replay and 65",
     ),
-    "lam does not go back through A": ("chain.cuh", "c.K, true);", "c.K, false);", "test_chain"),
+    "lam does not go back through A": ("recurrence/transition_powers.cuh", "c.K, true);", "c.K, false);", "test_chain"),
     "no barrier before lam is read": (
-        "chain.cuh", "      block_barrier();\n      if (16 * warp < KP) {", "      if (16 * warp < KP) {", "test_chain",
+        "recurrence/transition_powers.cuh",
+        "      block_barrier();\n      if (16 * warp < KP) {", "      if (16 * warp < KP) {", "test_chain",
     ),
-    "padded rows of a pool are written": ("step.cuh", "if (place < 0) return;", "", "pool"),
+    "padded rows of a pool are written": ("recurrence/decode.cuh", "if (place < 0) return;", "", "pool"),
     "residuals are wanted where tol is above 0": (
-        "call.h", "return residual != nullptr;", "return tol > 0.0f;", "test_a_tol_below",
+        "recurrence/params.h", "return residual != nullptr;", "return tol > 0.0f;", "test_a_tol_below",
     ),
     "a key's decay from the row after": (
-        "prepare_channel.cuh", "decayed(w.G[i * KP + d0 + d])", "decayed(w.G[(i | 1) * KP + d0 + d])",
+        "recurrence/chunk_factors_channel.cuh", "decayed(w.G[i * KP + d0 + d])", "decayed(w.G[(i | 1) * KP + d0 + d])",
         "test_replay and 63 and kda",
     ),
 }  # fmt: skip
 BLOCK_FAULTS: dict[str, tuple[str, str, str, str]] = {
     "no cluster's barrier before parts are added": (
-        "blocks.cuh", "    cluster_wait();\n    if (n < 0) return;", "    if (n < 0) return;",
+        "blocks/kernel.cuh", "    cluster_wait();\n    if (n < 0) return;", "    if (n < 0) return;",
         "test_equals and (two or four)",
     ),
     "parts of two exchanges in one place": (
-        "blocks.cuh", "return m.received((exchanges - 1 - n) & 1);", "return m.received(false && n < exchanges);",
+        "blocks/kernel.cuh",
+        "return m.received((exchanges - 1 - n) & 1);", "return m.received(false && n < exchanges);",
         "test_equals and pieces",
     ),
     "no barrier before h of all is read": (
-        "blocks.cuh", "  SLEEPKERN_DEVICE void meet(float eps) const {\n    cluster_arrive();\n    cluster_wait();",
+        "blocks/kernel.cuh",
+        "  SLEEPKERN_DEVICE void meet(float eps) const {\n    cluster_arrive();\n    cluster_wait();",
         "  SLEEPKERN_DEVICE void meet(float eps) const {", "test_equals and (two or four)",
     ),
     "no wait for weights": (
-        "blocks_stream.cuh", "    copy_wait(arrivals + slot, parity);\n", "", "test_equals and one",
+        "blocks/weight_stream.cuh", "    copy_wait(arrivals + slot, parity);\n", "", "test_equals and one",
     ),
     "weights asked for where others are still to be read": (
-        "blocks_stream.cuh", "    ask(slot);\n    if (++slot",
+        "blocks/weight_stream.cuh", "    ask(slot);\n    if (++slot",
         "    ask(slot + 1 < c.ring ? slot + 1 : 0);\n    if (++slot", "test_equals and one",
     ),
     "no barrier before a block of 16 tokens is inverted": (
-        "blocks_walk.cuh", "  warp_barrier();\n  invert_unit(unit, M);", "  invert_unit(unit, M);",
+        "blocks/recurrence.cuh", "  warp_barrier();\n  invert_unit(unit, M);", "  invert_unit(unit, M);",
         "test_equals and four",
     ),
     "what is written is not decayed": (
-        "blocks_walk.cuh", "D[n][i] *= scale[n][i & 1].w;", "", "test_equals and four and random",
+        "blocks/recurrence.cuh", "D[n][i] *= scale[n][i & 1].w;", "", "test_equals and four and random",
     ),
     "no barrier before the mixer": (
-        "blocks.cuh", "        block_barrier();\n        l.recurrent ?", "        l.recurrent ?", "test_equals and two",
+        "blocks/kernel.cuh",
+        "        block_barrier();\n        l.recurrent ?", "        l.recurrent ?", "test_equals and two",
     ),
     "rows beyond a window are its neighbour's": (
-        "blocks_tile.cuh", "last((window + 1) * c.padded() / 8 - 1)", "last(2 * c.tiles - 1 + 0 * window)",
+        "blocks/operands.cuh", "last((window + 1) * c.padded() / 8 - 1)", "last(2 * c.tiles - 1 + 0 * window)",
         "keep_to_themselves",
     ),
     "a pad row reads beyond its window": (
-        "blocks_attention.cuh", "return keys < block || j <= i;", "return true;", "test_equals and odd",
+        "blocks/attention.cuh", "return keys < block || j <= i;", "return true;", "test_equals and odd",
     ),
 }  # fmt: skip
 OVERRUNS: dict[str, tuple[str, str, str, str]] = {
     "reads a row beyond the state": (
-        "step.cuh", "first + r < K ? valid : 0, aligned)", "first + r <= K ? valid : 0, aligned)", "test_step and 200",
+        "recurrence/decode.cuh",
+        "first + r < K ? valid : 0, aligned)", "first + r <= K ? valid : 0, aligned)", "test_step and 200",
     ),
     "a tile one number too small": (
-        "chain.cuh", "auto* R = arena.take<Number<FULL>>(KP * COLUMNS);",
+        "recurrence/transition_powers.cuh", "auto* R = arena.take<Number<FULL>>(KP * COLUMNS);",
         "auto* R = arena.take<Number<FULL>>(KP * COLUMNS - 1);", "test_chain and 128",
     ),
     "weights foreseen beyond the last ones": (
-        "blocks_stream.cuh", "(stages < most ? stages : most)", "stages", "test_equals and random",
+        "blocks/weight_stream.cuh", "(stages < most ? stages : most)", "stages", "test_equals and random",
     ),
 }  # fmt: skip
 QUICK = ("state does not decay", "no barrier before v is read", "no barrier before the mixer")

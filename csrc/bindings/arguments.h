@@ -1,0 +1,81 @@
+// What the bindings share: tensors arrive as (address, row stride, type code), addresses as numbers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+
+#include "bindings/checks.h"
+#include "common/recurrence.h"
+
+namespace sleepkern {
+
+using View = std::tuple<uintptr_t, int64_t, int>;
+
+// A dict of sizes and addresses; what it does not name raises KeyError.
+class Described {
+ public:
+  explicit Described(const pybind11::dict& values) : values_(values) {}
+
+  template <class T>
+  T get(const char* name) const {
+    if constexpr (std::is_pointer_v<T>) {
+      return reinterpret_cast<T>(get<uintptr_t>(name));
+    } else {
+      return values_[name].cast<T>();
+    }
+  }
+  template <class T>
+  void read(const char* name, T& field) const {
+    field = get<T>(name);
+  }
+
+ private:
+  const pybind11::dict& values_;
+};
+
+inline Rows rows(const char* name, const View& view) {
+  const auto& [address, stride, type] = view;
+  return {reinterpret_cast<const void*>(address), stride, check_type(name, type)};
+}
+
+// What every entry point takes first: sizes and inputs.
+inline Problem describe(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H,
+                        int64_t HV, int64_t K, int64_t V, uintptr_t offsets, const View& q, const View& k,
+                        const View& v, const View& g, const View& beta, uintptr_t state) {
+  Problem problem{};
+  check_between("gate", gate, 0, 2);
+  problem.gate = static_cast<Gate>(gate);
+  problem.delta = delta;
+  problem.normalize = normalize;
+  problem.scale = scale;
+  problem.sequences = sequences;
+  problem.T = T;
+  problem.H = H;
+  problem.HV = HV;
+  problem.K = K;
+  problem.V = V;
+  problem.offsets = reinterpret_cast<const int64_t*>(offsets);
+  problem.q = rows("q", q);
+  problem.k = rows("k", k);
+  problem.v = rows("v", v);
+  problem.g = rows("g", g);
+  problem.beta = rows("beta", beta);
+  problem.state = reinterpret_cast<const float*>(state);
+  problem.reads = problem.q.data != nullptr;
+  check(problem);
+  return problem;
+}
+
+bool signalled();  // whether a handler of a signal raised, whose exception the call then ends with
+
+void bind_express(pybind11::module_& m);      // plain calls, past the checks in Python
+void bind_mixer(pybind11::module_& m);        // what stands around the recurrence
+void bind_blocks(pybind11::module_& m);       // stacks of hybrid blocks
+void bind_cuda(pybind11::module_& m);         // the launches of csrc/cuda
+void bind_cuda_blocks(pybind11::module_& m);  // of those, the one for stacks of blocks
+
+}  // namespace sleepkern

@@ -1,0 +1,157 @@
+#include "bindings/fast_path.h"
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+namespace sleepkern {
+namespace {
+
+using dlpack::Tensor;
+
+bool type_of(const Tensor& t, Type& type) {
+  if (t.device.type != dlpack::CPU || t.type.lanes != 1) return false;
+  const bool brain = t.type.code == dlpack::BFLOAT && t.type.bits == 16;
+  const bool half = t.type.code == dlpack::FLOAT && t.type.bits == 16;
+  type = brain ? Type::bfloat16 : half ? Type::float16 : Type::float32;
+  return brain || half || (t.type.code == dlpack::FLOAT && t.type.bits == 32);
+}
+
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  if (t.dimensions != static_cast<int32_t>(shape.size())) return false;
+  int d = 0;
+  for (int64_t size : shape) {
+    if (t.shape[d++] != size) return false;
+  }
+  return true;
+}
+
+// Whether dimensions from `first` on lie without gaps.
+bool dense(const Tensor& t, int first) {
+  int64_t expected = 1;
+  for (int d = t.dimensions - 1; d >= first; --d) {
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+const char* address(const Tensor& t) { return static_cast<const char*>(t.data) + t.offset; }
+
+// First byte, and the one behind the last, of a tensor that is not empty.
+struct Range {
+  const char *begin, *end;
+
+  Range(const Tensor& t) : begin(address(t)), end(begin) {
+    int64_t last = 0;
+    for (int d = 0; d < t.dimensions; ++d) last += (t.shape[d] - 1) * t.strides[d];
+    end += (last + 1) * (t.type.bits / 8);
+  }
+  bool meets(const Range& other) const { return begin < other.end && other.begin < end; }
+};
+
+// Whether what is written where the state lies cannot change what is read as another tensor.
+bool apart(const Call& c, const Problem& p) {
+  if (p.state != p.final_state) return true;
+  const Range written(*c.final_state);
+  for (const Tensor* t : {c.q, c.k, c.v, c.g, c.beta}) {
+    if (t && written.meets(Range(*t))) return false;
+  }
+  return true;
+}
+
+// Whether there is memory: a wrapper's tensor has address 0, one in a freed storage its offset. Systems map nothing
+// here.
+bool has_memory(const Tensor& t) { return reinterpret_cast<uintptr_t>(address(t)) >= 65536; }
+
+// [B, T, ...] whose tokens lie one row stride apart over the whole batch.
+bool rows(const Tensor& t, Rows& out) {
+  const int64_t B = t.shape[0], T = t.shape[1];
+  if (!type_of(t, out.type) || !dense(t, 2)) return false;
+  if (B != 1 && T != 1 && t.strides[0] != T * t.strides[1]) return false;
+  if (!has_memory(t)) return false;
+  out.data = address(t);
+  out.stride = T > 1 ? t.strides[1] : t.strides[0];
+  return true;
+}
+
+// Above 0 by the bits: no sign, not 0, not NaN.
+template <class Bits>
+bool positive(Bits x, Bits infinity) {
+  return x != 0 && x <= infinity;
+}
+
+template <class Bits>
+bool any_positive_of(const void* row, int64_t width, Bits infinity) {
+  bool found = false;
+  for (int64_t i = 0; i < width; ++i) {
+    Bits x;
+    std::memcpy(&x, static_cast<const char*>(row) + i * sizeof(Bits), sizeof(Bits));  // at any address
+    found |= positive<Bits>(x, infinity);
+  }
+  return found;
+}
+
+bool any_positive(const Rows& x, int64_t tokens, int64_t width) {
+  bool found = false;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const char* row = static_cast<const char*>(x.data) + t * x.stride * (x.type == Type::float32 ? 4 : 2);
+    if (x.type == Type::float32) {
+      found |= any_positive_of<uint32_t>(row, width, 0x7f800000u);
+    } else {
+      found |= any_positive_of<uint16_t>(row, width, x.type == Type::bfloat16 ? 0x7f80u : 0x7c00u);
+    }
+  }
+  return found;
+}
+
+bool states(const Tensor& t, const Problem& p, float*& data) {
+  Type type;
+  data = reinterpret_cast<float*>(const_cast<char*>(address(t)));
+  return has_memory(t) && type_of(t, type) && type == Type::float32 && has_shape(t, {p.sequences, p.HV, p.K, p.V}) &&
+         dense(t, 0);
+}
+
+bool gates(const Call& c, Problem& p) {
+  if ((c.g == nullptr) != (p.gate == Gate::none) || (p.delta && !c.beta)) return false;
+  const int64_t B = p.sequences, T = p.T;
+  if (c.g) {
+    const bool channel = p.gate == Gate::channel;
+    if (!(channel ? has_shape(*c.g, {B, T, p.HV, p.K}) : has_shape(*c.g, {B, T, p.HV}))) return false;
+    if (!rows(*c.g, p.g) || any_positive(p.g, B * T, channel ? p.HV * p.K : p.HV)) return false;
+  }
+  return !c.beta || (has_shape(*c.beta, {B, T, p.HV}) && rows(*c.beta, p.beta));
+}
+
+}  // namespace
+
+bool plain(const Call& c, Problem& p) {
+  if (c.k->dimensions != 4 || c.v->dimensions != 4) return false;
+  p.gate = c.gate;
+  p.delta = c.delta;
+  p.normalize = c.normalize;
+  p.reads = true;
+  p.sequences = c.k->shape[0];
+  p.T = c.k->shape[1];
+  p.H = c.k->shape[2];
+  p.K = c.k->shape[3];
+  p.HV = c.v->shape[2];
+  p.V = c.v->shape[3];
+  for (int64_t size : {p.sequences, p.T, p.H, p.HV, p.K, p.V}) {
+    if (size < 1) return false;
+  }
+  if (p.HV % p.H != 0 || p.K > HEAD_LIMIT || p.V > HEAD_LIMIT) return false;
+  p.scale = static_cast<float>(std::isnan(c.scale) ? 1 / std::sqrt(static_cast<double>(p.K)) : c.scale);
+  if (!has_shape(*c.q, {p.sequences, p.T, p.H, p.K}) || !has_shape(*c.v, {p.sequences, p.T, p.HV, p.V})) return false;
+  if (!rows(*c.q, p.q) || !rows(*c.k, p.k) || !rows(*c.v, p.v)) return false;
+  if (p.q.type != p.k.type || p.v.type != p.k.type || !gates(c, p)) return false;
+  float* state = nullptr;
+  if (c.state && !states(*c.state, p, state)) return false;
+  p.state = state;
+  Rows o;
+  if (!states(*c.final_state, p, p.final_state) || !rows(*c.o, o) || o.type != p.v.type) return false;
+  p.o = const_cast<void*>(o.data);
+  return has_shape(*c.o, {p.sequences, p.T, p.HV, p.V}) && dense(*c.o, 0) && apart(c, p);
+}
+
+}  // namespace sleepkern

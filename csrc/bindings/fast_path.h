@@ -1,0 +1,21 @@
+// The express lane (sleepkern/express.py): a plain call recognised from its tensors, without a line of Python.
+#pragma once
+
+#include "bindings/dlpack.h"
+#include "common/recurrence.h"
+
+namespace sleepkern {
+
+// Tensors of a call, nullptr where absent; o and final_state are where the results go.
+struct Call {
+  Gate gate;
+  bool delta, normalize;
+  double scale;  // NaN for K^-0.5
+  const dlpack::Tensor *q, *k, *v, *g, *beta, *state, *o, *final_state;
+};
+
+// Whether the call is one that every check of sleepkern/problem.py would pass and whose tensors the CPU kernels read in
+// place; `problem` is then filled. Never says what is wrong: the long way does.
+bool plain(const Call& call, Problem& problem);
+
+}  // namespace sleepkern

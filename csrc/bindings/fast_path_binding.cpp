@@ -1,0 +1,148 @@
+// The express lane's entry points. They take their arguments as CPython hands them over: pybind11 would spend longer on
+// the arguments than all the questions that are asked of them.
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <new>
+
+#include "bindings/arguments.h"
+#include "bindings/fast_path.h"
+#include "cpu/runtime/implementation.h"
+
+namespace py = pybind11;
+
+namespace sleepkern {
+namespace {
+
+const dlpack::ExchangeApi* exchange_api = nullptr;
+
+// Take the table of a framework's tensor class; false for one of another major version.
+bool use_exchange_api(const py::capsule& capsule) {
+  if (!capsule.name() || std::strcmp(capsule.name(), "dlpack_exchange_api") != 0) return false;
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), capsule.name()));
+  if (!api || api->major != dlpack::MAJOR || !api->view) return false;
+  exchange_api = api;
+  return true;
+}
+
+// The class of plain tensors, and the C functions behind two of its attributes.
+struct TensorClass {
+  PyTypeObject* type = nullptr;
+  PyGetSetDef* requires_grad = nullptr;
+  PyCFunction is_neg = nullptr;
+
+  // What an attribute asks of a tensor of exactly this class; nothing for an answer that is an exception.
+  bool needs_grad(PyObject* t) const { return !is_false(requires_grad->get(t, requires_grad->closure)); }
+  bool negative(PyObject* t) const { return !is_false(is_neg(t, nullptr)); }
+
+ private:
+  static bool is_false(PyObject* answer) {
+    if (!answer) PyErr_Clear();
+    Py_XDECREF(answer);
+    return answer == Py_False;
+  }
+};
+
+TensorClass tensors;
+
+// Take the class of plain tensors; false where its attributes are not what torch's are.
+bool use_tensor_class(const py::type& type) {
+  const py::object grad = py::getattr(type, "requires_grad", py::none());
+  const py::object neg = py::getattr(type, "is_neg", py::none());
+  if (Py_TYPE(grad.ptr()) != &PyGetSetDescr_Type || Py_TYPE(neg.ptr()) != &PyMethodDescr_Type) return false;
+  PyGetSetDef* get = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
+  const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(neg.ptr())->d_method;
+  if (!get->get || method->ml_flags != METH_NOARGS) return false;
+  for (const py::object& t : {grad, neg, py::object(type)}) t.inc_ref();  // for good
+  tensors = {reinterpret_cast<PyTypeObject*>(type.ptr()), get, method->ml_meth};
+  return true;
+}
+
+PyObject* wrong_count(const char* name, Py_ssize_t expected, Py_ssize_t got) {
+  PyErr_Format(PyExc_TypeError, "%s: got %zd arguments; expected %zd", name, got, expected);
+  return nullptr;
+}
+
+// ordinary(grad, q, k, v, g, beta, state): whether these are plain tensors, all but the first three perhaps None, whose
+// memory holds their numbers and not the opposites, and of which none needs a gradient if grad says so.
+PyObject* ordinary(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 7) return wrong_count("ordinary", 7, count);
+  if (!tensors.type) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 1; i < count; ++i) {
+    if (given[i] == Py_None && i > 3) continue;
+    if (Py_TYPE(given[i]) != tensors.type) Py_RETURN_FALSE;
+  }
+  for (Py_ssize_t i = 1; i < count; ++i) {
+    if (given[i] == Py_None) continue;
+    if (given[0] != Py_False && tensors.needs_grad(given[i])) Py_RETURN_FALSE;
+    if (tensors.negative(given[i])) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+// Whether the call was plain and is done.
+bool run_express(Gate gate, bool delta, bool normalize, double scale, PyObject* const* given) {
+  if (!exchange_api) return false;
+  std::array<dlpack::Tensor, 8> views;
+  std::array<const dlpack::Tensor*, 8> found{};
+  for (size_t i = 0; i < views.size(); ++i) {
+    if (given[i] == Py_None) continue;
+    if (exchange_api->view(given[i], &views[i]) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    found[i] = &views[i];
+  }
+  for (size_t needed : {0, 1, 2, 6, 7}) {  // q, k, v, o, final_state
+    if (!found[needed] || found[needed]->dimensions != 4) return false;
+  }
+  Problem problem{};
+  const Call call{gate,     delta,    normalize, scale,    found[0], found[1],
+                  found[2], found[3], found[4],  found[5], found[6], found[7]};
+  if (!plain(call, problem)) return false;
+  py::gil_scoped_release unlocked;
+  forward(problem);
+  return true;
+}
+
+// express(gate, delta, normalize, scale, q, k, v, g, beta, state, o, final_state): true if the call was plain and is
+// done.
+PyObject* express(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 12) return wrong_count("express", 12, count);
+  try {
+    const long gate = PyLong_AsLong(given[0]);
+    const int delta = PyObject_IsTrue(given[1]), normalize = PyObject_IsTrue(given[2]);
+    const double scale = PyFloat_AsDouble(given[3]);
+    if (PyErr_Occurred()) return nullptr;
+    check_between("gate", gate, 0, 2);
+    return PyBool_FromLong(run_express(static_cast<Gate>(gate), delta != 0, normalize != 0, scale, given + 4));
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef functions[] = {
+    {"ordinary", fast(ordinary), METH_FASTCALL, nullptr},
+    {"express", fast(express), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+void bind_express(py::module_& m) {
+  m.def("use_exchange_api", &use_exchange_api);
+  m.def("use_tensor_class", &use_tensor_class);
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+}
+
+}  // namespace sleepkern

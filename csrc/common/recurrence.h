@@ -1,0 +1,63 @@
+// The C++ face of sleepkern/problem.py: sizes and pointers of one call, already checked.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace sleepkern {
+
+struct Problem {
+  Gate gate;
+  bool delta;
+  bool normalize;
+  bool reads;  // readouts, or their gradients, are wanted
+  float scale;
+  int64_t sequences, T, H, HV, K, V;
+  const int64_t* offsets;  // [sequences + 1] token offsets when packed, else nullptr: sequence n starts at n * T
+  Rows q, k;               // [tokens, H, K]; q only if it reads
+  Rows v;                  // [tokens, HV, V]
+  Rows g;                  // [tokens, HV] or [tokens, HV, K] log decay, absent without gate
+  Rows beta;               // [tokens, HV], absent means 1
+  const float* state;      // [sequences, HV, K, V], nullptr means 0; may be final_state itself
+  void* o;                 // [tokens, HV, V] in v's type
+  float* final_state;      // [sequences, HV, K, V]
+
+  // First token of a sequence in the flattened batch; of `sequences`, the number of tokens.
+  constexpr int64_t first(int64_t sequence) const { return offsets ? offset_at(offsets, sequence) : sequence * T; }
+  int64_t longest() const {
+    int64_t most = offsets ? 0 : T;
+    for (int64_t n = 0; offsets && n < sequences; ++n) {
+      const int64_t tokens = first(n + 1) - first(n);
+      most = most < tokens ? tokens : most;
+    }
+    return most;
+  }
+};
+
+// The same window `passes` times, state only: method wy, or rank for windows of at most RANK_LIMIT tokens.
+constexpr int64_t RANK_LIMIT = 64;
+constexpr int64_t PASSES_LIMIT = INT32_MAX;  // what `made` can count
+
+struct Replay {
+  bool rank;
+  int64_t passes;
+  double tol;       // above 0: a head stops once its estimated residual is at most this; wy only
+  float* before;    // [sequences, HV, K, V] state before the last pass a head made, nullptr when not wanted
+  float* residual;  // [sequences, HV], with tol
+  int32_t* made;    // [sequences, HV] passes made, with tol
+  Interrupt* interrupt;
+};
+
+// What a backward takes and gives beside the problem; all outputs are contiguous.
+struct Gradients {
+  Rows dout;            // [tokens, HV, V], only if the problem reads
+  const float* dfinal;  // [sequences, HV, K, V] of the final state, nullptr means 0
+  void *dq, *dk;        // [tokens, H, K] in key_type; dq only if the problem reads
+  Type key_type;        // k's type; float32 where several value heads add up on a key head
+  void* dv;             // [tokens, HV, V] in v's type
+  void *dg, *dbeta;     // like g and beta, in their types; absent where those are
+  float* dstate;        // [sequences, HV, K, V], nullptr when not wanted
+};
+
+}  // namespace sleepkern

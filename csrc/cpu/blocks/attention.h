@@ -1,0 +1,158 @@
+// Causal attention of one head over a window and what was kept before it, with q and k normalised.
+//
+// Scores are made turned, keys down and PANEL queries across: so the softmax runs over rows, all queries at once, and
+// what it leaves is the left operand of the product with the values.
+//
+//   s = k^T q / sqrt(D);  p = exp(s - max s);  o = p v / sum p
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/gemm/gemm.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+struct AttentionArrays {
+  float* queries;  // [L / PANEL][D][PANEL]
+  float* keys;     // [S / PANEL][D][PANEL], S = kept + L
+  float* values;   // [D / PANEL][S][PANEL]
+  float* scores;   // [S][PANEL]
+  float* row;      // [LANES][D] rows being packed
+};
+
+static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, Taker& take) {
+  const int64_t below = (round_up(D, LANES) - D) * PANEL;  // the last panel
+  a.queries = take(round_up(L, PANEL) * D + below);
+  a.keys = take(round_up(S, PANEL) * D + below);
+  a.values = take(round_up(D, PANEL) * round_up(S, ROWS));
+  a.scores = take(round_up(S, PANEL) * PANEL);
+  a.row = take(LANES * round_up(D, LANES));
+}
+
+struct Head {
+  const float *q, *k, *v;  // [L, .] rows of the window, `stride` apart
+  int64_t stride, L, D, kept;
+  const float *keys, *values;    // [kept, D] before it
+  float *all_keys, *all_values;  // [kept + L, D], nullptr when not wanted
+  const float *q_gain, *k_gain;
+  float q_eps, k_eps;
+  float* o;  // [L, .] rows, `o_stride` apart
+  int64_t o_stride;
+};
+
+// A row times its norm's factor, gain and scale.
+static void normalise_row(const float* from, const float* gain, float eps, float scale, int64_t D, float* to) {
+  const float factor = scale * rms_factor(from, D, eps);
+  for (int64_t d = 0; d < D; ++d) to[d] = from[d] * factor * gain[d];
+}
+
+// Rows [0, n) of `row_of`, which writes one to where it is told, to panels; zero rows beyond. What is written below a
+// panel's last step is the next panel's, and comes before it.
+template <class RowOf>
+SLEEPKERN_INLINE void pack_head(AttentionArrays& a, int64_t n, int64_t D, float* panels, RowOf row_of) {
+  const int64_t row_size = round_up(D, LANES);
+  for (int64_t t = 0; t < round_up(n, PANEL); t += LANES) {
+    for (int64_t l = 0; l < LANES; ++l) {
+      if (t + l < n) {
+        row_of(t + l, a.row + l * row_size);
+      } else {
+        std::memset(a.row + l * row_size, 0, D * sizeof(float));
+      }
+    }
+    float* to = panels + column_at(t, D);
+    for (int64_t d = 0; d < D; d += LANES) transpose(a.row + d, row_size, to + d * PANEL, PANEL);
+  }
+}
+
+SLEEPKERN_STAGE void pack_attention(const Head& h, AttentionArrays& a) {
+  const int64_t S = h.kept + h.L, D = h.D, bytes = D * sizeof(float);
+  const float scale = 1 / std::sqrt(static_cast<float>(D));
+  pack_head(a, h.L, D, a.queries,
+            [&](int64_t t, float* to) { normalise_row(h.q + t * h.stride, h.q_gain, h.q_eps, scale, D, to); });
+  pack_head(a, S, D, a.keys, [&](int64_t s, float* to) {
+    if (s < h.kept) {
+      std::memcpy(to, h.keys + s * D, bytes);
+    } else {
+      normalise_row(h.k + (s - h.kept) * h.stride, h.k_gain, h.k_eps, 1.0f, D, to);
+    }
+    if (h.all_keys) std::memcpy(h.all_keys + s * D, to, bytes);
+  });
+  const int64_t depth = round_up(S, ROWS);
+  for (int64_t s = 0; s < depth; ++s) {
+    const float* from = s < h.kept ? h.values + s * D : h.v + (s - h.kept) * h.stride;
+    for (int64_t d = 0; d < D; d += LANES) {
+      scaled_part(from + d, D - d, s < S ? 1.0f : 0.0f, a.values + column_at(d, depth) + s * PANEL);
+    }
+    for (int64_t d = round_up(D, LANES); d < round_up(D, PANEL); d += LANES) {
+      store(a.values + column_at(d, depth) + s * PANEL, Vec{});
+    }
+    if (s < S && h.all_values) std::memcpy(h.all_values + s * D, from, bytes);
+  }
+}
+
+// Turned scores of PANEL queries from `first` on to their exponentials; `sums` of each query's. Keys [0, keys), of
+// which query t sees those up to kept + t.
+SLEEPKERN_STAGE void softmax(const Head& h, const AttentionArrays& a, int64_t first, int64_t keys, float* sums) {
+  alignas(64) float index[LANES];
+  for (int l = 0; l < LANES; ++l) index[l] = static_cast<float>(l);
+  SLEEPKERN_EACH_VEC(n) {
+    const Vec seen = load(index) + static_cast<float>(h.kept + first + n * LANES);  // last key that a query sees
+    float* column = a.scores + n * LANES;
+    Vec most = load(column), total{};
+    for (int64_t s = 0; s < keys; ++s) {
+      const Vec x = load(column + s * PANEL);
+      const BitVec larger =
+          reinterpret_cast<BitVec>(x > most) & reinterpret_cast<BitVec>(seen >= static_cast<float>(s));
+      most = reinterpret_cast<Vec>(select(larger, reinterpret_cast<BitVec>(x), reinterpret_cast<BitVec>(most)));
+    }
+    for (int64_t s = 0; s < keys; ++s) {
+      const BitVec visible = reinterpret_cast<BitVec>(seen >= static_cast<float>(s));
+      const Vec p = exp_nonpositive(load(column + s * PANEL) - most);
+      const Vec kept = reinterpret_cast<Vec>(visible & reinterpret_cast<BitVec>(p));
+      store(column + s * PANEL, kept);
+      total += kept;
+    }
+    store(sums + n * LANES, total);
+  }
+}
+
+SLEEPKERN_STAGE void attend(const Head& h) {
+  const int64_t S = h.kept + h.L, depth = round_up(S, ROWS);
+  AttentionArrays& a = thread_local_arrays<AttentionArrays>(h.L, S, h.D);
+  pack_attention(h, a);
+  alignas(64) float sums[PANEL], rows[ROWS * PANEL];
+  for (int64_t first = 0; first < h.L; first += PANEL) {
+    const int64_t keys = min_of(depth, round_up(h.kept + first + PANEL, ROWS));
+    for (int64_t s = 0; s < keys; s += ROWS) {
+      Tile t;
+      clear(t);
+      multiply_add<1>(t, a.keys + column_at(s, h.D), a.queries + first * h.D, h.D);
+      store(t, a.scores + s * PANEL);
+    }
+    softmax(h, a, first, keys, sums);
+    for (int64_t i = 0; i < min_of(PANEL, h.L - first); i += ROWS) {
+      const int64_t seen = min_of(depth, h.kept + first + i + ROWS);  // by the last of ROWS queries
+      for (int64_t d = 0; d < h.D; d += PANEL) {
+        Tile t;
+        clear(t);
+        multiply_add<1>(t, a.scores + i, a.values + d * depth, seen);
+        store(t, rows);
+        for (int64_t r = 0; r < min_of(ROWS, h.L - first - i); ++r) {
+          float *o = h.o + (first + i + r) * h.o_stride + d, *from = rows + r * PANEL;
+          const float share = 1 / sums[i + r];
+          SLEEPKERN_EACH_VEC(n) store(from + n * LANES, load(from + n * LANES) * share);
+          std::memcpy(o, from, min_of(PANEL, h.D - d) * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

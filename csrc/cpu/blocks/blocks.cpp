@@ -1,0 +1,54 @@
+// A stack of blocks over a batch of windows: which sequences go together, and what the threads share.
+#include "common/blocks.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/runtime/implementation.h"
+#include "cpu/runtime/thread_pool.h"
+
+namespace sleepkern {
+
+// Rows that go through all layers together: as often each weight that comes by is used. At d = 256 their h takes 200 KB
+// and the widest product (4 d) 800 KB, which stay in L2; at d = 512 the latter passes through L3, which costs less than
+// half as many rows would.
+constexpr int64_t GROUP_ROWS = 192;
+
+void sleep_blocks(const Blocks& b) {
+  const Implementation& isa = implementation();
+  const int64_t threads = std::max<int64_t>(thread_count(), 1), fit = std::max<int64_t>(GROUP_ROWS / b.L, 1);
+  // As many groups as fill all threads to the end; where there are fewer, the threads share the steps of each.
+  int64_t groups = (b.B + fit - 1) / fit;
+  groups = std::min(b.B, (groups + threads - 1) / threads * threads);
+  const bool shared = groups < threads;
+  std::vector<double> changes(groups * b.passes * 2);
+  auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = b.B * group / groups, after = b.B * (group + 1) / groups;
+      isa.run_group(b, first, after - first, shared, changes.data() + group * b.passes * 2);
+    }
+  };
+  using Run = decltype(run);
+  if (shared) {
+    run(0, groups);
+  } else {
+    parallel_for(
+        groups, 1, [](int64_t begin, int64_t end, void* self) { (*static_cast<Run*>(self))(begin, end); }, &run);
+  }
+  std::fill(b.changes, b.changes + b.passes * 2, 0.0);
+  for (size_t i = 0; i < changes.size(); ++i) b.changes[i % (b.passes * 2)] += changes[i];
+}
+
+int64_t panel_width() { return implementation().panel_width; }
+
+bool multiplies_pairs() { return implementation().pairs; }
+
+bool adds_beside_products() { return implementation().adders(); }
+
+int64_t packed_size(int64_t n, int64_t depth, Form form) { return implementation().packed_size(n, depth, form); }
+
+void pack_weight(const float* matrix, int64_t n, int64_t depth, Form form, void* packed) {
+  implementation().pack_weight(matrix, n, depth, form, packed);
+}
+
+}  // namespace sleepkern

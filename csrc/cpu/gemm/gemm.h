@@ -1,0 +1,187 @@
+// Products of activations with packed weights, by the micro-kernel of microkernel.h; E: float, Winograd, or Pair for
+// bfloat16.
+//
+// Weights lie in panels over their outputs, [n / PANEL][depth][PANEL], activations x in strips (pack_lhs.h). A panel
+// of weights stays in L2 while the strips of a group of rows pass by, and a tile takes the whole depth at once. The
+// weights after it, which follow in memory, are asked for meanwhile.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/blocks.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/gemm/pack_lhs.h"
+#include "cpu/gemm/winograd.h"
+#include "cpu/simd/bf16.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+constexpr int64_t LINE = 16;  // floats of a cache line
+// Steps of a tile between two askings: many at once would keep its own loads waiting.
+constexpr int64_t STRIDE = TRIPLE;
+
+template <class E>
+struct Product {
+  const E* x;                  // strips of `rows` rows
+  const E* weight;             // panels of `width` outputs
+  int64_t rows, width, depth;  // width: of whole panels; depth: steps
+  const float* x_sums;         // [rows, up to whole strips] pair sums of x, where E is Winograd
+  void* y;                     // float, row-major; or E, in strips
+  int64_t stride;              // of row-major y
+
+  // Pair sums of the weights lie behind them.
+  const float* weight_sums() const { return reinterpret_cast<const float*>(weight + width * depth); }
+};
+
+// Asks for the weights that follow a panel, a share of them each time. Two lines at once and no question whether they
+// are new: a branch would cost more than a line asked for twice. Of fewer than three tiles a share is more than that,
+// and the rest is left to the hardware.
+struct Following {
+  const char* next;
+  int64_t share;
+
+  template <class E>
+  Following(const Product<E>& p, int64_t panel)
+      : next(reinterpret_cast<const char*>(p.weight + (panel + 1) * p.depth * PANEL)) {
+    const int64_t times = (p.rows + ROWS - 1) / ROWS * (p.depth / STRIDE + 1);
+    share = (p.depth * PANEL * static_cast<int64_t>(sizeof(E)) + times - 1) / times;
+  }
+  void step() {
+    __builtin_prefetch(next, 0, 3);
+    __builtin_prefetch(next + 64, 0, 3);
+    next += share;
+  }
+};
+
+// Adds to a tile, asking for weights on the way.
+template <int HEIGHT, class E>
+SLEEPKERN_INLINE void accumulate(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth,
+                                 Following& following) {
+  for (; depth >= STRIDE; depth -= STRIDE, left += STRIDE * ROWS, right += STRIDE * PANEL) {
+    multiply_add<1, ROWS>(t, left, right, STRIDE);
+    following.step();
+  }
+  multiply_add<1, ROWS>(t, left, right, depth);
+}
+
+SLEEPKERN_INLINE Vec squared_relu(Vec z) {
+  return z * reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) & reinterpret_cast<BitVec>(z > Vec{}));
+}
+
+// relu(.)^2 of PANEL columns of HEIGHT rows as steps of a strip, zeros below them.
+template <class E, int HEIGHT>
+SLEEPKERN_INLINE void store_squares(TileOf<HEIGHT>& t, E* strip) {
+  float* to = reinterpret_cast<float*>(strip);
+  SLEEPKERN_EACH_OF(HEIGHT, r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] = squared_relu(t.at[r][n]);
+  if constexpr (IS_PAIR<E>) {
+    Vec rows[ROWS] = {};
+    SLEEPKERN_EACH_OF(HEIGHT, r) rows[r] = reinterpret_cast<Vec>(pair_neighbours(t.at[r][0], t.at[r][1]));
+    store_turned(rows, to);
+  } else {
+    SLEEPKERN_EACH_VEC(n) {
+      Vec rows[ROWS] = {};
+      SLEEPKERN_EACH_OF(HEIGHT, r) rows[r] = t.at[r][n];
+      store_turned(rows, to + n * LANES * ROWS);
+    }
+  }
+}
+
+// What becomes of a product: it takes the place of y or is added to it, row-major, or the squares of what is positive
+// become strips.
+enum class Ending { put, add, square };
+
+// Asks for what a tile is going to write, or be added to: at its end it would wait.
+template <int64_t COUNT>
+SLEEPKERN_INLINE void ask_for(const float* to) {
+  for (int64_t i = 0; i < COUNT; i += LINE) __builtin_prefetch(to + i, 1, 3);
+}
+
+// HEIGHT rows from `row` on, the first of a strip, of panel number `panel` of the weights.
+template <Ending END, int HEIGHT, class E>
+SLEEPKERN_INLINE void multiply_tile(const Product<E>& p, int64_t panel, int64_t row, Following& following) {
+  float* y = static_cast<float*>(p.y) + row * p.stride + panel * PANEL;
+  E* strip = static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * ROWS;
+  if constexpr (END == Ending::square) {
+    ask_for<steps<E>(PANEL) * ROWS>(reinterpret_cast<const float*>(strip));
+  } else {
+    SLEEPKERN_EACH_OF(HEIGHT, r) ask_for<PANEL>(y + r * p.stride);
+  }
+  TileOf<HEIGHT> t;
+  clear(t);
+  accumulate(t, p.x + row * p.depth, p.weight + panel * p.depth * PANEL, p.depth, following);
+  if constexpr (IS_WINOGRAD<E>) add_pair_sums(t, p.x_sums + row, p.weight_sums() + panel * PANEL);
+  if constexpr (END == Ending::square) {
+    store_squares(t, strip);
+  } else {
+    if (END == Ending::add) add(t, y, p.stride);
+    store(t, y, p.stride);
+  }
+}
+
+// All rows of panel number `panel` of the weights; of the last tile only the quarters that hold rows, and no fewer than
+// two.
+template <Ending END, class E>
+SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
+  Following following(p, panel);
+  int64_t row = 0;
+  for (; row + ROWS / 4 * 3 < p.rows; row += ROWS) multiply_tile<END, ROWS>(p, panel, row, following);
+  if (row + ROWS / 2 < p.rows) {
+    multiply_tile<END, ROWS / 4 * 3>(p, panel, row, following);
+  } else if (row < p.rows) {
+    multiply_tile<END, ROWS / 2>(p, panel, row, following);
+  }
+}
+
+// (mean of squares + eps)^-1/2 of n numbers.
+SLEEPKERN_INLINE float rms_factor(const float* row, int64_t n, float eps) {
+  Vec squares{};
+  int64_t d = 0;
+  for (; d + LANES <= n; d += LANES) squares += load(row + d) * load(row + d);
+  float total = sum(squares);
+  for (; d < n; ++d) total += row[d] * row[d];
+  return 1 / std::sqrt(total / n + eps);
+}
+
+template <class E>
+SLEEPKERN_INLINE void pack_outputs(const float* matrix, int64_t n, int64_t depth, E* packed) {
+  auto weight = [&](int64_t i, int64_t d) { return i < n && d < depth ? matrix[i * depth + d] : 0.0f; };
+  const int64_t width = round_up(n, PANEL);
+  for (int64_t i = 0; i < width; ++i) {
+    E* to = packed + column_at(i, steps<E>(depth));
+    for (int64_t d = 0; d < steps<E>(depth); ++d) {
+      if constexpr (IS_PAIR<E>) {
+        to[d * PANEL] = {interleave(broadcast(weight(i, 2 * d)), broadcast(weight(i, 2 * d + 1)))[0]};
+      } else {
+        to[d * PANEL] = {weight(i, d)};
+      }
+    }
+  }
+  if constexpr (IS_WINOGRAD<E>) {
+    float* sums = reinterpret_cast<float*>(packed + width * depth);
+    for (int64_t i = 0; i < width; i += LANES) store(sums + i, pair_sums(packed + column_at(i, depth), depth));
+  }
+}
+
+int64_t packed_size(int64_t n, int64_t depth, Form form) {
+  const int64_t width = round_up(n, PANEL);
+  if (form == Form::bfloat16) return width * steps<Pair>(depth);
+  return width * (form == Form::winograd ? depth + 1 : depth);
+}
+
+void pack_matrix(const float* matrix, int64_t n, int64_t depth, Form form, void* packed) {
+  switch (form) {
+    case Form::plain:
+      return pack_outputs(matrix, n, depth, static_cast<float*>(packed));
+    case Form::winograd:
+      return pack_outputs(matrix, n, depth, static_cast<Winograd*>(packed));
+    case Form::bfloat16:
+      if (DOTS) pack_outputs(matrix, n, depth, static_cast<Pair*>(packed));
+  }
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

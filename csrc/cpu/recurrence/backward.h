@@ -1,0 +1,123 @@
+// Gradients of whole sequences: segment by segment from the last, see backward_buffers.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/recurrence.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/backward_buffers.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/chunk_backward.h"
+#include "cpu/recurrence/chunk_factors.h"
+#include "cpu/recurrence/pack_tokens.h"
+#include "cpu/recurrence/prefetch.h"
+#include "cpu/recurrence/state_pass.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+// Ingest a chunk as the forward does, without readouts, and keep what it writes, zero beyond count.
+SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes, const Chunk& next) {
+  Ahead ahead(state_tiles(w));
+  ahead.add_inputs(next);
+  float* const values = w.values;
+  prepare<float>(c, w);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    float* state = w.state + panel * w.K_rows * PANEL;
+    w.values = writes + panel * CHUNK * PANEL;
+    load_values(c, w, panel);
+    const Operands<float> x = operands<float>(w, panel);
+    if (c.p.delta) subtract_held(c, w, x);
+    update_state(c, w, x, state, ahead);
+    for (int64_t x = c.padded * PANEL; x < CHUNK * PANEL; x += LANES) store(w.values + x, Vec{});
+  }
+  w.values = values;
+}
+
+struct Span {
+  int64_t begin, end;
+};
+
+// The gradients of one segment; w.state is the state before it, a.dstate that of the state behind. `following`: whose
+// turn comes after its first chunk.
+SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t head,
+                                      Span tokens, bool add, const Next& following) {
+  Problem without_readouts = p;
+  without_readouts.reads = false;
+  const int64_t chunks = (tokens.end - tokens.begin + CHUNK - 1) / CHUNK;
+  auto state = [&](int64_t n) { return a.states + n * a.state_size; };
+  auto chunk = [&](const Problem& p, int64_t n) {
+    const int64_t first = tokens.begin + n * CHUNK;
+    return Chunk(p, first, min_of(CHUNK, tokens.end - first), head);
+  };
+  for (int64_t n = 0; n < chunks; ++n) {
+    turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(n), a.V_rows);
+    const bool last = n + 1 == chunks;  // is prepared with its readouts at once, for its adjoint comes next
+    ingest_keeping(chunk(last ? p : without_readouts, n), w, a.writes + n * a.values_size,
+                   chunk(without_readouts, n + 1));
+  }
+  for (int64_t n = chunks - 1; n >= 0; --n) {
+    const Chunk c = chunk(p, n);
+    const Next next = n > 0 ? Next{Chunk(p, c.first - CHUNK, CHUNK, head), -1} : following;
+    if (n + 1 < chunks) prepare<float>(c, w);
+    adjoint(c, w, a, out, state(n), a.writes + n * a.values_size, add, next);
+  }
+}
+
+// One value head of one sequence, unit = sequence * HV + head. `add`: dq and dk hold those of an earlier head.
+SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t unit,
+                                   Span tokens, bool add, const Next& following) {
+  const int64_t length = a.segment * CHUNK, segments = max_of((tokens.end - tokens.begin + length - 1) / length, 1);
+  const int64_t bytes = w.state_size * sizeof(float);
+  Problem without_readouts = p;
+  without_readouts.reads = false;
+  load_state(w, p.state, unit, w.state);
+  for (int64_t first = tokens.begin, s = 0; s + 1 < segments; first += CHUNK) {
+    if ((first - tokens.begin) % length == 0) std::memcpy(a.marks + s * w.state_size, w.state, bytes);
+    const Chunk c(without_readouts, first, CHUNK, unit % p.HV), next(without_readouts, first + CHUNK, CHUNK, c.head);
+    ingest_keeping(c, w, a.writes, next);
+    if ((first + CHUNK - tokens.begin) % length == 0) ++s;
+  }
+  load_state(w, out.dfinal, unit, a.dstate);
+  for (int64_t s = segments - 1; s >= 0; --s) {
+    if (s + 1 < segments) std::memcpy(w.state, a.marks + s * w.state_size, bytes);
+    const int64_t first = tokens.begin + s * length;
+    const Span segment{first, min_of(first + length, tokens.end)};
+    const Next earlier{Chunk(p, first - length, s > 0 ? CHUNK : 0, unit % p.HV), -1};
+    backward_segment(p, w, a, out, unit % p.HV, segment, add, s > 0 ? earlier : following);
+  }
+  if (out.dstate) store_state(w, a.dstate, unit, out.dstate);
+}
+
+// With channel decay the grams' gradients carry no D, only its triangle.
+static void fill_triangle(const Workspace& w) {
+  for (int64_t j = 0; j < CHUNK; ++j) {
+    for (int64_t i = 0; i < CHUNK; ++i) w.decays[column_at(i, CHUNK) + j * PANEL] = i >= j ? 1.0f : 0.0f;
+  }
+}
+
+// What comes first of head `unit`, if that is before `end`.
+static Next first_chunk(const Problem& p, int64_t unit, int64_t end) {
+  if (unit >= end) return {Chunk(p, 0, 0, 0), -1};
+  const int64_t first = p.first(unit / p.HV);
+  return {Chunk(p, first, min_of(CHUNK, p.first(unit / p.HV + 1) - first), unit % p.HV), unit};
+}
+
+// Key heads [begin, end) of sequences * H: the value heads of one follow each other, for they add up on its dq and dk.
+void backward_heads(const Problem& p, const Gradients& out, int64_t begin, int64_t end) {
+  Workspace& w = thread_local_arrays<Workspace>(p, true);
+  Adjoint& a = thread_local_arrays<Adjoint>(p, w, p.longest());
+  if (p.gate == Gate::channel) fill_triangle(w);
+  const int64_t group = p.HV / p.H;
+  for (int64_t unit = begin * group; unit < end * group; ++unit) {
+    const int64_t sequence = unit / p.HV;
+    const Span tokens{p.first(sequence), p.first(sequence + 1)};
+    backward_head(p, w, a, out, unit, tokens, unit % group > 0, first_chunk(p, unit + 1, end * group));
+  }
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,175 @@
+// What one thread holds: the states of a group of heads and the operands of one chunk of one head, in panels
+// (gemm/microkernel.h). At K = V = 128 a state is 64 KB and the operands 60 KB, of which a panel's turn touches 8 KB of
+// state and 2 KB of values and streams the rest from L2.
+#pragma once
+
+#include <cstdint>
+
+#include "common/recurrence.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/simd/bf16.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+// Heads of one sequence that take turns chunk by chunk, so that a page of the caller's tensors, on which the rows of
+// several heads lie side by side, is visited once and not once a head. One head after the other takes a quarter longer
+// at H = 16, K = V = 128, T = 1024.
+constexpr int64_t GROUP = 8;
+
+static_assert(HEAD_LIMIT / PANEL <= 32, "a bit for each panel");
+
+// Of one value panel of a head, with products of bfloat16: sums of squares up to the chunk at hand. Errors are expected
+// ones, of the roundings so far (rounding.h).
+struct Rounding {
+  double state;
+  double state_error;  // of roundings in this call
+  double kept_error;   // and of what the initial state may have brought along
+  double output, output_error;
+};
+
+// What one chunk does to those.
+struct ChunkRounding {
+  double keeps;                                   // share of an error of the state that is left behind the chunk
+  double turns;                                   // share of the state that k^T S moves
+  double reads;                                   // sum of |read_scale q|^2, over K
+  float key_length[CHUNK], reader_length[CHUNK];  // |k|^2, |q|^2, normalised if asked for
+  float written[CHUNK];                           // |Kt|^2 of each token
+  float read_off[CHUNK];                          // sum of P^2 over its readers
+};
+
+struct Workspace {
+  int64_t K, V;                    // head sizes
+  int64_t K_rows, V_panels;        // K rounded up to whole panels; number of value panels
+  int64_t first_panel, end_panel;  // of those the ones at hand
+  uint32_t left_out;               // bits of panels among them that are not
+  int64_t state_size;              // floats of a state in panels
+
+  float* states;     // [GROUP][V_panels][K_rows][PANEL]
+  float* state;      // the one of the head whose turn it is
+  float* keys;       // [CHUNK / PANEL][K][PANEL]  k^T; times E per channel for channel decay
+  float* readers;    // same, of q^T
+  float* writers;    // [K_rows / PANEL][CHUNK][PANEL]  Kt = k exp(G_C - G)
+  float* couplings;  // [CHUNK / PANEL][CHUNK][PANEL]  M^T, strictly upper: row j, column i > j
+  float* scores;     // same, P^T, i >= j
+  float* decays;     // same, exp(G_i - G_j), 1 for channel decay; 0 for i < j
+  float* values;     // [CHUNK][PANEL]  b v, then Vn, of one value panel
+
+  // Where products take bfloat16: of each array of operands above its counterpart in pairs of neighbours of the depth,
+  // with half the rows. keys, readers and writers are pairs themselves then.
+  Pair* state_pairs;   // of `state`, at the same place among those of all heads
+  Pair* states_pairs;  // [GROUP][V_panels][K_rows / 2][PANEL]
+  Pair* score_pairs;   // [CHUNK / PANEL][CHUNK / 2][PANEL]
+  Pair* value_pairs;   // [CHUNK / 2][PANEL]
+  Pair* write_pairs;   // same, of to_write times values; `writers` is k then
+  Rounding* rounding;  // [GROUP][V_panels]
+  ChunkRounding chunk_rounding;
+
+  float* rows;  // [LANES][row_size] tokens being packed
+  int64_t row_size;
+
+  // Channel decay only: the chunk as rows of row_size floats, and one level of the dyadic split.
+  float* gates;          // [CHUNK] rows of a = exp(g)
+  float* key_rows;       // [CHUNK] rows of k
+  float* reader_rows;    // [CHUNK] rows of q
+  float* factors;        // [CHUNK] rows of products of a
+  float* level_keys;     // like keys, scaled for the level
+  float* level_readers;  // like readers
+
+  // For a backward only, nullptr else. Turned: the transpose of what the name says, in panels as well.
+  float* keys_turned;                         // [K_rows / PANEL][CHUNK][PANEL]
+  float* readers_turned;                      // same
+  float* end_keys;                            // like keys: Kt^T; with channel decay, as the next two
+  float* since_rows;                          // like keys_turned: E
+  float* until_rows;                          // same: exp(G_C - G)
+  float key_norm[CHUNK], reader_norm[CHUNK];  // what k and q are to be multiplied by to have length 1, or 1
+
+  float beta[CHUNK];         // b
+  float gram_scale[CHUNK];   // what columns of k^T k are multiplied by: b
+  float score_scale[CHUNK];  // what columns of k^T q are multiplied by: scale
+  float key_scale[CHUNK];    // what k^T S is multiplied by: b E, or b for channel decay
+  float read_scale[CHUNK];   // what q^T S is multiplied by: scale E, or scale
+  float since_start[CHUNK];  // E for head decay, else 1
+  float to_end[CHUNK];       // exp(G_C - G) for head decay, else 1
+  float to_write[CHUNK];     // the same times key_norm; with pairs only
+  double log_decay[CHUNK];   // G for head decay; double because a difference of two large sums is wanted exactly
+  float* keep;               // [K_rows] Gam of each row of the state
+};
+
+// Whether products take bfloat16, at least at first: panels whose roundings add up are done again in float32
+// (rounding.h). Not where no gate is, for many of those would be. With channel decay operands are products of
+// decays, rescaled at every level, which stay in float32.
+static bool takes_pairs(const Problem& p) { return DOTS && p.k.type == Type::bfloat16 && p.gate == Gate::head; }
+
+static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) {
+  const bool channel = p.gate == Gate::channel;
+  const int64_t token_panels = CHUNK * p.K;
+  w.K = p.K;
+  w.V = p.V;
+  w.K_rows = round_up(p.K, PANEL);
+  w.V_panels = round_up(p.V, PANEL) / PANEL;
+  w.first_panel = 0;
+  w.end_panel = w.V_panels;
+  w.left_out = 0;
+  w.row_size = round_up(max_of(p.K, p.V), PANEL);
+  w.state_size = w.V_panels * w.K_rows * PANEL;
+  w.states = take((backward ? 1 : GROUP) * w.state_size);
+  w.state = w.states;
+  w.keys = take(token_panels);
+  w.readers = take(token_panels);
+  w.writers = take(w.K_rows * CHUNK);
+  w.couplings = take(CHUNK * CHUNK);
+  w.scores = take(CHUNK * CHUNK);
+  w.decays = take(CHUNK * CHUNK);
+  w.values = take(CHUNK * PANEL);
+  const bool pairs = !backward && takes_pairs(p);
+  w.states_pairs = reinterpret_cast<Pair*>(take(pairs ? GROUP * w.state_size / 2 : 0));
+  w.score_pairs = reinterpret_cast<Pair*>(take(pairs ? CHUNK * CHUNK / 2 : 0));
+  w.value_pairs = reinterpret_cast<Pair*>(take(pairs ? CHUNK * PANEL / 2 : 0));
+  w.write_pairs = reinterpret_cast<Pair*>(take(pairs ? CHUNK * PANEL / 2 : 0));
+  const int64_t sums = GROUP * w.V_panels * static_cast<int64_t>(sizeof(Rounding) / sizeof(float));
+  w.rounding = reinterpret_cast<Rounding*>(take(pairs ? sums : 0));
+  w.state_pairs = w.states_pairs;
+  w.rows = take(LANES * w.row_size);
+  w.gates = take(channel ? CHUNK * w.row_size : 0);
+  w.key_rows = take(channel ? CHUNK * w.row_size : 0);
+  w.reader_rows = take(channel ? CHUNK * w.row_size : 0);
+  w.factors = take(channel ? CHUNK * w.row_size : 0);
+  w.level_keys = take(channel ? w.K_rows * CHUNK : 0);
+  w.level_readers = take(channel ? w.K_rows * CHUNK : 0);
+  w.keep = take(w.K_rows);
+  const int64_t turned = backward ? w.K_rows * CHUNK : 0;
+  w.keys_turned = take(turned);
+  w.readers_turned = take(turned);
+  w.end_keys = take(backward && channel ? token_panels : 0);
+  w.since_rows = take(channel ? turned : 0);
+  w.until_rows = take(channel ? turned : 0);
+}
+
+// Operands of the products of one value panel, E: float or Pair.
+template <class E>
+struct Operands {
+  const E *keys, *readers, *writers, *scores, *values, *writes;
+  E* state;
+};
+
+template <class E>
+SLEEPKERN_INLINE Operands<E> operands(const Workspace& w, int64_t panel) {
+  if constexpr (IS_PAIR<E>) {
+    auto pairs = [](const float* x) { return reinterpret_cast<const Pair*>(x); };
+    return {pairs(w.keys),
+            pairs(w.readers),
+            pairs(w.writers),
+            w.score_pairs,
+            w.value_pairs,
+            w.write_pairs,
+            w.state_pairs + panel * w.K_rows / 2 * PANEL};
+  } else {
+    return {w.keys, w.readers, w.writers, w.scores, w.values, w.values, w.state + panel * w.K_rows * PANEL};
+  }
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

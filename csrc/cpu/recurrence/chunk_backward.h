@@ -1,0 +1,315 @@
+// adjoint of one chunk: gradients from dO and dS, the gradient of the state S' behind the chunk; S is the one before
+// it.
+//
+//   dVn = P^T dO + Kt dS                        dR = (I + M)^-T dVn by backward substitution; dVn without delta
+//   dP  = dO Vn^T, i >= j                       dM = -dR Vn^T, i > j
+//   dq  = scale E (dO S^T) + (scale dP D) k     D = exp(G_i - G_j)
+//   z   = -E (dR S^T) + (dM D) k                what k meets through (I + M)^-1 b (v - k E S), but for the factor b
+//   dk  = b z + dk-                             dk- = exp(G_C - G) (Vn dS^T) + (scale dP D)^T q + (b dM D)^T k
+//   dv  = b dR                                  db = dR.v + k.z
+//   dS <- Gam dS + (scale E q)^T dO - (b E k)^T dR
+//
+// dg of token t is the sum of all that decays at t: what goes from the state before the chunk to tokens from t on, from
+// tokens before t to the state behind it, between these tokens, and through the whole chunk,
+//
+//   dg_t = sum_(i >= t) (q_i (scale E_i S dO_i) - b_i k_i (E_i S dR_i)) + sum_(j < t) k_j (exp(G_C - G_j) dS Vn_j)
+//        + sum_(i >= t > j) (dP_ij P_ij + dM_ij M_ij) + Gam <S, dS>
+//
+// Sums of dq, z and dk- from t on give the same by differences, which hold what does not decay at t, such as the pair
+// of a token with itself: where decay is strong only its rounding would be left. With channel decay dg, E and D have a
+// channel each, and sums over pairs are those of the dyadic split (chunk_backward_channel.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/recurrence.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/backward_buffers.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/chunk_backward_channel.h"
+#include "cpu/recurrence/pack_tokens.h"
+#include "cpu/recurrence/prefetch.h"
+#include "cpu/recurrence/state_pass.h"
+#include "cpu/recurrence/write_gradients.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+// dO of the chunk, zero beyond count up to whole panels of tokens.
+SLEEPKERN_STAGE void load_dout(const Chunk& c, const Workspace& w, const Adjoint& a, const Rows& dout) {
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+    for (int64_t t = 0; t < round_up(c.count, PANEL); ++t) {
+      float* to = a.dout + (panel * CHUNK + t) * PANEL;
+      SLEEPKERN_EACH_VEC(n) store(to + n * LANES, Vec{});
+      if (t < c.count) load_row(c.row(dout, t, c.head * w.V + first), dout.type, width, to);
+    }
+  }
+}
+
+// dR of one value panel, last tokens first.
+SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel) {
+  const float *dstate = a.dstate + panel * w.K_rows * PANEL, *dout = a.dout + panel * CHUNK * PANEL;
+  const float* end_keys = w.end_keys ? w.end_keys : w.keys;
+  float* dvalues = a.dvalues + panel * CHUNK * PANEL;
+  for (int64_t j = c.padded - ROWS; j >= 0; j -= ROWS) {
+    Tile t;
+    clear(t);
+    multiply_add<1>(t, end_keys + column_at(j, w.K), dstate, w.K);
+    scale_rows(t, w.to_end + j);
+    if (c.p.reads) {
+      multiply_add<1>(t, a.scores_turned + column_at(j, CHUNK) + j * PANEL, dout + j * PANEL, c.count - j);
+    }
+    if (c.p.delta) {
+      const float* M = a.couplings_turned + column_at(j, CHUNK);
+      const int64_t behind = j + ROWS;
+      multiply_add<-1>(t, M + behind * PANEL, dvalues + behind * PANEL, c.count - behind);
+      substitute_back(t, M + j * PANEL);
+    }
+    store(t, dvalues + j * PANEL);
+  }
+  for (int64_t x = c.padded * PANEL; x < round_up(c.count, PANEL) * PANEL; x += LANES) store(dvalues + x, Vec{});
+}
+
+// scale dP D and dM D, and both turned, the latter times b_i; with head decay also what pairs give its gradient.
+SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
+  const int64_t end = round_up(c.count, PANEL);
+  auto finish = [&](const float* gram, float factor, bool add) {
+    float* gains = c.p.gate == Gate::head ? a.gains : nullptr;
+    return [&w, gains, gram, factor, add](Vec x, int64_t at, int64_t) {
+      if (gains) store(gains + at, (add ? load(gains + at) : Vec{}) + x * load(gram + at));
+      return x * load(w.decays + at) * factor;
+    };
+  };
+  if (c.p.reads) {
+    upper_gram<1>(a.writes_turned, a.dout_turned, a.V_rows, c.count, CHUNK, a.dscores,
+                  finish(w.scores, c.p.scale, false));
+  }
+  if (c.p.delta) {
+    upper_gram<-1>(a.writes_turned, a.dvalues_turned, a.V_rows, c.count, CHUNK, a.dcouplings,
+                   finish(w.couplings, 1, c.p.reads));
+    for (int64_t i = 0; i < c.count; ++i) a.dcouplings[column_at(i, CHUNK) + i * PANEL] = 0;
+  }
+  if (c.p.reads) turn(a.dscores, CHUNK, end, end, a.dscores_turned, CHUNK);
+  if (!c.p.delta) return;
+  turn(a.dcouplings, CHUNK, end, end, a.dcouplings_turned, CHUNK);
+  for (int64_t j = 0; j < end; j += PANEL) {
+    for (int64_t i = 0; i < end; ++i) {
+      float* row = a.dcouplings_turned + j * CHUNK + i * PANEL;
+      SLEEPKERN_EACH_VEC(n) store(row + n * LANES, load(row + n * LANES) * w.beta[i]);
+    }
+  }
+}
+
+// Times the rows of a factor per channel.
+SLEEPKERN_INLINE void scale_by_rows(Tile& t, const float* rows) {
+  SLEEPKERN_EACH_ROW(r)
+    SLEEPKERN_EACH_VEC(n) t.at[r][n] *= load(rows + r * PANEL + n * LANES);
+}
+
+// What tokens before t give tokens from t on, by head decay: `reach` of token i is the sum over j < t of its pairs.
+SLEEPKERN_STAGE void gather_pairs(const Chunk& c, const Adjoint& a) {
+  alignas(64) float reach[CHUNK] = {};
+  for (int64_t t = 1; t < c.count; ++t) {
+    const int64_t j = t - 1;
+    for (int64_t i = j / LANES * LANES; i < c.count; i += LANES) {
+      store(reach + i, load(reach + i) + load(a.gains + column_at(i, CHUNK) + j * PANEL));
+    }
+    reach[j] = 0;  // from here on j is before t
+    Vec total{};
+    for (int64_t i = j / LANES * LANES; i < c.count; i += LANES) total += load(reach + i);
+    store(a.pair_lanes + t * LANES, total);
+  }
+}
+
+// Tokens' rows x of a key panel times the tile's, times by[r] where given, added to `lanes` of each token.
+SLEEPKERN_INLINE void gather_rows(const Tile& t, const float* x, const float* by, float* lanes) {
+  SLEEPKERN_EACH_ROW(r) {
+    Vec total{};
+    SLEEPKERN_EACH_VEC(n) total += t.at[r][n] * load(x + r * PANEL + n * LANES);
+    store(lanes + r * LANES, load(lanes + r * LANES) + (by ? total * by[r] : total));
+  }
+}
+
+// dq, z and dk-, each over all key panels before the next: what it reads of the tokens then stays in L1.
+SLEEPKERN_STAGE void adjoint_readers(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+  const bool head_decay = c.p.gate == Gate::head;
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    const int64_t at = panel * CHUNK * PANEL;
+    const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_turned + at;
+    for (int64_t i = 0; i < c.padded; i += ROWS) {
+      Tile t;
+      clear(t);
+      multiply_add<1>(t, a.dout_turned + column_at(i, a.V_rows), S, w.V);
+      scale_rows(t, w.read_scale + i);
+      if (w.since_rows) {
+        scale_by_rows(t, w.since_rows + at + i * PANEL);
+      } else {
+        if (head_decay) gather_rows(t, w.readers_turned + at + i * PANEL, nullptr, a.gate_lanes + i * LANES);
+        multiply_add<1>(t, a.dscores + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
+      }
+      store(t, a.dreaders + at + i * PANEL);
+    }
+  }
+}
+
+SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+  const bool head_decay = c.p.gate == Gate::head;
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    const int64_t at = panel * CHUNK * PANEL;
+    const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_turned + at;
+    for (int64_t i = 0; i < c.padded; i += ROWS) {
+      Tile t;
+      clear(t);
+      multiply_add<-1>(t, a.dvalues_turned + column_at(i, a.V_rows), S, w.V);
+      scale_rows(t, w.since_start + i);
+      if (w.since_rows) {
+        scale_by_rows(t, w.since_rows + at + i * PANEL);
+      } else {
+        if (head_decay) gather_rows(t, k + i * PANEL, w.beta + i, a.gate_lanes + i * LANES);
+        multiply_add<1>(t, a.dcouplings + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
+      }
+      store(t, a.dheld + at + i * PANEL);
+    }
+  }
+}
+
+SLEEPKERN_STAGE void adjoint_writers(const Chunk& c, const Workspace& w, const Adjoint& a) {
+  const bool head_decay = c.p.gate == Gate::head;
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    const int64_t at = panel * CHUNK * PANEL;
+    const float *dS = a.dstate_turned + panel * a.V_rows * PANEL, *k = w.keys_turned + at, *q = w.readers_turned + at;
+    for (int64_t i = 0; i < c.padded; i += ROWS) {
+      const int64_t gram = column_at(i, CHUNK) + i * PANEL;
+      Tile t;
+      clear(t);
+      multiply_add<1>(t, a.writes_turned + column_at(i, a.V_rows), dS, w.V);
+      scale_rows(t, w.to_end + i);
+      if (w.until_rows) {
+        scale_by_rows(t, w.until_rows + at + i * PANEL);
+      } else {
+        if (head_decay) gather_rows(t, k + i * PANEL, nullptr, a.write_lanes + i * LANES);
+        if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + i * PANEL, c.count - i);
+        if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + i * PANEL, c.count - i);
+      }
+      store(t, a.dkeys + at + i * PANEL);
+    }
+  }
+}
+
+// db from z, and dk, of one key panel; k are the tokens' own, `stride` floats apart.
+SLEEPKERN_STAGE void gather_key_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const float* k,
+                                          int64_t stride, int64_t panel) {
+  for (int64_t t = 0; t < c.count; ++t) {
+    const int64_t at = (panel * CHUNK + t) * PANEL;
+    SLEEPKERN_EACH_VEC(n) {
+      const int64_t x = at + n * LANES;
+      const Vec z = load(a.dheld + x);
+      store(a.beta_lanes + t * LANES, load(a.beta_lanes + t * LANES) + load(k + t * stride + n * LANES) * z);
+      store(a.dkeys + x, load(a.dkeys + x) + z * w.beta[t]);
+    }
+  }
+}
+
+// Gam <S, dS> of each row of the state.
+SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const float* state) {
+  for (int64_t panel = 0; panel < a.K_panels; ++panel) {
+    const int64_t at = panel * a.V_rows * PANEL;
+    Vec total[VECS] = {};
+    for (int64_t x = at; x < at + w.V * PANEL; x += PANEL) {
+      SLEEPKERN_EACH_VEC(n) total[n] += load(state + x + n * LANES) * load(a.dstate_turned + x + n * LANES);
+    }
+    SLEEPKERN_EACH_VEC(n) {
+      const int64_t d = panel * PANEL + n * LANES;
+      store(a.end + d, total[n] * load(w.keep + d));
+    }
+  }
+}
+
+// dS of one value panel: from behind the chunk to before it.
+SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel, Ahead& ahead) {
+  float* dstate = a.dstate + panel * w.K_rows * PANEL;
+  const int64_t at = panel * CHUNK * PANEL;
+  if (c.p.reads) scale_tokens(c, a.dout + at, w.read_scale, a.scaled_dout);
+  if (c.p.delta) scale_tokens(c, a.dvalues + at, w.key_scale, a.scaled_dvalues);
+  for (int64_t d = 0; d < w.K; d += ROWS) {
+    const int64_t left = column_at(d, CHUNK);
+    Tile t;
+    load(t, dstate + d * PANEL);
+    scale_rows(t, w.keep + d);
+    if (c.p.reads) multiply_add<1>(t, w.readers_turned + left, a.scaled_dout, c.count);
+    if (c.p.delta) multiply_add<-1>(t, w.keys_turned + left, a.scaled_dvalues, c.count);
+    store(t, dstate + d * PANEL);
+    ahead.step();
+  }
+}
+
+// The chunk whose turn comes next; `unit` is that of the head it starts, or -1.
+struct Next {
+  Chunk chunk;
+  int64_t unit;
+};
+
+// What it will read and write.
+static void foresee(const Next& next, const Workspace& w, const Gradients& out, Ahead& ahead) {
+  const Chunk& c = next.chunk;
+  const Problem& p = c.p;
+  if (c.count <= 0) return;
+  ahead.add_inputs(c);
+  ahead.add(c, {out.dk, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
+  ahead.add(c, {out.dv, p.HV * w.V, p.v.type}, c.head * w.V, w.V);
+  if (p.gate == Gate::channel) ahead.add(c, {out.dg, p.HV * w.K, p.g.type}, c.head * w.K, w.K);
+  if (p.reads) ahead.add(c, out.dout, c.head * w.V, w.V);
+  if (p.reads) ahead.add(c, {out.dq, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
+  for (const float* states : {p.state, out.dfinal, static_cast<const float*>(out.dstate)}) {
+    if (next.unit >= 0 && states) ahead.add_state(p, states, next.unit);
+  }
+}
+
+// All of one chunk. `state`, turned, is the one before it, `writes` its Vn; `next` comes after it: the one before it in
+// time, or another head's.
+SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
+                             const float* writes, bool add, const Next& next) {
+  const int64_t end = round_up(c.count, PANEL);
+  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
+  std::memset(a.beta_lanes, 0, CHUNK * LANES * sizeof(float));
+  for (float* lanes : {a.gate_lanes, a.write_lanes, a.pair_lanes}) {
+    std::memset(lanes, 0, CHUNK * LANES * sizeof(float));
+  }
+  if (c.p.reads) {
+    load_dout(c, w, a, out.dout);
+    turn(a.dout, CHUNK, end, a.V_rows, a.dout_turned, a.V_rows);
+    turn(w.scores, CHUNK, end, end, a.scores_turned, CHUNK);
+  }
+  if (c.p.delta) turn(w.couplings, CHUNK, end, end, a.couplings_turned, CHUNK);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    adjoint_values(c, w, a, panel);
+    write_dv(c, w, a, out, panel);
+  }
+  if (c.p.delta) turn(a.dvalues, CHUNK, end, a.V_rows, a.dvalues_turned, a.V_rows);
+  turn(writes, CHUNK, end, a.V_rows, a.writes_turned, a.V_rows);
+  adjoint_grams(c, w, a);
+  if (c.p.reads) adjoint_readers(c, w, a, state);
+  if (c.p.delta) adjoint_held(c, w, a, state);
+  adjoint_writers(c, w, a);
+  if (c.p.gate != Gate::none) adjoint_end(w, a, state);
+  if (c.p.gate == Gate::head && (c.p.reads || c.p.delta)) gather_pairs(c, a);
+  if (c.p.gate == Gate::channel) {
+    gather_gates(c, w, a);
+    adjoint_channel_grams(c, w, a);
+  }
+  const Tokens x(w);
+  for (int64_t panel = 0; c.p.delta && panel < a.K_panels; ++panel) {
+    gather_key_gradients(c, w, a, x.k + panel * x.panel, x.token, panel);
+  }
+  write_key_gradients(c, w, a, out, add);
+  write_gate_gradients(c, w, a, out);
+  Ahead ahead(state_tiles(w));
+  foresee(next, w, out, ahead);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) adjoint_state(c, w, a, panel, ahead);
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,176 @@
+// Gradients through the grams of channel decay: the dyadic split of chunk_factors_channel.h, backwards.
+//
+//   dq_i  += sum_j dP_ij k_j exp(G_i - G_j)         z_i += sum_j dM_ij k_j exp(G_i - G_j)
+//   dk-_j += sum_i (dP_ij q_i + b_i dM_ij k_i) exp(G_i - G_j)
+//
+// At each level the factor is exp(G_i - R) exp(R - G_j), one of them on the operand, the other on the result. All j of
+// a level's first half come before all i of its second. So of its pairs those of tokens from t on decay at a token t of
+// the second half, those of tokens before t at one of the first: dg takes the sum of what they give dq and z, q_i and
+// b_i k_i times, or of what they give dk-, k_j times.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/backward_buffers.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/chunk_factors_channel.h"
+#include "cpu/recurrence/pack_tokens.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+// rows of k or q times the level's factors, turned.
+static void turn_decayed(const Workspace& w, const float* rows, int64_t end, float* turned) {
+  for (int64_t t = 0; t < end; ++t) {
+    for (int64_t d = 0; d < w.row_size; d += LANES) {
+      store(w.rows + d, load(rows + t * w.row_size + d) * load(w.factors + t * w.row_size + d));
+    }
+    pack_row(w, w.rows, t, turned);
+  }
+}
+
+// The tile's rows times the factors of tokens t .. t + ROWS, added to theirs of `out`; times the tokens' own rows x,
+// and by[t] where given, added to `gains`.
+SLEEPKERN_INLINE void add_decayed(const Workspace& w, const Tile& tile, int64_t t, int64_t d, const float* x,
+                                  const float* by, float* out, Tile& gains) {
+  SLEEPKERN_EACH_ROW(r) {
+    const int64_t at = (t + r) * w.row_size + d;
+    float* to = out + d * CHUNK + (t + r) * PANEL;
+    SLEEPKERN_EACH_VEC(n) {
+      const Vec value = tile.at[r][n] * load(w.factors + at + n * LANES), gain = value * load(x + at + n * LANES);
+      store(to + n * LANES, load(to + n * LANES) + value);
+      gains.at[r][n] += by ? gain * by[t + r] : gain;
+    }
+  }
+}
+
+// dg of tokens t .. t + ROWS of one key panel at d: each takes the gains of those from it on, of the tile and behind.
+SLEEPKERN_INLINE void add_gains_behind(const Adjoint& a, const Tile& gains, int64_t t, int64_t d, Vec (&behind)[VECS]) {
+  SLEEPKERN_EACH_ROW(n) {
+    const int r = ROWS - 1 - n;
+    float* to = a.dgates + d * CHUNK + (t + r) * PANEL;
+    SLEEPKERN_EACH_VEC(x) {
+      behind[x] += gains.at[r][x];
+      store(to + x * LANES, load(to + x * LANES) + behind[x]);
+    }
+  }
+}
+
+// The same of those before it.
+SLEEPKERN_INLINE void add_gains_before(const Adjoint& a, const Tile& gains, int64_t t, int64_t d, Vec (&before)[VECS]) {
+  SLEEPKERN_EACH_ROW(r) {
+    float* to = a.dgates + d * CHUNK + (t + r) * PANEL;
+    SLEEPKERN_EACH_VEC(x) {
+      store(to + x * LANES, load(to + x * LANES) + before[x]);
+      before[x] += gains.at[r][x];
+    }
+  }
+}
+
+// dg of what goes through the states at the chunk's ends, whose share of dq, z and dk- is all that these hold yet.
+SLEEPKERN_STAGE void gather_gates(const Chunk& c, const Workspace& w, const Adjoint& a) {
+  for (int64_t d = 0; d < w.K_rows; d += LANES) {
+    const int64_t column = d / PANEL * PANEL * CHUNK + d % PANEL;
+    Vec before = load(a.end + d), behind{};
+    for (int64_t t = 0; t < c.count; ++t) {
+      store(a.dgates + column + t * PANEL, before);
+      before += load(w.key_rows + t * w.row_size + d) * load(a.dkeys + column + t * PANEL);
+    }
+    for (int64_t t = c.count - 1; t >= 0; --t) {
+      const int64_t at = column + t * PANEL, row = t * w.row_size + d;
+      if (c.p.reads) behind += load(w.reader_rows + row) * load(a.dreaders + at);
+      if (c.p.delta) behind += load(w.key_rows + row) * load(a.dheld + at) * w.beta[t];
+      store(a.dgates + at, load(a.dgates + at) + behind);
+    }
+  }
+}
+
+// One product of the split: tokens [start, start + h) as j, [start + h, start + 2h) as i, of one key panel at d. The
+// second half may end with the chunk's tokens.
+SLEEPKERN_STAGE void adjoint_level(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t start, int64_t h,
+                                   int64_t d) {
+  const int64_t middle = start + h, behind = min_of(middle + h, c.padded);
+  const float *k = w.level_keys + d * CHUNK, *q = w.level_readers + d * CHUNK;
+  Vec gains_behind[VECS] = {}, gains_before[VECS] = {};
+  for (int64_t i = behind - ROWS; i >= middle; i -= ROWS) {
+    const int64_t gram = column_at(i, CHUNK) + start * PANEL;
+    Tile t, gains;
+    clear(gains);
+    if (c.p.reads) {
+      clear(t);
+      multiply_add<1>(t, a.dscores + gram, k + start * PANEL, h);
+      add_decayed(w, t, i, d, w.reader_rows, nullptr, a.dreaders, gains);
+    }
+    if (c.p.delta) {
+      clear(t);
+      multiply_add<1>(t, a.dcouplings + gram, k + start * PANEL, h);
+      add_decayed(w, t, i, d, w.key_rows, w.beta, a.dheld, gains);
+    }
+    add_gains_behind(a, gains, i, d, gains_behind);
+  }
+  for (int64_t j = start; j < middle; j += ROWS) {
+    const int64_t gram = column_at(j, CHUNK) + middle * PANEL;
+    Tile t, gains;
+    clear(t);
+    clear(gains);
+    if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + middle * PANEL, behind - middle);
+    if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + middle * PANEL, behind - middle);
+    add_decayed(w, t, j, d, w.key_rows, nullptr, a.dkeys, gains);
+    add_gains_before(a, gains, j, d, gains_before);
+  }
+}
+
+// Pairs j <= i of BASE neighbouring tokens, directly, of LANES channels from d on. `reach` of token i is what its pairs
+// with the tokens so far give dg.
+SLEEPKERN_INLINE void adjoint_base(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t start, int64_t d) {
+  const int64_t column = d / PANEL * PANEL * CHUNK + d % PANEL;
+  Vec reach[BASE] = {};
+  for (int64_t j = start; j < start + BASE; ++j) {
+    const Vec k = load(w.key_rows + j * w.row_size + d);
+    Vec decay = broadcast(1.0f), dk{}, gain{};
+    for (int64_t i = j; i < start + BASE; ++i) {
+      if (i > j) decay = flush_subnormal(decay * load(w.gates + i * w.row_size + d));
+      const int64_t gram = column_at(i, CHUNK) + j * PANEL, to = column + i * PANEL;
+      Vec pair{};
+      if (c.p.reads) {
+        const Vec f = decay * a.dscores[gram];
+        store(a.dreaders + to, load(a.dreaders + to) + f * k);
+        pair += f * load(w.reader_rows + i * w.row_size + d);
+      }
+      if (c.p.delta && i > j) {
+        const Vec f = decay * a.dcouplings[gram];
+        store(a.dheld + to, load(a.dheld + to) + f * k);
+        pair += f * w.beta[i] * load(w.key_rows + i * w.row_size + d);
+      }
+      dk += pair;
+      if (i == j) continue;
+      reach[i - start] += pair * k;
+      gain += reach[i - start];
+    }
+    store(a.dkeys + column + j * PANEL, load(a.dkeys + column + j * PANEL) + dk);
+    if (j + 1 == start + BASE) continue;
+    float* next = a.dgates + column + (j + 1) * PANEL;
+    store(next, load(next) + gain);
+  }
+}
+
+SLEEPKERN_STAGE void adjoint_channel_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
+  const int64_t end = round_up(c.count, PANEL);
+  for (int64_t h = CHUNK / 2; h >= BASE; h /= 2) {
+    if (h >= c.padded) continue;
+    split_decay(w, h);
+    turn_decayed(w, w.key_rows, end, w.level_keys);
+    if (c.p.reads) turn_decayed(w, w.reader_rows, end, w.level_readers);
+    for (int64_t start = 0; start + h < c.padded; start += 2 * h) {
+      for (int64_t d = 0; d < w.K_rows; d += PANEL) adjoint_level(c, w, a, start, h, d);
+    }
+  }
+  for (int64_t start = 0; start < c.padded; start += BASE) {
+    for (int64_t d = 0; d < w.K_rows; d += LANES) adjoint_base(c, w, a, start, d);
+  }
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,165 @@
+// prepare for channel decay (KDA, GLA). The decay sits inside the sum over channels,
+//
+//   P_ij = scale sum_d q_id k_jd exp(G_id - G_jd),
+//
+// and cannot be split into exp(G_i) exp(-G_j) without overflow. Dyadic split: of a block of 2h tokens, rows i in its
+// second and j in its first half take the first half's last token R as reference, exp(G_i - R) exp(R - G_j), both
+// exponents non-positive, and give one product; the two halves are the same problem with h / 2. Blocks of BASE tokens
+// are summed directly. All these exponentials are products of the tokens' own a = exp(g), at most CHUNK of them: one
+// exponential a number of g, and no difference of long sums that would lose digits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/recurrence.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/pack_tokens.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+constexpr int64_t BASE = ROWS;
+
+// Factors of tokens first, first + step, ... (count of them): the product of a up to each token itself (inclusive) or
+// up to the one before it. What falls below float32's normal range becomes 0: subnormals are slow.
+static void running_decay(const Workspace& w, int64_t first, int64_t count, int64_t step, bool inclusive) {
+  for (int64_t d = 0; d < w.row_size; d += LANES) {
+    Vec product = broadcast(1.0f);
+    for (int64_t n = 0, t = first; n < count; ++n, t += step) {
+      const Vec with = flush_subnormal(product * load(w.gates + t * w.row_size + d));
+      store(w.factors + t * w.row_size + d, inclusive ? with : product);
+      product = with;
+    }
+  }
+}
+
+// Rows of k or q times the factors, to panels, and to their turned form where one is wanted.
+static void pack_decayed(const Workspace& w, const float* rows, int64_t end, float* panels, float* turned = nullptr) {
+  for (int64_t t = 0; t < end; t += LANES) {
+    for (int64_t x = 0; x < LANES * w.row_size; x += LANES) {
+      store(w.rows + x, load(rows + t * w.row_size + x) * load(w.factors + t * w.row_size + x));
+    }
+    pack_tokens(w, w.rows, t, panels);
+    for (int l = 0; turned && l < LANES; ++l) pack_row(w, w.rows + l * w.row_size, t + l, turned);
+  }
+}
+
+static void load_channel_rows(const Chunk& c, Workspace& w) {
+  for (int64_t t = 0; t < CHUNK; ++t) {
+    float* g = w.gates + t * w.row_size;
+    for (int64_t d = 0; d < w.row_size; d += LANES) store(g + d, Vec{});
+    if (t < c.count) load_row(c.row(c.p.g, t, c.head * w.K), c.p.g.type, w.K, g);
+    if (t < c.count) clear_beyond(g, w.K);
+    for (int64_t d = 0; d < w.row_size; d += LANES) store(g + d, exp_nonpositive(load(g + d)));
+    w.key_norm[t] = load_token(c, w, c.p.k, t, w.key_rows + t * w.row_size);
+    if (c.p.reads) w.reader_norm[t] = load_token(c, w, c.p.q, t, w.reader_rows + t * w.row_size);
+  }
+}
+
+// One product of the split: tokens [start, start + h) as rows j, [start + h, start + 2h) as columns i.
+static void level_gram(const Workspace& w, int64_t start, int64_t h, const float* right, float* out) {
+  const int64_t middle = start + h;
+  for (int64_t i = middle / PANEL * PANEL; i < middle + h; i += PANEL) {
+    const int64_t low = max_of(middle, i) - i, high = min_of(middle + h, i + PANEL) - i;
+    for (int64_t j = start; j < middle; j += ROWS) {
+      Tile t;
+      clear(t);
+      multiply_add<1>(t, w.level_keys + column_at(j, w.K), right + i * w.K, w.K);
+      alignas(64) float block[ROWS * PANEL];
+      store(t, block);
+      for (int64_t r = 0; r < ROWS; ++r) {
+        for (int64_t l = low; l < high; ++l) out[i * CHUNK + (j + r) * PANEL + l] = block[r * PANEL + l];
+      }
+    }
+  }
+}
+
+// Pairs j <= i of BASE neighbouring tokens, summed directly, for both grams; scores are zero for i < j. k_j decays on
+// its way from one i to the next.
+static void base_grams(const Chunk& c, const Workspace& w, int64_t start) {
+  float* reach = w.rows;
+  for (int64_t j = start; j < start + BASE; ++j) {
+    std::memcpy(reach, w.key_rows + j * w.row_size, w.row_size * sizeof(float));
+    for (int64_t i = start; i < start + BASE; ++i) {
+      const float *k = w.key_rows + i * w.row_size, *q = w.reader_rows + i * w.row_size;
+      Vec coupling{}, score{};
+      for (int64_t d = 0; i >= j && d < w.row_size; d += LANES) {
+        Vec x = load(reach + d);
+        if (i > j) {
+          x = flush_subnormal(x * load(w.gates + i * w.row_size + d));
+          store(reach + d, x);
+        }
+        if (c.p.delta) coupling += x * load(k + d);
+        if (c.p.reads) score += x * load(q + d);
+      }
+      if (c.p.delta) w.couplings[column_at(i, CHUNK) + j * PANEL] = sum(coupling);
+      if (c.p.reads) w.scores[column_at(i, CHUNK) + j * PANEL] = sum(score);
+    }
+  }
+}
+
+// Column i of a gram times by[i], or times a number.
+static void scale_columns(float* gram, int64_t end, const float* by, float factor) {
+  for (int64_t i = 0; i < end; i += PANEL) {
+    SLEEPKERN_EACH_VEC(n) {
+      const Vec f = by ? load(by + i + n * LANES) : broadcast(factor);
+      for (int64_t j = 0; j < min_of(i + PANEL, end); ++j) {
+        float* at = gram + i * CHUNK + j * PANEL + n * LANES;
+        store(at, load(at) * f);
+      }
+    }
+  }
+}
+
+// Factors of one level: exp(R - G) in the first, exp(G - R) in the second halves of blocks of 2h tokens.
+static void split_decay(const Workspace& w, int64_t h) {
+  for (int64_t start = 0; start < CHUNK; start += 2 * h) {
+    running_decay(w, start + h - 1, h, -1, false);
+    running_decay(w, start + h, h, 1, true);
+  }
+}
+
+static void prepare_channel_grams(const Chunk& c, Workspace& w) {
+  const int64_t end = round_up(c.count, PANEL);
+  for (int64_t h = CHUNK / 2; h >= BASE; h /= 2) {
+    if (h >= end) continue;
+    split_decay(w, h);
+    pack_decayed(w, w.key_rows, end, w.level_keys);
+    if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.level_readers);
+    for (int64_t start = 0; start + h < end; start += 2 * h) {
+      if (c.p.delta) level_gram(w, start, h, w.level_keys, w.couplings);
+      if (c.p.reads) level_gram(w, start, h, w.level_readers, w.scores);
+    }
+  }
+  for (int64_t start = 0; start < end; start += BASE) base_grams(c, w, start);
+  if (c.p.delta) scale_columns(w.couplings, end, w.beta, 0);
+  if (c.p.reads) scale_columns(w.scores, end, nullptr, c.p.scale);
+}
+
+SLEEPKERN_STAGE void prepare_channel_decay(const Chunk& c, Workspace& w) {
+  const int64_t end = round_up(c.count, PANEL);
+  load_channel_rows(c, w);
+  prepare_channel_grams(c, w);
+  running_decay(w, 0, CHUNK, 1, true);
+  const float* all = w.factors + (CHUNK - 1) * w.row_size;
+  for (int64_t d = 0; d < w.K_rows; d += LANES) store(w.keep + d, load(all + d));
+  pack_decayed(w, w.key_rows, end, w.keys, w.keys_turned);
+  if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.readers, w.readers_turned);
+  for (int64_t t = 0; w.since_rows && t < end; ++t) pack_row(w, w.factors + t * w.row_size, t, w.since_rows);
+  running_decay(w, CHUNK - 1, CHUNK, -1, false);
+  for (int64_t t = 0; t < end; ++t) {
+    float* row = w.factors + t * w.row_size;
+    if (w.until_rows) pack_row(w, row, t, w.until_rows);
+    for (int64_t d = 0; d < w.row_size; d += LANES) {
+      store(row + d, load(row + d) * load(w.key_rows + t * w.row_size + d));
+    }
+    pack_row(w, row, t, w.writers);
+  }
+  for (int64_t t = 0; w.end_keys && t < end; t += LANES) pack_tokens(w, w.factors + t * w.row_size, t, w.end_keys);
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,140 @@
+// A few tokens on the state as the caller keeps it, row-major [K, V]: decode. Bound by the bytes of the state, so each
+// token reads it twice (the second time from L2) and writes it once, row after row, which the hardware foresees:
+//
+//   u = (a S)^T k,  y = (a S)^T q;   e = b (v - [delta] u);   o = scale (y + (q.k) e);   S <- a S + k e^T
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/recurrence.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/pack_tokens.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+constexpr int STEP_ROWS = 4;
+#define SLEEPKERN_EACH_STEP_ROW(r) _Pragma("GCC unroll 4") for (int r = 0; r < STEP_ROWS; ++r)
+
+struct StepToken {
+  const float* k;          // [K], zero beyond up to a whole vector, as the next three
+  const float* decay;      // a
+  const float* decayed_k;  // a k
+  const float* decayed_q;  // a q
+  float b, qk;
+};
+
+// A block of `columns` value columns of the state, a multiple of LANES.
+struct StateBlock {
+  float* data;
+  int64_t rows, stride, columns;
+
+  // Beyond the last row the last one again, which meets a zero.
+  float* row(int64_t d) const { return data + min_of(d, rows - 1) * stride; }
+};
+
+SLEEPKERN_STAGE void step_read(const StepToken& x, const StateBlock& s, float* u, float* y) {
+  for (int64_t n = 0; n < s.columns; n += LANES) {
+    store(u + n, Vec{});
+    store(y + n, Vec{});
+  }
+  for (int64_t d = 0; d < s.rows; d += STEP_ROWS) {
+    const float* rows[STEP_ROWS];
+    Vec k[STEP_ROWS], q[STEP_ROWS];
+    SLEEPKERN_EACH_STEP_ROW(r) {
+      rows[r] = s.row(d + r);
+      k[r] = broadcast(x.decayed_k[d + r]);
+      q[r] = broadcast(x.decayed_q[d + r]);
+    }
+    for (int64_t n = 0; n < s.columns; n += LANES) {
+      Vec held = load(u + n), read = load(y + n);
+      SLEEPKERN_EACH_STEP_ROW(r) {
+        const Vec at = load(rows[r] + n);
+        held += k[r] * at;
+        read += q[r] * at;
+      }
+      store(u + n, held);
+      store(y + n, read);
+    }
+  }
+}
+
+SLEEPKERN_STAGE void step_write(const StepToken& x, const StateBlock& s, const float* e) {
+  const int64_t next = s.rows * s.stride;  // the next head's state lies behind this one; else nothing is lost
+  for (int64_t d = 0; d < s.rows; d += STEP_ROWS) {
+    float* rows[STEP_ROWS];
+    Vec k[STEP_ROWS], a[STEP_ROWS];
+    const bool whole = d + STEP_ROWS <= s.rows;
+    SLEEPKERN_EACH_STEP_ROW(r) {
+      rows[r] = s.row(d + r);
+      k[r] = broadcast(x.k[d + r]);
+      a[r] = broadcast(x.decay[d + r]);
+    }
+    for (int64_t n = 0; n < s.columns; n += LANES) {
+      const Vec write = load(e + n);
+      SLEEPKERN_EACH_STEP_ROW(r) {
+        if (whole || d + r < s.rows) store(rows[r] + n, a[r] * load(rows[r] + n) + k[r] * write);
+        __builtin_prefetch(rows[r] + n + next, 0, 2);
+      }
+    }
+  }
+}
+
+// v becomes o; u and y are scratch for a row of columns.
+SLEEPKERN_INLINE void step_block(const StepToken& x, bool delta, float scale, const StateBlock& s, float* u, float* y,
+                                 float* v) {
+  step_read(x, s, u, y);
+  for (int64_t n = 0; n < s.columns; n += LANES) {
+    const Vec value = load(v + n), e = (delta ? value - load(u + n) : value) * x.b;
+    store(u + n, e);
+    store(v + n, (load(y + n) + e * x.qk) * scale);
+  }
+  step_write(x, s, u);
+}
+
+// Columns that fill no vector go through `spare`, [K][LANES].
+static void step_columns(const StepToken& x, const Problem& p, float* state, float* v, float* u, float* y,
+                         float* spare) {
+  const int64_t whole = p.V / LANES * LANES, width = p.V - whole;
+  if (whole) step_block(x, p.delta, p.scale, {state, p.K, p.V, whole}, u, y, v);
+  if (width == 0) return;
+  for (int64_t d = 0; d < p.K; ++d) {
+    store(spare + d * LANES, Vec{});
+    copy_tail(spare + d * LANES, state + d * p.V + whole, width);
+  }
+  step_block(x, p.delta, p.scale, {spare, p.K, LANES, LANES}, u, y, v + whole);
+  for (int64_t d = 0; d < p.K; ++d) copy_tail(state + d * p.V + whole, spare + d * LANES, width);
+}
+
+SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* state) {
+  const Problem& p = c.p;
+  const int64_t size = p.v.type == Type::float32 ? 4 : 2;
+  float *k = w.rows, *q = k + w.row_size, *decay = q + w.row_size, *v = decay + w.row_size;
+  load_token(c, w, p.k, t, k);
+  if (p.reads) {
+    load_token(c, w, p.q, t, q);
+  } else {
+    std::memset(q, 0, w.row_size * sizeof(float));
+  }
+  std::memset(decay, 0, w.row_size * sizeof(float));
+  if (p.gate == Gate::channel) load_row(c.row(p.g, t, c.head * p.K), p.g.type, p.K, decay);
+  const float g = p.gate == Gate::head ? load_scalar(c.row(p.g, t, c.head), p.g.type, 0) : 0.0f;
+  Vec qk{};
+  float *decayed_k = w.keys, *decayed_q = w.readers;
+  for (int64_t d = 0; d < p.K; d += LANES) {
+    const Vec a = exp_nonpositive(load(decay + d) + g);
+    store(decay + d, a);
+    store(decayed_k + d, a * load(k + d));
+    store(decayed_q + d, a * load(q + d));
+    qk += load(k + d) * load(q + d);
+  }
+  load_row(c.row(p.v, t, c.head * p.V), p.v.type, p.V, v);
+  const float b = p.beta.data ? load_scalar(c.row(p.beta, t, c.head), p.beta.type, 0) : 1.0f;
+  step_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, p, state, v, w.couplings, w.scores, w.writers);
+  if (p.reads) store_row(v, p.v.type, p.V, static_cast<char*>(p.o) + ((c.first + t) * p.HV + c.head) * p.V * size);
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

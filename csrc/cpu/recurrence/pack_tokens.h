@@ -1,0 +1,135 @@
+// Tokens of the caller's tensors to float rows and to panels.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "common/recurrence.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/simd/bf16.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+// Tokens [first, first + count) of one head of one sequence; rows beyond count are taken as k = v = q = b = g = 0.
+struct Chunk {
+  const Problem& p;
+  int64_t first, count, head, padded;  // padded: count rounded up to whole tiles
+
+  Chunk(const Problem& p, int64_t first, int64_t count, int64_t head)
+      : p(p), first(first), count(count), head(head), padded(round_up(count, ROWS)) {}
+
+  const void* row(const Rows& x, int64_t token, int64_t offset) const {
+    const int64_t size = x.type == Type::float32 ? 4 : 2;
+    return static_cast<const char*>(x.data) + ((first + token) * x.stride + offset) * size;
+  }
+  int64_t key_head() const { return head / (p.HV / p.H); }
+};
+
+// Zero the last, partial vector of a row beyond n.
+SLEEPKERN_INLINE void clear_beyond(float* row, int64_t n) {
+  for (int64_t d = n; d % LANES != 0; ++d) row[d] = 0;
+}
+
+// One token's q or k as floats, zero beyond K and beyond the sequence.
+SLEEPKERN_INLINE void load_as_it_is(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
+  const int64_t K = w.K;
+  const bool live = t < c.count;
+  for (int64_t d = live ? round_up(K, LANES) : 0; d < w.row_size; d += LANES) store(out + d, Vec{});
+  if (!live) return;
+  load_row(c.row(x, t, c.key_head() * K), x.type, K, out);
+  clear_beyond(out, K);
+}
+
+SLEEPKERN_INLINE float squared_length(const Workspace& w, const float* row) {
+  Vec square{};
+  for (int64_t d = 0; d < w.K; d += LANES) square += load(row + d) * load(row + d);
+  return sum(square);
+}
+
+constexpr float SHRINK = 0x1p-70f;
+
+// What makes a row's length 1, from its square. Where the square leaves float32, the row is first multiplied by SHRINK,
+// which is exact.
+SLEEPKERN_INLINE float normalising(const Workspace& w, float* row, float& square) {
+  if (square <= std::numeric_limits<float>::max()) return 1.0f / std::sqrt(square + 1e-6f);
+  for (int64_t d = 0; d < w.K; d += LANES) store(row + d, load(row + d) * SHRINK);
+  square = squared_length(w, row);
+  return 1.0f / std::sqrt(square);
+}
+
+// The same, normalised if asked for; returns the factor.
+SLEEPKERN_INLINE float load_token(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
+  load_as_it_is(c, w, x, t, out);
+  if (!c.p.normalize || t >= c.count) return 1.0f;
+  const float given = squared_length(w, out);
+  float square = given;
+  const float factor = normalising(w, out, square);
+  for (int64_t d = 0; d < w.K; d += LANES) store(out + d, load(out + d) * factor);
+  return square == given ? factor : factor * SHRINK;
+}
+
+// LANES token rows to their columns of a matrix in panels of K rows.
+SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t t, float* panels) {
+  float* columns = panels + column_at(t, w.K);
+  for (int64_t d = 0; d + LANES <= w.K; d += LANES) {
+    transpose(rows + d, w.row_size, columns + d * PANEL, PANEL);
+  }
+  for (int64_t d = w.K / LANES * LANES; d < w.K; ++d) {
+    for (int l = 0; l < LANES; ++l) columns[d * PANEL + l] = rows[l * w.row_size + d];
+  }
+}
+
+SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t t, Pair* panels) {
+  const int64_t depth = steps<Pair>(w.K);
+  Pair* columns = panels + column_at(t, depth);
+  alignas(64) float block[LANES * LANES], turned[LANES * LANES];  // of bits; a transpose moves them as they are
+  for (int64_t d = 0; d < depth; d += LANES) {
+    for (int l = 0; l < LANES; ++l) {
+      store(block + l * LANES, reinterpret_cast<Vec>(load_pairs(rows + l * w.row_size + 2 * d)));
+    }
+    transpose(block, LANES, turned, LANES);
+    for (int64_t c = 0; c < min_of(LANES, depth - d); ++c) {
+      store(columns + (d + c) * PANEL, reinterpret_cast<BitVec>(load(turned + c * LANES)));
+    }
+  }
+}
+
+// Token t's row to the turned form, [K_rows / PANEL][CHUNK][PANEL].
+SLEEPKERN_INLINE void pack_row(const Workspace& w, const float* row, int64_t t, float* turned) {
+  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+    float* to = turned + d * CHUNK + t * PANEL;
+    SLEEPKERN_EACH_VEC(n) store(to + n * LANES, load(row + d + n * LANES));
+  }
+}
+
+// LANES rows, from token t on.
+SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, float* turned) {
+  for (int l = 0; l < LANES; ++l) pack_row(w, rows + l * w.row_size, t + l, turned);
+}
+
+SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, Pair* turned) {
+  for (int l = 0; l < LANES; l += 2) {
+    const float* row = rows + l * w.row_size;
+    for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+      Pair* to = turned + d * CHUNK / 2 + (t + l) / 2 * PANEL;
+      SLEEPKERN_EACH_VEC(n) {
+        const float* at = row + d + n * LANES;
+        store(to + n * LANES, interleave(load(at), load(at + w.row_size)));
+      }
+    }
+  }
+}
+
+// Rows times what the state meets, for the products of one value panel.
+SLEEPKERN_INLINE void scale_tokens(const Chunk& c, const float* rows, const float* by, float* out) {
+  for (int64_t t = 0; t < c.padded; ++t) {
+    SLEEPKERN_EACH_VEC(n) store(out + t * PANEL + n * LANES, load(rows + t * PANEL + n * LANES) * by[t]);
+  }
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,63 @@
+// What comes next into the caches while the chunk at hand is worked on.
+#pragma once
+
+#include <cstdint>
+
+#include "common/recurrence.h"
+#include "cpu/recurrence/pack_tokens.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+// Asks for the rows of the chunk to come, one now and then between the tiles of the one at hand. Rows lie a whole token
+// apart, each on a page of its own, which the hardware does not foresee; and asked for all at once they would keep the
+// loads of the chunk at hand waiting.
+struct Ahead {
+  struct Tensor {
+    const char* row;
+    int64_t rows, stride, bytes;
+  };
+  Tensor tensors[12];  // k, v, q, g, o or its gradient, their gradients, states
+  int64_t count = 0, tensor = 0, total = 0, turns, due = 0;
+
+  // `turns`: how often step is called until the chunk at hand is done.
+  explicit Ahead(int64_t turns) : turns(turns) {}
+
+  // Rows of n numbers of a chunk's tokens.
+  void add(const Chunk& c, const Rows& x, int64_t offset, int64_t n) {
+    if (!x.data || c.count <= 0) return;
+    const int64_t size = x.type == Type::float32 ? 4 : 2;
+    add(c.row(x, 0, offset), c.count, x.stride * size, n * size);
+  }
+
+  void add(const void* first, int64_t rows, int64_t stride, int64_t bytes) {
+    tensors[count++] = {static_cast<const char*>(first), rows, stride, bytes};
+    total += rows;
+  }
+
+  // A head's state as the caller keeps it.
+  void add_state(const Problem& p, const float* states, int64_t unit) {
+    const int64_t bytes = p.V * static_cast<int64_t>(sizeof(float));
+    add(states + unit * p.K * p.V, p.K, bytes, bytes);
+  }
+
+  void add_inputs(const Chunk& c) {
+    const Problem& p = c.p;
+    add(c, p.k, c.key_head() * p.K, p.K);
+    add(c, p.v, c.head * p.V, p.V);
+    if (p.reads) add(c, p.q, c.key_head() * p.K, p.K);
+    if (p.gate == Gate::channel) add(c, p.g, c.head * p.K, p.K);
+  }
+
+  void step() {
+    for (due += total; due >= turns && tensor < count; due -= turns) {
+      Tensor& x = tensors[tensor];
+      for (int64_t b = 0; b < x.bytes; b += 64) __builtin_prefetch(x.row + b, 0, 2);
+      x.row += x.stride;
+      if (--x.rows == 0) ++tensor;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

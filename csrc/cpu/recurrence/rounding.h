@@ -1,0 +1,125 @@
+// What roundings to bfloat16 cost, expected while the products are made, value panel by value panel. Rounded are the
+// copy of the state that k and q meet, the values that a chunk writes, and scores; k and q are bfloat16 already. With r
+// the mean square of a relative rounding, f = Gam^2 x the share of a state's error that k leaves, and |x| over a panel,
+//
+//   |dS'|^2 = f |dS|^2 + r (m |S|^2 + sum_t |Kt_t|^2 |Vn_t|^2)
+//   |dO|^2 += sum_i |read_scale_i q_i|^2 / K (|dS|^2 + r (1 + m) |S|^2) + 2 r sum_t |P_t|^2 |Vn_t|^2
+//
+// as if roundings did not know of each other and errors had no direction but that of the keys. f and m need no solve:
+// a token with key k leaves 1 - (2 b - b^2 |k|^2) |k|^2 x of an error, where x is how much keys resemble each other,
+// the mean of (k_i.k_j)^2 in the chunk, and moves b^2 |k|^4 / K of a state. At b |k|^2 = 2 all of an error stays.
+//
+// A panel in which this comes to more than ROUNDING_LIMIT is given up and done again in float32. It happens where
+// little is forgotten and much is written: b near 2 without much decay, or values that cancel. An initial state is
+// taken to be as wrong as the limit allows, so that a text read piece by piece stays within it as well.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/pack_tokens.h"
+#include "cpu/simd/bf16.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+constexpr double MEAN_SQUARE_ROUNDING = 2.4e-6;
+constexpr double ROUNDING_LIMIT = 5e-3;  // relative, leaves room below 1e-2 for chance and for rounding o itself
+
+static bool rounds_too_much(double error, double size) { return error > ROUNDING_LIMIT * ROUNDING_LIMIT * size; }
+
+// resemblance: sum of (k_i.k_j)^2, decayed, for i >= j, of which the diagonal is known.
+SLEEPKERN_STAGE void expect_in_state(const Chunk& c, Workspace& w, double resemblance) {
+  ChunkRounding& r = w.chunk_rounding;
+  double own = 0, left = 1, moved = 0;
+  for (int64_t t = 0; t < c.count; ++t) own += static_cast<double>(r.key_length[t]) * r.key_length[t];
+  const double pairs = c.count * (c.count - 1) / 2;
+  const double alike = pairs > 0 ? (resemblance > own ? (resemblance - own) / pairs : 0) : 0;
+  for (int64_t t = 0; t < c.count; ++t) {
+    const double length = r.key_length[t], write = static_cast<double>(w.beta[t]) * length;
+    left *= 1 - (2 - write) * w.beta[t] * alike;
+    moved += write * write / w.K;
+    r.written[t] = static_cast<float>(length * w.to_end[t] * w.to_end[t]);
+  }
+  for (int64_t t = c.count; t < c.padded; ++t) r.written[t] = 0;
+  const double kept = static_cast<double>(w.keep[0]) * w.keep[0];
+  r.keeps = kept * (c.p.delta ? left : 1);
+  r.turns = c.p.delta ? kept * (moved < 2 ? moved : 2) : 0;
+}
+
+SLEEPKERN_STAGE void expect_in_readouts(const Chunk& c, Workspace& w) {
+  ChunkRounding& r = w.chunk_rounding;
+  double reads = 0;
+  for (int64_t t = 0; t < c.count; ++t) {
+    const double scale = c.p.scale * w.since_start[t];
+    reads += r.reader_length[t] * scale * scale;
+  }
+  r.reads = reads / w.K;
+  for (int64_t j = 0; j < c.padded; ++j) {
+    Vec squares{};
+    for (int64_t i = j / PANEL * PANEL; i < c.count; i += PANEL) {
+      SLEEPKERN_EACH_VEC(n) {
+        const Vec score = load(w.scores + i * CHUNK + j * PANEL + n * LANES);
+        squares += score * score;
+      }
+    }
+    r.read_off[j] = sum(squares);
+  }
+}
+
+struct Written {
+  float by_state, by_readouts;  // sums of |Vn_t|^2 times `written` and `read_off`
+};
+
+// The values of a panel to pairs, as they are for readouts and times to_write for the state.
+SLEEPKERN_STAGE Written pair_values(const Chunk& c, const Workspace& w) {
+  const ChunkRounding& r = w.chunk_rounding;
+  Vec by_state{}, by_readouts{};
+  for (int64_t t = 0; t < c.padded; t += 2) {
+    SLEEPKERN_EACH_VEC(n) {
+      const Vec low = load(w.values + t * PANEL + n * LANES), high = load(w.values + (t + 1) * PANEL + n * LANES);
+      const int64_t at = t / 2 * PANEL + n * LANES;
+      store(w.write_pairs + at, interleave(low * w.to_write[t], high * w.to_write[t + 1]));
+      const Vec low_square = low * low, high_square = high * high;
+      by_state += low_square * r.written[t] + high_square * r.written[t + 1];
+      if (!c.p.reads) continue;
+      store(w.value_pairs + at, interleave(low, high));
+      by_readouts += low_square * r.read_off[t] + high_square * r.read_off[t + 1];
+    }
+  }
+  return {sum(by_state), sum(by_readouts)};
+}
+
+static Rounding before_any(double state) { return {state, 0, ROUNDING_LIMIT * ROUNDING_LIMIT * state, 0, 0}; }
+
+// A chunk is done: output and state are sums of squares of what came out of it. Gives the panel up where that is due.
+static void expect(Workspace& w, int64_t panel, const Written& written, double output, double state) {
+  const ChunkRounding& r = w.chunk_rounding;
+  Rounding& x = w.rounding[panel];
+  const double turned = r.turns * x.state, off = written.by_readouts;
+  const double error =
+      r.reads * (x.state_error + MEAN_SQUARE_ROUNDING * (x.state + turned)) + 2 * MEAN_SQUARE_ROUNDING * off;
+  if (std::isfinite(output + error)) {  // a token that is not a number says nothing about those before it
+    x.output += output;
+    x.output_error += error;
+  }
+  const double made = MEAN_SQUARE_ROUNDING * (turned + written.by_state);
+  x.state_error = r.keeps * x.state_error + made;
+  x.kept_error = r.keeps * x.kept_error + made;
+  x.state = state;
+  if (rounds_too_much(x.kept_error, x.state)) w.left_out |= uint32_t{1} << panel;
+}
+
+// The same at the end of a sequence, for its readouts.
+static void judge_readouts(Workspace& w) {
+  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+    const Rounding& x = w.rounding[panel];
+    if (rounds_too_much(x.output_error, x.output)) w.left_out |= uint32_t{1} << panel;
+  }
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,187 @@
+// ingest and readout of one value panel over one chunk; the same for every rule.
+//
+//   Vn = (I + M)^-1 (b v - key_scale * (k^T S))     by blocked forward substitution; b v where the rule has no delta
+//   O  = read_scale * (q^T S) + P Vn
+//   S  <- keep * S + Kt^T Vn
+#pragma once
+
+#include <cstdint>
+
+#include "common/recurrence.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/pack_tokens.h"
+#include "cpu/recurrence/prefetch.h"
+#include "cpu/recurrence/rounding.h"
+#include "cpu/simd/bf16.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+SLEEPKERN_STAGE void load_values(const Chunk& c, const Workspace& w, int64_t panel) {
+  const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+  const bool whole = c.p.v.type == Type::float32 && width == PANEL;
+  for (int64_t t = 0; t < c.padded; ++t) {
+    float* out = w.values + t * PANEL;
+    if (!whole || t >= c.count)
+      SLEEPKERN_EACH_VEC(n) store(out + n * LANES, Vec{});
+    if (t >= c.count) continue;
+    const void* row = c.row(c.p.v, t, c.head * w.V + first);
+    if (!whole) load_row(row, c.p.v.type, width, out);
+    const float* from = whole ? static_cast<const float*>(row) : out;
+    const Vec b = broadcast(w.beta[t]);
+    SLEEPKERN_EACH_VEC(n) store(out + n * LANES, load(from + n * LANES) * b);
+  }
+}
+
+template <class E>
+SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const Operands<E>& x) {
+  const int64_t depth = steps<E>(w.K);
+  for (int64_t i = 0; i < c.padded; i += ROWS) {
+    Tile t;
+    clear(t);
+    multiply_add<1>(t, x.keys + column_at(i, depth), x.state, depth);
+    SLEEPKERN_EACH_ROW(r) {
+      const Vec by = broadcast(w.key_scale[i + r]);
+      SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(w.values + (i + r) * PANEL + n * LANES) - t.at[r][n] * by;
+    }
+    const float* M = w.couplings + column_at(i, CHUNK);
+    multiply_add<-1>(t, M, w.values, i);
+    substitute(t, M + i * PANEL);
+    store(t, w.values + i * PANEL);
+  }
+}
+
+// The first `count` rows of a tile to o, tokens from `token` on.
+SLEEPKERN_INLINE void store_readouts(const Chunk& c, const Tile& t, int64_t token, int64_t count, int64_t first,
+                                     int64_t width) {
+  const Problem& p = c.p;
+  const int64_t stride = p.HV * p.V, at = (c.first + token) * stride + c.head * p.V + first;
+  if (p.v.type == Type::float32 && width == PANEL) {
+    float* o = static_cast<float*>(p.o) + at;
+    SLEEPKERN_EACH_ROW(r) {
+      if (r < count)
+        SLEEPKERN_EACH_VEC(n) store(o + r * stride + n * LANES, t.at[r][n]);
+    }
+    return;
+  }
+  alignas(64) float rows[ROWS * PANEL];
+  store(t, rows);
+  const int64_t size = p.v.type == Type::float32 ? 4 : 2;
+  for (int64_t r = 0; r < count; ++r) {
+    store_row(rows + r * PANEL, p.v.type, width, static_cast<char*>(p.o) + (at + r * stride) * size);
+  }
+}
+
+// Returns the sum of squares of o; of pairs only, else 0.
+template <class E>
+SLEEPKERN_STAGE float read_out(const Chunk& c, const Workspace& w, const Operands<E>& x, int64_t panel) {
+  const int64_t depth = steps<E>(w.K), scores_depth = steps<E>(CHUNK);
+  const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+  Vec squares{};
+  for (int64_t i = 0; i < c.padded; i += ROWS) {
+    Tile t;
+    clear(t);
+    multiply_add<1>(t, x.readers + column_at(i, depth), x.state, depth);
+    scale_rows(t, w.read_scale + i);
+    const E* scores = x.scores + column_at(i, scores_depth);
+    multiply_add<1>(t, scores, x.values, steps<E>(i));
+    add_triangle(t, scores + steps<E>(i) * PANEL, x.values + steps<E>(i) * PANEL);
+    if constexpr (IS_PAIR<E>) {
+      SLEEPKERN_EACH_ROW(r)
+        SLEEPKERN_EACH_VEC(n) squares += t.at[r][n] * t.at[r][n];
+    }
+    store_readouts(c, t, i, min_of(ROWS, c.count - i), first, width);
+  }
+  return IS_PAIR<E> ? sum(squares) : 0;
+}
+
+// With pairs the state goes to x.state, too, and the sum of its squares is returned, else 0.
+template <class E>
+SLEEPKERN_STAGE float update_state(const Chunk& c, const Workspace& w, const Operands<E>& x, float* state,
+                                   Ahead& ahead) {
+  Vec squares{};
+  for (int64_t d = 0; d < w.K; d += ROWS) {
+    Tile t;
+    load(t, state + d * PANEL);
+    scale_rows(t, w.keep + d);
+    multiply_add<1>(t, x.writers + column_at(d, steps<E>(CHUNK)), x.writes, steps<E>(c.count));
+    ahead.step();
+    store(t, state + d * PANEL);
+    if constexpr (IS_PAIR<E>) {
+      SLEEPKERN_EACH_ROW(r) {
+        if (r % 2 != 0) continue;
+        SLEEPKERN_EACH_VEC(n) {
+          const BitVec pair = interleave(t.at[r][n], t.at[r + 1][n]);
+          store(x.state + (d + r) / 2 * PANEL + n * LANES, pair);
+          squares = dot(squares, pair, pair);
+        }
+      }
+    }
+  }
+  return IS_PAIR<E> ? sum(squares) : 0;
+}
+
+// Bits of all panels at hand.
+static uint32_t every_panel(const Workspace& w) {
+  return static_cast<uint32_t>((uint64_t{1} << w.end_panel) - (uint64_t{1} << w.first_panel));
+}
+
+// How often `step` of an Ahead is called in a loop over all tiles of the state.
+static int64_t state_tiles(const Workspace& w) { return (w.end_panel - w.first_panel) * ((w.K + ROWS - 1) / ROWS); }
+
+// `ahead` knows what comes next.
+template <class E>
+SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, Ahead& ahead) {
+  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+    if (w.left_out >> panel & 1) continue;
+    const Operands<E> x = operands<E>(w, panel);
+    Written written{};
+    load_values(c, w, panel);
+    if (c.p.delta) subtract_held(c, w, x);
+    if constexpr (IS_PAIR<E>) written = pair_values(c, w);
+    const float output = c.p.reads ? read_out(c, w, x, panel) : 0;
+    const float state = update_state(c, w, x, w.state + panel * w.K_rows * PANEL, ahead);
+    if (IS_PAIR<E>) expect(w, panel, written, output, state);
+  }
+}
+
+// A state between the caller's row-major [units, K, V] and panels, row by row, which the hardware foresees; none is
+// zero. Rows beyond K exist up to a whole panel, are zero, and stay zero.
+SLEEPKERN_STAGE void load_state(const Workspace& w, const float* states, int64_t unit, float* panels) {
+  for (int64_t d = 0; d < w.K_rows; ++d) {
+    for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+      const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+      const float* from = d < w.K && states ? states + (unit * w.K + d) * w.V + first : nullptr;
+      float* to = panels + (panel * w.K_rows + d) * PANEL;
+      const bool whole = from && width == PANEL;
+      SLEEPKERN_EACH_VEC(n) store(to + n * LANES, whole ? load(from + n * LANES) : Vec{});
+      if (from && !whole) load_row(from, Type::float32, width, to);
+    }
+  }
+}
+
+SLEEPKERN_STAGE void pair_state(const Workspace& w) {
+  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+    const int64_t at = panel * w.K_rows * PANEL;
+    pair_rows(w.state + at, w.K_rows, w.state_pairs + at / 2);
+    Vec squares{};
+    for (int64_t d = 0; d < w.K_rows * PANEL; d += LANES) squares += load(w.state + at + d) * load(w.state + at + d);
+    w.rounding[panel] = before_any(sum(squares));
+  }
+}
+
+SLEEPKERN_STAGE void store_state(const Workspace& w, const float* panels, int64_t unit, float* states) {
+  for (int64_t d = 0; d < w.K; ++d) {
+    for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
+      if (w.left_out >> panel & 1) continue;
+      const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
+      const float* from = panels + (panel * w.K_rows + d) * PANEL;
+      store_row(from, Type::float32, width, states + (unit * w.K + d) * w.V + first);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,332 @@
+// Replay in the rows of a window of one block, without channel decay. What passes add to the state is Kt^T Y, and only
+// Y [rows, V] changes from pass to pass; n counts those made:
+//
+//   Y <- gamma Y + U + gamma^n H - Z Y,   Z = W Kt^T,  H = -W S_0;   Y = 0 before the first
+//   S_N = gamma^N S_0 + Kt^T Y_N                                             2 rows^2 V flop a pass
+//
+// m passes at once have the same form, with gamma^m, G U, C H and Z_m for gamma, U, H and Z. From 1 to 2 to 4 .. it
+// goes by doubling, 2 rows^3 flop a product:
+//
+//   Z_2m = 2 gamma^m Z_m - Z_m Z_m;   G_2m = (1 + gamma^m) G_m - Z_m G_m;   C_2m = 2 gamma^m C_m - Z_m C_m
+//
+// Keys that resemble each other have Y grow in directions that Kt^T maps to almost nothing: at correlation .99, b = 2,
+// sixteen passes lose a digit and a half, and powers of the map lose more. So for more than a few passes the factors
+// are balanced first: with Kt Kt^T = R^T R (Cholesky),
+//
+//   U <- R U,  W <- R W,  Kt <- R^-T Kt
+//
+// leaves Kt^T U and Kt^T W as they are, and makes |Y| the size of what it adds to the state, which no pass grows.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/recurrence.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/prefetch.h"
+#include "cpu/replay/factors.h"
+#include "cpu/replay/wy.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+constexpr int64_t UNBALANCED_PASSES = 4;  // up to so many lose less than the factors have lost already
+
+// Square matrices over the block's rows, [REPLAY_BLOCK / PANEL][REPLAY_BLOCK][PANEL], and rows of one value panel.
+struct Rank {
+  float* Z;  // turned (row j, column i), as left operands are
+  float *R, *R_turned;
+  float *Z_stride, *Z_doubled;    // Z_m, turned and not
+  float *G, *C;                   // not turned, while they are made
+  float *G_turned, *C_turned;     // as left operands
+  float *held, *next;             // [REPLAY_BLOCK][PANEL]  H, the next Y
+  float *values, *stride_values;  // Y; G U
+  float* stride_held;             // C H
+  float* keep;                    // [K_rows]  gamma^N
+};
+
+// What a step needs; a step is one pass, or as many as a stride has.
+struct RankStep {
+  float gamma;
+  const float *Z, *U, *H;
+};
+
+static void lay_out(Rank& x, const Workspace& w, Taker& take) {
+  for (float** square : {&x.Z, &x.R, &x.R_turned, &x.Z_stride, &x.Z_doubled, &x.G, &x.C, &x.G_turned, &x.C_turned}) {
+    *square = take(REPLAY_BLOCK * REPLAY_BLOCK);
+  }
+  for (float** rows : {&x.held, &x.next, &x.values, &x.stride_values, &x.stride_held}) {
+    *rows = take(REPLAY_BLOCK * PANEL);
+  }
+  x.keep = take(w.K_rows);
+}
+
+// Passes to make at once, a power of two: the fewest multiply-adds for all passes, in units of rows^2.
+static int64_t cheapest_stride(int64_t passes, int64_t rows, int64_t columns) {
+  int64_t best = 1, fewest = (passes - 1) * columns;
+  for (int64_t stride = 2, doublings = 1; doublings < 31 && stride <= passes; stride *= 2, ++doublings) {
+    const int64_t steps = passes / stride, squares = doublings - (steps == 1);
+    const int64_t cost = rows * (squares + 2 * (doublings - 1)) + columns * (1 + steps + passes % stride);
+    if (cost < fewest) {
+      fewest = cost;
+      best = stride;
+    }
+  }
+  return best;
+}
+
+// out = by X - Z X for one panel X of columns; Z turned.
+SLEEPKERN_STAGE void advance(const Factors& f, const float* Z, float by, const float* X, float* out) {
+  for (int64_t i = 0; i < f.rows; i += ROWS) {
+    Tile t;
+    load(t, X + i * PANEL);
+    SLEEPKERN_EACH_ROW(r)
+      SLEEPKERN_EACH_VEC(n) t.at[r][n] *= by;
+    multiply_add<-1>(t, Z + column_at(i, REPLAY_BLOCK), X, f.rows);
+    store(t, out + i * PANEL);
+  }
+}
+
+// As substitute, but with a diagonal: row r is divided by m[r][r] after it lost m[j][r] times row j for every j < r.
+SLEEPKERN_INLINE void substitute_divided(Tile& t, const float* m, const float* inverse_diagonal) {
+  SLEEPKERN_EACH_ROW(j) {
+    const Vec by = broadcast(inverse_diagonal[j]);
+    SLEEPKERN_EACH_VEC(n) t.at[j][n] *= by;
+    SLEEPKERN_EACH_ROW(r) {
+      if (r > j) {
+        const Vec f = broadcast(m[j * PANEL + r]);
+        SLEEPKERN_EACH_VEC(n) t.at[r][n] -= f * t.at[j][n];
+      }
+    }
+  }
+}
+
+// Rows i .. i + ROWS of R in its panel of the diagonal, from those of R^T R less what the rows above make of it.
+SLEEPKERN_INLINE void factor_diagonal(Tile& t, float* panel, int64_t i, float* inverse_diagonal) {
+  SLEEPKERN_EACH_ROW(j) {
+    float* row = panel + (i + j) * PANEL;
+    SLEEPKERN_EACH_VEC(n) store(row + n * LANES, t.at[j][n]);
+    const float pivot = row[(i + j) % PANEL];
+    inverse_diagonal[i + j] = pivot > 0 ? 1 / std::sqrt(pivot) : 0.0f;
+    SLEEPKERN_EACH_VEC(n) store(row + n * LANES, t.at[j][n] *= broadcast(inverse_diagonal[i + j]));
+    SLEEPKERN_EACH_ROW(r) {
+      if (r > j) {
+        const Vec f = broadcast(row[(i + r) % PANEL]);
+        SLEEPKERN_EACH_VEC(n) t.at[r][n] -= f * t.at[j][n];
+      }
+    }
+  }
+}
+
+// R of Kt Kt^T, upper triangular, in place of x.R, which holds that; zeros left of the diagonal.
+SLEEPKERN_STAGE void factor(const Factors& f, const Rank& x, float* inverse_diagonal) {
+  for (int64_t i = 0; i < f.rows; i += ROWS) {
+    const float* above = x.R + column_at(i, REPLAY_BLOCK);
+    for (int64_t j = i / PANEL * PANEL; j < f.rows; j += PANEL) {
+      float* panel = x.R + j * REPLAY_BLOCK;
+      Tile t;
+      load(t, panel + i * PANEL);
+      multiply_add<-1>(t, above, panel, i);
+      if (j <= i) {
+        factor_diagonal(t, panel, i, inverse_diagonal);
+        for (int64_t r = i; r < i + ROWS; ++r) {
+          for (int64_t l = 0; l < r - j; ++l) panel[r * PANEL + l] = 0;
+        }
+      } else {
+        substitute_divided(t, above + i * PANEL, inverse_diagonal + i);
+        store(t, panel + i * PANEL);
+      }
+    }
+  }
+}
+
+// rows <- R rows of one panel; from the first on, so that what is still wanted is not yet replaced.
+SLEEPKERN_STAGE void multiply_by_factor(const Factors& f, const Rank& x, float* rows) {
+  for (int64_t i = 0; i < f.rows; i += ROWS) {
+    Tile t;
+    clear(t);
+    multiply_add<1>(t, x.R_turned + column_at(i, REPLAY_BLOCK) + i * PANEL, rows + i * PANEL, f.rows - i);
+    store(t, rows + i * PANEL);
+  }
+}
+
+// rows <- R^-T rows of one panel.
+SLEEPKERN_STAGE void divide_by_factor(const Factors& f, const Rank& x, const float* inverse_diagonal, float* rows) {
+  for (int64_t i = 0; i < f.rows; i += ROWS) {
+    const float* above = x.R + column_at(i, REPLAY_BLOCK);
+    Tile t;
+    load(t, rows + i * PANEL);
+    multiply_add<-1>(t, above, rows, i);
+    substitute_divided(t, above + i * PANEL, inverse_diagonal + i);
+    store(t, rows + i * PANEL);
+  }
+}
+
+// Balances the factors of the block, whose W is in window.W. A little is added to the diagonal of Kt Kt^T, which keys
+// that are the same make singular; R need not be exact for R^-T R to be the identity.
+SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Rank& x, const Factors& f,
+                             int64_t tokens) {
+  constexpr float LITTLE = 1e-4f;
+  const int64_t end = round_up(tokens, PANEL), rows = round_up(f.rows, LANES);
+  alignas(64) float inverse_diagonal[REPLAY_BLOCK] = {};
+  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+    float* writers = f.writers + d * REPLAY_BLOCK;
+    for (int64_t at = f.rows * PANEL; at < end * PANEL; at += LANES) store(writers + at, Vec{});
+  }
+  turn(f.writers, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);  // W is made anew below
+  upper_gram<1>(f.W, f.W, w.K_rows, tokens, REPLAY_BLOCK, x.R, [](Vec g, int64_t, int64_t) { return g; });
+  float largest = 0;
+  for (int64_t i = 0; i < tokens; ++i) largest = std::fmax(largest, x.R[column_at(i, REPLAY_BLOCK) + i * PANEL]);
+  for (int64_t i = 0; i < f.rows; ++i) {
+    float& diagonal = x.R[column_at(i, REPLAY_BLOCK) + i * PANEL];
+    diagonal = i < tokens ? diagonal + LITTLE * largest : 1.0f;
+  }
+  factor(f, x, inverse_diagonal);
+  turn(x.R, REPLAY_BLOCK, rows, end, x.R_turned, REPLAY_BLOCK);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) multiply_by_factor(f, x, f.U + panel * REPLAY_BLOCK * PANEL);
+  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+    multiply_by_factor(f, x, window.W + d * REPLAY_BLOCK);
+    divide_by_factor(f, x, inverse_diagonal, f.writers + d * REPLAY_BLOCK);
+  }
+  turn(window.W, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);
+}
+
+// Z of the block, turned; rows up to a whole vector are zero.
+SLEEPKERN_STAGE void prepare_rank(const Workspace& w, const Window& window, const Rank& x, const Factors& f,
+                                  int64_t tokens) {
+  const int64_t end = round_up(tokens, PANEL);
+  turn(f.writers, REPLAY_BLOCK, round_up(tokens, LANES), w.K_rows, window.W, w.K_rows);
+  for (int64_t i = 0; i < end; i += PANEL) {
+    float* Z = x.Z + i * REPLAY_BLOCK;
+    for (int64_t j = 0; j < f.rows; j += ROWS) {
+      Tile t;
+      clear(t);
+      multiply_add<1>(t, window.W + column_at(j, w.K_rows), f.W + i * w.K_rows, w.K);
+      store(t, Z + j * PANEL);
+    }
+    for (int64_t at = f.rows * PANEL; at < round_up(f.rows, LANES) * PANEL; at += LANES) store(Z + at, Vec{});
+  }
+}
+
+// Z_m, G_m and C_m for m = stride, from those for 2 on, which are linear in Z. Z_m is left out where no step needs it.
+SLEEPKERN_STAGE void prepare_stride(const Rank& x, const Factors& f, int64_t stride, bool repeated) {
+  const int64_t end = round_up(f.rows, PANEL), rows = round_up(f.rows, LANES);
+  const size_t bytes = f.rows * PANEL * sizeof(float);
+  float gamma = f.keep[0];
+  turn(x.Z, REPLAY_BLOCK, rows, end, x.Z_doubled, REPLAY_BLOCK);
+  for (int64_t at = 0; at < end * REPLAY_BLOCK; at += LANES) {
+    const Vec minus = -load(x.Z_doubled + at);
+    store(x.G + at, minus);
+    store(x.C + at, minus);
+  }
+  for (int64_t i = 0; i < f.rows; ++i) {
+    const int64_t diagonal = column_at(i, REPLAY_BLOCK) + i * PANEL;
+    x.G[diagonal] += 1 + gamma;
+    x.C[diagonal] += 2 * gamma;
+  }
+  auto replace = [&](float* square, const float* Z, float by) {
+    for (int64_t i = 0; i < end; i += PANEL) {
+      advance(f, Z, by, square + i * REPLAY_BLOCK, x.next);
+      std::memcpy(square + i * REPLAY_BLOCK, x.next, bytes);
+    }
+  };
+  const float* Z = x.Z;
+  for (int64_t made = 2;; made *= 2) {
+    if (made == stride && !repeated) break;
+    replace(x.Z_doubled, Z, 2 * gamma);
+    turn(x.Z_doubled, REPLAY_BLOCK, rows, end, x.Z_stride, REPLAY_BLOCK);
+    Z = x.Z_stride;
+    gamma *= gamma;
+    if (made == stride) break;
+    replace(x.G, Z, 1 + gamma);
+    replace(x.C, Z, 2 * gamma);
+  }
+  turn(x.G, REPLAY_BLOCK, rows, end, x.G_turned, REPLAY_BLOCK);
+  turn(x.C, REPLAY_BLOCK, rows, end, x.C_turned, REPLAY_BLOCK);
+}
+
+// next = gamma Y + U + reach H - Z Y; `first` where Y is zero.
+SLEEPKERN_STAGE void make_step(const Factors& f, const RankStep& s, float reach, bool first, const float* Y,
+                               float* next) {
+  for (int64_t i = 0; i < f.rows; i += ROWS) {
+    Tile t;
+    SLEEPKERN_EACH_ROW(r) {
+      SLEEPKERN_EACH_VEC(n) {
+        const int64_t at = (i + r) * PANEL + n * LANES;
+        t.at[r][n] = load(Y + at) * s.gamma + load(s.U + at) + load(s.H + at) * reach;
+      }
+    }
+    if (!first) multiply_add<-1>(t, s.Z + column_at(i, REPLAY_BLOCK), Y, f.rows);
+    store(t, next + i * PANEL);
+  }
+}
+
+// left X for one panel X of columns.
+SLEEPKERN_STAGE void multiply_rows(const Factors& f, const float* left, const float* X, float* out) {
+  for (int64_t i = 0; i < f.rows; i += ROWS) {
+    Tile t;
+    clear(t);
+    multiply_add<1>(t, left + column_at(i, REPLAY_BLOCK), X, f.rows);
+    store(t, out + i * PANEL);
+  }
+}
+
+// The passes of one value panel; `state` goes from S_0 to S_N. from_zero: S_0 is zero.
+SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factors& f, const Replay& r, int64_t stride,
+                                 const float* U, bool delta, bool from_zero, float* state, Ahead& ahead) {
+  float *Y = x.values, *next = x.next, reach = 1;
+  const size_t bytes = f.rows * PANEL * sizeof(float);
+  std::memset(Y, 0, bytes);
+  std::memset(x.held, 0, bytes);
+  if (delta && !from_zero) write_values(w, f, x.held, state, x.held);  // -W S_0
+  int64_t made = 0;
+  auto make = [&](const RankStep& s, int64_t count) {
+    for (; made + count <= r.passes && !stops(r.interrupt); made += count) {
+      make_step(f, s, reach, made == 0 || !delta, Y, next);
+      reach *= s.gamma;
+      float* const last = Y;
+      Y = next;
+      next = last;
+    }
+  };
+  const RankStep one{f.keep[0], x.Z, U, x.held};
+  if (stride > 1) {
+    multiply_rows(f, x.G_turned, U, x.stride_values);
+    multiply_rows(f, x.C_turned, x.held, x.stride_held);
+    float gamma = one.gamma;
+    for (int64_t n = 1; n < stride; n *= 2) gamma *= gamma;
+    make({gamma, x.Z_stride, x.stride_values, x.stride_held}, stride);
+  }
+  make(one, 1);
+  for (int64_t d = 0; d < w.K_rows; ++d) x.keep[d] = reach;
+  write_state(w, f, x.keep, Y, state, ahead);
+}
+
+// All passes of a head over its one block.
+SLEEPKERN_STAGE void replay_in_rows(const Problem& p, const Workspace& w, const Window& window, const Rank& x,
+                                    const Replay& r, int64_t tokens, Ahead& ahead) {
+  const Factors f = factors_of(window, w, 0, tokens);
+  const int64_t stride = p.delta ? cheapest_stride(r.passes, f.rows, w.V_panels * PANEL) : 1;
+  if (p.delta && r.passes > UNBALANCED_PASSES) balance(w, window, x, f, tokens);
+  if (p.delta) prepare_rank(w, window, x, f, tokens);
+  if (stride > 1) prepare_stride(x, f, stride, r.passes / stride > 1);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+    replay_rank(w, x, f, r, stride, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
+                w.state + panel * w.K_rows * PANEL, ahead);
+  }
+}
+
+// Whether the form above has lost digits: what passes leave of a state is gamma^N S_0 less what Kt^T Y takes from it,
+// and where that is nearly all, the rest is of the size of their rounding. A pass by wy goes on from what the one
+// before has left, and loses none.
+static bool cancels(const Workspace& w, const Rank& x, double before) {
+  constexpr double MOST = 4;
+  return x.keep[0] * before > MOST * distance(w.state, nullptr, w.state_size);
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,100 @@
+// Passes of the state over the factors of its window, one after the other: S <- Gam S + Kt^T (U - W S).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/recurrence.h"
+#include "cpu/gemm/microkernel.h"
+#include "cpu/recurrence/buffers.h"
+#include "cpu/recurrence/prefetch.h"
+#include "cpu/recurrence/state_pass.h"
+#include "cpu/replay/factors.h"
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+// out = U - W S of one value panel.
+SLEEPKERN_STAGE void write_values(const Workspace& w, const Factors& f, const float* U, const float* state,
+                                  float* out) {
+  for (int64_t i = 0; i < f.rows; i += ROWS) {
+    Tile t;
+    load(t, U + i * PANEL);
+    multiply_add<-1>(t, f.W + column_at(i, w.K_rows), state, w.K);
+    store(t, out + i * PANEL);
+  }
+}
+
+// state = keep state + Kt^T values of one value panel.
+SLEEPKERN_STAGE void write_state(const Workspace& w, const Factors& f, const float* keep, const float* values,
+                                 float* state, Ahead& ahead) {
+  for (int64_t d = 0; d < w.K; d += ROWS) {
+    Tile t;
+    load(t, state + d * PANEL);
+    scale_rows(t, keep + d);
+    multiply_add<1>(t, f.writers + column_at(d, REPLAY_BLOCK), values, f.rows);
+    ahead.step();
+    store(t, state + d * PANEL);
+  }
+}
+
+static double distance(const float* a, const float* b, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n;) {
+    Vec part{};
+    for (const int64_t end = min_of(i + 4096, n); i < end; i += LANES) {
+      const Vec x = b ? load(a + i) - load(b + i) : load(a + i);
+      part += x * x;
+    }
+    total += sum(part);
+  }
+  return std::sqrt(total);
+}
+
+// Whether a head may stop: what is left to its fixed point, by the ratio of its last two steps, see backends/replay.py.
+struct Settling {
+  double previous = 0, residual = INFINITY;
+
+  bool settled(double step, double size, double tol) {
+    const double ratio = step / max_of_double(previous, 1e-30);
+    const double left = step == 0 ? 0 : ratio < 1 ? step * ratio / max_of_double(1 - ratio, 1e-30) : INFINITY;
+    residual = left / max_of_double(size, 1e-30);
+    previous = step;
+    return residual <= tol;
+  }
+  static double max_of_double(double a, double b) { return a < b ? b : a; }
+};
+
+// `r.passes` passes, or fewer with tol.
+SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& r, int64_t unit, int64_t tokens,
+                                   bool delta, Ahead& ahead) {
+  Settling settling;
+  int64_t made = 0;
+  for (bool done = false; made < r.passes && !done && !stops(r.interrupt); ++made) {
+    if (r.tol > 0) std::memcpy(x.before, w.state, w.state_size * sizeof(float));
+    for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
+      const Factors f = factors_of(x, w, block, min_of(REPLAY_BLOCK, tokens - block * REPLAY_BLOCK));
+      for (int64_t panel = 0; panel < w.V_panels; ++panel) {
+        float* state = w.state + panel * w.K_rows * PANEL;
+        const float* U = f.U + panel * REPLAY_BLOCK * PANEL;
+        if (delta) write_values(w, f, U, state, x.values);
+        write_state(w, f, f.keep, delta ? x.values : U, state, ahead);
+      }
+    }
+    if (r.tol <= 0) continue;
+    const double step = distance(w.state, x.before, w.state_size);
+    if (made == 0) {
+      settling.previous = step;
+    } else {
+      done = settling.settled(step, distance(w.state, nullptr, w.state_size), r.tol);
+    }
+  }
+  if (r.residual) r.residual[unit] = static_cast<float>(settling.residual);
+  if (r.made) r.made[unit] = static_cast<int32_t>(made);
+  if (r.before) store_state(w, x.before, unit, r.before);
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

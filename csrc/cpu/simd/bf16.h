@@ -1,0 +1,90 @@
+// Products of bfloat16. Two neighbours of the depth lie side by side in a lane of 32 bits, the earlier one in the low
+// half, and a step of a product takes both, sum + low low + high high, with sums in float32: half the steps and half
+// the bytes of a product of floats. SLEEPKERN_BFLOAT16_DOT: the machine does it in one instruction.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/simd/vec.h"
+
+namespace sleepkern::SLEEPKERN_ISA {
+namespace {
+
+#ifdef SLEEPKERN_BFLOAT16_DOT
+constexpr bool DOTS = true;
+#else
+constexpr bool DOTS = false;
+#endif
+
+// What a panel is made of where operands are bfloat16; else it is float.
+struct Pair {
+  uint32_t bits;
+};
+
+typedef uint32_t BitVecUnaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+template <class E>
+constexpr bool IS_PAIR = std::is_same_v<E, Pair>;
+
+// Steps of a product over n numbers.
+template <class E>
+SLEEPKERN_INLINE constexpr int64_t steps(int64_t n) {
+  return IS_PAIR<E> ? (n + 1) / 2 : n;
+}
+
+SLEEPKERN_INLINE BitVec load(const Pair* p) { return *reinterpret_cast<const BitVecUnaligned*>(p); }
+SLEEPKERN_INLINE void store(Pair* p, BitVec x) { *reinterpret_cast<BitVecUnaligned*>(p) = x; }
+
+// The low halves are those of `low`, the high ones those of `high`.
+SLEEPKERN_INLINE BitVec interleave(Vec low, Vec high) {
+#ifdef __AVX512BF16__
+  const __m512bh halves = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return reinterpret_cast<BitVec>(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)));
+#else
+  return __builtin_convertvector(to_bfloat16(low), BitVec) | __builtin_convertvector(to_bfloat16(high), BitVec) << 16;
+#endif
+}
+
+// Neighbours of 2 LANES numbers.
+SLEEPKERN_INLINE BitVec pair_neighbours(Vec first, Vec second) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<BitVec>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+#else
+  alignas(64) uint16_t halves[2 * LANES];
+  *reinterpret_cast<HalfVecUnaligned*>(halves) = to_bfloat16(first);
+  *reinterpret_cast<HalfVecUnaligned*>(halves + LANES) = to_bfloat16(second);
+  return *reinterpret_cast<const BitVecUnaligned*>(halves);
+#endif
+}
+
+// 2 LANES numbers that follow each other in memory.
+SLEEPKERN_INLINE BitVec load_pairs(const float* p) { return pair_neighbours(load(p), load(p + LANES)); }
+
+SLEEPKERN_INLINE Vec dot(Vec sum, BitVec a, BitVec b) {
+#ifdef __AVX512BF16__
+  return reinterpret_cast<Vec>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+#else
+  sum += reinterpret_cast<Vec>(a << 16) * reinterpret_cast<Vec>(b << 16);
+  return sum + reinterpret_cast<Vec>(a & 0xffff0000u) * reinterpret_cast<Vec>(b & 0xffff0000u);
+#endif
+}
+
+// sum + sign * a b, of a broadcast and a loaded operand.
+template <int SIGN>
+SLEEPKERN_INLINE Vec multiply_add(Vec sum, float a, Vec b) {
+  return SIGN > 0 ? sum + broadcast(a) * b : sum - broadcast(a) * b;
+}
+
+template <int SIGN>
+SLEEPKERN_INLINE Vec multiply_add(Vec sum, Pair a, BitVec b) {
+  static_assert(SIGN > 0, "there is no instruction that subtracts");
+  return dot(sum, broadcast_bits(a.bits), b);
+}
+
+}  // namespace
+}  // namespace sleepkern::SLEEPKERN_ISA

@@ -1,0 +1,14 @@
+// The launch for a stack of blocks, for its bindings. It throws std::runtime_error that names kernel, shape and reason.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/blocks/params.h"
+
+namespace sleepkern::cuda {
+
+int64_t blocks_memory(const BlocksCall& call);  // bytes of shared memory that a block needs
+
+void sleep_blocks(const BlocksCall& call, void* stream);
+
+}  // namespace sleepkern::cuda

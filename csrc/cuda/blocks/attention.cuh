@@ -1,0 +1,232 @@
+// Attention between its products, for the heads of one thread block.
+//
+//   q, k <- q, k / rms . gain
+//   o_i = sum_j softmax_j(q_i . k_j / D^1/2) v_j,  j <= i or kept from before the window
+//
+// `wide` holds q, k and v of all rows as a tile (arch/mma_tiles.h), q and k normalised in place. A warp takes 16
+// queries of a head; 16 keys at a time their scores, in registers, become the left operand of the product with the
+// values, under a running maximum. What was kept of earlier windows is read from global memory.
+#pragma once
+
+#include "common/types.h"
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/blocks/operands.cuh"
+#include "cuda/blocks/params.h"
+#include "cuda/blocks/smem_layout.cuh"
+#include "cuda/blocks/weight_stream.cuh"
+#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/tokens.cuh"
+
+namespace sleepkern::cuda {
+
+// Keys and values of a window and head in global memory, [kept + L][D].
+struct Kept {
+  char *keys, *values;
+  Type type;
+  int D;
+
+  SLEEPKERN_DEVICE Kept(const BlocksCall& c, const BlockLayer& l, const Place& p, int w, int head)
+      : type(static_cast<Type>(c.type)), D(l.K) {
+    const int64_t at = static_cast<int64_t>(p.first + w) * c.cluster * l.heads + p.rank * l.heads + head;
+    const int64_t first = at * (l.kept + c.L) * D * (type == Type::float32 ? 4 : 2);
+    keys = static_cast<char*>(l.keys) + first;
+    values = static_cast<char*>(l.values) + first;
+  }
+  SLEEPKERN_DEVICE float one(const char* from, int token, int d, int tokens) const {
+    return token < tokens && d < D ? load_one(from, type, static_cast<int64_t>(token) * D + d) : 0.0f;
+  }
+  // Right operands, as RightReader and TransposedReader load them: 16 tokens from `first` on, 16 columns from d0 on.
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> key_fragment(int first, int d0, int tokens) const {
+    const int g = lane_of_warp() >> 2, t = lane_of_warp() & 3;
+    Fragment<Mode::bf16> f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first + g + 8 * (i >> 1), d = d0 + 2 * t + 8 * (i & 1);
+      f.high[i] = pack_bf16(one(keys, token, d, tokens), one(keys, token, d + 1, tokens));
+    }
+    return f;
+  }
+  SLEEPKERN_DEVICE Fragment<Mode::bf16> value_fragment(int first, int d0, int tokens) const {
+    const int g = lane_of_warp() >> 2, t = lane_of_warp() & 3;
+    Fragment<Mode::bf16> f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first + 2 * t + 8 * (i & 1), d = d0 + g + 8 * (i >> 1);
+      f.high[i] = pack_bf16(one(values, token, d, tokens), one(values, token + 1, d, tokens));
+    }
+    return f;
+  }
+};
+
+// q and k of each row over their root mean square, times gain; after the last pass k goes to global memory.
+SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide,
+                                      bool keep) {
+  const int cores = 2 * c.tiles, lane = lane_of_warp();
+  for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
+    const Divided of = divided(task, cores);
+    const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // of q, then of k
+    const bool query = head < l.heads;
+    const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
+    const float factor = rsqrtf(quotient(square, static_cast<float>(l.K)) + (query ? l.q_eps : l.k_eps));
+    const float* gains = query ? l.q_gain : l.k_gain;
+    const bool kept = keep && !query && p.has_token(c, row);
+    for (int d = 8 * (lane >> 3); d < l.KP; d += 32) {
+      float x[8], gain[8];
+      uint4* at = eight_at(wide, l.into, row, head * l.KP + d);
+      read_eight(x, *at);
+      load_gains(gain, gains + d);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] *= factor * gain[e];
+      *at = eight_of(x);
+      if (!kept) continue;
+      const Divided place = divided(row, c.padded());
+      const Kept to(c, l, p, place.quotient, head - l.heads);
+      const int64_t first = static_cast<int64_t>(l.kept + place.rest) * l.K;
+      for (int e = 0; e < 8; ++e) {
+        if (d + e < l.K) store_one(to.keys, to.type, first + d + e, x[e]);
+      }
+    }
+  }
+}
+
+SLEEPKERN_DEVICE void keep_values(const BlocksCall& c, const BlockLayer& l, const Place& p, const uint16_t* wide) {
+  const int each = l.heads * l.K;
+  for (int e = opaque(threadIdx.x); e < p.windows * c.L * each; e += THREADS) {
+    const Divided row = divided(e, each), place = divided(row.quotient, c.L), of = divided(row.rest, l.K);
+    const Kept to(c, l, p, place.quotient, of.quotient);
+    const int column = (2 * l.heads + of.quotient) * l.KP + of.rest;
+    const float x = from_bf16(wide[at<Mode::bf16>(l.into, place.quotient * c.padded() + place.rest, column)]);
+    store_one(to.values, to.type, static_cast<int64_t>(l.kept + place.rest) * l.K + of.rest, x);
+  }
+}
+
+// 16 queries against 16 keys at a time: maximum and sum of each of a lane's two rows, and what is read so far.
+template <int KEYS>
+struct Reading {
+  static constexpr int MOST = KEYS / 8;
+  float o[MOST][4], highest[2], sum[2];
+
+  SLEEPKERN_DEVICE Reading() {
+    clear(o);
+    highest[0] = highest[1] = -INFINITY;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  // seen(i, j): whether query row i of 16 sees key j of 16; value(n): the right operand for columns 16 n on.
+  template <class Seen, class Value>
+  SLEEPKERN_DEVICE void add(float (&scores)[2][4], int groups, Seen seen, Value value) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = seen(row_of(i), column_of(n, i)) ? scores[n][i] : -INFINITY;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = fmaxf(fmaxf(scores[0][2 * r], scores[0][2 * r + 1]), fmaxf(scores[1][2 * r], scores[1][2 * r + 1]));
+      top = fmaxf(top, shuffle_xor(top, 1));
+      top = fmaxf(top, shuffle_xor(top, 2));
+      top = fmaxf(top, highest[r]);
+      const float base = top == -INFINITY ? 0.0f : top;  // a row that has seen nothing so far
+      const float shrink = decayed(highest[r] - base);
+      highest[r] = top;
+      sum[r] *= shrink;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 2 * r; i < 2 * r + 2; ++i) {
+          scores[n][i] = decayed(scores[n][i] - base);
+          sum[r] += scores[n][i];
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < MOST; ++n) {
+        o[n][2 * r] *= shrink;
+        o[n][2 * r + 1] *= shrink;
+      }
+    }
+    const Fragment<Mode::bf16> weights = left_of<Mode::bf16>(scores, 0);
+#pragma unroll
+    for (int n = 0; n < MOST / 2; ++n) {
+      if (n >= groups) continue;
+      const Fragment<Mode::bf16> f = value(n);
+      mma<Mode::bf16>(o[2 * n], weights, f, 0);
+      mma<Mode::bf16>(o[2 * n + 1], weights, f, 1);
+    }
+  }
+};
+
+// Queries 16 block on of window w.
+template <int KEYS>
+SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
+                                  int head, int block) {
+  const int start = w * c.padded(), groups = l.KP / 16;
+  const int q_at = head * l.KP, k_at = l.heads * l.KP + q_at, v_at = l.heads * l.KP + k_at;
+  const Blocks16 wide(c, m.wide(), l.into, w);
+  Reading<KEYS> read;
+  for (int first = 0; first < l.kept; first += 16) {
+    const Kept kept(c, l, p, w, head);
+    float scores[2][4];
+    clear(scores);
+#pragma unroll 1
+    for (int n = 0; n < groups; ++n) {
+      const Fragment<Mode::bf16> q = wide.left(start + 16 * block, q_at + 16 * n);
+      const Fragment<Mode::bf16> k = kept.key_fragment(first, 16 * n, l.kept);
+      mma<Mode::bf16>(scores[0], q, k, 0);
+      mma<Mode::bf16>(scores[1], q, k, 1);
+    }
+    read.add(
+        scores, groups, [&](int, int j) { return first + j < l.kept; },
+        [&](int n) { return kept.value_fragment(opaque(first), 16 * n, l.kept); });  // one at a time
+  }
+  for (int keys = 0; keys <= block; ++keys) {
+    float scores[2][4];
+    clear(scores);
+#pragma unroll 1
+    for (int n = 0; n < groups; ++n) {
+      const Fragment<Mode::bf16> q = wide.left(start + 16 * block, q_at + 16 * n);
+      const Fragment<Mode::bf16> k = wide.right(start + 16 * keys, k_at + 16 * n);
+      mma<Mode::bf16>(scores[0], q, k, 0);
+      mma<Mode::bf16>(scores[1], q, k, 1);
+    }
+    read.add(
+        scores, groups, [&](int i, int j) { return keys < block || j <= i; },
+        [&](int n) { return wide.right_transposed(start + 16 * keys, v_at + 16 * n); });
+  }
+  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = read.sum[r] + shuffle_xor(read.sum[r], 1);
+    sum += shuffle_xor(sum, 2);
+    const int t = 16 * block + row_of(2 * r);
+    if (t >= c.padded()) continue;
+    const float factor = t < c.L ? quotient(1.0f, sum) : 0.0f;
+#pragma unroll
+    for (int n = 0; n < read.MOST; ++n) {
+      if (n >= 2 * groups) continue;
+      mixed[word_of(c.tiles, start + t, head * l.KP + column_of(n, 0))] =
+          pack_bf16(read.o[n][2 * r] * factor, read.o[n][2 * r + 1] * factor);
+    }
+  }
+}
+
+template <int KEYS>
+SLEEPKERN_DEVICE void attend(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass) {
+  const bool keep = pass + 1 == c.passes;
+  normalise_heads(c, l, p, m.wide(), keep);
+  if (keep) keep_values(c, l, p, m.wide());
+  block_barrier();
+  const int blocks = (c.L + 15) / 16, tasks = p.windows * l.heads * blocks;
+  for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
+    const Divided of = divided(task, blocks), window = divided(of.quotient, l.heads);
+    read_window<KEYS>(c, l, p, m, window.quotient, window.rest, blocks - 1 - of.rest);
+  }
+  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
+  const int first = p.windows * c.padded(), pairs = l.mixed() / 2;
+  for (int e = opaque(threadIdx.x); e < (16 * c.tiles - first) * pairs; e += THREADS) {
+    const Divided of = divided(e, pairs);
+    mixed[word_of(c.tiles, first + of.quotient, 2 * of.rest)] = 0;
+  }
+}
+
+}  // namespace sleepkern::cuda

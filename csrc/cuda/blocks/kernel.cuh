@@ -1,0 +1,342 @@
+// sleep_blocks: all passes and layers of a group of windows in one launch, by a cluster of thread blocks.
+//
+//   per layer   h <- h + out mixer(into norm h);  h <- h + down relu(up norm h)^2        h [16 TILES rows][d]
+//
+//   thread block r of R         shared memory                                     registers, global memory
+//   ------------------          -------------                                     ------------------------
+//   columns r d/R .. of h       h, float32, from first pass to last
+//   all columns of h            x, bf16, from everyone; norm's factor of a row    products: [16 TILES][16] a warp
+//   its heads                   q k v gate of its heads, mixed                    fast weights: registers, between
+//   its hidden columns          relu^2                                            layers L2; weights: L2, once a pass
+//
+// What a product with `into` and `up` needs is h of all columns: each block writes its own in bf16 into everybody's
+// shared memory, unnormalised, with sums of squares; rows are multiplied by 1 / rms once they come out of the product.
+// What `out` and `down` make of a block's heads or hidden columns is a part of all columns of h: it goes to the
+// columns' owner, who adds the parts in the order of ranks. So a layer has four exchanges, and h never leaves its
+// owner.
+#pragma once
+
+#include "common/types.h"
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/blocks/attention.cuh"
+#include "cuda/blocks/mixer_prologue.cuh"
+#include "cuda/blocks/operands.cuh"
+#include "cuda/blocks/params.h"
+#include "cuda/blocks/smem_layout.cuh"
+#include "cuda/blocks/weight_stream.cuh"
+#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/tokens.cuh"
+
+namespace sleepkern::cuda {
+
+constexpr int ALONE = 2;                        // most tiles where there are no clusters
+constexpr float REINJECT_EPS = 1.1920929e-07f;  // torch's for float32
+
+template <int TILES, int KEYS>
+struct Group {
+  static constexpr bool PAIRS = TILES < 8;  // there are registers to hold two groups while parts of others come in
+  const BlocksCall& c;
+  const Shared& m;
+  const Place& p;
+
+  SLEEPKERN_DEVICE int own_groups() const { return c.columns / 16; }
+  SLEEPKERN_DEVICE int all_groups() const { return c.cluster * own_groups(); }
+
+  // Of this block's tiles of 16 rows and columns: the same warp has the same one whenever this is called. Which warp
+  // this is is asked each time, for want of registers.
+  template <class Tile>
+  SLEEPKERN_DEVICE void each_tile(int first, int last, Tile tile) const {
+    const int warp = opaque(threadIdx.x) >> 5, start = first * TILES;
+#pragma unroll 1
+    for (int unit = start + ((warp - start) & (WARPS - 1)); unit < last * TILES; unit += WARPS) {
+      float4* at = reinterpret_cast<float4*>(m.h()) + unit * 64 + lane_of_warp();
+      const float4 low = at[0], high = at[32];
+      float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      if (!tile(unit / TILES, unit % TILES, x)) continue;
+      at[0] = make_float4(x[0], x[1], x[2], x[3]);
+      at[32] = make_float4(x[4], x[5], x[6], x[7]);
+    }
+  }
+
+  // f(i, index of h [B, L, d]) for those of a lane's 8 numbers of a tile that are numbers of h.
+  template <class Each>
+  SLEEPKERN_DEVICE void each_number(int group, int tile, Each f) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = 16 * tile + row_of(i & 3), column = p.rank * c.columns + 16 * group + column_of(i >> 2, i & 3);
+      if (column < c.d && p.has_token(c, row)) f(i, p.token(c, row) * c.d + column);
+    }
+  }
+
+  SLEEPKERN_DEVICE void load() const {
+    each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
+      for (float& one : x) one = 0.0f;
+      each_number(group, tile, [&](int i, int64_t at) { x[i] = load_one(c.h, static_cast<Type>(c.type), at); });
+      return true;
+    });
+  }
+
+  SLEEPKERN_DEVICE void store() const {
+    each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
+      each_number(group, tile, [&](int i, int64_t at) { store_one(c.out, static_cast<Type>(c.type), at, x[i]); });
+      return false;
+    });
+  }
+
+  // h in bf16 and its sums of squares to everyone. A cluster barrier must follow.
+  SLEEPKERN_DEVICE void publish() const {
+    each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
+      const int all = p.rank * own_groups() + group;
+      const uint4 words =
+          make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+      float upper = x[0] * x[0] + x[1] * x[1] + x[4] * x[4] + x[5] * x[5];
+      float lower = x[2] * x[2] + x[3] * x[3] + x[6] * x[6] + x[7] * x[7];
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+        upper += shuffle_xor(upper, lanes);
+        lower += shuffle_xor(lower, lanes);
+      }
+      const uint4* to = m.x() + (all * TILES + tile) * 32 + lane_of_warp();
+      const float* sums = m.squares() + all * 16 * TILES + 16 * tile + row_of(0);
+#pragma unroll 1
+      for (int r = 0; r < c.cluster; ++r) {
+        store_remote(remote_address(to, r), words);
+        if ((lane_of_warp() & 3) == 0) {
+          store_remote(remote_address(sums, r), upper);
+          store_remote(remote_address(sums + 8, r), lower);
+        }
+      }
+      return false;
+    });
+  }
+
+  // What everyone published, as a factor of each row. Ends with a block's barrier.
+  SLEEPKERN_DEVICE void meet(float eps) const {
+    cluster_arrive();
+    cluster_wait();
+    for (int row = threadIdx.x; row < 16 * TILES; row += THREADS) {
+      float sum = 0.0f;
+      for (int g = 0; g < all_groups(); ++g) sum += m.squares()[g * 16 * TILES + row];
+      m.scale()[row] = rsqrtf(quotient(sum, static_cast<float>(c.d)) + eps);
+    }
+    block_barrier();
+  }
+
+  // h + left weight^T, left being this block's part of the terms; then publishes h, unless it was the last time.
+  //
+  // Sums are exchanged `exchange` groups of columns of each owner at a time, into two places in turns, the last into
+  // `received`: so what is read of one exchange is read before anyone arrives at the next, and a block computes while
+  // others arrive. A warp multiplies by two groups at once, both of one exchange or one each of two.
+  SLEEPKERN_DEVICE void add_product(Stream& weights, const uint4* left, int steps, bool last) const {
+    const int exchanges = (own_groups() + c.exchange - 1) / c.exchange, warp = threadIdx.x >> 5;
+    const bool both = PAIRS && c.cluster * c.exchange > WARPS;
+    cluster_arrive();  // x has been read
+    for (int n = 0; n < exchanges; ++n) {
+      const bool follows = PAIRS && !both && n + 1 < exchanges;  // the second group of a warp is of the exchange after
+      const int groups = groups_of(n), others = both ? groups - WARPS : follows ? groups_of(n + 1) : 0;
+      Products<TILES> one, other;
+      if (warp < groups) multiply_groups<TILES>(weights, left, steps, warp < others, one, other);
+      meet_and_receive(n - 1, exchanges);
+      if (warp < groups) send(place_of(n, exchanges), warp, one);
+      if (both && warp < others) send(place_of(n, exchanges), warp + WARPS, other);
+      cluster_arrive();
+      if (!follows) continue;
+      meet_and_receive(n, exchanges);
+      ++n;
+      if (warp < others) send(place_of(n, exchanges), warp, other);
+      cluster_arrive();
+    }
+    meet_and_receive(exchanges - 1, exchanges);
+    if (!last) publish();
+  }
+
+  // Groups of an exchange, of all owners.
+  SLEEPKERN_DEVICE int groups_of(int n) const {
+    const int rest = own_groups() - n * c.exchange;
+    return c.cluster * (rest < c.exchange ? rest : c.exchange);
+  }
+
+  SLEEPKERN_DEVICE float* place_of(int n, int exchanges) const { return m.received((exchanges - 1 - n) & 1); }
+
+  // The i-th group of an exchange to its owner.
+  SLEEPKERN_DEVICE void send(float* place, int i, const Products<TILES>& acc) const {
+    const Divided of = divided(i, c.cluster);
+    const int slot = p.rank * c.exchange + of.quotient;
+    const float4* to = reinterpret_cast<const float4*>(place) + slot * TILES * 64 + lane_of_warp();
+    const RemoteAddress at = remote_address(to, of.rest);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float (&x)[4] = acc[tile][half];
+        store_remote(at + tile * 1024 + half * 512,
+                     make_uint4(as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])));
+      }
+    }
+  }
+
+  // Adds the parts of an exchange to h, in the order of ranks, once all have arrived.
+  SLEEPKERN_DEVICE void meet_and_receive(int n, int exchanges) const {
+    cluster_wait();
+    if (n < 0) return;
+    const float4* place = reinterpret_cast<const float4*>(place_of(n, exchanges));
+    const int first = n * c.exchange, end = first + c.exchange < own_groups() ? first + c.exchange : own_groups();
+    each_tile(first, end, [&](int group, int tile, float (&x)[8]) {
+#pragma unroll 2
+      for (int r = 0; r < c.cluster; ++r) {
+        const float4* part = place + ((r * c.exchange + group - first) * TILES + tile) * 64 + lane_of_warp();
+        const float4 a = part[0], b = part[32];
+        const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] += y[i];
+      }
+      return true;
+    });
+  }
+
+  // q k v gate as a tile.
+  SLEEPKERN_DEVICE void put_inputs(const BlockLayer& l, int group, const Products<TILES>& acc) const {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          const int row = 16 * tile + row_of(i), column = 16 * group + column_of(n, i);
+          const float scale = m.scale()[row];
+          put_pair<Mode::bf16>(m.wide(), l.into, row, column, acc[tile][n][i] * scale, acc[tile][n][i + 1] * scale);
+        }
+      }
+    }
+  }
+
+  // Decay and strength of the value heads. They are few, and would keep one warp busy for as long as all of q k v gate
+  // keeps all: so each warp takes some of the terms, and the parts are added up, in order, in the place of `received`,
+  // where nobody writes before this block has arrived at an exchange.
+  SLEEPKERN_DEVICE void find_rates(const BlockLayer& l, Stream& weights) const {
+    const int warp = threadIdx.x >> 5, splits = c.splits();
+    float4* parts = reinterpret_cast<float4*>(m.received(false));
+    for (int group = 0; group < (l.rates() + 15) / 16; ++group) {
+      if (warp < splits) {
+        Products<TILES> acc, none;
+        multiply_groups<TILES>(weights, m.x(), all_groups(), false, acc, none, warp, splits);
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            const float (&x)[4] = acc[tile][n];
+            parts[((warp * TILES + tile) * 2 + n) * 32 + lane_of_warp()] = make_float4(x[0], x[1], x[2], x[3]);
+          }
+        }
+      }
+      block_barrier();
+      for (int e = threadIdx.x; e < 2 * TILES * 128; e += THREADS) {
+        const int i = e & 3, lane = e >> 2 & 31, half = e >> 7 & 1, tile = e >> 8;
+        const int row = 16 * tile + (lane >> 2) + 8 * (i >> 1);
+        const int number = 16 * group + 8 * half + 2 * (lane & 3) + (i & 1);
+        if (number >= l.rates()) continue;
+        float sum = 0.0f;
+        for (int w = 0; w < splits; ++w) sum += reinterpret_cast<const float*>(parts)[w * TILES * 256 + e];
+        m.rates()[row * l.rates() + number] = rate(l, number, sum * m.scale()[row]);
+      }
+      block_barrier();
+    }
+  }
+  SLEEPKERN_DEVICE static float rate(const BlockLayer& l, int i, float x) {
+    if (i >= l.value_heads) return l.strength * sigmoid(x);
+    x += l.decay_bias;  // log sigmoid
+    return fminf(x, 0.0f) - log_of(1.0f + decayed(-fabsf(x)));
+  }
+
+  // relu(up)^2 as a left operand.
+  SLEEPKERN_DEVICE void put_hidden(const BlockLayer& l, int group, const Products<TILES>& acc) const {
+    uint4* to = reinterpret_cast<uint4*>(m.wide()) + group * TILES * 32 + lane_of_warp();
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      float x[2][4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float y = fmaxf(acc[tile][n][i] * m.scale()[16 * tile + row_of(i)], 0.0f);
+          x[n][i] = y * y;
+        }
+      }
+      const Fragment<Mode::bf16> f = left_of<Mode::bf16>(x, 0);
+      to[tile * 32] = make_uint4(f.high[0], f.high[1], f.high[2], f.high[3]);
+    }
+  }
+
+  // Mixer, then MLP, by the same instructions: most run once a layer, so how many have to be fetched counts. Beside the
+  // widest states there are too few registers for a loop.
+  SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, Stream& weights, int pass, bool last) const {
+#pragma unroll KEYS / 64
+    for (int half = 0; half < 2; ++half) {
+      const bool mixer = half == 0;
+      meet(mixer ? l.mixer_eps : l.mlp_eps);
+      product<TILES>(weights, m.x(), all_groups(), (mixer ? l.into : l.hidden) / 16,
+                     [&](int group, const Products<TILES>& acc) {
+                       mixer ? put_inputs(l, group, acc) : put_hidden(l, group, acc);
+                     });
+      if (mixer) {
+        find_rates(l, weights);
+        block_barrier();
+        l.recurrent ? mix_recurrent<KEYS>(c, l, p, m, pass) : attend<KEYS>(c, l, p, m, pass);
+      }
+      block_barrier();
+      add_product(weights, Shared::at<uint4>(mixer ? c.at.x : c.at.wide), (mixer ? l.mixed() : l.hidden) / 16,
+                  last && !mixer);
+    }
+  }
+
+  // h <- h / rms(h) + what the first pass started from; all have published h, and do so again.
+  SLEEPKERN_DEVICE void reinject() const {
+    meet(REINJECT_EPS);
+    each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] *= m.scale()[16 * tile + row_of(i & 3)];
+      each_number(group, tile, [&](int i, int64_t at) { x[i] += load_one(c.h, static_cast<Type>(c.type), at); });
+      return true;
+    });
+    cluster_arrive();  // all have read the sums of squares
+    cluster_wait();
+    publish();
+  }
+};
+
+template <int TILES, int KEYS>
+SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
+  const Shared m{c};
+  const Place p(c);
+  m.use();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < WARPS * c.ring; ++i) arrival_create(m.arrivals() + i, 32);
+  }
+  cluster_arrive();  // all are there, and can be written to
+  cluster_wait();
+  Stream weights(c, p.rank, m.ring(), m.arrivals());
+  const Group<TILES, KEYS> group{c, m, p};
+  group.load();
+  group.publish();
+  for (int pass = 0; pass < c.passes; ++pass) {
+    if (pass > 0 && c.reinject) group.reinject();
+    for (int i = 0; i < c.depth; ++i) {
+      group.run_layer(c.layers[i], weights, pass, pass + 1 == c.passes && i + 1 == c.depth);
+    }
+  }
+  group.store();
+}
+
+// KEYS: of the widest head. Without clusters a block has all of h and of the weights' columns, which leaves room for
+// few rows only.
+template <int TILES, int KEYS>
+SLEEPKERN_KERNEL(THREADS, 1)
+blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {
+  if constexpr (CLUSTERS || TILES <= ALONE) {
+    run_group<TILES, KEYS>(c);
+  } else {
+    trap();  // planned for another device
+  }
+}
+
+}  // namespace sleepkern::cuda

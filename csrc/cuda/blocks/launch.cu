@@ -1,0 +1,45 @@
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/arch/launch.h"
+#include "cuda/blocks/api.h"
+#include "cuda/blocks/kernel.cuh"
+#include "cuda/recurrence/kernel_choice.h"
+#include "cuda/recurrence/params.h"
+
+namespace sleepkern::cuda {
+
+inline std::string describe(const BlocksCall& c) {
+  return "B = " + std::to_string(c.B) + ", L = " + std::to_string(c.L) + ", d = " + std::to_string(c.d) +
+         ", layers = " + std::to_string(c.depth) + ", passes = " + std::to_string(c.passes) +
+         ", cluster = " + std::to_string(c.cluster) + ", windows of a cluster = " + std::to_string(c.group);
+}
+
+int64_t blocks_memory(const BlocksCall& call) { return places_of(call).end; }
+
+void sleep_blocks(const BlocksCall& given, void* stream) {
+  BlocksCall call = given;
+  call.at = places_of(given);
+  const Grid grid{static_cast<int64_t>((call.B + call.group - 1) / call.group) * call.cluster, 1};
+  const auto launch = [&](auto kernel) {
+    run("blocks", kernel, grid, THREADS, call.at.end, call, stream, call.cluster);
+  };
+  int widest = 0;
+  for (int i = 0; i < call.depth; ++i) widest = std::max(widest, call.layers[i].K);
+  with_width(widest, [&](auto width) {
+    constexpr int KEYS = decltype(width)::value;
+    switch (call.tiles) {
+      case 2:
+        return launch(blocks_kernel<2, KEYS>);
+      case 5:
+        return launch(blocks_kernel<5, KEYS>);
+      case 8:
+        return launch(blocks_kernel<8, KEYS>);
+      default:
+        throw std::runtime_error("sleepkern: no CUDA kernel for " + std::to_string(16 * call.tiles) + " rows");
+    }
+  });
+}
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,180 @@
+// Gated DeltaNet between its products, for the heads of one thread block.
+//
+//   x_t <- silu(sum_j taps_j x_(t-j)), x any of q, k, v;  q, k <- q, k / |q|, |k|
+//   S_t = a_t S_(t-1) + k_t b_t (v_t - a_t S_(t-1)^T k_t)^T
+//   o_t = S_t^T q_t / K^1/2
+//   mixed = o / rms(o) . gain . silu(gate)
+//
+// `wide` holds q, k, v and gate of all rows as a tile (arch/mma_tiles.h): the convolution writes over its own inputs, o
+// over v.
+#pragma once
+
+#include "common/types.h"
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/blocks/operands.cuh"
+#include "cuda/blocks/params.h"
+#include "cuda/blocks/recurrence.cuh"
+#include "cuda/blocks/smem_layout.cuh"
+#include "cuda/blocks/weight_stream.cuh"
+#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/tokens.cuh"
+
+namespace sleepkern::cuda {
+
+// The model's channel of this thread block's channel c, -1 where that is only padding.
+SLEEPKERN_DEVICE int channel_of(const BlocksCall& call, const BlockLayer& l, int rank, int c) {
+  const int keys = l.heads * l.KP, all_keys = call.cluster * l.heads * l.K;
+  if (c < 2 * keys) {
+    const Divided part = divided(c, keys), head = divided(part.rest, l.KP);
+    return head.rest < l.K ? part.quotient * all_keys + (rank * l.heads + head.quotient) * l.K + head.rest : -1;
+  }
+  c -= 2 * keys;
+  const Divided head = divided(c, l.VP);
+  return head.rest < l.V ? 2 * all_keys + (rank * l.value_heads + head.quotient) * l.V + head.rest : -1;
+}
+
+// Inputs of the convolution before the window: of token -1, -2, ...
+struct Past {
+  const void* data;
+  Type type;
+  int W;
+  int64_t channels;  // of the model
+
+  SLEEPKERN_DEVICE Past(const BlocksCall& c, const BlockLayer& l, int pass)
+      : data(l.past), type(static_cast<Type>(c.type)), W(l.W) {
+    channels = static_cast<int64_t>(c.cluster) * (2 * l.heads * l.K + l.value_heads * l.V);
+    if (c.carry && pass > 0) data = last(c, l, pass - 1);
+  }
+  SLEEPKERN_DEVICE char* last(const BlocksCall& c, const BlockLayer& l, int pass) const {
+    const int64_t size = static_cast<int64_t>(c.B) * (W - 1) * channels * (type == Type::float32 ? 4 : 2);
+    return static_cast<char*>(l.last) + (pass & 1) * size;
+  }
+  SLEEPKERN_DEVICE float at(int window, int t, int channel) const {
+    if (data == nullptr || channel < 0 || t < 1 - W) return 0.0f;
+    return load_one(data, type, (static_cast<int64_t>(window) * (W - 1) + W - 1 + t) * channels + channel);
+  }
+};
+
+// The last W - 1 inputs, for the next window, or the next pass.
+SLEEPKERN_DEVICE void keep_last(const BlocksCall& c, const BlockLayer& l, const Place& p, const uint16_t* wide,
+                                int pass) {
+  if (!c.carry && pass + 1 < c.passes) return;
+  const Past past(c, l, pass);
+  void* to = past.last(c, l, pass);
+  const int rows = l.W - 1;
+  for (int e = opaque(threadIdx.x); e < p.windows * rows * l.channels(); e += THREADS) {
+    const Divided of = divided(e, l.channels()), place = divided(of.quotient, rows);
+    const int local = of.rest, j = place.rest, w = place.quotient;
+    const int t = c.L - rows + j, channel = channel_of(c, l, p.rank, local);
+    if (channel < 0) continue;
+    const float x =
+        t >= 0 ? from_bf16(wide[at<Mode::bf16>(l.into, w * c.padded() + t, local)]) : past.at(p.first + w, t, channel);
+    store_one(to, past.type, (static_cast<int64_t>(p.first + w) * rows + j) * past.channels + channel, x);
+  }
+}
+
+// Two channels of token t < 0 of a window, as a word.
+SLEEPKERN_DEVICE float pair_before(const BlocksCall& c, const BlockLayer& l, const Place& p, const Past& past, int w,
+                                   int t, int column) {
+  float x[2];
+#pragma unroll 1
+  for (int i = 0; i < 2; ++i) {
+    const float one = past.at(p.first + w, t, channel_of(c, l, p.rank, column + i));
+    x[0] = i == 0 ? one : x[0];
+    x[1] = one;
+  }
+  return from_bits(pack_bf16(x[0], x[1]));
+}
+
+// In place: a warp takes 8 channels of a window and 8 tokens at a time, a lane two channels of one token; what was said
+// by the tokens before comes from the other lanes, which hold 8 tokens and the 8 before them.
+SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide, int pass) {
+  const int chunks = l.channels() / 8, lane = lane_of_warp(), g = lane >> 2;
+  const Past past(c, l, pass);
+  const float4* taps = reinterpret_cast<const float4*>(l.taps) + p.rank * l.channels();
+  const int warp = threadIdx.x >> 5, tasks = chunks * p.windows, pair = 2 * (lane & 3);
+  const auto column_of_task = [&](int task) { return 8 * divided(task, chunks).rest + pair; };
+  float4 low = taps[column_of_task(warp)], high = taps[column_of_task(warp) + 1];
+  for (int task = warp; task < tasks; task += WARPS) {
+    const int w = divided(task, chunks).quotient, column = column_of_task(task);
+    const float low_taps[TAPS] = {low.w, low.z, low.y, low.x}, high_taps[TAPS] = {high.w, high.z, high.y, high.x};
+    const int following = column_of_task(task + WARPS < tasks ? task + WARPS : task);  // whose taps are on their way
+    low = taps[following], high = taps[following + 1];
+    float before = past.data == nullptr ? 0.0f : pair_before(c, l, p, past, w, g - 8, column);
+    uint32_t* at_row = reinterpret_cast<uint32_t*>(wide + at<Mode::bf16>(l.into, w * c.padded() + g, column));
+    for (int row = 0; row < c.padded(); row += 8, at_row += 4 * l.into) {
+      const float now = from_bits(*at_row);  // two bf16, only handed on as one word
+      float y[2] = {low_taps[0] * low_of(as_bits(now)), high_taps[0] * high_of(as_bits(now))};
+#pragma unroll
+      for (int j = 1; j < TAPS; ++j) {
+        const uint32_t x = as_bits(shuffle_from(g + j < 8 ? now : before, (lane - 4 * j) & 31));
+        y[0] += low_taps[j] * low_of(x);
+        y[1] += high_taps[j] * high_of(x);
+      }
+      *at_row = pack_bf16(y[0] * sigmoid(y[0]), y[1] * sigmoid(y[1]));
+      before = now;
+    }
+  }
+}
+
+// 1 / |x| of q and k of each row, q's times K^-1/2: factors [2][heads][rows]. A warp takes 8 rows, 4 lanes a row.
+SLEEPKERN_DEVICE void find_factors(const BlocksCall& c, const BlockLayer& l, uint16_t* wide, float* factors) {
+  const int cores = 2 * c.tiles, lane = lane_of_warp();
+  for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
+    const Divided of = divided(task, cores);
+    const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // of q, then of k
+    const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
+    const float scale = head < l.heads ? rsqrtf(static_cast<float>(l.K)) : 1.0f;
+    if (lane < 8) factors[head * 8 * cores + row] = scale * rsqrtf(square + NORM_EPS);
+  }
+}
+
+// o of a row over its root mean square, times gain and silu(gate), as a left operand; rows without a token become 0.
+SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m) {
+  const int cores = 2 * c.tiles, lane = lane_of_warp();
+  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
+  for (int task = threadIdx.x >> 5; task < l.value_heads * cores; task += WARPS) {
+    const Divided of = divided(task, cores);
+    const int row = 8 * of.rest + (lane & 7), head = of.quotient;
+    const int from = 2 * l.heads * l.KP + head * l.VP, gates = from + l.value_heads * l.VP;
+    const float square = sum_of_squares(m.wide(), l.into, row, from, l.VP);
+    const float factor = p.has_token(c, row) ? rsqrtf(quotient(square, static_cast<float>(l.V)) + l.gain_eps) : 0.0f;
+    for (int d = 8 * (lane >> 3); d < l.VP; d += 32) {
+      float x[8], gate[8];
+      read_eight(x, *eight_at(m.wide(), l.into, row, from + d));
+      read_eight(gate, *eight_at(m.wide(), l.into, row, gates + d));
+      float gain[8];
+      load_gains(gain, l.gain + d);
+      uint32_t* to = mixed + word_of(c.tiles, row, head * l.VP + d);  // neighbours in 8 columns are 4 words apart
+#pragma unroll
+      for (int e = 0; e < 8; e += 2) {
+        const float low = x[e] * factor * gain[e] * gate[e] * sigmoid(gate[e]);
+        const float high = x[e + 1] * factor * gain[e + 1] * gate[e + 1] * sigmoid(gate[e + 1]);
+        to[2 * e] = pack_bf16(low, high);
+      }
+    }
+  }
+}
+
+template <int KEYS>
+SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m,
+                                    int pass) {
+  keep_last(c, l, p, m.wide(), pass);
+  block_barrier();
+  convolve(c, l, p, m.wide(), pass);
+  block_barrier();
+  find_factors(c, l, m.wide(), m.factors());
+  block_barrier();
+  each_unit(c, l, p, [&](int w, int head, int block) { prepare_unit(c, l, p, m, w, head, block); });
+  block_barrier();
+  const int groups = l.VP / 16, tasks = p.windows * l.value_heads * groups;
+  for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
+    const Divided of = divided(task, groups), window = divided(of.quotient, l.value_heads);
+    walk_over<KEYS>(c, l, p, m, pass, window.quotient, window.rest, 16 * of.rest);
+  }
+  block_barrier();
+  gated_norm(c, l, p, m);
+}
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,288 @@
+// The recurrence over a window, 16 tokens at a time. For one such block, i and j its tokens, G the running sum of
+// log a:
+//
+//   M_ij = b_i k_i.k_j exp(G_i - G_j), i > j;  X = (I + M)^-1
+//   P_ij = q_i.k_j exp(G_i - G_j), i >= j
+//   D = X b (v - exp(G) S^T k)
+//   o = exp(G) S^T q + P D
+//   S <- exp(G_C) S + sum_j exp(G_C - G_j) k_j D_j^T
+//
+// First X and P of all blocks, a warp each, X by exact substitution in float32. Then a warp walks over a window with 16
+// value columns of a head: S^T [16][K] stays in registers, what one product accumulates is the left operand of the
+// next, and there is no barrier. Of what k and q are multiplied by (1 / |k|, 1 / |q|, K^-1/2) products with scalars
+// take care.
+//
+// The state lies in global memory between two passes over a layer: all layers' states do not fit on chip (Rule 110: 256
+// KB a window), and L2 gives one back in less time than one of the layer's products takes.
+#pragma once
+
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/blocks/operands.cuh"
+#include "cuda/blocks/params.h"
+#include "cuda/blocks/smem_layout.cuh"
+#include "cuda/blocks/weight_stream.cuh"
+#include "cuda/recurrence/params.h"
+
+namespace sleepkern::cuda {
+
+// Of one block of 16 tokens of a head: X and P as right operands, and what its tokens are multiplied by.
+struct Unit {
+  uint4* X;       // [lane]; before that M [16][16] takes the place of both
+  uint4* P;       // [lane]
+  float4* scale;  // [token] b, b exp(G) / |k|, exp(G) / |q|, exp(G_C - G) / |k|
+  float* gamma;   // exp(G_C)
+
+  SLEEPKERN_DEVICE Unit(const BlocksCall& c, const BlockLayer& l, const Shared& m, int w, int head, int block) {
+    char* base = m.units(l) + static_cast<int64_t>((w * l.value_heads + head) * c.blocks() + block) * UNIT;
+    X = reinterpret_cast<uint4*>(base);
+    P = X + 32;
+    scale = reinterpret_cast<float4*>(P + 32);
+    gamma = reinterpret_cast<float*>(scale + 16);
+  }
+};
+
+template <class Each>
+SLEEPKERN_DEVICE void each_unit(const BlocksCall& c, const BlockLayer& l, const Place& p, Each each) {
+  const int units = p.windows * l.value_heads * c.blocks();
+  for (int unit = threadIdx.x >> 5; unit < units; unit += WARPS) {
+    const Divided of = divided(unit, c.blocks()), window = divided(of.quotient, l.value_heads);
+    each(window.quotient, window.rest, of.rest);
+  }
+}
+
+SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
+  const int lane = lane_of_warp(), column = lane & 15;
+  float x[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float sum[4] = {i == column ? 1.0f : 0.0f, 0.0f, 0.0f, 0.0f};  // four that need not wait for each other
+#pragma unroll
+    for (int j = 0; j < i; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(M + 16 * i + j);
+      const float row[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (j + e < i) sum[e] -= row[e] * x[j + e];
+      }
+    }
+    x[i] = sum[0] + sum[1] + (sum[2] + sum[3]);
+  }
+  warp_barrier();  // all have read M
+  uint16_t* X = reinterpret_cast<uint16_t*>(unit.X);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {  // both halves of the warp have the same columns
+    const int word = 2 * (i >> 3) + (column >> 3), owner = (i & 7) * 4 + ((column & 7) >> 1);
+    if (lane < 16) X[2 * (4 * owner + word) + (column & 1)] = narrow<Mode::bf16>(x[i]);
+  }
+}
+
+SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
+                                   int head, int block) {
+  const int lane = lane_of_warp(), rows = 16 * c.tiles, start = w * c.padded() + 16 * block;
+  const int key_head = l.key_head(head), q_at = key_head * l.KP, k_at = l.heads * l.KP + q_at;
+  const Unit unit(c, l, m, w, head, block);
+  // A lane's token; the upper half of the warp has the same ones.
+  const int token = lane & 15, row = start + token;
+  float G = 0.0f, b = 0.0f, q_factor = 0.0f, k_factor = 0.0f;
+  if (16 * block + token < c.L) {
+    G = m.rates()[row * l.rates() + head];
+    b = m.rates()[row * l.rates() + l.value_heads + head];
+    q_factor = m.factors()[key_head * rows + row];
+    k_factor = m.factors()[(l.heads + key_head) * rows + row];
+  }
+#pragma unroll
+  for (int step = 1; step < 16; step *= 2) {
+    const float other = shuffle_up(G, step);
+    if (token >= step) G += other;
+  }
+  const float last = shuffle_from(G, 15), grown = decayed(G);
+  if (lane < 16) {
+    unit.scale[token] = make_float4(b, b * k_factor * grown, q_factor * grown, k_factor * decayed(last - G));
+    if (lane == 15) *unit.gamma = grown;
+  }
+  const Blocks16 wide(c, m.wide(), l.into, w);
+  float kk[2][4], qk[2][4];
+  clear(kk);
+  clear(qk);
+#pragma unroll 1
+  for (int d = 0; d < l.KP; d += 16) {
+    const Fragment<Mode::bf16> k = wide.left(start, k_at + d), q = wide.left(start, q_at + d);
+    const Fragment<Mode::bf16> right = wide.right(start, k_at + d);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mma<Mode::bf16>(kk[half], k, right, half);
+      mma<Mode::bf16>(qk[half], q, right, half);
+    }
+  }
+  float* M = reinterpret_cast<float*>(unit.X);
+  float P[2][4], until[2], write[2], read[2];  // of a lane's two rows i
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    until[r] = shuffle_from(G, row_of(2 * r));
+    write[r] = shuffle_from(b * k_factor, row_of(2 * r));
+    read[r] = shuffle_from(q_factor, row_of(2 * r));
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const int j = column_of(n, odd);
+      const float since = shuffle_from(G, j), length = shuffle_from(k_factor, j);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int e = 2 * r + odd, i = row_of(e);
+        const float between = decayed(fminf(until[r] - since, 0.0f)) * length;
+        M[16 * i + j] = i > j ? write[r] * kk[n][e] * between : 0.0f;
+        P[n][e] = i >= j ? read[r] * qk[n][e] * between : 0.0f;
+      }
+    }
+  }
+  warp_barrier();
+  invert_unit(unit, M);
+  unit.P[lane] = make_uint4(pack_bf16(P[0][0], P[0][1]), pack_bf16(P[1][0], P[1][1]), pack_bf16(P[0][2], P[0][3]),
+                            pack_bf16(P[1][2], P[1][3]));
+}
+
+// S^T [16 value columns from v0 on][K] of a head of a window, and where it lies.
+template <int KEYS>
+struct StateTile {
+  static constexpr int TILES = KEYS / 8;
+  float S[TILES][4];
+  float* at;  // [K][V]
+  int K, V, v0;
+
+  SLEEPKERN_DEVICE StateTile(float* at, int K, int V, int v0) : at(at), K(K), V(V), v0(v0) { clear(S); }
+
+  // f(n, i, where S[n][i] lies, whether it does), n from FIRST on: what is only padding does not.
+  template <int FIRST, int LAST, class Each>
+  SLEEPKERN_DEVICE void each(Each f) const {
+    const int k = column_of(FIRST, 0), v = v0 + row_of(0), left = K - column_of(0, 0);
+    const bool low = v < V, high = v + 8 < V;
+    float* p = at + k * V + v;
+#pragma unroll
+    for (int n = FIRST; n < LAST; ++n) {
+      if (8 * n >= K) continue;
+      float* next = p + V;
+      f(n, 0, p, low && 8 * n < left);
+      f(n, 1, next, low && 8 * n + 1 < left);
+      f(n, 2, p + 8, high && 8 * n < left);
+      f(n, 3, next + 8, high && 8 * n + 1 < left);
+      p += opaque(8 * V);  // or all addresses are found before the first is used
+    }
+  }
+
+  SLEEPKERN_DEVICE void load() {
+    each<0, TILES>([&](int n, int i, const float* from, bool there) { S[n][i] = there ? *from : 0.0f; });
+  }
+
+  // To where it lies; adds up the squares of what was there (if `begun`, else zeros) minus what is, and of what is. All
+  // from FIRST to LAST is read at once, or each number would be waited for.
+  template <int FIRST, int LAST>
+  SLEEPKERN_DEVICE void store(bool begun, float& change, float& size) const {
+    float before[LAST - FIRST][4];
+    clear(before);
+    if (begun) {
+      each<FIRST, LAST>(
+          [&](int n, int i, const float* from, bool there) { before[n - FIRST][i] = there ? *from : 0.0f; });
+    }
+    each<FIRST, LAST>([&](int n, int i, float* to, bool there) {
+      const float step = S[n][i] - before[n - FIRST][i];
+      change += step * step;
+      size += S[n][i] * S[n][i];
+      if (there) *to = S[n][i];
+    });
+  }
+};
+
+// 16 value columns from v0 on of value head `head` over window w.
+template <int KEYS>
+SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass,
+                                int w, int head, int v0) {
+  const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
+  const int q_at = l.key_head(head) * l.KP, k_at = l.heads * l.KP + q_at;
+  const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;
+  const int into = opaque(l.into);  // or places in the tile are found before the first window
+  const Blocks16 wide(c, m.wide(), into, w);
+  const bool begun = l.continued || pass > 0;
+  using Tile = StateTile<KEYS>;
+  Tile state(l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V, l.K, l.V, v0);
+  if (begun) state.load();
+  for (int block = 0; block < c.blocks(); ++block) {
+    const Unit unit(c, l, m, w, head, block);
+    const int start = w * c.padded() + 16 * block;
+    float R[2][4], O[2][4], D[2][4];
+    clear(R);
+    clear(O);
+    clear(D);
+#pragma unroll
+    for (int step = 0; step < Tile::TILES / 2; ++step) {
+      if (step >= steps) continue;
+      const Fragment<Mode::bf16> left = left_of<Mode::bf16>(state.S, step);
+      const Fragment<Mode::bf16> k = wide.right(start, k_at + 16 * step), q = wide.right(start, q_at + 16 * step);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mma<Mode::bf16>(R[half], left, k, half);
+        mma<Mode::bf16>(O[half], left, q, half);
+      }
+    }
+    float4 scale[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i < 2) scale[n][i] = unit.scale[column_of(n, i)];
+        const float4& of = scale[n][i & 1];
+        const int token = 16 * block + column_of(n, i);
+        const uint16_t* v = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
+        R[n][i] = token < c.L ? of.x * from_bf16(*v) - of.y * R[n][i] : 0.0f;
+        O[n][i] *= of.z;
+      }
+    }
+    const Fragment<Mode::bf16> X = load_fragment(unit.X + lane_of_warp()), P = load_fragment(unit.P + lane_of_warp());
+    const Fragment<Mode::bf16> rest = left_of<Mode::bf16>(R, 0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma<Mode::bf16>(D[half], rest, X, half);
+    const Fragment<Mode::bf16> written = left_of<Mode::bf16>(D, 0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) mma<Mode::bf16>(O[half], written, P, half);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint16_t* o = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
+        if (16 * block + column_of(n, i) < c.L) *o = narrow<Mode::bf16>(O[n][i]);
+        D[n][i] *= scale[n][i & 1].w;
+      }
+    }
+    const Fragment<Mode::bf16> kept = left_of<Mode::bf16>(D, 0);
+    const float gamma = *unit.gamma;
+#pragma unroll
+    for (int n = 0; n < Tile::TILES / 2; ++n) {
+      if (n >= steps) continue;
+      const Fragment<Mode::bf16> k = wide.right_transposed(start, k_at + 16 * n);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float (&S)[4] = state.S[2 * n + half];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[i] *= gamma;
+        mma<Mode::bf16>(S, kept, k, half);
+      }
+    }
+  }
+  float change = 0.0f, size = 0.0f;
+  state.template store<0, Tile::TILES / 2>(begun, change, size);
+  state.template store<Tile::TILES / 2, Tile::TILES>(begun, change, size);
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    change += shuffle_xor(change, lanes);
+    size += shuffle_xor(size, lanes);
+  }
+  if (lane_of_warp() != 0) return;
+  const int place = ((p.first + w) * HV + number) * (l.VP / 16) + v0 / 16;
+  float* sums = c.changes + 2 * (static_cast<int64_t>(pass) * c.units + l.first_unit + place);
+  sums[0] = change;
+  sums[1] = size;
+}
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,122 @@
+// What a thread block of sleep_blocks has in shared memory, and which windows are its own.
+#pragma once
+
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/blocks/params.h"
+#include "cuda/blocks/weight_stream.cuh"
+#include "cuda/recurrence/params.h"
+
+namespace sleepkern::cuda {
+
+constexpr int UNIT = 1408;  // bytes that a block of 16 tokens of a head needs besides: recurrence.cuh
+
+// In the order in which the arrays lie; Shared says what they are. By the host.
+inline Places places_of(const BlocksCall& c) {
+  int64_t wide = 0, rates = 0, heads = 0, mixed = 0, scratch = 0;  // most of any layer; the last two in bytes
+  const auto raise = [](int64_t& x, int64_t y) { x = x < y ? y : x; };
+  const int64_t rows = 16 * c.tiles, all = c.cluster * c.columns;
+  for (int i = 0; i < c.depth; ++i) {
+    const BlockLayer& l = c.layers[i];
+    raise(wide, l.into);
+    raise(wide, l.hidden);
+    raise(rates, l.rates());
+    raise(heads, l.heads);
+    raise(mixed, 2 * rows * l.mixed());
+    raise(scratch, 2 * rows * l.mixed() + c.group * (l.recurrent ? l.value_heads * c.blocks() * UNIT : 0));
+  }
+  const int64_t parts = 4 * c.cluster * c.exchange * 16 * rows;
+  if (c.exchange * 16 < c.columns) raise(scratch, mixed + parts);  // several exchanges
+  raise(scratch, 2 * rows * all);
+  Arena arena{nullptr};
+  const auto take = [&](int64_t bytes) {
+    const int64_t at = arena.used;
+    arena.take<char>(bytes);
+    return static_cast<int32_t>(at);
+  };
+  Places at{};
+  at.h = take(4 * rows * c.columns);
+  at.x = take(scratch);
+  at.squares = take(4 * rows * all / 16);
+  at.scale = take(4 * rows);
+  at.received = take(parts);
+  at.wide = take(2 * rows * wide);
+  at.rates = take(4 * rows * rates);
+  at.factors = take(8 * heads * rows);
+  at.ring = take(WARPS * c.ring * STAGE);
+  at.arrivals = take(WARPS * c.ring * sizeof(Arrival));
+  at.end = static_cast<int32_t>(arena.used);
+  at.received_too = at.x + static_cast<int32_t>(scratch - parts);
+  return at;
+}
+
+struct Shared {
+  const BlocksCall& c;
+
+  template <class T>
+  SLEEPKERN_DEVICE static T* at(int32_t place) {
+    return reinterpret_cast<T*>(shared_memory() + place);
+  }
+  // [columns / 16][tiles][2][32][4] this block's columns of the residual, as accumulators
+  SLEEPKERN_DEVICE float* h() const { return at<float>(c.at.h); }
+  // [all columns / 16][tiles][32] h of all blocks in bf16, as a left operand; everyone writes here
+  SLEEPKERN_DEVICE uint4* x() const { return at<uint4>(c.at.x); }
+  // [mixed / 16][tiles][32] out of the mixer, where x was; behind it what the mixer of a layer needs besides
+  SLEEPKERN_DEVICE uint4* mixed() const { return x(); }
+  SLEEPKERN_DEVICE char* units(const BlockLayer& l) const { return at<char>(c.at.x + 32 * c.tiles * l.mixed()); }
+  // [all columns / 16][rows] sums of h^2 over 16 columns; everyone writes here
+  SLEEPKERN_DEVICE float* squares() const { return at<float>(c.at.squares); }
+  // [rows] what norms multiply a row with
+  SLEEPKERN_DEVICE float* scale() const { return at<float>(c.at.scale); }
+  // [cluster][exchange][tiles][2][32][4] parts of sums of this block's columns; everyone writes here. Two of them, the
+  // second at the end of the place of x.
+  SLEEPKERN_DEVICE float* received(bool too) const { return at<float>(too ? c.at.received_too : c.at.received); }
+  // [rows][into] tile out of `into`, later relu(up)^2 as a left operand
+  SLEEPKERN_DEVICE uint16_t* wide() const { return at<uint16_t>(c.at.wide); }
+  // [rows][rates] log decay, then strength, of each value head
+  SLEEPKERN_DEVICE float* rates() const { return at<float>(c.at.rates); }
+  // [2][heads][rows] what q and k are multiplied by
+  SLEEPKERN_DEVICE float* factors() const { return at<float>(c.at.factors); }
+  // [WARPS][ring][STAGE] weights, [WARPS][ring] their arrivals
+  SLEEPKERN_DEVICE char* ring() const { return at<char>(c.at.ring); }
+  SLEEPKERN_DEVICE Arrival* arrivals() const { return at<Arrival>(c.at.arrivals); }
+
+  // On the CPU: which bytes may be touched.
+  SLEEPKERN_DEVICE void use() const {
+    const int32_t* place = &c.at.h;
+    for (int i = 0; i < 10; ++i) use_shared(shared_memory() + place[i], place[i + 1] - place[i] - GUARD);
+  }
+};
+
+// x / y and the rest, of numbers from 0 to 2^20: a division of integers takes three times as long, and between the
+// products of a layer there are many.
+struct Divided {
+  int quotient, rest;
+};
+SLEEPKERN_DEVICE Divided divided(int x, int y) {
+  const int n = static_cast<int>(quotient(static_cast<float>(x) + 0.5f, static_cast<float>(y)));
+  return {n, x - n * y};
+}
+
+// A thread block's rank in its cluster and the windows [first, first + windows) of that.
+struct Place {
+  int rank, first, windows;
+
+  SLEEPKERN_DEVICE explicit Place(const BlocksCall& c) {
+    rank = static_cast<int>(blockIdx.x) % c.cluster;
+    first = static_cast<int>(blockIdx.x) / c.cluster * c.group;
+    windows = c.B - first < c.group ? c.B - first : c.group;
+  }
+  // A row is a token, or padding of its window or of the group.
+  SLEEPKERN_DEVICE bool has_token(const BlocksCall& c, int row) const {
+    const Divided of = divided(row, c.padded());
+    return of.quotient < windows && of.rest < c.L;
+  }
+  // Where a row with a token lies in h [B, L, d].
+  SLEEPKERN_DEVICE int64_t token(const BlocksCall& c, int row) const {
+    const Divided of = divided(row, c.padded());
+    return static_cast<int64_t>(first + of.quotient) * c.L + of.rest;
+  }
+};
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,190 @@
+// prepare: from k, beta and g of a chunk to what its passes need. One block a chunk of a head.
+//
+//   G = running sum of g   E = exp(G)   M_ij = b_i k_i.k_j exp(G_i - G_j), i > j   X = (I + M)^-1
+//   W = X diag(b) (E k)    U = X diag(b) v    Kt_j = k_j exp(G_C - G_j)    Gam = exp(G_C)
+//   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j                            Qe_i = scale E_i q_i
+//
+// Exponents are never positive. The diagonal 16 x 16 blocks of X come from exact substitution in float32, those below
+// from products of split tf32 numbers, which keep float32's precision: powers of M would not survive keys that are
+// alike.
+#pragma once
+
+#include "common/recurrence.h"
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/recurrence/chunk_factors_channel.cuh"
+#include "cuda/recurrence/chunk_memory.cuh"
+#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/tokens.cuh"
+
+namespace sleepkern::cuda {
+
+// M and P with one decay a token: the decay is a factor of the finished products.
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_DEVICE void scores(const Problem& p, const Chunk& chunk, const Number<MODE>* keys,
+                             const Workspace<MODE, KP, CHANNEL>& w, Number<MODE>* P) {
+  const int blocks = chunk.blocks(), warp = threadIdx.x >> 5;
+  const int pairs = blocks * (blocks + 1) / 2;
+  for (int task = warp; task < (P ? 2 * pairs : pairs); task += WARPS) {
+    const bool read = task >= pairs;
+    int I = 0, J = read ? task - pairs : task;
+    while (J > I) J -= ++I;
+    float acc[2][4];
+    clear(acc);
+    const LeftReader<MODE, KP> left(read ? w.Q : keys);
+    const RightReader<MODE, KP> right(keys);
+    for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(acc, left.load(I, step), right, step, 1, J);
+    const Decay<KP, CHANNEL> decay{w.G};
+    each_element(acc, I, J, [&](int i, int j, float x) {
+      if (read) {
+        put<MODE>(P, CHUNK, i, j, i >= j ? p.scale * x * decay.between(i, j, 0) : 0.0f);
+      } else {
+        put<Mode::exact>(w.M, CHUNK, i, j, i > j ? w.beta[i] * x * decay.between(i, j, 0) : 0.0f);
+      }
+    });
+  }
+}
+
+// X = (I + M)^-1: XD and XT. First the diagonal blocks, a lane a column; then the blocks below them, a warp a column of
+// blocks: X_IJ^T = -(sum of X_LJ^T M_IL^T over J <= L < I) X_II^T.
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_DEVICE void invert(const Chunk& chunk, const Workspace<MODE, KP, CHANNEL>& w) {
+  constexpr Mode FULL = Mode::exact;
+  const int blocks = chunk.blocks(), warp = threadIdx.x >> 5, J = threadIdx.x >> 4, c = threadIdx.x & 15;
+  if (J < blocks) {
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      x[i] = i == c ? 1.0f : 0.0f;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        if (j < i) x[i] -= w.M[at<FULL>(CHUNK, 16 * J + i, 16 * J + j)] * x[j];
+      }
+      w.XD[at<FULL>(16, 16 * J + i, c)] = x[i];
+      w.XT[at<FULL>(CHUNK, 16 * J + c, 16 * J + i)] = x[i];
+    }
+  }
+  block_barrier();
+  const LeftReader<FULL, CHUNK> above(w.XT);
+  const RightReader<FULL, CHUNK> erased(w.M);
+  const RightReader<FULL, 16> diagonal(w.XD);
+  for (int I = warp + 1; I < blocks; ++I) {
+    float sum[2][4], block[2][4];
+    clear(sum);
+    clear(block);
+    for (int step = 2 * warp; step < 2 * I; ++step) multiply<FULL>(sum, above.load(warp, step), erased, step, 1, I);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) multiply<FULL>(block, left_of<FULL>(sum, step), diagonal, step, 1, I);
+    each_element(block, warp, I, [&](int j, int i, float x) { w.XT[at<FULL>(CHUNK, j, i)] = -x; });
+    warp_barrier();
+  }
+  block_barrier();
+}
+
+// X diag(b E) and X diag(b), as left operands.
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_DEVICE void scale_inverse(const Chunk& chunk, const Workspace<MODE, KP, CHANNEL>& w) {
+  const int rows = 16 * chunk.blocks();
+  const Decay<KP, CHANNEL> decay{w.G};
+  for (int e = threadIdx.x; e < CHUNK * CHUNK / 2; e += THREADS) {
+    const int i = e & (CHUNK - 1), j = 2 * (e / CHUNK);
+    float x[2] = {}, y[2] = {};
+    for (int n = 0; n < 2; ++n) {
+      if (i < rows && j + n <= i) x[n] = w.XT[at<Mode::exact>(CHUNK, j + n, i)] * w.beta[j + n];
+      if (!CHANNEL) y[n] = x[n] * decay.from_start(j + n, 0);
+    }
+    put_pair<MODE>(w.XB, CHUNK, i, j, x[0], x[1]);
+    if (!CHANNEL) put_pair<MODE>(w.XE, CHUNK, i, j, y[0], y[1]);
+  }
+}
+
+// -W [CHUNK][KP] = -X diag(b) (E k), 16 rows and half the columns a warp; rows beyond the tokens become 0.
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void erase_factor(const Chunk& chunk, const Number<MODE>* inverse, const Number<MODE>* keys,
+                                   Number<MODE>* W) {
+  static_assert(WARPS == 8 && CHUNK == 64, "a warp takes a quarter of the rows and half of the columns");
+  const int warp = threadIdx.x >> 5, I = warp >> 1, half = warp & 1;
+  float acc[KP / 16][4];
+  clear(acc);
+  if (I < chunk.blocks()) {
+    const LeftReader<MODE, CHUNK> left(inverse);
+    const TransposedReader<MODE, KP, true> right(keys);
+    for (int step = 0; step < 16 * (I + 1) / STEP<MODE>; ++step) {
+      multiply<MODE>(acc, left.load(I, step), right, step, KP / 32, half * KP / 32);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < KP / 16; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      put_pair<MODE>(W, KP, 16 * I + row_of(i), half * KP / 2 + column_of(n, i), -acc[n][i], -acc[n][i + 1]);
+    }
+  }
+}
+
+// U of 16 value columns as accumulators U^T [16][CHUNK]; group counts the groups of the tile.
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_DEVICE void write_factor(const Workspace<MODE, KP, CHANNEL>& w, int group, int blocks,
+                                   float (&U)[CHUNK / 8][4]) {
+  const TransposedReader<MODE, VALUES, false> left(w.V);
+  const RightReader<MODE, CHUNK> right(w.XB);
+  clear(U);
+  for (int step = 0; step < 16 * blocks / STEP<MODE>; ++step) {
+    multiply<MODE>(U, left.load(group, step), right, step, blocks);
+  }
+}
+
+// Qe into the place of q.
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_DEVICE void load_queries(const Problem& p, const Chunk& chunk, Number<MODE>* Q, const float* G) {
+  const int64_t offset = static_cast<int64_t>(chunk.head / static_cast<int>(p.HV / p.H)) * p.K;
+  const Decay<KP, CHANNEL> decay{G};
+  load_tile<MODE, KP>(Q, p.q, chunk, offset, p.K, p.normalize,
+                      [&](int row, int d, float x) { return p.scale * x * decay.from_start(row, d); });
+}
+
+// All but U and Qe. keys and W are tiles [CHUNK][KP]; P [CHUNK][CHUNK], nullptr where nothing is read. Ends with a
+// barrier, and leaves keys without their decay for finish_keys.
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number<MODE>* keys, Number<MODE>* W,
+                                    Number<MODE>* P, const Workspace<MODE, KP, CHANNEL>& w) {
+  const int64_t offset = static_cast<int64_t>(chunk.head / static_cast<int>(p.HV / p.H)) * p.K;
+  auto plain = [](int, int, float x) { return x; };
+  load_gates<KP, CHANNEL>(p, chunk, w.G, w.beta);
+  load_tile<MODE, KP>(keys, p.k, chunk, offset, p.K, p.normalize, plain);
+  if (P) {
+    load_tile<MODE, KP>(w.Q, p.q, chunk, offset, p.K, p.normalize, plain);
+    for (int e = threadIdx.x; e < CHUNK * CHUNK; e += THREADS) P[e] = 0;  // the blocks above the diagonal
+  }
+  block_barrier();
+  if constexpr (CHANNEL) {
+    sum_blocks<KP>(w.G);
+    block_barrier();
+    channel_scores<MODE, KP, CHANNEL>(p, chunk, keys, w, P);
+  } else {
+    scores<MODE, KP, CHANNEL>(p, chunk, keys, w, P);
+  }
+  block_barrier();
+  invert<MODE, KP, CHANNEL>(chunk, w);
+  scale_inverse<MODE, KP, CHANNEL>(chunk, w);
+  if constexpr (CHANNEL) {
+    load_tile<MODE, KP>(keys, p.k, chunk, offset, p.K, p.normalize,
+                        [&](int row, int d, float x) { return x * Decay<KP, CHANNEL>{w.G}.from_start(row, d); });
+  }
+  block_barrier();
+  erase_factor<MODE, KP>(chunk, CHANNEL ? w.XB : w.XE, keys, W);
+  block_barrier();
+}
+
+// Kt in the place of k, and Gam; a barrier must follow.
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_DEVICE void finish_keys(const Problem& p, const Chunk& chunk, Number<MODE>* keys, float* gamma,
+                                  const float* G) {
+  const int64_t offset = static_cast<int64_t>(chunk.head / static_cast<int>(p.HV / p.H)) * p.K;
+  const Decay<KP, CHANNEL> decay{G};
+  load_tile<MODE, KP>(keys, p.k, chunk, offset, p.K, p.normalize,
+                      [&](int row, int d, float x) { return x * decay.to_end(row, d); });
+  for (int d = threadIdx.x; d < KP; d += THREADS) gamma[d] = decay.from_start(CHUNK - 1, d);
+}
+
+}  // namespace sleepkern::cuda

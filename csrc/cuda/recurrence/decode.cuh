@@ -1,0 +1,142 @@
+// Decode: a few tokens on a state that is updated in place. Bound by the bytes of the state, which is read and written
+// once: a warp takes 16 value columns, four a lane, and an eighth of the rows a lane, all in registers.
+//
+//   S <- a S;  u = b (v - S^T k);  o = scale (S^T q + (k.q) u);  S <- S + k u^T
+//
+// S^T k and S^T q are summed together, so a token costs one round of shuffles and no barrier.
+//
+//   blockIdx.x = sequence * HV + head, blockIdx.y = 64 value columns
+#pragma once
+
+#include "common/recurrence.h"
+#include "common/types.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/tokens.cuh"
+
+namespace sleepkern::cuda {
+
+constexpr int STEP_THREADS = 128;
+constexpr int STEP_COLUMNS = 64;  // of a block
+
+// Columns of a row of the state that a lane holds; a vector where the row allows it.
+SLEEPKERN_DEVICE float4 load_four(const float* row, int valid, bool aligned) {
+  if (aligned && valid >= 4) return *reinterpret_cast<const float4*>(row);
+  return make_float4(valid > 0 ? row[0] : 0.0f, valid > 1 ? row[1] : 0.0f, valid > 2 ? row[2] : 0.0f,
+                     valid > 3 ? row[3] : 0.0f);
+}
+
+SLEEPKERN_DEVICE void store_four(float* row, float4 x, int valid, bool aligned) {
+  if (aligned && valid >= 4) {
+    *reinterpret_cast<float4*>(row) = x;
+    return;
+  }
+  const float all[4] = {x.x, x.y, x.z, x.w};
+  for (int e = 0; e < 4; ++e) {
+    if (e < valid) row[e] = all[e];
+  }
+}
+
+SLEEPKERN_DEVICE float sum_rows(float x) {
+  x += shuffle_xor(x, 4);
+  x += shuffle_xor(x, 8);
+  return x + shuffle_xor(x, 16);
+}
+
+// Eight numbers of a token's key-wide tensor, from row `first` on.
+SLEEPKERN_DEVICE void load_rows(float (&x)[8], const Rows& rows, int64_t token, int64_t offset, int first, int K) {
+  const int left = K - first;
+  load_eight(x, rows.data, rows.type, token * rows.stride + offset + first, left < 0 ? 0 : left < 8 ? left : 8);
+}
+
+template <int ROWS>
+SLEEPKERN_KERNEL(STEP_THREADS, ROWS <= 8    ? 4
+                               : ROWS <= 16 ? 3
+                                            : 2)
+step_kernel(const Steps s) {
+  const Problem& p = s.p;
+  const int64_t sequence = blockIdx.x / p.HV;
+  const int head = static_cast<int>(blockIdx.x % p.HV), K = static_cast<int>(p.K), V = static_cast<int>(p.V);
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = (lane >> 2) * ROWS;
+  const int column = static_cast<int>(blockIdx.y) * STEP_COLUMNS + 16 * warp + 4 * (lane & 3), valid = V - column;
+  if (static_cast<int>(blockIdx.y) * STEP_COLUMNS + 16 * warp >= V) return;  // a whole warp
+  const int64_t place = s.places ? s.places[sequence] : sequence;
+  const int64_t key = static_cast<int64_t>(head / static_cast<int>(p.HV / p.H)) * K;
+  const bool aligned = V % 4 == 0 && s.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.final_state) % 16 == 0;
+  float* state = p.final_state + place * s.stride + static_cast<int64_t>(head) * K * V + column;
+
+  float S[ROWS][4];
+  if (place >= 0) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const float4 x = load_four(state + static_cast<int64_t>(first + r) * V, first + r < K ? valid : 0, aligned);
+      S[r][0] = x.x;
+      S[r][1] = x.y;
+      S[r][2] = x.z;
+      S[r][3] = x.w;
+    }
+  }
+  for (int64_t token = sequence * p.T; token < (sequence + 1) * p.T; ++token) {
+    float out[4] = {};
+    if (place >= 0) {
+      // Eight rows at a time; what normalisation multiplies by comes out of the same round of sums.
+      float kk = 0.0f, qq = 0.0f, kq = 0.0f, erased[4] = {}, read[4] = {}, k[8], q[8], g[8];
+      const float a = p.gate == Gate::head ? decayed(load_one(p.g.data, p.g.type, token * p.g.stride + head)) : 1.0f;
+#pragma unroll
+      for (int r = 0; r < ROWS; r += 8) {
+        const int row = opaque(first + r);  // or numbers of all rows are loaded ahead, for which there are no registers
+        load_rows(k, p.k, token, key, row, K);
+        load_rows(q, p.q, token, key, row, K);
+        if (p.gate == Gate::channel) load_rows(g, p.g, token, static_cast<int64_t>(head) * K, row, K);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float decay = p.gate == Gate::channel ? decayed(g[i]) : a;
+          kk += k[i] * k[i];
+          qq += q[i] * q[i];
+          kq += k[i] * q[i];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            S[r + i][e] *= decay;
+            erased[e] += S[r + i][e] * k[i];
+            read[e] += S[r + i][e] * q[i];
+          }
+        }
+      }
+      const float k_scale = p.normalize ? rsqrtf(sum_rows(kk) + NORM_EPS) : 1.0f;
+      const float q_scale = p.normalize ? rsqrtf(sum_rows(qq) + NORM_EPS) : 1.0f;
+      const float beta = p.beta.data ? load_one(p.beta.data, p.beta.type, token * p.beta.stride + head) : 1.0f;
+      float u[4];
+      kq = sum_rows(kq) * k_scale;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int64_t at = token * p.v.stride + static_cast<int64_t>(head) * V + column + e;
+        const float v = e < valid ? load_one(p.v.data, p.v.type, at) : 0.0f;
+        u[e] = beta * (p.delta ? v - k_scale * sum_rows(erased[e]) : v);
+        out[e] = p.scale * q_scale * (sum_rows(read[e]) + kq * u[e]);
+      }
+#pragma unroll
+      for (int r = 0; r < ROWS; r += 8) {
+        load_rows(k, p.k, token, key, first + r, K);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) S[r + i][e] += k_scale * k[i] * u[e];
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (lane < 4 && e < valid) store_one(p.o, p.v.type, (token * p.HV + head) * p.V + column + e, out[e]);
+    }
+  }
+  if (place < 0) return;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    if (first + r < K) {
+      const float4 x = make_float4(S[r][0], S[r][1], S[r][2], S[r][3]);
+      store_four(state + static_cast<int64_t>(first + r) * V, x, valid, aligned);
+    }
+  }
+}
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,33 @@
+#include "cuda/arch/launch.h"
+#include "cuda/recurrence/api.h"
+#include "cuda/recurrence/chunk_memory.cuh"
+#include "cuda/recurrence/describe.h"
+#include "cuda/recurrence/kernel_choice.h"
+#include "cuda/recurrence/single_chunk.cuh"
+
+namespace sleepkern::cuda {
+
+int64_t window_memory(int mode, int K, bool reads, bool channel) {
+  int64_t bytes = 0;
+  with_kernel(mode, K, [&](auto m, auto width) {
+    constexpr Mode MODE = decltype(m)::value;
+    constexpr int KP = decltype(width)::value;
+    bytes = channel ? ChunkMemory<MODE, KP, true>(nullptr, reads).arena.used
+                    : ChunkMemory<MODE, KP, false>(nullptr, reads).arena.used;
+  });
+  return bytes;
+}
+
+void window(const Call& call, void* stream) {
+  const bool channel = call.p.gate == Gate::channel;
+  const Grid grid{call.p.sequences * call.p.HV * call.value_blocks, 1};
+  const int64_t shared = window_memory(call.mode, static_cast<int>(call.p.K), call.p.reads, channel);
+  with_kernel(call.mode, call.p.K, [&](auto m, auto width) {
+    constexpr Mode MODE = decltype(m)::value;
+    constexpr int KP = decltype(width)::value;
+    run("window", channel ? window_kernel<MODE, KP, true> : window_kernel<MODE, KP, false>, grid, THREADS, shared, call,
+        stream);
+  });
+}
+
+}  // namespace sleepkern::cuda

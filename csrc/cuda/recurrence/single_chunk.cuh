@@ -1,0 +1,173 @@
+// Replay of a window of one chunk, in one launch: the block prepares the chunk in its own shared memory, makes all
+// passes over it, and reads out the last one.
+//
+//   blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of the value block
+//
+// rank: the state after pass n is Gam^n S0 + Kt^T Y_n with Y_0 = 0 and Y_(n+1) = Gam Y_n + U - Gam^n W S0 - Z Y_n,
+// Z = W Kt^T: 64 x 64 products instead of 64 x K x 2. All passes but the last are made in the first turn of the loop.
+//
+// Shared memory: keys, -W, the decay, prepare's scratch, P; in the scratch's place -Z during rank, Qe for the last
+// pass. Registers: S^T KP / 2, U^T 32, Vn^T 32. With tol the state before a pass waits in the final state's place.
+#pragma once
+
+#include "common/recurrence.h"
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/recurrence/chunk_factors.cuh"
+#include "cuda/recurrence/chunk_memory.cuh"
+#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/state_pass.cuh"
+#include "cuda/recurrence/tokens.cuh"
+
+namespace sleepkern::cuda {
+
+// -Z [CHUNK][CHUNK] = -W Kt^T.
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void transition_of_rows(const Number<MODE>* W, const Number<MODE>* keys, Number<MODE>* Z) {
+  const int warp = threadIdx.x >> 5, I = warp >> 1, half = warp & 1;
+  float acc[CHUNK / 16][4];
+  clear(acc);
+  const LeftReader<MODE, KP> left(W);
+  const RightReader<MODE, KP> right(keys);
+  for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(acc, left.load(I, step), right, step, 2, 2 * half);
+#pragma unroll
+  for (int n = 0; n < CHUNK / 16; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      put_pair<MODE>(Z, CHUNK, 16 * I + row_of(i), 32 * half + column_of(n, i), acc[n][i], acc[n][i + 1]);
+    }
+  }
+}
+
+// Y after `passes` passes, in the place of U - W S0, with which it starts; returns Gam^passes. reload gives U.
+template <Mode MODE, class Reload>
+SLEEPKERN_DEVICE float rank_passes(Values& Y, const Number<MODE>* Z, float gamma, int passes, int blocks,
+                                   Reload reload) {
+  Values erased, U;
+  reload(U);
+#pragma unroll
+  for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) erased[n][i] = Y[n][i] - U[n][i];
+  }
+  float power = gamma;
+#pragma unroll 1
+  for (int pass = 1; pass < passes; ++pass) {
+    const RightReader<MODE, CHUNK> right(Z);
+    Values next;
+    reload(next);
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) next[n][i] += gamma * Y[n][i] + power * erased[n][i];
+    }
+#pragma unroll
+    for (int step = 0; step < CHUNK / STEP<MODE>; ++step) {
+      if (step * STEP<MODE> < 16 * blocks) multiply<MODE>(next, left_of<MODE>(Y, step), right, step, blocks);
+    }
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) Y[n][i] = next[n][i];
+    }
+    power *= gamma;
+  }
+  return power;
+}
+
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_KERNEL(THREADS, 1)
+window_kernel(const Call c) {
+  const Problem& p = c.p;
+  const int lane = blockIdx.x / c.value_blocks, warp = threadIdx.x >> 5;
+  const int HV = static_cast<int>(p.HV), T = static_cast<int>(p.T);
+  const Chunk chunk{static_cast<int64_t>(lane / HV) * T, T, lane % HV};
+  const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), blocks = chunk.blocks();
+  const int first = static_cast<int>(blockIdx.x % c.value_blocks) * c.block;
+  const int column = 16 * warp < c.block ? first + 16 * warp : V;  // V: none
+  // No register is free through a pass: what is needed once in it is computed there.
+  const auto again = [&] { return Chunk{static_cast<int64_t>(opaque(lane) / HV) * T, T, opaque(lane) % HV}; };
+  const auto state = [&](auto* base) { return base + static_cast<int64_t>(opaque(lane)) * p.K * p.V; };
+  ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.reads);
+
+  prepare_chunk<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
+  // float32 has no registers for U, but a tile of v of its size; the block is then no wider than the tile.
+  constexpr bool PARKED = MODE == Mode::exact;
+  float* parked = reinterpret_cast<float*>(m.scratch.V);
+  Values U;
+  clear(U);
+  for (int start = 0; start < c.block; start += VALUES) {
+    load_tile<MODE, VALUES>(m.scratch.V, p.v, chunk, static_cast<int64_t>(chunk.head) * V + first + start,
+                            V - first - start, false, [](int, int, float x) { return x; });
+    block_barrier();
+    const int group = warp - start / 16;
+    if (group >= 0 && group < VALUES / 16) write_factor<MODE, KP, CHANNEL>(m.scratch, group, blocks, U);
+    block_barrier();
+    if (PARKED && warp < VALUES / 16) store_values(U, parked, warp);
+  }
+  finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.gamma, m.scratch.G);
+  block_barrier();
+
+  const auto reload = [&](Values& values) {
+    if constexpr (PARKED) {
+      load_values(values, parked, warp);
+    } else {
+#pragma unroll
+      for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[n][i] = U[n][i];
+      }
+    }
+  };
+  const bool stops = c.stops();
+  State<KP> S;
+  const bool rank = !CHANNEL && c.rank;
+  if (rank) {
+    transition_of_rows<MODE, KP>(m.W, m.keys, m.scratch.XE);
+    block_barrier();
+  }
+  load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V, column);
+  int made = 0;
+  int last = stops ? -1 : c.passes - 1;  // the pass that is read out
+#pragma unroll 1
+  while (true) {
+    const bool read = p.reads && made == last;
+    if (read) {
+      block_barrier();
+      load_queries<MODE, KP, CHANNEL>(p, again(), m.scratch.Q, m.scratch.G);
+      block_barrier();
+      if (stops) load_state<KP>(S, state(p.final_state), K, V, column);  // before the last pass, which is made again
+    } else if (stops) {
+      store_state<KP>(S, state(p.final_state), K, V, column);
+    }
+    if (column < V) {
+      Values values;
+      reload(values);
+      correct<MODE, KP>(values, S, m.W, blocks);
+      if (read) read_out<MODE, KP>(S, values, m.scratch.Q, m.P, p, again(), column);
+      if (rank && made == 0) {
+        const float power = rank_passes<MODE>(values, m.scratch.XE, m.gamma[0], c.passes - 1, blocks, reload);
+        load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V,
+                       column);  // again, so that no register holds it through the passes
+        scale(S, [power](int) { return power; });
+      } else {
+        scale(S, [&](int d) { return m.gamma[d]; });
+      }
+      add_rows<MODE, KP>(S, values, m.keys, blocks);
+    }
+    made += rank && made == 0 ? c.passes - 1 : 1;
+    if (read) break;
+    if (stops) {
+      const float step = square_step<KP>(S, state(p.final_state), K, V, column);
+      if (settles(c, lane, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
+        if (!p.reads) break;
+        last = made;  // it is made again: from the state before it, not counted twice
+      }
+    } else if (made == c.passes) {
+      break;
+    }
+  }
+  if (column < V) store_state<KP>(S, state(p.final_state), K, V, column);
+}
+
+}  // namespace sleepkern::cuda

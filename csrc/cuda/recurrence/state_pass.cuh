@@ -1,0 +1,217 @@
+// What one pass does with the 16 value columns of a warp. State and corrected values stay in its registers, transposed:
+//
+//   Vn^T = U^T - S^T W^T      S^T <- S^T Gam + Vn^T Kt      O^T = S^T Qe^T + Vn^T P^T
+//
+// Value columns do not meet, so warps need no barrier; shared memory holds the right operands of all of them, -W, Kt,
+// Qe and P, and nothing is written there. Accumulators S^T [16][KP]: KP / 2 registers a thread; Vn^T [16][CHUNK]: 32.
+#pragma once
+
+#include "common/recurrence.h"
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/tokens.cuh"
+
+namespace sleepkern::cuda {
+
+template <int KP>
+using State = float[KP / 8][4];
+using Values = float[CHUNK / 8][4];
+
+// element(x, inside, at) for each number x of columns column.. column + 15 of a state [K][V]: whether it is inside the
+// state, and its address. Addresses are computed anew each time (see opaque).
+template <int KP, class S, class Number, class Element>
+SLEEPKERN_DEVICE void each_number(S& state, Number* at, int K, int V, int column, Element element) {
+  const int v = column + row_of(0), rows = opaque(K) - column_of(0, 0), pitch = opaque(V);
+  const bool low = v < V, high = v + 8 < V;
+  Number* row = at + static_cast<int64_t>(opaque(column_of(0, 0))) * V + v;
+#pragma unroll
+  for (int n = 0; n < KP / 8; ++n) {
+    element(state[n][0], low && 8 * n < rows, row);
+    element(state[n][2], high && 8 * n < rows, row + 8);
+    element(state[n][1], low && 8 * n + 1 < rows, row + pitch);
+    element(state[n][3], high && 8 * n + 1 < rows, row + pitch + 8);
+    row = opaque(row + 8 * pitch);
+  }
+}
+
+template <int KP>
+SLEEPKERN_DEVICE void load_state(State<KP>& S, const float* state, int K, int V, int column) {
+  each_number<KP>(S, state, K, V, state ? column : V,
+                  [](float& x, bool inside, const float* at) { x = inside ? *at : 0.0f; });
+}
+
+template <int KP>
+SLEEPKERN_DEVICE void store_state(const State<KP>& S, float* state, int K, int V, int column) {
+  each_number<KP>(S, state, K, V, column, [](float x, bool inside, float* at) {
+    if (inside) *at = x;
+  });
+}
+
+// Accumulators that lie thread after thread, `group` groups of 16 columns from U on.
+SLEEPKERN_DEVICE void load_values(Values& values, const float* U, int group) {
+  const float4* from = reinterpret_cast<const float4*>(U) + group * (CHUNK * 4) + lane_of_warp();
+#pragma unroll
+  for (int n = 0; n < CHUNK / 8; ++n) {
+    const float4 u = from[n * 32];
+    values[n][0] = u.x;
+    values[n][1] = u.y;
+    values[n][2] = u.z;
+    values[n][3] = u.w;
+  }
+}
+
+SLEEPKERN_DEVICE void store_values(const Values& values, float* U, int group) {
+  float4* to = reinterpret_cast<float4*>(U) + group * (CHUNK * 4) + lane_of_warp();
+#pragma unroll
+  for (int n = 0; n < CHUNK / 8; ++n) to[n * 32] = make_float4(values[n][0], values[n][1], values[n][2], values[n][3]);
+}
+
+// Vn = values - W S; values is U, or 0.
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void correct(Values& values, const State<KP>& S, const Number<MODE>* W, int blocks) {
+  const RightReader<MODE, KP> right(W);
+#pragma unroll
+  for (int step = 0; step < KP / STEP<MODE>; ++step)
+    multiply<MODE>(values, left_of<MODE>(S, step), right, step, blocks);
+}
+
+// d <- A d. bf16 fragments take half of the registers of d, so they are all made before it is overwritten.
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void transform(State<KP>& d, const Number<MODE>* A) {
+  const RightReader<MODE, KP> right(A);
+  if constexpr (MODE == Mode::bf16) {
+    Fragment<MODE> left[KP / STEP<MODE>];
+#pragma unroll
+    for (int step = 0; step < KP / STEP<MODE>; ++step) left[step] = left_of<MODE>(d, step);
+    clear(d);
+#pragma unroll
+    for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(d, left[step], right, step);
+  } else {
+    State<KP> next;
+    clear(next);
+#pragma unroll
+    for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(next, left_of<MODE>(d, step), right, step);
+#pragma unroll
+    for (int n = 0; n < KP / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[n][i] = next[n][i];
+    }
+  }
+}
+
+// S^T += values^T Kt.
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void add_rows(State<KP>& S, const Values& values, const Number<MODE>* keys, int blocks) {
+  const TransposedReader<MODE, KP, true> right(keys);
+#pragma unroll
+  for (int step = 0; step < CHUNK / STEP<MODE>; ++step) {
+    if (step * STEP<MODE> < 16 * blocks) multiply<MODE>(S, left_of<MODE>(values, step), right, step);
+  }
+}
+
+// S^T <- S^T Gam, decay(d) of row d of S.
+template <int TILES, class Decay>
+SLEEPKERN_DEVICE void scale(float (&S)[TILES][4], Decay decay) {
+#pragma unroll
+  for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) S[n][i] *= decay(column_of(n, i));
+  }
+}
+
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void advance(State<KP>& S, const Values& values, const Number<MODE>* keys, const float* gamma,
+                              int blocks) {
+  scale(S, [gamma](int d) { return gamma[d]; });
+  add_rows<MODE, KP>(S, values, keys, blocks);
+}
+
+// Readouts of the chunk that S stands before and whose corrected values are at hand, written to o.
+template <Mode MODE, int KP>
+SLEEPKERN_DEVICE void read_out(const State<KP>& S, const Values& values, const Number<MODE>* Qe, const Number<MODE>* P,
+                               const Problem& p, const Chunk& chunk, int column) {
+  Values O;
+  clear(O);
+  const int blocks = chunk.blocks();
+  const RightReader<MODE, KP> queries(Qe);
+  const RightReader<MODE, CHUNK> scores(P);
+#pragma unroll
+  for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(O, left_of<MODE>(S, step), queries, step, blocks);
+#pragma unroll
+  for (int step = 0; step < CHUNK / STEP<MODE>; ++step) {
+    if (step * STEP<MODE> < 16 * blocks) multiply<MODE>(O, left_of<MODE>(values, step), scores, step, blocks);
+  }
+  const int v = column + row_of(0), left = chunk.tokens - column_of(0, 0);
+  const int64_t pitch = p.HV * p.V;
+  int64_t at = ((chunk.first + opaque(column_of(0, 0))) * p.HV + chunk.head) * p.V + v;
+#pragma unroll
+  for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int down = i & 1, right = 8 * (i >> 1);
+      if (v + right < p.V && 8 * n + down < left) store_one(p.o, p.v.type, at + down * pitch + right, O[n][i]);
+    }
+    at += 8 * pitch;
+  }
+}
+
+// Sum of squares of what a state has gained since it was stored.
+template <int KP>
+SLEEPKERN_DEVICE float square_step(const State<KP>& S, const float* before, int K, int V, int column) {
+  float sum = 0.0f;
+  each_number<KP>(S, before, K, V, column, [&](float x, bool inside, const float* at) {
+    const float step = inside ? x - *at : 0.0f;
+    sum += step * step;
+  });
+  return sum;
+}
+
+template <int KP>
+SLEEPKERN_DEVICE float square_sum(const State<KP>& S) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int n = 0; n < KP / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum += S[n][i] * S[n][i];
+  }
+  return sum;
+}
+
+// Whether a head may stop after pass number `made`, whose step and state have these sums of squares (0 from warps
+// without columns): |d| r / (1 - r) <= tol |S|, r = |d| / |d before|. All threads of the block come to the same answer.
+// sums has room for two numbers a warp and, so that no register holds it through a pass, for two of |d|, in turns.
+SLEEPKERN_DEVICE bool settles(const Call& c, int64_t lane, float* sums, int made, float step, float state) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    step += shuffle_xor(step, mask);
+    state += shuffle_xor(state, mask);
+  }
+  block_barrier();
+  if (lane_of_warp() == 0) {
+    sums[threadIdx.x >> 5] = step;
+    sums[WARPS + (threadIdx.x >> 5)] = state;
+  }
+  block_barrier();
+  step = state = 0.0f;
+  for (int warp = 0; warp < WARPS; ++warp) {
+    step += sums[warp];
+    state += sums[WARPS + warp];
+  }
+  step = sqrtf(step);
+  float* sizes = sums + 2 * WARPS;
+  float residual = INFINITY;
+  if (made > 1) {
+    const float ratio = step / fmaxf(sizes[(made - 1) & 1], 1e-30f);
+    float left = ratio < 1.0f ? step * ratio / fmaxf(1.0f - ratio, 1e-30f) : INFINITY;
+    if (step == 0.0f) left = 0.0f;
+    residual = left / fmaxf(sqrtf(state), 1e-30f);
+  }
+  if (threadIdx.x == 0) {
+    sizes[made & 1] = step;
+    c.residual[lane] = residual;
+    c.made[lane] = made;
+  }
+  return residual <= c.tol;
+}
+
+}  // namespace sleepkern::cuda

@@ -1,0 +1,143 @@
+// The passes of a replay as powers of its transition, forward and backward: S_(n+1) = A S_n + B, both in one launch.
+//
+//   powers   d = S_1 - S_0; S_(n+1) = S_n + d; d <- A d        keeps S_0 ... S_(N-1), K V numbers each
+//   adjoint  dB += lam; dA += lam S_n^T; lam <- A^T lam        for n = N-2 ... 0, from lam = gradient of S_(N-1)
+//
+//   blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of it
+//
+// A is in shared memory for all passes (64 K at K = 128). Powers: S and d in registers, KP / 2 each. Adjoint: lam in
+// registers, and 16 rows of dA a warp, which sum over value columns and so pass through shared memory: lam and S_n, 64
+// columns at a time (32 K each). Value blocks give dA in parts; the parts are added outside, in order.
+#pragma once
+
+#include "cuda/arch/mma_tiles.h"
+#include "cuda/arch/ptx.h"
+#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/state_pass.cuh"
+
+namespace sleepkern::cuda {
+
+constexpr int COLUMNS = 64;         // value columns that are in shared memory at a time
+constexpr Mode FULL = Mode::exact;  // gradients are made in float32 whatever the inputs are
+
+// A square matrix [K][K] into a tile [KP][KP], transposed on request.
+template <int KP>
+SLEEPKERN_DEVICE void load_square(Number<FULL>* tile, const float* A, int K, bool transposed) {
+  for (int e = threadIdx.x; e < KP * KP; e += THREADS) {
+    const int i = e / KP, j = e % KP;
+    const float x = i < K && j < K ? A[i * K + j] : 0.0f;
+    put<FULL>(tile, KP, transposed ? j : i, transposed ? i : j, x);
+  }
+}
+
+// sum += S in memory, sum = S the first time.
+template <int KP>
+SLEEPKERN_DEVICE void add_state(const State<KP>& S, float* sum, bool first, int K, int V, int column) {
+  each_number<KP>(S, sum, K, V, column, [first](float x, bool inside, float* at) {
+    if (inside) *at = first ? x : *at + x;
+  });
+}
+
+template <int KP>
+SLEEPKERN_KERNEL(THREADS, 1)
+powers_kernel(const Chain c) {
+  const int64_t head = blockIdx.x / c.value_blocks, size = int64_t{c.K} * c.V;
+  const int warp = threadIdx.x >> 5, column = static_cast<int>(blockIdx.x % c.value_blocks) * c.block + 16 * warp;
+  Arena arena{shared_memory()};
+  auto* A = arena.take<Number<FULL>>(KP * KP);
+  load_square<KP>(A, c.A + head * c.K * c.K, c.K, false);
+  block_barrier();
+  if (16 * warp >= c.block || column >= c.V) return;
+  State<KP> S, d;
+  load_state<KP>(S, c.start ? c.start + head * size : nullptr, c.K, c.V, column);
+  store_state<KP>(S, c.states + head * size, c.K, c.V, column);
+  load_state<KP>(d, c.after + head * size, c.K, c.V, column);
+#pragma unroll
+  for (int n = 0; n < KP / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[n][i] -= S[n][i];
+  }
+#pragma unroll 1
+  for (int pass = 1; pass < c.passes; ++pass) {
+    if (pass > 1) transform<FULL, KP>(d, A);
+    // The state is read back, so that no register holds it through the product.
+    load_state<KP>(S, c.states + ((pass - 1) * c.heads + head) * size, c.K, c.V, column);
+#pragma unroll
+    for (int n = 0; n < KP / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) S[n][i] += d[n][i];
+    }
+    store_state<KP>(S, c.states + (pass * c.heads + head) * size, c.K, c.V, column);
+  }
+}
+
+template <int KP>
+SLEEPKERN_KERNEL(THREADS, 1)
+adjoint_kernel(const Chain c) {
+  const int64_t head = blockIdx.x / c.value_blocks, size = int64_t{c.K} * c.V;
+  const int part = static_cast<int>(blockIdx.x % c.value_blocks), warp = threadIdx.x >> 5;
+  const int first = part * c.block, column = first + 16 * warp;
+  const bool active = 16 * warp < c.block && column < c.V;
+  Arena arena{shared_memory()};
+  auto* A = arena.take<Number<FULL>>(KP * KP);
+  auto* L = arena.take<Number<FULL>>(KP * COLUMNS);
+  auto* R = arena.take<Number<FULL>>(KP * COLUMNS);
+  load_square<KP>(A, c.A + head * c.K * c.K, c.K, true);
+  float* dB = c.dB + head * size;
+  State<KP> lam, dA;
+  load_state<KP>(lam, c.last + head * size, c.K, c.V, active ? column : c.V);
+  clear(dA);
+  bool first_pass = true;
+#pragma unroll 1
+  for (int n = (c.made ? c.made[head] : c.passes) - 2; n >= 0; --n) {
+    const float* S = c.states + (n * c.heads + head) * size;
+    for (int start = 0; start < c.block && first + start < c.V; start += COLUMNS) {
+      block_barrier();
+      const int v0 = 16 * warp - start;
+      if (v0 >= 0 && v0 < COLUMNS) {
+#pragma unroll
+        for (int t = 0; t < KP / 8; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) put<FULL>(L, COLUMNS, column_of(t, i), v0 + row_of(i), lam[t][i]);
+        }
+      }
+      for (int e = threadIdx.x; e < KP * COLUMNS; e += THREADS) {
+        const int d = e / COLUMNS, v = first + start + e % COLUMNS;
+        put<FULL>(R, COLUMNS, d, e % COLUMNS, d < c.K && v < c.V ? S[int64_t{d} * c.V + v] : 0.0f);
+      }
+      block_barrier();
+      if (16 * warp < KP) {
+        const LeftReader<FULL, COLUMNS> left(L);
+        const RightReader<FULL, COLUMNS> right(R);
+#pragma unroll 1
+        for (int step = 0; step < COLUMNS / STEP<FULL>; ++step) multiply<FULL>(dA, left.load(warp, step), right, step);
+      }
+      if (active && v0 >= 0 && v0 < COLUMNS) {
+        add_state<KP>(lam, dB, first_pass, c.K, c.V, column);
+        const TransposedReader<FULL, COLUMNS, false> left(L);
+        const RightReader<FULL, KP> right(A);
+        clear(lam);
+#pragma unroll 1
+        for (int step = 0; step < KP / STEP<FULL>; ++step) multiply<FULL>(lam, left.load(v0 / 16, step), right, step);
+      }
+    }
+    first_pass = false;
+  }
+  if (active && first_pass) {
+    State<KP> zero;
+    clear(zero);
+    store_state<KP>(zero, dB, c.K, c.V, column);
+  }
+  if (active) store_state<KP>(lam, c.dstart + head * size, c.K, c.V, column);
+  float* out = c.dA + (part * c.heads + head) * c.K * c.K;
+#pragma unroll
+  for (int t = 0; t < KP / 8; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 16 * warp + row_of(i), j = column_of(t, i);
+      if (16 * warp < KP && row < c.K && j < c.K) out[row * c.K + j] = dA[t][i];
+    }
+  }
+}
+
+}  // namespace sleepkern::cuda
