@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 namespace sleepkern {
 
@@ -17,7 +16,7 @@ constexpr int64_t offset_at(const int64_t* offsets, int64_t n) {
   return offsets[n];
 #else
   int64_t offset = 0;
-  std::memcpy(&offset, offsets + n, sizeof(offset));
+  __builtin_memcpy(&offset, offsets + n, sizeof(offset));  // which a constexpr function may call, unlike std::memcpy
   return offset;
 #endif
 }
