@@ -32,6 +32,7 @@ from sleepkern.nn import SleepLM
 from sleepkern.sleep import packed_cuda, plan_cuda, sleep_blocks
 from sleepkern.sleep.blocks import Slept, one_by_one, why_not
 from sleepkern.sleep.capture import CudaRecorder
+from sleepkern.state import RecurrentState
 from sleepkern.testing import relative_error
 
 TOLERANCE = 1e-2
@@ -91,7 +92,7 @@ def check(size: Size, device: str, feedback: Any, conv_state: Any, passes: int) 
             x, state = block(x)
             states.append(state)
         states = [type(s)(*(t.to(torch.float32 if t.ndim == 4 and i else torch.bfloat16) for i, t in enumerate(s)))
-                  if "Fast" in type(s).__name__ else moved([s], torch.bfloat16)[0] for s in states]  # fmt: skip
+                  if isinstance(s, RecurrentState) else moved([s], torch.bfloat16)[0] for s in states]  # fmt: skip
     true = one_by_one(h.double(), exact.blocks(), passes, moved(states, torch.float64), feedback, conv_state)
     x, before = h.to(device), moved(states, device)
     if device == "cuda":

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sleepkern.nn import HybridBlock, SleepLM
 from sleepkern.sleep.blocks import Slept
-from sleepkern.sleep.memory import Fast, Slow
+from sleepkern.state import RecurrentState, State
 
-State = Fast | Slow | None
 OPTIONS = [("raw", "rewind", 1), ("raw", "carry", 3), ("reinject", "rewind", 2), ("reinject", "carry", 2)]
 SIZES = {  # L, d, heads, batch, further arguments of the mixers
     "rule 110": (24, 256, 4, 3, {}),
@@ -47,15 +46,19 @@ def by_hand(
             elif conv_state == "carry":
                 began.append(new)
             else:
-                assert isinstance(new, Fast)
-                began.append(Fast(old.conv if isinstance(old, Fast) else torch.zeros_like(new.conv), new.state))
+                assert isinstance(new, RecurrentState)
+                began.append(
+                    RecurrentState(
+                        old.conv if isinstance(old, RecurrentState) else torch.zeros_like(new.conv), new.state
+                    )
+                )
         if n > 0 and feedback == "reinject":
             h = h / (h.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt() + start
         now = []
         for block, state in zip(blocks, began, strict=True):
             h, after = block(h, state)
             now.append(after)
-        pairs = [(a, b) for a, b in zip(began, now, strict=True) if isinstance(b, Fast)]
+        pairs = [(a, b) for a, b in zip(began, now, strict=True) if isinstance(b, RecurrentState)]
         step = sum((b.state - (0 if a is None else a[1])).square().sum() for a, b in pairs)
         changes.append((step / sum(b.state.square().sum() for _, b in pairs)).sqrt())
     return Slept(h, now, torch.stack(changes))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sleepkern.nn import GatedDeltaNet, GatedRMSNorm, HybridBlock, ShortConvolution, SleepLM, WindowAttention
-from sleepkern.sleep import Fast, InsertedMixer, SleepSession
+from sleepkern.sleep import InsertedMixer, RecurrentState, SleepSession
 from sleepkern.testing import relative_error
 
 CLOSE = 1e-5
@@ -225,10 +225,12 @@ def test_a_row_is_as_if_its_padding_were_not_there(kind: Any, padded: str, conti
         torch.nn.init.normal_(parameter, std=0.5)
     mask, x, after = torch.tensor([PADDED[padded], [1] * 11]), normal(2, 11, 16), normal(2, 3, 16, seed=1)
     before = module(normal(2, 5, 16, seed=2))[1] if continued else None
-    before = before and Fast(*(t.detach() for t in before))
+    before = before and RecurrentState(*(t.detach() for t in before))
     x[mask == 0] = torch.nan
 
-    def run(x: Tensor, before: Fast | None, after: Tensor, mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    def run(
+        x: Tensor, before: RecurrentState | None, after: Tensor, mask: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         out, memory = module(x, before, mask)
         out = out if mask is None else out[mask != 0]
         made = [out.flatten(0, -2), *memory, module(after, memory)[0]]
@@ -236,7 +238,12 @@ def test_a_row_is_as_if_its_padding_were_not_there(kind: Any, padded: str, conti
 
     found, gradients = run(x, before, after, mask)
     alone = [
-        run(x[i : i + 1, mask[i] != 0], before and Fast(*(t[i : i + 1] for t in before)), after[i : i + 1], None)
+        run(
+            x[i : i + 1, mask[i] != 0],
+            before and RecurrentState(*(t[i : i + 1] for t in before)),
+            after[i : i + 1],
+            None,
+        )
         for i in range(2)
     ]
     for got, *rows in zip(found, *(made for made, _ in alone), strict=True):

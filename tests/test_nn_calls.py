@@ -12,7 +12,7 @@ from torch import nn
 from sleepkern.nn import GatedDeltaNet, SleepLM, WindowAttention
 from sleepkern.sleep import SleepSession, sleep_blocks
 from sleepkern.sleep.blocks import why_not
-from sleepkern.sleep.memory import Slow
+from sleepkern.state import KVState
 from sleepkern.testing import relative_error
 
 
@@ -141,11 +141,14 @@ def test_what_is_no_window(kind: Any, size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("before", "message"),
     [
-        (3, "before: got a int; expected Slow"),
-        (Slow(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)), r"before: got values \[1, 2, 4, 8\]"),
-        (Slow(torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8)), r"before: got keys \[2, 2, 3, 8\]; expected \[1, 2\]"),
-        (Slow(torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)), r"before: got keys \[1, 1, 3, 8\]"),
-        (Slow(torch.randn(1, 2, 8), torch.randn(1, 2, 8)), r"before: got keys \[1, 2, 8\]"),
+        (3, "before: got a int; expected KVState"),
+        (KVState(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 4, 8)), r"before: got values \[1, 2, 4, 8\]"),
+        (
+            KVState(torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8)),
+            r"before: got keys \[2, 2, 3, 8\]; expected \[1, 2\]",
+        ),
+        (KVState(torch.randn(1, 1, 3, 8), torch.randn(1, 1, 3, 8)), r"before: got keys \[1, 1, 3, 8\]"),
+        (KVState(torch.randn(1, 2, 8), torch.randn(1, 2, 8)), r"before: got keys \[1, 2, 8\]"),
     ],
 )
 def test_what_attention_cannot_go_on_from(before: Any, message: str) -> None:

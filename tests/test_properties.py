@@ -22,7 +22,7 @@ from sleepkern.nn.gated_norm import gated_rms_norm
 from sleepkern.nn.short_convolution import short_convolution, short_convolution_step
 from sleepkern.rules import RULES
 from sleepkern.sleep import sleep_blocks
-from sleepkern.sleep.memory import Fast, Slow
+from sleepkern.state import KVState, RecurrentState
 from sleepkern.testing import Shape, make_inputs
 
 Function = Callable[..., Any]
@@ -190,7 +190,7 @@ STACK = list(nn.SleepLM(8, width=16, heads=2, blocks=2).requires_grad_(False).la
 
 
 def _slept(h: Tensor, keys: Tensor, values: Tensor, conv: Tensor, state: Tensor) -> tuple[Any, ...]:
-    return tuple(sleep_blocks(h, STACK, [Slow(keys, values), Fast(conv, state)], passes=2))
+    return tuple(sleep_blocks(h, STACK, [KVState(keys, values), RecurrentState(conv, state)], passes=2))
 
 
 @given(data=st.data())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from sleepkern.backends import cpu
 from sleepkern.nn import HybridBlock
 from sleepkern.sleep import SleepSession, forget_packed, packed, sleep_blocks
 from sleepkern.sleep.blocks import why_not
-from sleepkern.sleep.memory import Fast, Slow
+from sleepkern.state import KVState, RecurrentState
 from sleepkern.testing import relative_error
 
 _C = cpu._C
@@ -248,7 +249,7 @@ def test_packed_weights_go_with_their_blocks() -> None:
 BAD: dict[str, dict[str, Any]] = {
     "h: got": {"h": torch.randn(3, 4)},
     "states: got 1": {"states": [None]},
-    "states: got Slow for block 1": {"states": [None, Slow(torch.zeros(1), torch.zeros(1)), None]},
+    "states: got KVState for block 1": {"states": [None, KVState(torch.zeros(1), torch.zeros(1)), None]},
     "passes: got 0; expected at least 1": {"passes": 0},
     "passes: got 4611686018427387904; expected at least 1 and at most": {"passes": 2**62},
     "passes: got True; expected a whole number": {"passes": True},
@@ -262,24 +263,24 @@ BAD: dict[str, dict[str, Any]] = {
     "blocks: got none": {"blocks": []},
     "states: got a Tensor; expected a list": {"states": torch.zeros(3)},
     "states: got a int; expected a list": {"states": 3},
-    "states: got a tuple for block 0; expected Fast, Slow or None": {"states": [(1, 2), None, None]},
+    "states: got a tuple for block 0; expected RecurrentState, KVState or None": {"states": [(1, 2), None, None]},
     r"states: got \['NoneType'\] in that of block 1; expected tensors": {
-        "states": [None, Fast(torch.zeros(1, 3, 24), None), None]  # type: ignore[arg-type]
+        "states": [None, RecurrentState(torch.zeros(1, 3, 24), None), None]  # type: ignore[arg-type]
     },
     "feedback: got": {"feedback": "loud"},
     "conv_state: got": {"conv_state": "keep"},
     "h: got a width of 9; expected 8": {"h": torch.randn(1, 3, 9)},
     r"states: got conv torch.float32 \[2, 3, 24\].*expected floats \[1, 3, 24\]": {
-        "states": [None, Fast(torch.zeros(2, 3, 24), torch.zeros(2, 2, 4, 4)), None]
+        "states": [None, RecurrentState(torch.zeros(2, 3, 24), torch.zeros(2, 2, 4, 4)), None]
     },
     r"states: got state torch.int64.*for block 1": {
-        "states": [None, Fast(torch.zeros(1, 3, 24), torch.zeros(1, 2, 4, 4).long()), None]
+        "states": [None, RecurrentState(torch.zeros(1, 3, 24), torch.zeros(1, 2, 4, 4).long()), None]
     },
     r"states: got values torch.float32 \[1, 2, 6, 4\].*for block 0": {
-        "states": [Slow(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 6, 4)), None, None]
+        "states": [KVState(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 6, 4)), None, None]
     },
     r"states: got keys torch.float32 \[1, 2, 5, 4\] on meta": {
-        "states": [Slow(*torch.zeros(2, 1, 2, 5, 4, device="meta")), None, None]
+        "states": [KVState(*torch.zeros(2, 1, 2, 5, 4, device="meta")), None, None]
     },
 }
 
@@ -289,3 +290,12 @@ def test_bad_input(message: str) -> None:
     lm = model(8, 2, {})
     with pytest.raises((TypeError, ValueError), match=message):
         sleep_blocks(**({"h": torch.randn(1, 3, 8), "blocks": lm.blocks()} | BAD[message]))
+
+
+@pytest.mark.parametrize("module", ["sleepkern.sleep", "sleepkern.sleep.memory"])
+def test_states_are_known_by_the_names_they_had(module: str) -> None:
+    for name, expected in (("Fast", RecurrentState), ("Slow", KVState)):
+        with pytest.warns(DeprecationWarning, match=f"{module}.{name} is {expected.__name__} of sleepkern.state"):
+            assert getattr(importlib.import_module(module), name) is expected
+    with pytest.raises(AttributeError, match="has no attribute 'Fats'"):
+        getattr(importlib.import_module(module), "Fats")  # noqa: B009

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map_only
 from sleepkern.nn import HybridBlock, SleepLM
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import one_by_one, why_not
-from sleepkern.sleep.memory import Fast, Slow
 from sleepkern.sleep.packed import Source
+from sleepkern.state import KVState, RecurrentState
 from sleepkern.testing import relative_error
 
 _MEMORY = np.zeros((24, 24), dtype=np.float32)
@@ -213,8 +213,8 @@ def test_subclasses_go_to_the_modules() -> None:
     lm, h = model(24, 2, {}), torch.randn(2, 9, 24)
     states = sleep_blocks(h, lm.blocks()).states
     assert "a TwoTensor that is not numbers" in str(why_not(TwoTensor(h, h), lm.blocks()))
-    wrapped = Fast(states[1][0], TwoTensor(states[1][1], states[1][1]))
-    kept = Slow(TwoTensor(states[0][0], states[0][0]), states[0][1])
+    wrapped = RecurrentState(states[1][0], TwoTensor(states[1][1], states[1][1]))
+    kept = KVState(TwoTensor(states[0][0], states[0][0]), states[0][1])
     ours = sleep_blocks(h, lm.blocks(), [kept, None, None])
     assert type(ours.states[0].keys) is TwoTensor  # type: ignore[union-attr]
     reached: list[Any] = []

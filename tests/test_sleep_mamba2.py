@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from sleepkern.integrations.transformers import patch
-from sleepkern.sleep import Fast, SleepSession
+from sleepkern.sleep import RecurrentState, SleepSession
 from sleepkern.testing import relative_error
 
 L = 16
@@ -66,7 +66,7 @@ def test_three_passes_are_a_loop(model: nn.Module) -> None:
     stack, fast, h = session.stack, {}, None
     for _ in range(3):
         memory = stack.memory()
-        memory.set_fast({i: Fast(torch.zeros_like(x.conv), x.state) for i, x in fast.items()})
+        memory.set_fast({i: RecurrentState(torch.zeros_like(x.conv), x.state) for i, x in fast.items()})
         start, calls = stack.open(ids, 0, memory, None)
         h = start if h is None else h
         for call in calls:
@@ -108,7 +108,7 @@ def test_beams_are_those_of_the_model(model: nn.Module) -> None:
 def test_windows_of_one_token_leave_what_was_taken_out(model: nn.Module) -> None:
     session = SleepSession(model, 1, passes=2).ingest(tokens(2, 1))
     taken = session.memory.fast()
-    copies = {i: Fast(*(t.clone() for t in x)) for i, x in taken.items()}
+    copies = {i: RecurrentState(*(t.clone() for t in x)) for i, x in taken.items()}
     session.ingest(tokens(2, 2, seed=5))
     assert all(torch.equal(a, b) for i in taken for a, b in zip(taken[i], copies[i], strict=True))
 

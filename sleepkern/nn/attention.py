@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..sleep.memory import Slow
+from ..state import KVState
 from .padding import without_padding
 from .sizes import residual, whole_numbers
 
@@ -33,7 +33,7 @@ class WindowAttention(nn.Module):
         self.q_norm, self.k_norm = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, before: Slow | None = None, mask: Tensor | None = None) -> tuple[Tensor, Slow]:
+    def forward(self, x: Tensor, before: KVState | None = None, mask: Tensor | None = None) -> tuple[Tensor, KVState]:
         """x [B,T,d] after keys and values before it, [B,H,tokens,d/H]; mask [B,tokens+T] has 0 for padding.
 
         Raises:
@@ -48,11 +48,11 @@ class WindowAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if before is not None:
             k, v = torch.cat([before.keys, k], dim=2), torch.cat([before.values, v], dim=2)
-        return self.out(_attend(q, k, v, mask).transpose(1, 2).flatten(-2)), Slow(k, v)
+        return self.out(_attend(q, k, v, mask).transpose(1, 2).flatten(-2)), KVState(k, v)
 
-    def _check_before(self, before: Slow, B: int) -> None:
-        if not isinstance(before, Slow):
-            raise TypeError(f"before: got a {type(before).__name__}; expected Slow(keys, values)")
+    def _check_before(self, before: KVState, B: int) -> None:
+        if not isinstance(before, KVState):
+            raise TypeError(f"before: got a {type(before).__name__}; expected KVState(keys, values)")
         for name, t in before._asdict().items():
             if t.ndim != 4 or t.shape[:2] != (B, self.heads) or t.shape != before.keys.shape:
                 raise ValueError(f"before: got {name} {list(t.shape)}; expected {[B, self.heads]} and tokens, width")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..sleep.memory import Fast
+from ..state import RecurrentState
 from .gated_norm import GatedRMSNorm
 from .padding import Padding
 from .short_convolution import ShortConvolution
@@ -59,8 +59,8 @@ class GatedDeltaNet(nn.Module):
         self.out = nn.Linear(values, width, bias=False)
 
     def forward(
-        self, x: Tensor, before: Fast | None = None, mask: Tensor | None = None, replays: int = 1
-    ) -> tuple[Tensor, Fast]:
+        self, x: Tensor, before: RecurrentState | None = None, mask: Tensor | None = None, replays: int = 1
+    ) -> tuple[Tensor, RecurrentState]:
         """x [B,T,d] after `before`; mask [B,T] has 0 where there is padding.
 
         Each row is as if its padding were not there, wherever it stands: nothing is written for it, nothing of it is
@@ -87,7 +87,7 @@ class GatedDeltaNet(nn.Module):
             g, beta = padding.zeroed(g), padding.zeroed(beta)
         o, state = self._recur(q, k, v, g, beta, state, replays)
         gate = self.gate(x).unflatten(-1, (-1, self.value_width))
-        return self.out(self.norm(o, gate).flatten(-2)), Fast(conv, state)
+        return self.out(self.norm(o, gate).flatten(-2)), RecurrentState(conv, state)
 
     def _convolved(self, qkv: Tensor, past: Tensor | None, padding: Padding | None) -> tuple[Tensor, Tensor]:
         """What the convolution makes of tokens after `past`, and the last of them that are no padding."""

@@ -1,13 +1,22 @@
 """Sleep: running a model's blocks N times over a window before its attention cache is dropped (arXiv 2605.26099)."""
 
+from typing import Any
+
+from .. import state
+from ..state import KVState, RecurrentState
 from .blocks import Slept, forget_packed, sleep_blocks
 from .inserted import InsertedMixer, retrofit
-from .memory import Fast, Memory, Slow, Stack
+from .memory import Memory, Stack
 from .recorded import RecordedStack
 from .retrofitted import load_retrofitted
 from .session import SleepReport, SleepSession
 
 __all__ = [
-    "Fast", "InsertedMixer", "Memory", "RecordedStack", "SleepReport", "SleepSession", "Slept", "Slow", "Stack",
-    "forget_packed", "load_retrofitted", "retrofit", "sleep_blocks",
+    "InsertedMixer", "KVState", "Memory", "RecordedStack", "RecurrentState", "SleepReport", "SleepSession", "Slept",
+    "Stack", "forget_packed", "load_retrofitted", "retrofit", "sleep_blocks",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """`Fast` and `Slow`, what RecurrentState and KVState were called."""
+    return state.renamed(__name__, name)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .memory import Fast, Slow
-from .packed import State
+from ..state import KVState, RecurrentState, State
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
@@ -78,15 +77,17 @@ def _blocks(blocks: Iterable[HybridBlock]) -> list[HybridBlock]:
 def _states(states: Iterable[State] | None, blocks: list[HybridBlock]) -> list[State]:
     if states is None:
         return [None] * len(blocks)
-    if not isinstance(states, Iterable) or isinstance(states, Tensor | Fast | Slow):
+    if not isinstance(states, Iterable) or isinstance(states, Tensor | RecurrentState | KVState):
         raise TypeError(f"states: got a {type(states).__name__}; expected a list, a state or None for each block")
     given = list(states)
     if len(given) != len(blocks):
         raise ValueError(f"states: got {len(given)} for {len(blocks)} blocks; expected one each")
     for i, (block, state) in enumerate(zip(blocks, given, strict=True)):
-        if state is not None and not isinstance(state, Fast | Slow):
-            raise TypeError(f"states: got a {type(state).__name__} for block {i}; expected Fast, Slow or None")
-        if state is not None and isinstance(state, Fast) != block.recurrent:
+        if state is not None and not isinstance(state, RecurrentState | KVState):
+            raise TypeError(
+                f"states: got a {type(state).__name__} for block {i}; expected RecurrentState, KVState or None"
+            )
+        if state is not None and isinstance(state, RecurrentState) != block.recurrent:
             raise ValueError(f"states: got {type(state).__name__} for block {i}; expected that of its mixer")
         wrong = [type(t).__name__ for t in state or () if not isinstance(t, Tensor)]
         if wrong:
@@ -94,10 +95,10 @@ def _states(states: Iterable[State] | None, blocks: list[HybridBlock]) -> list[S
     return given
 
 
-def _sizes_of(block: HybridBlock, B: int, state: Fast | Slow) -> list[tuple[int, ...]]:
+def _sizes_of(block: HybridBlock, B: int, state: RecurrentState | KVState) -> list[tuple[int, ...]]:
     """Shapes of what a block remembers of B sequences; keys and values may be of any number of tokens."""
     mixer: Any = block.mixer
-    if isinstance(state, Slow):
+    if isinstance(state, KVState):
         size = (B, mixer.heads, state.keys.shape[-2] if state.keys.ndim > 1 else 0, mixer.q_norm.weight.shape[0])
         return [size, size]
     channels, W = mixer.convolution.weight.shape

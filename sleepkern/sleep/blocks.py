@@ -17,10 +17,9 @@ from torch.nn.modules import module as _module
 
 from ..backends.tensors import on_device_of
 from ..dispatch import asked_for
+from ..state import KVState, RecurrentState, State
 from . import arguments, fitting, packed_cuda
 from . import packed as native
-from .memory import Fast, Slow
-from .packed import State
 from .passes import normalised, relative_change
 
 if TYPE_CHECKING:
@@ -33,12 +32,12 @@ class Slept(NamedTuple):
     """Result of `sleep_blocks`.
 
     h        [B,L,d] after the last pass
-    states   what each block remembers: Fast(conv, state) of gated DeltaNet, Slow(keys, values) of attention
+    states   what each block remembers: a RecurrentState of gated DeltaNet, a KVState of attention
     changes  [N] for each pass the norm of what it changed in the fast weights, relative to their norm after it
     """
 
     h: Tensor
-    states: list[Fast | Slow]
+    states: list[RecurrentState | KVState]
     changes: Tensor
 
 
@@ -156,10 +155,10 @@ def _run(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], how:
     return Slept(out.to(h.dtype), [_like(x, h.dtype) for x in after], changes)
 
 
-def _like(x: Fast | Slow, dtype: torch.dtype) -> Fast | Slow:
-    if isinstance(x, Fast):
-        return Fast(x.conv.to(dtype), x.state)
-    return Slow(x.keys.to(dtype), x.values.to(dtype))
+def _like(x: RecurrentState | KVState, dtype: torch.dtype) -> RecurrentState | KVState:
+    if isinstance(x, RecurrentState):
+        return RecurrentState(x.conv.to(dtype), x.state)
+    return KVState(x.keys.to(dtype), x.values.to(dtype))
 
 
 def one_by_one(
@@ -196,16 +195,20 @@ def _one_pass(
 
 def _before_pass(old: State, new: State, carry: bool) -> State:
     """What a block sees before the window in a pass after the first: the fast weight of the pass before."""
-    if not isinstance(new, Fast):
+    if not isinstance(new, RecurrentState):
         return old
     if carry:
         return new
-    return Fast(torch.zeros_like(new.conv) if old is None else old[0], new.state)
+    return RecurrentState(torch.zeros_like(new.conv) if old is None else old[0], new.state)
 
 
 def _fast_weights(before: Sequence[State], after: Sequence[State]) -> list[tuple[Tensor | None, Tensor]]:
     pairs = zip(before, after, strict=True)
-    return [(old.state if isinstance(old, Fast) else None, new.state) for old, new in pairs if isinstance(new, Fast)]
+    return [
+        (old.state if isinstance(old, RecurrentState) else None, new.state)
+        for old, new in pairs
+        if isinstance(new, RecurrentState)
+    ]
 
 
 class _Recorded(torch.autograd.Function):
@@ -328,7 +331,7 @@ def _pass_on(
     grads, earlier = iter(found), []
     for i, (began, made) in enumerate(zip(before, after, strict=True)):
         pair = [None, None] if began is None else [next(grads), next(grads)]
-        fast = isinstance(made, Fast)
+        fast = isinstance(made, RecurrentState)
         # From the pass before: the fast weight, and with `carry` the convolution's inputs; the rest from the window's.
         theirs = [n > 0 and fast and carry, n > 0 and fast]
         own = dstates[i]
@@ -342,6 +345,8 @@ def _pass_on(
     return earlier
 
 
-def _paired(blocks: Sequence[HybridBlock], tensors: Sequence[Tensor]) -> list[Fast | Slow]:
+def _paired(blocks: Sequence[HybridBlock], tensors: Sequence[Tensor]) -> list[RecurrentState | KVState]:
     pairs = zip(tensors[::2], tensors[1::2], strict=True)
-    return [Fast(*pair) if block.recurrent else Slow(*pair) for block, pair in zip(blocks, pairs, strict=True)]
+    return [
+        RecurrentState(*pair) if block.recurrent else KVState(*pair) for block, pair in zip(blocks, pairs, strict=True)
+    ]

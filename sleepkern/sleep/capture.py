@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..state import KVState, RecurrentState
 from . import packed_cuda
 from .identity import Places
-from .memory import Fast, Slow, put_back
+from .memory import put_back
 
 if TYPE_CHECKING:
     from .session import SleepSession
@@ -61,8 +62,8 @@ class Made(NamedTuple):
     """What a sleep gives: changes [N] of its passes, and what is remembered after it."""
 
     changes: Tensor
-    fast: dict[int, Fast]
-    slow: dict[int, Slow]
+    fast: dict[int, RecurrentState]
+    slow: dict[int, KVState]
 
 
 class _Given(NamedTuple):
@@ -70,8 +71,8 @@ class _Given(NamedTuple):
 
     ids: Tensor
     first: Tensor
-    fast: dict[int, Fast]
-    slow: dict[int, Slow]
+    fast: dict[int, RecurrentState]
+    slow: dict[int, KVState]
 
     def tensors(self) -> list[Tensor]:
         """All of it, in one order."""

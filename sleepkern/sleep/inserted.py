@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.caches import NAMES, cache_among, cache_of_block, too_old
-from .memory import Fast
+from ..state import RecurrentState
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,7 +35,9 @@ class InsertedMixer(nn.Module):
         self.mixer = GatedDeltaNet(width, heads, **mixer)
         nn.init.zeros_(self.mixer.out.weight)
 
-    def forward(self, h: Tensor, before: Fast | None = None, mask: Tensor | None = None) -> tuple[Tensor, Fast]:
+    def forward(
+        self, h: Tensor, before: RecurrentState | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, RecurrentState]:
         """h [B,T,d] after `before`; mask [B,T] has 0 for padding, which writes nothing, wherever it stands."""
         from ..nn.padding import without_padding
 
@@ -156,12 +158,12 @@ def inserted_in(blocks: Iterable[nn.Module]) -> dict[int, InsertedMixer]:
     return {i: x for i, x in found.items() if isinstance(x, InsertedMixer)}
 
 
-def fast_of(layer: Any) -> Fast | None:
+def fast_of(layer: Any) -> RecurrentState | None:
     """What a mixer left in its layer of a cache."""
-    return Fast(layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
+    return RecurrentState(layer.conv_states[0], layer.recurrent_states[0]) if layer.has_previous_state[0] else None
 
 
-def put_fast(layer: Any, fast: Fast | None) -> None:
+def put_fast(layer: Any, fast: RecurrentState | None) -> None:
     """Into a layer of a cache, as new tensors: those before may still be wanted."""
     layer.conv_states[0], layer.recurrent_states[0] = (None, None) if fast is None else fast
     for flags in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized, layer.has_previous_state):

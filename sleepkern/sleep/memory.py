@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
+from .. import state
+from ..state import KVState, RecurrentState
 
-class Fast(NamedTuple):
-    """Of a layer with a recurrence: the last inputs of its short convolution, and the fast weight [B,HV,K,V]."""
-
-    conv: Tensor
-    state: Tensor
-
-
-class Slow(NamedTuple):
-    """Of an attention layer: keys and values [B,heads,tokens,width]."""
-
-    keys: Tensor
-    values: Tensor
-
-
-Pair = TypeVar("Pair", Fast, Slow)
+Pair = TypeVar("Pair", RecurrentState, KVState)
 
 
 class Memory(Protocol):
@@ -37,16 +25,16 @@ class Memory(Protocol):
     def attention(self) -> list[int]:
         """Layers with keys and values."""
 
-    def fast(self) -> dict[int, Fast]:
+    def fast(self) -> dict[int, RecurrentState]:
         """By layer; empty before the first window."""
 
-    def set_fast(self, fast: dict[int, Fast]) -> None:
+    def set_fast(self, fast: dict[int, RecurrentState]) -> None:
         """In the place of all that there are; what is not named starts from nothing."""
 
-    def slow(self) -> dict[int, Slow]:
+    def slow(self) -> dict[int, KVState]:
         """By layer; empty after an eviction."""
 
-    def set_slow(self, slow: dict[int, Slow]) -> None:
+    def set_slow(self, slow: dict[int, KVState]) -> None:
         """In the place of everything that attention has; what is not named is dropped."""
 
 
@@ -138,7 +126,7 @@ def _of_rows(kept: dict[int, Pair], rows: Tensor | None) -> dict[int, Pair]:
 
 
 @contextmanager
-def put_back(memory: Memory, fast: dict[int, Fast], slow: dict[int, Slow]) -> Iterator[None]:
+def put_back(memory: Memory, fast: dict[int, RecurrentState], slow: dict[int, KVState]) -> Iterator[None]:
     """Whatever ends what is done meanwhile too early, Ctrl-C too, memory then has these again."""
     try:
         yield
@@ -146,3 +134,8 @@ def put_back(memory: Memory, fast: dict[int, Fast], slow: dict[int, Slow]) -> It
         memory.set_fast(fast)
         memory.set_slow(slow)
         raise
+
+
+def __getattr__(name: str) -> Any:
+    """`Fast` and `Slow`, what RecurrentState and KVState were called."""
+    return state.renamed(__name__, name)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..nn import HybridBlock, SleepLM
+from ..state import KVState, RecurrentState
 from .blocks import sleep_blocks, why_not
-from .memory import Fast, Memory, Slow, copied
+from .memory import Memory, copied
 from .writing import written
 
 
@@ -22,16 +23,16 @@ class OwnMemory:
         self.attention = [i for i, recurrent in enumerate(kinds) if not recurrent]
         self._kept: dict[int, Any] = {}
 
-    def fast(self) -> dict[int, Fast]:
+    def fast(self) -> dict[int, RecurrentState]:
         return {i: self._kept[i] for i in self.recurrent if i in self._kept}
 
-    def set_fast(self, fast: dict[int, Fast]) -> None:
+    def set_fast(self, fast: dict[int, RecurrentState]) -> None:
         self._kept = self.slow() | fast
 
-    def slow(self) -> dict[int, Slow]:
+    def slow(self) -> dict[int, KVState]:
         return {i: self._kept[i] for i in self.attention if i in self._kept}
 
-    def set_slow(self, slow: dict[int, Slow]) -> None:
+    def set_slow(self, slow: dict[int, KVState]) -> None:
         self._kept = self.fast() | slow
 
     def run(self, i: int, block: HybridBlock, mask: Tensor | None, h: Tensor, replays: int = 1) -> Tensor:
@@ -45,7 +46,7 @@ class OwnMemory:
         """What each of them remembers."""
         return [self._kept.get(i) for i in blocks]
 
-    def remember(self, blocks: range, states: list[Fast | Slow]) -> None:
+    def remember(self, blocks: range, states: list[RecurrentState | KVState]) -> None:
         """In the place of what they remembered."""
         self._kept |= dict(zip(blocks, states, strict=True))
 

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from ..state import KVState, RecurrentState, State
 from .fitting import numbers_of, weights_of
 from .identity import Contents
-from .memory import Fast, Slow
 
 if TYPE_CHECKING:
     from ..nn import GatedDeltaNet, HybridBlock, WindowAttention
@@ -23,7 +23,6 @@ try:
 except ImportError:
     _C = None
 
-State = Fast | Slow | None
 _FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
 """What C++ reads and writes, whatever torch's defaults are."""
 _SPREAD = 16.0
@@ -153,11 +152,11 @@ class Packed:
         passes: int,
         reinject: bool,
         carry: bool,
-    ) -> tuple[Tensor, list[Fast | Slow], Tensor]:
+    ) -> tuple[Tensor, list[RecurrentState | KVState], Tensor]:
         """h [B,L,d] float32 after all passes, what each block remembers, and [passes] relative changes of the state."""
         B, L, d = h.shape
         h, changes = _room(B, L, d).copy_(h), torch.empty(passes, 2, dtype=torch.float64, device="cpu")
-        after: list[Fast | Slow] = []
+        after: list[RecurrentState | KVState] = []
         layers, alive = [], []
         for layer, block, state in zip(self.layers, blocks, states, strict=True):
             addresses, now, read = (_fast if block.recurrent else _slow)(block.mixer, state, B, L)
@@ -276,29 +275,29 @@ def _delta_inputs(mixer: GatedDeltaNet) -> Tensor:
     return torch.cat([mixer.qkv.weight, mixer.gate.weight, mixer.rates.weight])
 
 
-def _fast(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Fast, Any]:
+def _fast(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], RecurrentState, Any]:
     channels, W = mixer.convolution.weight.shape
     state = _room(B, mixer.value_heads, mixer.key_width, mixer.value_width)
     if before is None:
         past = torch.zeros(B, W - 1, channels, **_FLOATS)
         state.zero_()
     else:
-        assert isinstance(before, Fast)
+        assert isinstance(before, RecurrentState)
         past = before.conv.float().contiguous()
         state.copy_(before.state)
     last = _room(B, W - 1, channels)
     addresses = {"past": past.data_ptr(), "last": last.data_ptr(), "state": state.data_ptr()}
-    return addresses, Fast(last, state), past
+    return addresses, RecurrentState(last, state), past
 
 
-def _slow(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], Slow, Any]:
+def _slow(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], KVState, Any]:
     H, D = mixer.heads, mixer.q_norm.weight.shape[0]
     kept = None
     if before is not None:
-        assert isinstance(before, Slow)
-        kept = Slow(*(t.float().contiguous() for t in before))
+        assert isinstance(before, KVState)
+        kept = KVState(*(t.float().contiguous() for t in before))
     tokens = 0 if kept is None else kept.keys.shape[2]
-    after = Slow(*(_room(B, H, tokens + L, D) for _ in range(2)))
+    after = KVState(*(_room(B, H, tokens + L, D) for _ in range(2)))
     addresses = {
         "kept": tokens,
         "keys": 0 if kept is None else kept.keys.data_ptr(),

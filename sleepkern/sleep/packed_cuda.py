@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from ..backends import cuda
 from ..backends.tensors import on_device_of
-from .memory import Fast, Slow
+from ..state import KVState, RecurrentState, State
 from .order_cuda import Order, heads_of, order
-from .packed import Source, State, _eps
+from .packed import Source, _eps
 from .plan_cuda import TILE, Plan, Shape, paired, plan, share, sizes, slower
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def reading() -> Iterator[list[Packed]]:
 
 def run(
     h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], passes: int, reinject: bool, carry: bool
-) -> tuple[Tensor, list[Fast | Slow], Tensor]:
+) -> tuple[Tensor, list[RecurrentState | KVState], Tensor]:
     """h [B,L,d] after all passes, what each block remembers, and [passes] relative changes of the state."""
     B, L, d = h.shape
     found = plan(B, L, d, _shapes(blocks), cuda.device_at_hand())
@@ -219,14 +219,14 @@ def _weights(block: HybridBlock) -> list[Tensor]:
     return [*(x.weight.detach() * norm for x in into), m.out.weight, mlp.up.weight.detach() * mlp_norm, mlp.out.weight]
 
 
-def _fast(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], Fast, Any]:
+def _fast(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], RecurrentState, Any]:
     channels, W = mixer.convolution.weight.shape
     B, past = h.shape[0], None
     last = h.new_empty(2, B, W - 1, channels)
     if before is None:
         state = h.new_empty(B, mixer.value_heads, mixer.key_width, mixer.value_width, dtype=torch.float32)
     else:
-        assert isinstance(before, Fast)
+        assert isinstance(before, RecurrentState)
         past, state = before.conv.to(h.dtype).contiguous(), before.state.float().contiguous().clone()
     own = {
         "state": state.data_ptr(),
@@ -234,14 +234,14 @@ def _fast(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, 
         "last": last.data_ptr(),
         "continued": before is not None,
     }
-    return own, Fast(last[(passes - 1) % 2], state), past
+    return own, RecurrentState(last[(passes - 1) % 2], state), past
 
 
-def _slow(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], Slow, Any]:
+def _slow(mixer: Any, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], KVState, Any]:
     B, L, _ = h.shape
     kept = 0 if before is None else before[0].shape[2]
     size = (B, mixer.heads, kept + L, mixer.q_norm.weight.shape[0])
-    after = Slow(h.new_empty(size), h.new_empty(size))
+    after = KVState(h.new_empty(size), h.new_empty(size))
     if before is not None:
         for to, old in zip(after, before, strict=True):
             to[:, :, :kept] = old

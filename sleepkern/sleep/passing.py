@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from ..state import KVState, RecurrentState
 from .choices import ConvState, Eviction, Feedback
-from .memory import Fast, Memory, Slow, Stack, Whole, put_back
+from .memory import Memory, Stack, Whole, put_back
 from .passes import normalised, relative_change
 from .text import joined, own
 
@@ -76,7 +77,7 @@ class Passing:
         return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
 
     def _passes(
-        self, looped: list[Any], h: Tensor, before: dict[int, Fast], kept: dict[int, Slow]
+        self, looped: list[Any], h: Tensor, before: dict[int, RecurrentState], kept: dict[int, KVState]
     ) -> tuple[Tensor, Tensor]:
         """Block by block: h after the last pass, and changes [N]."""
         memory, passes = self.memory, self.passes
@@ -117,7 +118,7 @@ class Passing:
         def once(h: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
             aside = memory.fast(), memory.slow()
             try:
-                memory.set_fast({i: Fast(*states[2 * n : 2 * n + 2]) for n, i in enumerate(before)})
+                memory.set_fast({i: RecurrentState(*states[2 * n : 2 * n + 2]) for n, i in enumerate(before)})
                 memory.set_slow(slow)
                 for call in calls:
                     h = call(h)
@@ -129,8 +130,8 @@ class Passing:
 
         h, *made = checkpointed(once, h, *(t for i in before for t in fast[i]), use_reentrant=False)
         pairs = list(zip(made[::2], made[1::2], strict=True))
-        memory.set_fast(fast | {i: Fast(*pair) for i, pair in zip(after, pairs, strict=False)})
-        memory.set_slow(slow | {i: Slow(*pair) for i, pair in zip(kept, pairs[len(after) :], strict=True)})
+        memory.set_fast(fast | {i: RecurrentState(*pair) for i, pair in zip(after, pairs, strict=False)})
+        memory.set_slow(slow | {i: KVState(*pair) for i, pair in zip(kept, pairs[len(after) :], strict=True)})
         return h
 
     def _check_remembered(self, after: dict[int, Tensor]) -> None:
@@ -145,7 +146,7 @@ class Passing:
                 "written into what the model was opened with"
             )
 
-    def _start_pass(self, before: dict[int, Fast], kept: dict[int, Slow]) -> None:
+    def _start_pass(self, before: dict[int, RecurrentState], kept: dict[int, KVState]) -> None:
         """Attention starts a pass from what it had before the window, in the looped blocks; so may convolutions."""
         slow = {i: x for i, x in self.memory.slow().items() if i not in self.looped}
         self.memory.set_slow(slow | {i: x for i, x in kept.items() if i in self.looped})
@@ -153,14 +154,14 @@ class Passing:
             fast = self.memory.fast()
             for i in fast.keys() & set(self.looped):
                 conv = before[i].conv if i in before else torch.zeros_like(fast[i].conv)
-                fast[i] = Fast(conv, fast[i].state)
+                fast[i] = RecurrentState(conv, fast[i].state)
             self.memory.set_fast(fast)
 
     def _evict(self, tokens: int, mask: Tensor | None) -> None:
         if self.eviction == "hard":
             self.memory.set_slow({})
             return
-        kept = {i: Slow(*(t[..., -tokens:, :] for t in x)) for i, x in self.memory.slow().items()}
+        kept = {i: KVState(*(t[..., -tokens:, :] for t in x)) for i, x in self.memory.slow().items()}
         self.memory.set_slow(kept)
         self.kept_mask = own(mask) if kept else None
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .memory import Fast, Memory, Slow, Stack
+from ..state import KVState, RecurrentState
+from .memory import Memory, Stack
 from .text import WHOLE, tokens_of
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 TEXTS = ("waiting", "waiting_mask", "kept_mask")
 FARTHEST = 2**53
 """Largest position that is taken."""
-_Forms = tuple[dict[int, Fast], dict[int, Slow]]
+_Forms = tuple[dict[int, RecurrentState], dict[int, KVState]]
 
 
 class Restored(NamedTuple):
@@ -63,8 +64,10 @@ def restored(session: SleepSession, state: Any, device: torch.device) -> Restore
         copies["waiting"] = tokens_of(copies["waiting"], None)
     memory = session.stack.memory()
     fast, slow = session.memory.recurrent, session.memory.attention
-    memory.set_fast({i: Fast(copies[f"{i}.conv"], copies[f"{i}.state"]) for i in fast if f"{i}.conv" in copies})
-    memory.set_slow({i: Slow(copies[f"{i}.keys"], copies[f"{i}.values"]) for i in slow if f"{i}.keys" in copies})
+    memory.set_fast(
+        {i: RecurrentState(copies[f"{i}.conv"], copies[f"{i}.state"]) for i in fast if f"{i}.conv" in copies}
+    )
+    memory.set_slow({i: KVState(copies[f"{i}.keys"], copies[f"{i}.values"]) for i in slow if f"{i}.keys" in copies})
     return Restored(memory, position, rows, *(copies.get(name) for name in TEXTS))
 
 
@@ -81,8 +84,8 @@ def _position(state: Mapping[str, Tensor]) -> int:
 def _names(session: SleepSession, state: Mapping[str, Tensor], position: int) -> list[str]:
     """Those of layers; what is read must all be there, and nothing else."""
     memory = session.memory
-    fast = [f"{i}.{part}" for i in memory.recurrent for part in Fast._fields]
-    slow = [f"{i}.{part}" for i in memory.attention for part in Slow._fields]
+    fast = [f"{i}.{part}" for i in memory.recurrent for part in RecurrentState._fields]
+    slow = [f"{i}.{part}" for i in memory.attention for part in KVState._fields]
     needed = [*(fast if position else []), *(slow if position and session.eviction == "sliding" else [])]
     texts = TEXTS if set(slow) & set(needed) else TEXTS[:2]
     missing = [name for name in needed if name not in state]
@@ -122,11 +125,11 @@ def _check_forms(state: dict[str, Tensor], names: list[str], forms: _Forms) -> N
     kept: dict[str, int] = {}
     for name in names:
         number, part = name.split(".")
-        pair: Any = forms[part in Slow._fields].get(int(number))
+        pair: Any = forms[part in KVState._fields].get(int(number))
         if pair is None:
             continue
         t, like = state[name], getattr(pair, part)
-        free = {0} | ({like.ndim - 2} if part in Slow._fields else set())
+        free = {0} | ({like.ndim - 2} if part in KVState._fields else set())
         same = t.ndim == like.ndim and all(t.shape[d] == like.shape[d] for d in range(like.ndim) if d not in free)
         if not same or t.dtype != like.dtype or t.numel() == 0 < like.numel():
             sizes = [("tokens" if d else "B") if d in free else size for d, size in enumerate(like.shape)]
@@ -134,7 +137,7 @@ def _check_forms(state: dict[str, Tensor], names: list[str], forms: _Forms) -> N
             raise ValueError(
                 f"state: got {t.dtype} {list(t.shape)} for {name!r}; expected {expected}, as this model has"
             )
-        if part in Slow._fields:
+        if part in KVState._fields:
             kept[name] = t.shape[-2]
     if "kept_mask" in state:
         kept["kept_mask"] = state["kept_mask"].shape[-1]

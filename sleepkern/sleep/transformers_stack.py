@@ -16,8 +16,9 @@ try:
 except ImportError as error:
     raise too_old() from error
 
+from ..state import KVState, RecurrentState
 from .inserted import beside_attention, fast_of, inserted_in, put_fast
-from .memory import Fast, Memory, Pair, Slow, copied
+from .memory import Memory, Pair, copied
 from .options import for_the_model, found
 from .recorded import RecordedStack, positions, replaced
 
@@ -83,11 +84,11 @@ class TransformersMemory:
         others = (i for i in self.recurrent if i not in inserted)
         self._written = {i for i in others if not _makes_new_states(base.layers[i])}
 
-    def fast(self) -> dict[int, Fast]:
+    def fast(self) -> dict[int, RecurrentState]:
         layers = ((i, self.cache.layers[i]) for i in self.recurrent)
         return {i: self._apart(i, fast) for i, x in layers if (fast := fast_of(x)) is not None}
 
-    def set_fast(self, fast: dict[int, Fast]) -> None:
+    def set_fast(self, fast: dict[int, RecurrentState]) -> None:
         for i in self.recurrent:
             layer = self.cache.layers[i]
             if i in self._replaced:
@@ -96,19 +97,19 @@ class TransformersMemory:
                 layer.update_conv_state(fast[i].conv, conv_kernel_size=fast[i].conv.shape[-1])
                 layer.update_recurrent_state(fast[i].state)
 
-    def _apart(self, i: int, fast: Fast) -> Fast:
+    def _apart(self, i: int, fast: RecurrentState) -> RecurrentState:
         """A step of one token writes into the inputs of the convolution, and that of some layers into the state."""
-        return Fast(fast.conv.clone(), fast.state.clone() if i in self._written else fast.state)
+        return RecurrentState(fast.conv.clone(), fast.state.clone() if i in self._written else fast.state)
 
     def tokens(self) -> int:
         """How many the first attention layer has seen since the last eviction."""
         return int(self.cache.layers[self.attention[0]].get_seq_length())
 
-    def slow(self) -> dict[int, Slow]:
+    def slow(self) -> dict[int, KVState]:
         layers = ((i, self.cache.layers[i]) for i in self.attention)
-        return {i: Slow(x.keys, x.values) for i, x in layers if x.get_seq_length() > 0}
+        return {i: KVState(x.keys, x.values) for i, x in layers if x.get_seq_length() > 0}
 
-    def set_slow(self, slow: dict[int, Slow]) -> None:
+    def set_slow(self, slow: dict[int, KVState]) -> None:
         for i in self.attention:
             layer = self.cache.layers[i]
             DynamicLayer.reset(layer)
