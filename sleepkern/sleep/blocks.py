@@ -6,6 +6,7 @@ h(0) = h;   (h(n), S(n)) = Blocks(h(n-1), S(n-1)),  n = 1..N
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -15,12 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.modules import module as _module
 
+from ..backends import modules
 from ..backends.tensors import on_device_of
 from ..dispatch import asked_for
 from ..state import KVState, RecurrentState, State
 from . import arguments, fitting, packed_cuda
 from . import packed as native
-from .passes import normalised, relative_change
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
@@ -170,45 +171,9 @@ def one_by_one(
     conv_state: Literal["rewind", "carry"] = "rewind",
 ) -> Slept:
     """`sleep_blocks` module by module, on any device, for any type, recorded by autograd as it comes."""
-    states = [None] * len(blocks) if states is None else list(states)
-    start, now, changes = h, states, []
-    for n in range(passes):
-        if n > 0:
-            h = normalised(h) + start if feedback == "reinject" else h
-            now = [_before_pass(old, new, conv_state == "carry") for old, new in zip(states, now, strict=True)]
-        before = now
-        h, now = _one_pass(h, blocks, before)
-        changes.append(relative_change(_fast_weights(before, now)))
-    return Slept(h, now, torch.stack(changes))  # type: ignore[arg-type]
-
-
-def _one_pass(
-    h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], weights: Sequence[_Named] | None = None
-) -> tuple[Tensor, list[State]]:
-    """weights: of each block, in the place of its own."""
-    after: list[State] = []
-    for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
-        h, kept = block(h, state) if weights is None else functional_call(block, weights[i], (h, state))
-        after.append(kept)
-    return h, after
-
-
-def _before_pass(old: State, new: State, carry: bool) -> State:
-    """What a block sees before the window in a pass after the first: the fast weight of the pass before."""
-    if not isinstance(new, RecurrentState):
-        return old
-    if carry:
-        return new
-    return RecurrentState(torch.zeros_like(new.conv) if old is None else old[0], new.state)
-
-
-def _fast_weights(before: Sequence[State], after: Sequence[State]) -> list[tuple[Tensor | None, Tensor]]:
-    pairs = zip(before, after, strict=True)
-    return [
-        (old.state if isinstance(old, RecurrentState) else None, new.state)
-        for old, new in pairs
-        if isinstance(new, RecurrentState)
-    ]
+    began = [None] * len(blocks) if states is None else list(states)
+    out, after, changes = modules.run(blocks, h, began, passes, feedback == "reinject", conv_state == "carry")
+    return Slept(out, after, changes)  # type: ignore[arg-type]
 
 
 class _Recorded(torch.autograd.Function):
@@ -227,22 +192,23 @@ class _Recorded(torch.autograd.Function):
         h: Tensor,
         *rest: Tensor,
     ) -> tuple[Tensor, ...]:
-        start, now, kept = h, list(states), []
-        for n in range(how.passes):
-            if n > 0:
-                now = [_before_pass(old, new, how.carry) for old, new in zip(states, now, strict=True)]
-            kept.append((h, now))
-            entry = normalised(h) + start if how.reinject and n > 0 else h
-            h, after, change = _run(entry, blocks, now, how._replace(passes=1))
-            now = list(after)
-            changes[n] = change[0]
+        left, kept = [h], []  # h as each pass leaves it, and what was carried into it
+
+        def once(entry: Tensor, before: list[State]) -> tuple[Tensor, list[State], Tensor]:
+            out, after, change = _run(entry, blocks, before, how._replace(passes=1))
+            kept.append((left[-1], before))
+            left.append(out)
+            return out, list(after), change[0]
+
+        _, now, changed = modules.repeat(once, h, states, *how)
+        changes.copy_(changed)
         ctx.blocks, ctx.how, ctx.names = blocks, how, _names(blocks)
         ctx.numbers = [fitting.numbers_of(block) for block in blocks]
         # As saved tensors, and weights among them, so that torch sees it if they are written to before the backward.
         ctx.forms = [[None if s is None else type(s) for s in began] for _, began in [*kept, (h, states)]]
-        began = [*kept, (start, states)]
+        began = [*kept, (h, states)]
         ctx.save_for_backward(*_parameters(blocks), *(t for x, before in began for t in (x, *_tensors_of(before))))
-        return (h, *_tensors_of(now))
+        return (left[-1], *_tensors_of(now))
 
     @staticmethod
     @once_differentiable
@@ -273,6 +239,7 @@ def _differentiate(
 ) -> list[Tensor | None]:
     """Gradients of h, of all tensors in states, and of all weights, which blocks have by name."""
     wanted = [p for p in weights if p.requires_grad]
+    lent = [partial(_with_weights, block, own) for block, own in zip(blocks, named, strict=True)]
     start = kept[0][0]
     dstart, dweights = torch.zeros_like(start), [torch.zeros_like(p) for p in wanted]
     dstates = [None if s is None else [torch.zeros_like(t) for t in s] for s in states]
@@ -282,8 +249,8 @@ def _differentiate(
         leaves = [h, start, *_tensors_of(before)]
         leaves = [t.detach().requires_grad_() for t in leaves]
         with torch.enable_grad():
-            entry = normalised(leaves[0]) + leaves[1] if how.reinject and n > 0 else leaves[0]
-            out, after = _one_pass(entry, blocks, _filled(before, leaves[2:]), named)
+            entry = modules.rms_normalize(leaves[0]) + leaves[1] if how.reinject and n > 0 else leaves[0]
+            out, after = modules.one_pass(lent, entry, _filled(before, leaves[2:]))
         found = torch.autograd.grad([out, *_tensors_of(after)], [*leaves, *wanted], [dh, *dafter], allow_unused=True)
         dweights = [a if b is None else a + b for a, b in zip(dweights, found[len(leaves) :], strict=True)]
         dh = torch.zeros_like(h) if found[0] is None else found[0]
@@ -295,6 +262,11 @@ def _differentiate(
         *(t for s in dstates if s is not None for t in s),
         *(next(by_weight) if p.requires_grad else None for p in weights),
     ]
+
+
+def _with_weights(block: HybridBlock, named: _Named, *arguments: Any) -> Any:
+    """The block's result with other parameters in the place of its own."""
+    return functional_call(block, named, arguments)
 
 
 def _names(blocks: Sequence[HybridBlock]) -> list[dict[str, int]]:

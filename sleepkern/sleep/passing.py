@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from ..state import KVState, RecurrentState
+from ..backends.modules import change_of, repeat
+from ..state import KVState, RecurrentState, State
 from .choices import ConvState, Eviction, Feedback
 from .memory import Memory, Stack, Whole, put_back
-from .passes import normalised, relative_change
 from .text import joined, own
 
 
@@ -80,22 +80,46 @@ class Passing:
         self, looped: list[Any], h: Tensor, before: dict[int, RecurrentState], kept: dict[int, KVState]
     ) -> tuple[Tensor, Tensor]:
         """Block by block: h after the last pass, and changes [N]."""
-        memory, passes = self.memory, self.passes
+        passes, first = self.passes, True
         if self.feedback == "replay":
             looped, passes = [partial(call, replays=passes) for call in looped], 1
-        start, changes = h, []
-        for done in range(passes):
-            if done > 0:
-                self._start_pass(before, kept)
-                h = h if self.feedback == "raw" else normalised(h) + start
-            fast = {i: x for i, x in memory.fast().items() if i in self.looped}
+
+        def one_pass(h: Tensor, states: list[State]) -> tuple[Tensor, list[State], Tensor]:
+            nonlocal first
+            if not first:
+                self._carry_in(states)
+            first = False
             h = self._run(looped, h)
-            after = {i: x.state for i, x in memory.fast().items() if i in self.looped}
+            after = self._carried(self.memory.fast(), self.memory.slow())
             self._check_remembered(after)
-            changes.append(relative_change((fast[i].state if i in fast else None, S) for i, S in after.items()))
-            if self.settled is not None and float(changes[-1]) < self.settled:
-                break
-        return h, torch.stack(changes)
+            return h, after, change_of(states, after)
+
+        began, carry = self._carried(before, kept), self.conv_state == "carry"
+        h, _, changes = repeat(one_pass, h, began, passes, self.feedback == "reinject", carry, self.settled)
+        return h, changes
+
+    def _looped(self) -> tuple[list[int], list[int]]:
+        """The looped blocks with a fast weight, and those with keys and values."""
+        memory = self.memory
+        return [i for i in memory.recurrent if i in self.looped], [i for i in memory.attention if i in self.looped]
+
+    def _carried(self, fast: dict[int, RecurrentState], slow: dict[int, KVState]) -> list[State]:
+        """What the looped blocks have of these: fast weights first, then keys and values."""
+        recurrent, attention = self._looped()
+        return [*(fast.get(i) for i in recurrent), *(slow.get(i) for i in attention)]
+
+    def _carry_in(self, states: list[State]) -> None:
+        """Let the looped blocks have these, in the order of `_carried`; the others keep what they have."""
+        memory, (recurrent, attention) = self.memory, self._looped()
+        fast = {i: x for i, x in memory.fast().items() if i not in self.looped}
+        slow = {i: x for i, x in memory.slow().items() if i not in self.looped}
+        for i, state in zip((*recurrent, *attention), states, strict=True):
+            if isinstance(state, RecurrentState):
+                fast[i] = state
+            elif state is not None:
+                slow[i] = state
+        memory.set_slow(slow)
+        memory.set_fast(fast)
 
     def _run(self, calls: list[Any], h: Tensor) -> Tensor:
         """The looped blocks once."""
@@ -134,28 +158,17 @@ class Passing:
         memory.set_slow(slow | {i: KVState(*pair) for i, pair in zip(kept, pairs[len(after) :], strict=True)})
         return h
 
-    def _check_remembered(self, after: dict[int, Tensor]) -> None:
+    def _check_remembered(self, after: list[State]) -> None:
         """
         Raises:
             ValueError: looped blocks that should have left a fast weight and did not.
         """
-        lost = [i for i in self.memory.recurrent if i in self.looped and i not in after]
+        lost = [i for i, state in zip(self._looped()[0], after, strict=False) if state is None]
         if lost:
             raise ValueError(
                 f"memory: got no fast weights of blocks {lost} after a pass; expected those of all `recurrent` blocks, "
                 "written into what the model was opened with"
             )
-
-    def _start_pass(self, before: dict[int, RecurrentState], kept: dict[int, KVState]) -> None:
-        """Attention starts a pass from what it had before the window, in the looped blocks; so may convolutions."""
-        slow = {i: x for i, x in self.memory.slow().items() if i not in self.looped}
-        self.memory.set_slow(slow | {i: x for i, x in kept.items() if i in self.looped})
-        if self.conv_state == "rewind":
-            fast = self.memory.fast()
-            for i in fast.keys() & set(self.looped):
-                conv = before[i].conv if i in before else torch.zeros_like(fast[i].conv)
-                fast[i] = RecurrentState(conv, fast[i].state)
-            self.memory.set_fast(fast)
 
     def _evict(self, tokens: int, mask: Tensor | None) -> None:
         if self.eviction == "hard":
