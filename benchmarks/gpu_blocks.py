@@ -25,11 +25,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sleepkern.backends import cuda
+from sleepkern.backends import cuda, cuda_blocks
+from sleepkern.backends import cuda_blocks_plan as planning
 from sleepkern.measure import timing
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
-from sleepkern.sleep import packed_cuda, plan_cuda, sleep_blocks
+from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import Slept, one_by_one, why_not
 from sleepkern.sleep.capture import CudaRecorder
 from sleepkern.state import RecurrentState
@@ -135,7 +136,7 @@ def flat(slept: Slept) -> list[Tensor]:
 
 def graph_of(call: Callable[[], Any]) -> Callable[[], None]:
     """The call, captured."""
-    with packed_cuda.reading() as weights:
+    with cuda_blocks.reading() as weights:
         replay, made = CudaRecorder().record(call)
 
     def again(kept: Any = (made, weights)) -> None:
@@ -158,7 +159,7 @@ def times(size: Size, lm: SleepLM, B: int, N: int, compiled: bool) -> Iterator[t
         yield "by itself", reason
 
     def ours() -> Slept:
-        with mock.patch.object(packed_cuda, "slower", return_value=None):  # also where modules are expected to win
+        with mock.patch.object(cuda_blocks, "slower", return_value=None):  # also where modules are expected to win
             return sleep_blocks(h, blocks, passes=N)
 
     def modules() -> Slept:
@@ -194,12 +195,12 @@ def table_row(row: dict[str, Any]) -> str:
 def all_plans(size: Size, lm: SleepLM, B: int) -> Iterator[dict[str, Any]]:
     """Microseconds of four passes by every plan, and as the model has it."""
     h, blocks, device = torch.randn(B, size.L, size.d, device="cuda").bfloat16(), lm.blocks(), cuda.device_at_hand()
-    shapes = packed_cuda._shapes(blocks)
-    for plan in plan_cuda.plans(B, size.L, size.d, shapes, device):
+    shapes = cuda_blocks._shapes(blocks)
+    for plan in planning.plans(B, size.L, size.d, shapes, device):
         row: dict[str, Any] = {"size": size.name, "B": B, "N": 4, "plan": plan._asdict()}
-        row["expected"] = 4 * plan_cuda._time(plan, B, size.d, shapes, device) / CLOCK
+        row["expected"] = 4 * planning._time(plan, B, size.d, shapes, device) / CLOCK
         try:
-            with mock.patch.multiple(packed_cuda, plan=lambda *_, plan=plan: plan, slower=lambda *_: None):
+            with mock.patch.multiple(cuda_blocks, plan=lambda *_, plan=plan: plan, slower=lambda *_: None):
                 row |= microseconds({"ours, graph": graph_of(lambda: sleep_blocks(h, blocks, passes=4))})
         except Exception as error:  # the next plan is still worth timing
             row["ours, graph"] = f"{type(error).__name__}: {str(error)[:200]}"
@@ -213,7 +214,7 @@ KEYS = ("size", "B", "N", "plan")
 
 def planned(size: Size, lm: SleepLM, B: int) -> str:
     """How a call is cut."""
-    plan = packed_cuda.plan(B, size.L, size.d, packed_cuda._shapes(lm.blocks()), cuda.device_at_hand())
+    plan = cuda_blocks.plan(B, size.L, size.d, cuda_blocks._shapes(lm.blocks()), cuda.device_at_hand())
     return "no plan" if plan is None else " ".join(f"{name}={value}" for name, value in plan._asdict().items())
 
 

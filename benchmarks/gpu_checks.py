@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 import sleepkern
-from sleepkern.backends import cuda
+from sleepkern.backends import cuda, cuda_blocks
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
-from sleepkern.sleep import SleepSession, packed_cuda
+from sleepkern.sleep import SleepSession
 from sleepkern.sleep.choices import Eviction
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
@@ -67,7 +67,7 @@ def cuda_launches(device: str) -> None:
     model = SleepLM(8, width=64, heads=2, blocks=2, window=20).to(device, torch.bfloat16)
     h = torch.randn(3, 20, 64, device=device).bfloat16()
     with torch.no_grad():
-        packed_cuda.run(h, model.blocks(), [None, None], 2, reinject=True, carry=True)
+        cuda_blocks.run(h, model.blocks(), [None, None], 2, reinject=True, carry=True)
 
 
 def cuda_backward_launches(device: str) -> None:

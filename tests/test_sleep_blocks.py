@@ -14,9 +14,9 @@ import torch
 from block_stacks import OPTIONS, SIZES, State, all_of, as_type, before, by_hand, model
 from torch import Tensor
 
-from sleepkern.backends import cpu
+from sleepkern.backends import cpu, cpu_blocks
 from sleepkern.nn import HybridBlock
-from sleepkern.sleep import SleepSession, forget_packed, packed, sleep_blocks
+from sleepkern.sleep import SleepSession, forget_packed, sleep_blocks
 from sleepkern.sleep.blocks import why_not
 from sleepkern.state import KVState, RecurrentState
 from sleepkern.testing import relative_error
@@ -239,7 +239,7 @@ def test_packed_weights_go_with_their_blocks() -> None:
     lm, h = model(24, 2, {}), torch.randn(2, 9, 24)
     with torch.no_grad():
         sleep_blocks(h, lm.blocks())
-        kept = weakref.ref(packed._packed[lm.blocks()[0]])
+        kept = weakref.ref(cpu_blocks._packed[lm.blocks()[0]])
     assert kept() is not None
     del lm
     gc.collect()

@@ -21,10 +21,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only
 
+from sleepkern.backends.cpu_blocks import Source
 from sleepkern.nn import HybridBlock, SleepLM
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import one_by_one, why_not
-from sleepkern.sleep.packed import Source
 from sleepkern.state import KVState, RecurrentState
 from sleepkern.testing import relative_error
 

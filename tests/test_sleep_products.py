@@ -10,9 +10,9 @@ import pytest
 import torch
 from block_stacks import SIZES, all_of, by_hand, model
 
-from sleepkern.backends import cpu
+from sleepkern.backends import cpu, cpu_blocks
 from sleepkern.nn import HybridBlock, SleepLM
-from sleepkern.sleep import packed, sleep_blocks
+from sleepkern.sleep import sleep_blocks
 from sleepkern.testing import relative_error
 
 _C = cpu._C
@@ -22,7 +22,7 @@ _C = cpu._C
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is asked for, whatever the machine would choose."""
     chosen = getattr(_C.Form, request.param)
-    monkeypatch.setattr(packed, "form_for", lambda dtype: chosen)
+    monkeypatch.setattr(cpu_blocks, "form_for", lambda dtype: chosen)
     return chosen
 
 
@@ -35,7 +35,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def used(lm: SleepLM) -> Any:
-    return packed._packed[lm.blocks()[0]].form
+    return cpu_blocks._packed[lm.blocks()[0]].form
 
 
 def error(lm: SleepLM, h: torch.Tensor) -> float:
@@ -131,7 +131,7 @@ def one_input(block: HybridBlock) -> None:
 def test_stacks_that_are_uneven_are_taken_plainly(
     change: Callable[[HybridBlock], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "form_for", lambda dtype: _C.Form.winograd)
+    monkeypatch.setattr(cpu_blocks, "form_for", lambda dtype: _C.Form.winograd)
     lm = model(256, 4, {})
     with torch.no_grad():
         change(lm.blocks()[1])
@@ -157,8 +157,8 @@ def test_the_machine_chooses(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, adders = isa == "avx512bf16", _C.adds_beside_products()
     assert not adders or isa.startswith("avx512")
     floats = _C.Form.winograd if adders else _C.Form.plain
-    assert packed.form_for(torch.float32) == floats
-    assert packed.form_for(torch.bfloat16) == (_C.Form.bfloat16 if pairs else floats)
+    assert cpu_blocks.form_for(torch.float32) == floats
+    assert cpu_blocks.form_for(torch.bfloat16) == (_C.Form.bfloat16 if pairs else floats)
     for free in (True, False):
         monkeypatch.setattr(_C, "adds_beside_products", lambda free=free: free)
-        assert packed.form_for(torch.float32) == (_C.Form.winograd if free else _C.Form.plain)
+        assert cpu_blocks.form_for(torch.float32) == (_C.Form.winograd if free else _C.Form.plain)

@@ -16,12 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.modules import module as _module
 
-from ..backends import modules
+from ..backends import cpu_blocks, cuda_blocks, modules
 from ..backends.tensors import on_device_of
 from ..dispatch import asked_for
 from ..state import KVState, RecurrentState, State
-from . import arguments, fitting, packed_cuda
-from . import packed as native
+from . import arguments, fitting
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
@@ -114,13 +113,13 @@ def forget_packed(blocks: Sequence[HybridBlock]) -> None:
     merging an adapter may do), of its numpy array, or of another process that shares its memory: call this after them.
     """
     for block in blocks:
-        native.forget(block)
-        packed_cuda.forget(block)
+        cpu_blocks.forget(block)
+        cuda_blocks.forget(block)
 
 
 def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
     """None where `sleep_blocks` is one call of C++ or one launch, else the sentence why it runs module by module."""
-    if native._C is None:
+    if cpu_blocks._C is None:
         return "the compiled module sleepkern._C is not there"
     device = h.device.type
     if not asked_for(device):  # the backends of sleep_blocks have the names of their devices
@@ -139,7 +138,7 @@ def why_not(h: Tensor, blocks: Sequence[HybridBlock]) -> str | None:
         reason = fitting.why_not(block, h)
         if reason is not None:
             return reason
-    return packed_cuda.why_not(h, blocks) if device == "cuda" else native.why_not(blocks)
+    return cuda_blocks.why_not(h, blocks) if device == "cuda" else cpu_blocks.why_not(blocks)
 
 
 class _How(NamedTuple):
@@ -151,8 +150,8 @@ class _How(NamedTuple):
 def _run(h: Tensor, blocks: Sequence[HybridBlock], states: Sequence[State], how: _How) -> Slept:
     """In one launch, or by C++, in float32 but for products with weights; results in the types that modules leave."""
     if h.device.type == "cuda":
-        return Slept(*packed_cuda.run(h, blocks, states, *how))
-    out, after, changes = native.packed(blocks, h.dtype).run(h.float(), blocks, states, *how)
+        return Slept(*cuda_blocks.run(h, blocks, states, *how))
+    out, after, changes = cpu_blocks.packed(blocks, h.dtype).run(h.float(), blocks, states, *how)
     return Slept(out.to(h.dtype), [_like(x, h.dtype) for x in after], changes)
 
 

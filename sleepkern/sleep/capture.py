@@ -4,7 +4,7 @@ N passes over a model's blocks are thousands of small launches out of Python; a 
 differs between two sleeps goes in and out by tensors that stay where they are: ids, the position of the first, fast
 weights, keys and values that were kept. The model's weights are read where they lay when the graph was recorded, by the
 kernels that were there then. A sleep is recorded anew after they were put elsewhere, or others in their place, and,
-where a launch reads a packed copy of them (packed_cuda.py), after they have changed.
+where a launch reads a packed copy of them (backends/cuda_blocks.py), after they have changed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..backends import cuda_blocks
+from ..backends.identity import Places
 from ..state import KVState, RecurrentState
-from . import packed_cuda
-from .identity import Places
 from .memory import put_back
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class _Graph(NamedTuple):
     given: _Given
     replay: Callable[[], None]
     made: Made
-    weights: list[packed_cuda.Packed]
+    weights: list[cuda_blocks.Packed]
     places: Places
 
     def current(self, session: SleepSession) -> bool:
@@ -150,7 +150,7 @@ class Captures:
             changes = sleeper.pass_through(own.ids, None, own.first)
             return Made(changes, sleeper.memory.fast(), sleeper.memory.slow())
 
-        with packed_cuda.reading() as weights:
+        with cuda_blocks.reading() as weights:
             replay, made = self.recorder.record(run)
         return _Graph(own, replay, made, weights, Places(_weights(session)))
 

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sleepkern import _C
+from sleepkern.backends import cuda_blocks_plan as planning
 from sleepkern.backends.cuda import Device
-from sleepkern.sleep import plan_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -79,11 +79,11 @@ class Kernel(NamedTuple):
 
 def blocks_memory(capability: int, B: int, L: int, d: int, heads: int) -> int:
     """Bytes of shared memory of attention and gated DeltaNet in turns, of an MLP of factor 4."""
-    shapes = tuple(plan_cuda.Shape(r, heads, heads, d // heads, d // heads, 4, 4 * d) for r in (False, True))
-    plan = plan_cuda.plan(B, L, d, shapes, Device((capability // 10, 0), SHARED[capability], 132))
+    shapes = tuple(planning.Shape(r, heads, heads, d // heads, d // heads, 4, 4 * d) for r in (False, True))
+    plan = planning.plan(B, L, d, shapes, Device((capability // 10, 0), SHARED[capability], 132))
     assert plan is not None
     return int(
-        _C.cuda_blocks_memory(plan_cuda.sizes(plan) | {"L": L}, [plan_cuda.share(s, plan.cluster) for s in shapes])
+        _C.cuda_blocks_memory(planning.sizes(plan) | {"L": L}, [planning.share(s, plan.cluster) for s in shapes])
     )
 
 
@@ -115,7 +115,7 @@ def expected() -> Iterator[Kernel]:
         yield Kernel("adjoint", "", width)
     for width in (64, 128, 256):
         yield Kernel("step", "", width)
-    for tiles in plan_cuda.TILES:
+    for tiles in planning.TILES:
         for width in WIDTHS:
             yield Kernel("blocks", "", width, tiles=tiles)
 
@@ -234,7 +234,7 @@ def main() -> int:
     found = take_apart(module)
     for kernel in expected():
         for capability in SHARED:
-            if capability < 90 and kernel.tiles > plan_cuda.TILES[0]:
+            if capability < 90 and kernel.tiles > planning.TILES[0]:
                 continue
             built = found.get((kernel, capability))
             fault = "; ".join(faults(kernel, capability, built))

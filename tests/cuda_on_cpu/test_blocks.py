@@ -16,9 +16,10 @@ from conftest import A100, H100
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sleepkern.backends import cuda
+from sleepkern.backends import cuda, cuda_blocks
+from sleepkern.backends import cuda_blocks_plan as planning
 from sleepkern.nn import SleepLM
-from sleepkern.sleep import SleepSession, packed_cuda, plan_cuda
+from sleepkern.sleep import SleepSession
 from sleepkern.sleep import blocks as module_by_module
 from sleepkern.sleep.blocks import Slept, one_by_one, sleep_blocks
 from sleepkern.sleep.capture import Captures
@@ -110,7 +111,7 @@ def one_launch(on: Any, **options: Any) -> Iterator[None]:
     with (
         on(device=DEVICE, **options),
         mock.patch.object(module_by_module, "why_not", return_value=None),
-        mock.patch.object(module_by_module, "_run", lambda h, b, s, how: Slept(*packed_cuda.run(h, b, s, *how))),
+        mock.patch.object(module_by_module, "_run", lambda h, b, s, how: Slept(*cuda_blocks.run(h, b, s, *how))),
     ):
         yield
 
@@ -123,16 +124,20 @@ def check(case: Case, on: Any, **order: Any) -> None:
     device, precision = order.pop("device", DEVICE), torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        with torch.no_grad(), on(device=device, **order), mock.patch.object(plan_cuda, "CLUSTERS", (case.cluster,)):
+        with (
+            torch.no_grad(),
+            on(device=device, **order),
+            mock.patch.object(planning, "CLUSTERS", (case.cluster,)),
+        ):
             states = before(blocks, h, case.kept) if case.kept else [None] * case.blocks
-            shapes = packed_cuda._shapes(blocks)
-            plan = plan_cuda._plan.__wrapped__(case.B, case.L, case.d, shapes, device)
+            shapes = cuda_blocks._shapes(blocks)
+            plan = planning._plan.__wrapped__(case.B, case.L, case.d, shapes, device)
             assert plan is not None
             plan = plan._replace(exchange=case.exchange or plan.exchange)
-            with mock.patch.object(packed_cuda, "plan", return_value=plan), memory_as_planned(device):
-                assert packed_cuda.why_not(h, blocks) is None
+            with mock.patch.object(cuda_blocks, "plan", return_value=plan), memory_as_planned(device):
+                assert cuda_blocks.why_not(h, blocks) is None
                 reinject, carry = case.feedback == "reinject", case.conv_state == "carry"
-                ours = Slept(*packed_cuda.run(h, blocks, states, case.passes, reinject, carry))
+                ours = Slept(*cuda_blocks.run(h, blocks, states, case.passes, reinject, carry))
             wide = [s if s is None else type(s)(*(t.double() for t in s)) for s in states]
             true = one_by_one(h.double(), exact, case.passes, wide, case.feedback, case.conv_state)  # type: ignore[arg-type]
     finally:
@@ -182,8 +187,8 @@ def test_windows_of_a_group_keep_to_themselves(on, L: int) -> None:
     """Also what is not a number."""
     case = Case(L, 32, 1, 1, B=2)
     lm, h = model(case), torch.randn(2, L, 32).bfloat16()
-    found = plan_cuda.Plan(cluster=1, group=2, tiles=5, columns=32, exchange=2, ring=2)
-    with one_launch(on), mock.patch.object(packed_cuda, "plan", return_value=found):
+    found = planning.Plan(cluster=1, group=2, tiles=5, columns=32, exchange=2, ring=2)
+    with one_launch(on), mock.patch.object(cuda_blocks, "plan", return_value=found):
         clean = sleep_blocks(h, lm.blocks(), passes=2)
         h[1, 0] = torch.nan
         poisoned = sleep_blocks(h, lm.blocks(), passes=2)
@@ -233,16 +238,16 @@ def test_plans_fit(on, device: cuda.Device) -> None:
     with on(device=device):
         for L, d, heads in ((1, 32, 1), (24, 256, 4), (75, 512, 8), (128, 512, 8), (128, 512, 4), (128, 96, 3)):
             blocks = model(Case(L, d, heads, 1, blocks=2)).blocks()
-            shapes = packed_cuda._shapes(blocks)
+            shapes = cuda_blocks._shapes(blocks)
             for B in (1, 16, 128, 1024):
-                plan = plan_cuda.plan(B, L, d, shapes, device)
-                why = str(packed_cuda.why_not(torch.empty(B, L, d, dtype=torch.bfloat16), blocks))
+                plan = planning.plan(B, L, d, shapes, device)
+                why = str(cuda_blocks.why_not(torch.empty(B, L, d, dtype=torch.bfloat16), blocks))
                 if plan is None:
                     assert "shared memory" in why and (device != DEVICE or L == 128)
                     continue
-                assert "turns" in why if plan_cuda.slower(plan, B, device, captured=False) else why == "None"
-                layers = [plan_cuda.share(s, plan.cluster) for s in shapes]
-                assert cuda._C.cuda_blocks_memory(plan_cuda.sizes(plan) | {"L": L}, layers) <= device.shared_memory
+                assert "turns" in why if planning.slower(plan, B, device, captured=False) else why == "None"
+                layers = [planning.share(s, plan.cluster) for s in shapes]
+                assert cuda._C.cuda_blocks_memory(planning.sizes(plan) | {"L": L}, layers) <= device.shared_memory
                 assert plan.cluster == 1 or device.capability >= (9, 0)
                 assert heads % plan.cluster == 0 and plan.group * L <= 16 * plan.tiles
 
@@ -254,16 +259,16 @@ def test_where_ordinary_operators_win(on) -> None:
             (24, 256, 4, 16, True, False), (24, 256, 4, 1024, False, False), (24, 256, 4, 1024, True, True),
             (75, 512, 8, 16, False, False), (75, 512, 8, 1, True, True), (75, 512, 8, 128, False, True),
         ):  # fmt: skip
-            shapes = packed_cuda._shapes(model(Case(L, d, heads, 1)).blocks())
-            plan = plan_cuda.plan(B, L, d, shapes, DEVICE)
+            shapes = cuda_blocks._shapes(model(Case(L, d, heads, 1)).blocks())
+            plan = planning.plan(B, L, d, shapes, DEVICE)
             assert plan is not None
-            assert (plan_cuda.slower(plan, B, DEVICE, captured) is not None) == wins, (L, B, captured)
+            assert (planning.slower(plan, B, DEVICE, captured) is not None) == wins, (L, B, captured)
 
 
 def test_refusals(on) -> None:
     def why(case: Case, dtype: torch.dtype = torch.bfloat16, L: int | None = None) -> str:
         blocks = model(case._replace(dtype=dtype)).blocks()
-        return str(packed_cuda.why_not(torch.empty(1, L or case.L, case.d, dtype=dtype), blocks))
+        return str(cuda_blocks.why_not(torch.empty(1, L or case.L, case.d, dtype=dtype), blocks))
 
     small = Case(5, 32, 2, 1)
     with on(device=DEVICE):
@@ -274,4 +279,4 @@ def test_refusals(on) -> None:
         assert "heads of at most 128" in why(small._replace(mixer={"key_width": 160}))
         assert "convolutions" in why(small._replace(mixer={"convolution": 5}))
         assert "at most 24 blocks" in why(small._replace(blocks=25))
-        assert "one type" in str(packed_cuda.why_not(torch.empty(1, 5, 32), model(small).blocks()))
+        assert "one type" in str(cuda_blocks.why_not(torch.empty(1, 5, 32), model(small).blocks()))

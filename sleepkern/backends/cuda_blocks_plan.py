@@ -10,7 +10,7 @@ from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
-from ..backends import cuda
+from . import cuda
 
 WARPS = 8
 """Of a thread block."""

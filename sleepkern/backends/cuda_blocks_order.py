@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .plan_cuda import TILE, WARPS, Plan, Shape, paired, share, up
+from .cuda_blocks_plan import TILE, WARPS, Plan, Shape, paired, share, up
 
 STAGE = 2
 """Fragments that a warp asks for at a time."""

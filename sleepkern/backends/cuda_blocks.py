@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backends import cuda
-from ..backends.tensors import on_device_of
 from ..state import KVState, RecurrentState, State
-from .order_cuda import Order, heads_of, order
-from .packed import Source, _eps
-from .plan_cuda import TILE, Plan, Shape, paired, plan, share, sizes, slower
+from . import cuda
+from .cpu_blocks import Source, _eps
+from .cuda_blocks_order import Order, heads_of, order
+from .cuda_blocks_plan import TILE, Plan, Shape, paired, plan, share, sizes, slower
+from .tensors import on_device_of
 
 if TYPE_CHECKING:
     from ..nn import HybridBlock
@@ -212,7 +212,7 @@ def forget(block: HybridBlock) -> None:
 
 
 def _weights(block: HybridBlock) -> list[Tensor]:
-    """As `order_cuda.sizes_of` has them."""
+    """As `cuda_blocks_order.sizes_of` has them."""
     m, mlp = cast(Any, block.mixer), block.mlp
     norm, mlp_norm = (n.weight.detach().float() for n in (block.mixer_norm, block.mlp_norm))
     into = [m.qkv, m.gate, m.rates] if block.recurrent else [m.qkv]

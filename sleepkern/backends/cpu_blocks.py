@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from ..sleep.fitting import numbers_of, weights_of
 from ..state import KVState, RecurrentState, State
-from .fitting import numbers_of, weights_of
 from .identity import Contents
 
 if TYPE_CHECKING:
