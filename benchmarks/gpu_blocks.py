@@ -30,6 +30,7 @@ from sleepkern.backends import cuda_blocks_plan as planning
 from sleepkern.measure import timing
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
+from sleepkern.problems.blocks import describe
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import Slept, one_by_one, why_not
 from sleepkern.sleep.capture import CudaRecorder
@@ -195,7 +196,7 @@ def table_row(row: dict[str, Any]) -> str:
 def all_plans(size: Size, lm: SleepLM, B: int) -> Iterator[dict[str, Any]]:
     """Microseconds of four passes by every plan, and as the model has it."""
     h, blocks, device = torch.randn(B, size.L, size.d, device="cuda").bfloat16(), lm.blocks(), cuda.device_at_hand()
-    shapes = cuda_blocks._shapes(blocks)
+    shapes = cuda_blocks.shapes_of(describe(h, blocks).layers)
     for plan in planning.plans(B, size.L, size.d, shapes, device):
         row: dict[str, Any] = {"size": size.name, "B": B, "N": 4, "plan": plan._asdict()}
         row["expected"] = 4 * planning._time(plan, B, size.d, shapes, device) / CLOCK
@@ -214,7 +215,9 @@ KEYS = ("size", "B", "N", "plan")
 
 def planned(size: Size, lm: SleepLM, B: int) -> str:
     """How a call is cut."""
-    plan = cuda_blocks.plan(B, size.L, size.d, cuda_blocks._shapes(lm.blocks()), cuda.device_at_hand())
+    example = next(lm.parameters())
+    shapes = cuda_blocks.shapes_of(describe(example, lm.blocks()).layers)
+    plan = cuda_blocks.plan(B, size.L, size.d, shapes, cuda.device_at_hand())
     return "no plan" if plan is None else " ".join(f"{name}={value}" for name, value in plan._asdict().items())
 
 

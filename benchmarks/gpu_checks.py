@@ -25,6 +25,7 @@ import sleepkern
 from sleepkern.backends import cuda, cuda_blocks
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
+from sleepkern.problems.blocks import describe
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.sleep import SleepSession
 from sleepkern.sleep.choices import Eviction
@@ -67,7 +68,8 @@ def cuda_launches(device: str) -> None:
     model = SleepLM(8, width=64, heads=2, blocks=2, window=20).to(device, torch.bfloat16)
     h = torch.randn(3, 20, 64, device=device).bfloat16()
     with torch.no_grad():
-        cuda_blocks.run(h, model.blocks(), [None, None], 2, reinject=True, carry=True)
+        problem = describe(h, model.blocks(), passes=2, reinject=True, carry=True)
+        cuda_blocks.run(problem, h, model.blocks(), [None, None])
 
 
 def cuda_backward_launches(device: str) -> None:

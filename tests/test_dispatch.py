@@ -79,7 +79,7 @@ def test_a_setting_that_a_family_has_no_backend_for_leaves_it_to_torch(monkeypat
     for module, name in (
         ("nn.short_convolution", "_convolve"),
         ("nn.gated_norm", "_gated_norm"),
-        ("sleep.blocks", "_run"),
+        ("backends.cpu_blocks", "run"),
     ):
         found = import_module(f"sleepkern.{module}")  # nn has a function of the same name
 
@@ -93,7 +93,7 @@ def test_a_setting_that_a_family_has_no_backend_for_leaves_it_to_torch(monkeypat
             ran.clear()
             monkeypatch.setattr(settings, "BACKEND", setting)
             others()
-            assert ran == ([] if setting in ("chunked", "reference") else ["_convolve", "_gated_norm", "_run"])
+            assert ran == ([] if setting in ("chunked", "reference") else ["_convolve", "_gated_norm", "run"])
         monkeypatch.setattr(settings, "BACKEND", "triton")  # not cuda and not cpu, the devices that there are
         assert why_not(h, blocks) == "SLEEPKERN_BACKEND asks for another backend"
 

@@ -21,8 +21,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only
 
-from sleepkern.backends.cpu_blocks import Source
+from sleepkern.backends.identity import Source
 from sleepkern.nn import HybridBlock, SleepLM
+from sleepkern.problems.layer_weights import LayerWeights, layers_of
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import one_by_one, why_not
 from sleepkern.state import KVState, RecurrentState
@@ -30,6 +31,12 @@ from sleepkern.testing import relative_error
 
 _MEMORY = np.zeros((24, 24), dtype=np.float32)
 """Where weights are put that are to have one address, whoever owns it."""
+
+
+def weights_of(lm: SleepLM) -> tuple[LayerWeights, ...]:
+    found = layers_of(lm.blocks())
+    assert not isinstance(found, str)
+    return found
 
 
 def placed(seed: int) -> Tensor:
@@ -97,7 +104,7 @@ CHANGES = [
 def test_weights_in_the_place_of_others(change: Callable[[SleepLM], None]) -> None:
     lm, h = model(24, 2, {}), torch.randn(2, 9, 24)
     lm.blocks()[0].mixer.out.weight = nn.Parameter(placed(0))
-    first, source = sleep_blocks(h, lm.blocks()).h, Source(lm.blocks())
+    first, source = sleep_blocks(h, lm.blocks()).h, Source(lm.blocks(), weights_of(lm))
     assert source.current()
     change(lm)
     assert why_not(h, lm.blocks()) is None and not source.current()

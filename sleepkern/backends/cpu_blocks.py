@@ -1,55 +1,58 @@
-"""Hybrid blocks as the native module takes them: weights packed once, and again when they have changed."""
+"""Blocks in one call of C++ (csrc/blocks.h): weights are packed once, and again when they have changed."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..sleep.fitting import numbers_of, weights_of
+from ..problems.blocks import BlockProblem, Slept
+from ..problems.layer_weights import AttentionWeights, GatedDeltaWeights, LayerWeights
 from ..state import KVState, RecurrentState, State
-from .identity import Contents
+from . import cpu
+from .identity import Source
 
-if TYPE_CHECKING:
-    from ..nn import GatedDeltaNet, HybridBlock, WindowAttention
-
-try:
-    _C: Any = importlib.import_module("sleepkern._C")
-except ImportError:
-    _C = None
-
+_C: Any = cpu._C
+NAME = cpu.NAME
+SUPPORTS = frozenset({AttentionWeights, GatedDeltaWeights})
+RECORDED = False
 _FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
 """What C++ reads and writes, whatever torch's defaults are."""
 _SPREAD = 16.0
 """How much larger than the others an output's or input's weights may be for Winograd's product: errors grow with half
 of it."""
-_packed: WeakKeyDictionary[HybridBlock, Packed] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[Any, Packed] = WeakKeyDictionary()
+"""By the first block of a stack."""
 
 
-class Source:
-    """What weights were packed of: these blocks, with the weights and numbers that they have. Keeps none of it."""
+def why_not(problem: BlockProblem) -> str | None:
+    """None where C++ runs these blocks, else the sentence why not."""
+    if _C is None:
+        return "the compiled module sleepkern._C is not there"
+    if problem.refusal is not None:
+        return problem.refusal
+    if problem.device != "cpu":
+        return f"runs on the CPU, h is on {problem.device}"
+    for m in (layer.mixer for layer in problem.layers):
+        if type(m) is GatedDeltaWeights and max(m.key_width, m.value_width) > _C.head_limit:
+            return f"heads of at most {_C.head_limit}"
+        if type(m) is GatedDeltaWeights and m.convolution.shape[1] > _C.convolution_limit:
+            return f"short convolutions of at most {_C.convolution_limit} tokens"
+    return None
 
-    def __init__(self, blocks: Sequence[HybridBlock]) -> None:
-        self._blocks = [ref(block) for block in blocks]
-        self._numbers = [numbers_of(block) for block in blocks]
-        self._weights = Contents([weight for block in blocks for weight in weights_of(block)])
 
-    def holds(self, blocks: Sequence[HybridBlock]) -> bool:
-        """Whether these are the blocks, with the weights and numbers that they had, as far as torch counts writes."""
-        if len(blocks) != len(self._blocks) or any(r() is not b for r, b in zip(self._blocks, blocks, strict=True)):
-            return False
-        weights = [weight for block in blocks for weight in weights_of(block)]
-        return self._weights.hold(weights) and [numbers_of(block) for block in blocks] == self._numbers
+def kernel(problem: BlockProblem) -> str:
+    """One line on the code that runs."""
+    return f"C++ {_C.isa()}, all passes in one call, products {form_for(problem.dtype).name}"
 
-    def current(self) -> bool:
-        """Whether the blocks are still there, with the weights and numbers they had."""
-        blocks = [block for r in self._blocks if (block := r()) is not None]
-        return self.holds(blocks)
+
+def run(problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequence[State]) -> Slept:
+    """In float32 but for products with weights; results in the types that modules leave."""
+    return packed(blocks, problem.layers, h.dtype).run(problem, h, states)
 
 
 class Packed:
@@ -58,63 +61,61 @@ class Packed:
     form: of the products' operands, of `_C.Form`.
     """
 
-    def __init__(self, blocks: Sequence[HybridBlock], form: Any) -> None:
-        self.source = Source(blocks)
+    def __init__(self, blocks: Sequence[Any], layers: Sequence[LayerWeights], form: Any) -> None:
+        self.source = Source(blocks, layers)
         self.asked, self.isa = form, _C.isa()
-        self.form = _C.Form.plain if form == _C.Form.winograd and not _balanced(blocks) else form
-        sizes = (_C.packed_size(n, depth, self.form) for block in blocks for n, depth in _shapes(block))
+        self.form = _C.Form.plain if form == _C.Form.winograd and not _balanced(layers) else form
+        sizes = (_C.packed_size(n, depth, self.form) for layer in layers for n, depth in _shapes(layer))
         self.weights = _room(sum(sizes))
         self.used = 0
         self.alive: list[Tensor] = []
-        self.layers = [self._layer(block) for block in blocks]
+        self.layers = [self._layer(layer) for layer in layers]
 
-    def holds(self, blocks: Sequence[HybridBlock], form: Any) -> bool:
+    def holds(self, blocks: Sequence[Any], layers: Sequence[LayerWeights], form: Any) -> bool:
         """Whether these are its blocks, packed when this form was asked for, and their weights what they were; and the
         instruction set, whose panels differ in width."""
-        return self.asked == form and self.isa == _C.isa() and self.source.holds(blocks)
+        return self.asked == form and self.isa == _C.isa() and self.source.holds(blocks, layers)
 
-    def _layer(self, block: HybridBlock) -> dict[str, Any]:
-        mlp, norm = block.mlp, block.mlp_norm
-        hidden = _hidden(block)
-        up, down = _after(norm, mlp.up.weight), _float(mlp.out.weight)
+    def _layer(self, layer: LayerWeights) -> dict[str, Any]:
+        hidden, mixer, into = _hidden(layer), layer.mixer, torch.cat(layer.mixer.inputs())
+        up, down = _after(layer.mlp_norm, layer.up), _float(layer.down)
         # What leaves the square is to be of down's size: up takes the root of it.
         root = 2.0 ** round(self._exponent(down, _square(up) * up.shape[1] * math.sqrt(1.5)) / 2)
-        mixer: Any = block.mixer
-        into = _delta_inputs(mixer) if block.recurrent else mixer.qkv.weight
-        layer = {
-            "recurrent": block.recurrent,
+        own = self._delta(mixer) if isinstance(mixer, GatedDeltaWeights) else self._attention(mixer)
+        return {
+            "recurrent": layer.recurrent,
             "into_width": into.shape[0],
             # In the order of their use, for each product asks for the weights behind its own.
-            **self._weight("into", _after(block.mixer_norm, into), 1.0),
-            **self._weight("out", _float(mixer.out.weight), _mixed_size(block)),
+            **self._weight("into", _after(layer.mixer_norm, into), 1.0),
+            **self._weight("out", _float(mixer.out), _mixed_size(layer)),
             **self._weight("up", up * root, 1.0),
             "down": self._pack(torch.nn.functional.pad(down / root**2, (0, hidden - up.shape[0]))),
             "hidden": hidden,
-            "mixer_eps": _eps(block.mixer_norm),
-            "mlp_eps": _eps(norm),
+            "mixer_eps": layer.mixer_eps,
+            "mlp_eps": layer.mlp_eps,
             "H": mixer.heads,
+            **own,
         }
-        return layer | (self._delta(mixer) if block.recurrent else self._attention(mixer))
 
-    def _delta(self, mixer: GatedDeltaNet) -> dict[str, Any]:
+    def _delta(self, mixer: GatedDeltaWeights) -> dict[str, Any]:
         return {
             "HV": mixer.value_heads,
             "K": mixer.key_width,
             "V": mixer.value_width,
-            "W": mixer.convolution.weight.shape[1],
+            "W": mixer.convolution.shape[1],
             "decay_bias": mixer.decay_bias,
             "strength": mixer.strength,
-            "taps": self._floats(mixer.convolution.weight),
-            "gain": self._floats(mixer.norm.weight),
-            "gain_eps": mixer.norm.eps,
+            "taps": self._floats(mixer.convolution),
+            "gain": self._floats(mixer.norm),
+            "gain_eps": mixer.norm_eps,
         }
 
-    def _attention(self, mixer: WindowAttention) -> dict[str, Any]:
+    def _attention(self, mixer: AttentionWeights) -> dict[str, Any]:
         return {
-            "q_gain": self._floats(mixer.q_norm.weight),
-            "k_gain": self._floats(mixer.k_norm.weight),
-            "q_eps": _eps(mixer.q_norm),
-            "k_eps": _eps(mixer.k_norm),
+            "q_gain": self._floats(mixer.q_norm),
+            "k_gain": self._floats(mixer.k_norm),
+            "q_eps": mixer.q_eps,
+            "k_eps": mixer.k_eps,
         }
 
     def _floats(self, t: Tensor) -> int:
@@ -144,51 +145,35 @@ class Packed:
         self.used += _C.packed_size(n, depth, self.form)
         return address
 
-    def run(
-        self,
-        h: Tensor,
-        blocks: Sequence[HybridBlock],
-        states: Sequence[State],
-        passes: int,
-        reinject: bool,
-        carry: bool,
-    ) -> tuple[Tensor, list[RecurrentState | KVState], Tensor]:
-        """h [B,L,d] float32 after all passes, what each block remembers, and [passes] relative changes of the state."""
-        B, L, d = h.shape
-        h, changes = _room(B, L, d).copy_(h), torch.empty(passes, 2, dtype=torch.float64, device="cpu")
+    def run(self, problem: BlockProblem, given: Tensor, states: Sequence[State]) -> Slept:
+        """Of h [B,L,d]."""
+        B, L, d = given.shape
+        passes, dtype = problem.passes, given.dtype
+        h, changes = _room(B, L, d).copy_(given), torch.empty(passes, 2, dtype=torch.float64, device="cpu")
         after: list[RecurrentState | KVState] = []
         layers, alive = [], []
-        for layer, block, state in zip(self.layers, blocks, states, strict=True):
-            addresses, now, read = (_fast if block.recurrent else _slow)(block.mixer, state, B, L)
+        for layer, weights, state in zip(self.layers, problem.layers, states, strict=True):
+            addresses, now, read = (_recurrent if weights.recurrent else _attention)(weights, state, B, L)
             layers.append(layer | addresses)
             after.append(now)
             alive.append(read)
-        _C.sleep_blocks(B, L, d, passes, reinject, carry, self.form, layers, h.data_ptr(), changes.data_ptr())
+        how = (passes, problem.reinject, problem.carry, self.form)
+        _C.sleep_blocks(B, L, d, *how, layers, h.data_ptr(), changes.data_ptr())
         squares = changes.sqrt()
-        return h, after, (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
+        relative = (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
+        return Slept(h.to(dtype), [_like(x, dtype) for x in after], relative)
 
 
-def why_not(blocks: Sequence[HybridBlock]) -> str | None:
-    """None where C++ runs these blocks, else the sentence why not."""
-    for mixer in (block.mixer for block in blocks if block.recurrent):
-        gated: Any = mixer
-        if max(gated.key_width, gated.value_width) > _C.head_limit:
-            return f"heads of at most {_C.head_limit}"
-        if gated.convolution.weight.shape[1] > _C.convolution_limit:
-            return f"short convolutions of at most {_C.convolution_limit} tokens"
-    return None
-
-
-def packed(blocks: Sequence[HybridBlock], dtype: torch.dtype) -> Packed:
+def packed(blocks: Sequence[Any], layers: Sequence[LayerWeights], dtype: torch.dtype) -> Packed:
     """Of these blocks for h of this type, made anew if their weights are not what they were."""
     form = form_for(dtype)
     found = _packed.get(blocks[0])
-    if found is None or not found.holds(blocks, form):
-        found = _packed[blocks[0]] = Packed(blocks, form)
+    if found is None or not found.holds(blocks, layers, form):
+        found = _packed[blocks[0]] = Packed(blocks, layers, form)
     return found
 
 
-def forget(block: HybridBlock) -> None:
+def forget(block: Any) -> None:
     """What was packed of the stack that begins with this block."""
     _packed.pop(block, None)
 
@@ -207,14 +192,12 @@ def form_for(dtype: torch.dtype) -> Any:
     return _C.Form.winograd if _C.adds_beside_products() else _C.Form.plain
 
 
-def _balanced(blocks: Sequence[HybridBlock]) -> bool:
+def _balanced(layers: Sequence[LayerWeights]) -> bool:
     """Whether no output's or input's weights are so much larger than the others' that Winograd's product would lose
     digits of these; not so where one is not finite."""
-    matrices = [_after(block.mlp_norm, block.mlp.up.weight) for block in blocks]
-    matrices += [_float(weight) for block in blocks for weight in (block.mixer.out.weight, block.mlp.out.weight)]
-    for block in blocks:
-        mixer: Any = block.mixer
-        matrices.append(_after(block.mixer_norm, _delta_inputs(mixer) if block.recurrent else mixer.qkv.weight))
+    matrices = [_after(layer.mlp_norm, layer.up) for layer in layers]
+    matrices += [_float(weight) for layer in layers for weight in (layer.mixer.out, layer.down)]
+    matrices += [_after(layer.mixer_norm, torch.cat(layer.mixer.inputs())) for layer in layers]
     return all(_is_even(matrix.square().mean(dim)) for matrix in matrices for dim in (0, 1))
 
 
@@ -230,36 +213,33 @@ def _room(*sizes: int) -> Tensor:
     return made
 
 
-def _hidden(block: HybridBlock) -> int:
+def _hidden(layer: LayerWeights) -> int:
     """Outputs of `up` come in whole panels, which `down` then reads."""
     panel = int(_C.panel_width())
-    return -(-block.mlp.up.weight.shape[0] // panel) * panel
+    return -(-layer.up.shape[0] // panel) * panel
 
 
-def _shapes(block: HybridBlock) -> list[tuple[int, int]]:
+def _shapes(layer: LayerWeights) -> list[tuple[int, int]]:
     """[outputs, depth] of all packed matrices."""
-    mixer: Any = block.mixer
-    into = [mixer.qkv, mixer.gate, mixer.rates] if block.recurrent else [mixer.qkv]
-    (d, mixed), (up, _) = mixer.out.weight.shape, block.mlp.up.weight.shape
-    return [(sum(part.weight.shape[0] for part in into), d), (d, mixed), (up, d), (d, _hidden(block))]
+    (d, mixed), (up, _) = layer.mixer.out.shape, layer.up.shape
+    return [(sum(part.shape[0] for part in layer.mixer.inputs()), d), (d, mixed), (up, d), (d, _hidden(layer))]
 
 
 def _float(weight: Tensor) -> Tensor:
     return weight.detach().float()
 
 
-def _after(norm: torch.nn.RMSNorm, weight: Tensor) -> Tensor:
+def _after(norm: Tensor, weight: Tensor) -> Tensor:
     """Weights of a product, columns times the gains of the norm before it."""
-    return _float(weight) * _float(norm.weight)
+    return _float(weight) * _float(norm)
 
 
-def _mixed_size(block: HybridBlock) -> float:
+def _mixed_size(layer: LayerWeights) -> float:
     """About how large the numbers are that leave the mixer: of the gated norm its gains, of attention its values."""
-    mixer: Any = block.mixer
-    if block.recurrent:
-        return float(_float(mixer.norm.weight).square().mean().sqrt())
-    d = mixer.out.weight.shape[0]
-    return math.sqrt(_square(_after(block.mixer_norm, mixer.qkv.weight[2 * d :])) * d)
+    mixer, d = layer.mixer, layer.width
+    if isinstance(mixer, GatedDeltaWeights):
+        return float(_float(mixer.norm).square().mean().sqrt())
+    return math.sqrt(_square(_after(layer.mixer_norm, mixer.qkv[2 * d :])) * d)
 
 
 def _square(weight: Tensor) -> float:
@@ -267,37 +247,36 @@ def _square(weight: Tensor) -> float:
     return float(weight.square().mean(1).median())
 
 
-def _eps(norm: torch.nn.RMSNorm) -> float:
-    return torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+def _like(x: RecurrentState | KVState, dtype: torch.dtype) -> RecurrentState | KVState:
+    if isinstance(x, RecurrentState):
+        return RecurrentState(x.conv.to(dtype), x.state)
+    return KVState(x.keys.to(dtype), x.values.to(dtype))
 
 
-def _delta_inputs(mixer: GatedDeltaNet) -> Tensor:
-    return torch.cat([mixer.qkv.weight, mixer.gate.weight, mixer.rates.weight])
-
-
-def _fast(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], RecurrentState, Any]:
-    channels, W = mixer.convolution.weight.shape
-    state = _room(B, mixer.value_heads, mixer.key_width, mixer.value_width)
+def _recurrent(weights: LayerWeights, before: State, B: int, L: int) -> tuple[dict[str, int], RecurrentState, Any]:
+    """What C++ reads and writes of the state of a layer, that state after the call, and what must live meanwhile."""
+    conv, fast = weights.mixer.carried(B, 0)
+    state = _room(*fast)
     if before is None:
-        past = torch.zeros(B, W - 1, channels, **_FLOATS)
+        past = torch.zeros(conv, **_FLOATS)
         state.zero_()
     else:
         assert isinstance(before, RecurrentState)
         past = before.conv.float().contiguous()
         state.copy_(before.state)
-    last = _room(B, W - 1, channels)
+    last = _room(*conv)
     addresses = {"past": past.data_ptr(), "last": last.data_ptr(), "state": state.data_ptr()}
     return addresses, RecurrentState(last, state), past
 
 
-def _slow(mixer: Any, before: State, B: int, L: int) -> tuple[dict[str, int], KVState, Any]:
-    H, D = mixer.heads, mixer.q_norm.weight.shape[0]
+def _attention(weights: LayerWeights, before: State, B: int, L: int) -> tuple[dict[str, int], KVState, Any]:
+    """As `_recurrent`, of keys and values."""
     kept = None
     if before is not None:
         assert isinstance(before, KVState)
         kept = KVState(*(t.float().contiguous() for t in before))
     tokens = 0 if kept is None else kept.keys.shape[2]
-    after = KVState(*(_room(B, H, tokens + L, D) for _ in range(2)))
+    after = KVState(*(_room(*size) for size in weights.mixer.carried(B, tokens + L)))
     addresses = {
         "kept": tokens,
         "keys": 0 if kept is None else kept.keys.data_ptr(),

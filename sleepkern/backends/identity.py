@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..problems.layer_weights import LayerWeights, layers_of
 
 
 class Contents:
@@ -32,6 +35,28 @@ class Contents:
         if [t._version for t in tensors] != self._writes or [c._version for c in self._counters] != self._writes:
             return False
         return [_place(t) for t in tensors] == self._places
+
+
+class Source:
+    """What weights were packed of: these blocks, with the weights and numbers they handed out. Keeps none of it."""
+
+    def __init__(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> None:
+        self._blocks = [ref(block) for block in blocks]
+        self._numbers = [layer.numbers() for layer in layers]
+        self._weights = Contents([weight for layer in layers for weight in layer.tensors()])
+
+    def holds(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> bool:
+        """Whether these are the blocks, with the weights and numbers that they had, as far as torch counts writes."""
+        if len(blocks) != len(self._blocks) or any(r() is not b for r, b in zip(self._blocks, blocks, strict=True)):
+            return False
+        weights = [weight for layer in layers for weight in layer.tensors()]
+        return self._weights.hold(weights) and [layer.numbers() for layer in layers] == self._numbers
+
+    def current(self) -> bool:
+        """Whether the blocks are still there, with the weights and numbers they had."""
+        blocks = [block for r in self._blocks if (block := r()) is not None]
+        layers = layers_of(blocks)
+        return not isinstance(layers, str) and self.holds(blocks, layers)
 
 
 class Places:

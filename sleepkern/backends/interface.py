@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..problem import Problem, Tensors
+from ..problems.blocks import BlockProblem, Slept
 from ..rules import Rule
+from ..state import State
 from .replay_backward import OneBackward, OnePass
 from .tensors import Ingested
 
@@ -58,6 +61,31 @@ class Ordinary(Backend, Protocol):
 
     def pieces(self, problem: Problem, /) -> tuple[OnePass, OneBackward]:
         """One pass and its gradients."""
+
+
+class BlocksBackend(Protocol):
+    """What runs the passes of a stack of blocks."""
+
+    @property
+    def NAME(self) -> str:
+        """What `backend=` and SLEEPKERN_BACKEND call it."""
+
+    @property
+    def SUPPORTS(self) -> frozenset[Any] | None:
+        """The mixers of LayerWeights it computes; None: whatever the blocks do, which it calls."""
+
+    @property
+    def RECORDED(self) -> bool:
+        """Whether torch records what it does, so that gradients need nothing else."""
+
+    def why_not(self, problem: BlockProblem, /) -> str | None:
+        """None, or the sentence why it cannot run layers that it supports."""
+
+    def kernel(self, problem: BlockProblem, /) -> str:
+        """One line on the code it would run."""
+
+    def run(self, problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequence[State], /) -> Slept:
+        """All passes over h [B,L,d] from these states, none of which it writes to."""
 
 
 def refusal(backend: Backend, problem: Problem) -> str | None:

@@ -12,10 +12,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..problems.blocks import BlockProblem, Slept
 from ..state import RecurrentState, State
 
+NAME = "modules"
+SUPPORTS = None
+RECORDED = True
 Pass = Callable[[Tensor, list[State]], tuple[Tensor, list[State], Tensor]]
 """h [B,L,d] and what each layer carries into a pass; both after it, and what it changed (`relative_change`)."""
+
+
+def why_not(problem: BlockProblem) -> str | None:
+    """None: blocks can always be called."""
+    return None
+
+
+def kernel(problem: BlockProblem) -> str:
+    """One line on the code that runs."""
+    return "the modules, one by one"
+
+
+def run(problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequence[State]) -> Slept:
+    """On any device, for any type."""
+    made = passes_of(blocks, h, states, problem.passes, problem.reinject, problem.carry)
+    return Slept(*made)  # type: ignore[arg-type]
 
 
 def repeat(
@@ -58,7 +78,7 @@ def one_pass(blocks: Sequence[Callable[..., Any]], h: Tensor, before: list[State
     return h, after
 
 
-def run(
+def passes_of(
     blocks: Sequence[Callable[..., Any]], h: Tensor, states: Sequence[State], passes: int, reinject: bool, carry: bool
 ) -> tuple[Tensor, list[State], Tensor]:
     """As `repeat`, of blocks that are called with h and their state; on any device, and recorded by autograd."""

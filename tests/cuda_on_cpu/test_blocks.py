@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from sleepkern.backends import cuda, cuda_blocks
 from sleepkern.backends import cuda_blocks_plan as planning
 from sleepkern.nn import SleepLM
+from sleepkern.problems.blocks import describe
 from sleepkern.sleep import SleepSession
 from sleepkern.sleep import blocks as module_by_module
-from sleepkern.sleep.blocks import Slept, one_by_one, sleep_blocks
+from sleepkern.sleep.blocks import one_by_one, sleep_blocks
 from sleepkern.sleep.capture import Captures
 from sleepkern.testing import relative_error
 
@@ -110,8 +111,7 @@ def one_launch(on: Any, **options: Any) -> Iterator[None]:
     """sleep_blocks goes to the kernel."""
     with (
         on(device=DEVICE, **options),
-        mock.patch.object(module_by_module, "why_not", return_value=None),
-        mock.patch.object(module_by_module, "_run", lambda h, b, s, how: Slept(*cuda_blocks.run(h, b, s, *how))),
+        mock.patch.object(module_by_module, "_engine", return_value=cuda_blocks),
     ):
         yield
 
@@ -130,14 +130,15 @@ def check(case: Case, on: Any, **order: Any) -> None:
             mock.patch.object(planning, "CLUSTERS", (case.cluster,)),
         ):
             states = before(blocks, h, case.kept) if case.kept else [None] * case.blocks
-            shapes = cuda_blocks._shapes(blocks)
+            reinject, carry = case.feedback == "reinject", case.conv_state == "carry"
+            problem = describe(h, blocks, states, case.passes, reinject, carry)
+            shapes = cuda_blocks.shapes_of(problem.layers)
             plan = planning._plan.__wrapped__(case.B, case.L, case.d, shapes, device)
             assert plan is not None
             plan = plan._replace(exchange=case.exchange or plan.exchange)
             with mock.patch.object(cuda_blocks, "plan", return_value=plan), memory_as_planned(device):
-                assert cuda_blocks.why_not(h, blocks) is None
-                reinject, carry = case.feedback == "reinject", case.conv_state == "carry"
-                ours = Slept(*cuda_blocks.run(h, blocks, states, case.passes, reinject, carry))
+                assert cuda_blocks.why_not(problem) is None
+                ours = cuda_blocks.run(problem, h, blocks, states)
             wide = [s if s is None else type(s)(*(t.double() for t in s)) for s in states]
             true = one_by_one(h.double(), exact, case.passes, wide, case.feedback, case.conv_state)  # type: ignore[arg-type]
     finally:
@@ -167,7 +168,7 @@ def test_before_clusters(on) -> None:
 def test_gradients(on) -> None:
     """The kernel forward, the modules backward from what lay between its passes."""
     case = Case(11, 24, 2, 2, B=2, dtype=torch.float32)
-    lm, exact = model(case), model(case).double()
+    lm, exact, precision = model(case), model(case).double(), torch.get_float32_matmul_precision()
     h = torch.randn(case.B, case.L, case.d)
 
     def gradients(run: Any, lm: SleepLM, h: Tensor) -> list[Tensor]:
@@ -175,8 +176,12 @@ def test_gradients(on) -> None:
         loss = sum(t.square().sum() for t in all_of(slept))
         return list(torch.autograd.grad(loss, [h, *(p for block in lm.blocks() for p in block.parameters())]))
 
-    with one_launch(on):
-        ours = gradients(sleep_blocks, lm, h.clone())
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with one_launch(on):
+            ours = gradients(sleep_blocks, lm, h.clone())
+    finally:
+        torch.set_float32_matmul_precision(precision)
     true = gradients(one_by_one, exact, h.double())
     assert max(relative_error(a, b) for a, b in zip(ours, true, strict=True)) <= 2 * TOLERANCE
 
@@ -238,10 +243,10 @@ def test_plans_fit(on, device: cuda.Device) -> None:
     with on(device=device):
         for L, d, heads in ((1, 32, 1), (24, 256, 4), (75, 512, 8), (128, 512, 8), (128, 512, 4), (128, 96, 3)):
             blocks = model(Case(L, d, heads, 1, blocks=2)).blocks()
-            shapes = cuda_blocks._shapes(blocks)
+            shapes = cuda_blocks.shapes_of(describe(torch.empty(1).bfloat16(), blocks).layers)
             for B in (1, 16, 128, 1024):
                 plan = planning.plan(B, L, d, shapes, device)
-                why = str(cuda_blocks.why_not(torch.empty(B, L, d, dtype=torch.bfloat16), blocks))
+                why = str(cuda_blocks.why_not(describe(torch.empty(B, L, d, dtype=torch.bfloat16), blocks)))
                 if plan is None:
                     assert "shared memory" in why and (device != DEVICE or L == 128)
                     continue
@@ -259,7 +264,8 @@ def test_where_ordinary_operators_win(on) -> None:
             (24, 256, 4, 16, True, False), (24, 256, 4, 1024, False, False), (24, 256, 4, 1024, True, True),
             (75, 512, 8, 16, False, False), (75, 512, 8, 1, True, True), (75, 512, 8, 128, False, True),
         ):  # fmt: skip
-            shapes = cuda_blocks._shapes(model(Case(L, d, heads, 1)).blocks())
+            blocks = model(Case(L, d, heads, 1)).blocks()
+            shapes = cuda_blocks.shapes_of(describe(torch.empty(1).bfloat16(), blocks).layers)
             plan = planning.plan(B, L, d, shapes, DEVICE)
             assert plan is not None
             assert (planning.slower(plan, B, DEVICE, captured) is not None) == wins, (L, B, captured)
@@ -268,7 +274,7 @@ def test_where_ordinary_operators_win(on) -> None:
 def test_refusals(on) -> None:
     def why(case: Case, dtype: torch.dtype = torch.bfloat16, L: int | None = None) -> str:
         blocks = model(case._replace(dtype=dtype)).blocks()
-        return str(cuda_blocks.why_not(torch.empty(1, L or case.L, case.d, dtype=dtype), blocks))
+        return str(cuda_blocks.why_not(describe(torch.empty(1, L or case.L, case.d, dtype=dtype), blocks)))
 
     small = Case(5, 32, 2, 1)
     with on(device=DEVICE):
@@ -279,4 +285,4 @@ def test_refusals(on) -> None:
         assert "heads of at most 128" in why(small._replace(mixer={"key_width": 160}))
         assert "convolutions" in why(small._replace(mixer={"convolution": 5}))
         assert "at most 24 blocks" in why(small._replace(blocks=25))
-        assert "one type" in str(cuda_blocks.why_not(torch.empty(1, 5, 32), model(small).blocks()))
+        assert "h is torch.float32" in str(cuda_blocks.why_not(describe(torch.empty(1, 5, 32), model(small).blocks())))
