@@ -14,7 +14,7 @@ from torch.func import functional_call
 from .backends import modules
 from .backends.interface import BlocksBackend
 from .problems.blocks import BlockProblem, Slept
-from .state import KVState, RecurrentState, State
+from .state import KVState, RecurrentState, State, filled, tensors_of
 
 _Named = dict[str, Tensor]
 
@@ -31,17 +31,6 @@ def sleep_blocks(
     changes = h.new_empty(problem.passes, dtype=torch.float32)
     made = _Recorded.apply(problem, engine, blocks, states, changes, h, *tensors, *parameters)
     return Slept(made[0], _paired(blocks, made[1:]), changes)
-
-
-def tensors_of(states: Sequence[State]) -> list[Tensor]:
-    """All of them, in order."""
-    return [t for state in states if state is not None for t in state]
-
-
-def filled(states: Sequence[State], tensors: Sequence[Tensor]) -> list[State]:
-    """The same states with other tensors in them."""
-    fresh = iter(tensors)
-    return [None if s is None else type(s)(next(fresh), next(fresh)) for s in states]
 
 
 class _Recorded(torch.autograd.Function):

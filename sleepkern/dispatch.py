@@ -9,8 +9,9 @@ import torch
 
 from . import backends, settings
 from .backends import chunked, cpu, cuda, reference
-from .backends.interface import Backend, refusal
+from .backends.interface import Backend, BlocksBackend, blocks_refusal, refusal
 from .problem import Problem
+from .problems.blocks import BlockProblem
 
 _OTHERS = {
     "sleep_blocks": ((cuda.NAME, cpu.NAME), "its modules"),
@@ -37,12 +38,30 @@ class Explanation:
     reasons: dict[str, str | None]
 
     def __str__(self) -> str:
-        lines = [f"{self.problem.rule.name}: {self.chosen or 'no backend'} ({self.kernel})"]
-        for name, reason in self.reasons.items():
-            mark = "chosen" if name == self.chosen else "could" if reason is None else f"no: {reason}"
-            lines.append(f"  {name:<10} {mark}")
+        lines = _lines(self.problem.rule.name, self.chosen, self.kernel, self.reasons)
         forced = f"  SLEEPKERN_BACKEND={settings.BACKEND}:"
         return "\n".join([*lines, *(f"{forced} {family} by {what}" for family, what in other_families().items())])
+
+
+@dataclass(frozen=True)
+class BlocksExplanation:
+    """What `sleep_blocks` would take, and why not the others; fields as those of Explanation."""
+
+    problem: BlockProblem
+    chosen: str | None
+    kernel: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        return "\n".join(_lines("sleep_blocks", self.chosen, self.kernel, self.reasons))
+
+
+def _lines(name: str, chosen: str | None, kernel: str, reasons: dict[str, str | None]) -> list[str]:
+    lines = [f"{name}: {chosen or 'no backend'} ({kernel})"]
+    for backend, reason in reasons.items():
+        mark = "chosen" if backend == chosen else "could" if reason is None else f"no: {reason}"
+        lines.append(f"  {backend:<10} {mark}")
+    return lines
 
 
 def choose(problem: Problem, backend: str | None = None) -> Backend:
@@ -79,6 +98,51 @@ def backend_named(name: str, source: str = "backend") -> Backend:
             return candidate
     known = ", ".join(candidate.NAME for candidate in backends.BACKENDS)
     raise ValueError(f"{source}: got {name!r}; expected one of {known}")
+
+
+def choose_blocks(problem: BlockProblem, backend: str | None = None) -> BlocksBackend:
+    """What runs the passes of a stack of blocks: the backend asked for, or the best that can.
+
+    Where SLEEPKERN_BACKEND says a name, the backends of other names are left out, but for the modules.
+
+    Raises:
+        ValueError: no such backend, or the one asked for cannot do the call (with its reason).
+    """
+    if backend is not None:
+        chosen = _blocks_backend_named(backend)
+        reason = blocks_refusal(chosen, problem)
+        if reason is not None:
+            raise ValueError(f"backend: got {backend!r}, which cannot do this call: {reason}")
+        return chosen
+    for candidate in backends.BLOCK_BACKENDS:
+        if _refusal_unnamed(candidate, problem) is None:
+            return candidate
+    raise ValueError(f"backend: none can do this call:\n{explain_blocks_problem(problem)}")
+
+
+def explain_blocks_problem(problem: BlockProblem, backend: str | None = None) -> BlocksExplanation:
+    """Every backend's answer for these blocks, and which one a call would take: none where `choose_blocks` raises."""
+    refused = _refusal_unnamed if backend is None else blocks_refusal
+    reasons = {candidate.NAME: refused(candidate, problem) for candidate in backends.BLOCK_BACKENDS}
+    can = [name for name, reason in reasons.items() if reason is None and backend in (None, name)]
+    if not can:
+        return BlocksExplanation(problem, None, "-", reasons)
+    return BlocksExplanation(problem, can[0], _blocks_backend_named(can[0]).kernel(problem), reasons)
+
+
+def _refusal_unnamed(candidate: BlocksBackend, problem: BlockProblem) -> str | None:
+    """Why a call that names no backend does not take this one."""
+    if candidate.SUPPORTS is not None and not asked_for(candidate.NAME):
+        return "SLEEPKERN_BACKEND asks for another backend"
+    return blocks_refusal(candidate, problem)
+
+
+def _blocks_backend_named(name: str) -> BlocksBackend:
+    for candidate in backends.BLOCK_BACKENDS:
+        if name == candidate.NAME:
+            return candidate
+    known = ", ".join(candidate.NAME for candidate in backends.BLOCK_BACKENDS)
+    raise ValueError(f"backend: got {name!r}; expected one of {known}")
 
 
 def asked_for(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -28,6 +29,18 @@ class KVState(NamedTuple):
 
 State = RecurrentState | KVState | None
 """None before the first window."""
+
+
+def tensors_of(states: Sequence[State]) -> list[Tensor]:
+    """All of them, in order."""
+    return [t for state in states if state is not None for t in state]
+
+
+def filled(states: Sequence[State], tensors: Sequence[Tensor]) -> list[State]:
+    """The same states with other tensors in them."""
+    fresh = iter(tensors)
+    return [None if s is None else type(s)(next(fresh), next(fresh)) for s in states]
+
 
 _RENAMED: dict[str, Any] = {"Fast": RecurrentState, "Slow": KVState}
 

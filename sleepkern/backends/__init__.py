@@ -15,8 +15,10 @@ pieces(problem)                        one pass and its gradients, where replays
 A new backend is such an object in BACKENDS, before those that it is better than.
 """
 
-from . import chunked, cpu, cuda, reference, triton
-from .interface import Backend
+from . import chunked, cpu, cpu_blocks, cuda, cuda_blocks, modules, reference, triton
+from .interface import Backend, BlocksBackend
 
 BACKENDS: tuple[Backend, ...] = (cuda, cpu, triton, chunked, reference)
 """Best first; `choose` takes the first that does not refuse. Another tuple in this place counts from the next call."""
+BLOCK_BACKENDS: tuple[BlocksBackend, ...] = (cuda_blocks, cpu_blocks, modules)
+"""The same for the passes of a stack of blocks (`sleep_blocks`): objects with the words of `BlocksBackend`."""

@@ -101,6 +101,15 @@ def refusal(backend: Backend, problem: Problem) -> str | None:
     return backend.why_not(problem)
 
 
+def blocks_refusal(backend: BlocksBackend, problem: BlockProblem) -> str | None:
+    """None where the backend runs these blocks, else the sentence why not; a mixer it never heard of is one."""
+    if backend.SUPPORTS is not None:
+        for layer in problem.layers:
+            if type(layer.mixer) not in backend.SUPPORTS:
+                return f"does not know {type(layer.mixer).__name__}"
+    return backend.why_not(problem)
+
+
 def _has(rules: frozenset[Rule], rule: Rule) -> bool:
     return rule in rules
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sleep.blocks import sleep_blocks
-from ..sleep.text import tokens_of
+from ..ops_blocks import sleep_blocks
 from .attention import WindowAttention
 from .block import HybridBlock
 from .mixer import GatedDeltaNet
+from .tokens import tokens_of
 
 
 class SleepLM(nn.Module):

@@ -109,11 +109,8 @@ def check(
         TypeError: an argument of another type.
         ValueError: an argument out of range.
     """
-    if not isinstance(h, Tensor):
-        raise TypeError(f"h: got a {type(h).__name__}; expected a tensor [B,L,d]")
-    if h.ndim != 3 or not h.is_floating_point() or h.layout is not torch.strided or 0 in h.shape:
-        raise ValueError(f"h: got {h.dtype} {list(h.shape)}; expected dense floats [B,L,d], none of them 0")
-    chosen = _blocks(blocks)
+    check_window(h)
+    chosen = check_blocks(blocks)
     if type(passes) is not int:
         raise TypeError(f"passes: got {passes!r}; expected a whole number")
     if not 1 <= passes <= MOST_PASSES:
@@ -145,7 +142,25 @@ def check_sizes(h: Tensor, layers: Sequence[LayerWeights], states: Sequence[Stat
                 )
 
 
-def _blocks(blocks: Iterable[Block]) -> list[Any]:
+def check_window(h: Tensor) -> None:
+    """
+    Raises:
+        TypeError: no tensor.
+        ValueError: no dense floats [B,L,d].
+    """
+    if not isinstance(h, Tensor):
+        raise TypeError(f"h: got a {type(h).__name__}; expected a tensor [B,L,d]")
+    if h.ndim != 3 or not h.is_floating_point() or h.layout is not torch.strided or 0 in h.shape:
+        raise ValueError(f"h: got {h.dtype} {list(h.shape)}; expected dense floats [B,L,d], none of them 0")
+
+
+def check_blocks(blocks: Iterable[Block]) -> list[Any]:
+    """The blocks.
+
+    Raises:
+        TypeError: no list, or something in it that does not say what it carries.
+        ValueError: none.
+    """
     if not isinstance(blocks, Iterable):
         raise TypeError(f"blocks: got a {type(blocks).__name__}; expected a list, such as SleepLM.blocks()")
     chosen = list(blocks)

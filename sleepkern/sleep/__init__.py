@@ -4,7 +4,7 @@ from typing import Any
 
 from .. import state
 from ..state import KVState, RecurrentState
-from .blocks import Slept, forget_packed, sleep_blocks
+from .blocks import Slept, explain_blocks, forget_packed, sleep_blocks
 from .inserted import InsertedMixer, retrofit
 from .memory import Memory, Stack
 from .recorded import RecordedStack
@@ -13,7 +13,7 @@ from .session import SleepReport, SleepSession
 
 __all__ = [
     "InsertedMixer", "KVState", "Memory", "RecordedStack", "RecurrentState", "SleepReport", "SleepSession", "Slept",
-    "Stack", "forget_packed", "load_retrofitted", "retrofit", "sleep_blocks",
+    "Stack", "explain_blocks", "forget_packed", "load_retrofitted", "retrofit", "sleep_blocks",
 ]  # fmt: skip
 
 

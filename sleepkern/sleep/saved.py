@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..nn.tokens import WHOLE, tokens_of
 from ..state import KVState, RecurrentState
 from .memory import Memory, Stack
-from .text import WHOLE, tokens_of
 
 if TYPE_CHECKING:
     from .session import SleepSession

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 from weakref import ref
@@ -21,7 +22,6 @@ from sleepkern.backends import cuda_blocks_plan as planning
 from sleepkern.nn import SleepLM
 from sleepkern.problems.blocks import describe
 from sleepkern.sleep import SleepSession
-from sleepkern.sleep import blocks as module_by_module
 from sleepkern.sleep.blocks import one_by_one, sleep_blocks
 from sleepkern.sleep.capture import Captures
 from sleepkern.testing import relative_error
@@ -106,16 +106,6 @@ def memory_as_planned(device: cuda.Device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def one_launch(on: Any, **options: Any) -> Iterator[None]:
-    """sleep_blocks goes to the kernel."""
-    with (
-        on(device=DEVICE, **options),
-        mock.patch.object(module_by_module, "_engine", return_value=cuda_blocks),
-    ):
-        yield
-
-
 def check(case: Case, on: Any, **order: Any) -> None:
     lm = model(case)
     blocks, exact = lm.blocks(), copy.deepcopy(lm).double().blocks()
@@ -178,8 +168,8 @@ def test_gradients(on) -> None:
 
     try:
         torch.set_float32_matmul_precision("medium")
-        with one_launch(on):
-            ours = gradients(sleep_blocks, lm, h.clone())
+        with on(device=DEVICE):
+            ours = gradients(partial(sleep_blocks, backend="cuda"), lm, h.clone())
     finally:
         torch.set_float32_matmul_precision(precision)
     true = gradients(one_by_one, exact, h.double())
@@ -193,10 +183,10 @@ def test_windows_of_a_group_keep_to_themselves(on, L: int) -> None:
     case = Case(L, 32, 1, 1, B=2)
     lm, h = model(case), torch.randn(2, L, 32).bfloat16()
     found = planning.Plan(cluster=1, group=2, tiles=5, columns=32, exchange=2, ring=2)
-    with one_launch(on), mock.patch.object(cuda_blocks, "plan", return_value=found):
-        clean = sleep_blocks(h, lm.blocks(), passes=2)
+    with on(device=DEVICE), mock.patch.object(cuda_blocks, "plan", return_value=found):
+        clean = sleep_blocks(h, lm.blocks(), passes=2, backend="cuda")
         h[1, 0] = torch.nan
-        poisoned = sleep_blocks(h, lm.blocks(), passes=2)
+        poisoned = sleep_blocks(h, lm.blocks(), passes=2, backend="cuda")
     for a, b in zip(all_of(clean), all_of(poisoned), strict=True):
         assert torch.equal(a[0], b[0]) and b[1].isnan().any()
 
@@ -224,7 +214,7 @@ def test_recordings_keep_packed_weights_and_go_with_them(on) -> None:
     ids = torch.randint(8, (1, 8))
     session = SleepSession(lm, 8, 2, capture=True)
     session.captures = Captures(recorder)
-    with one_launch(on):
+    with on(device=DEVICE):
         for times in (1, 1):
             session.fork().ingest(ids)
             assert recorder.count == times
@@ -232,7 +222,7 @@ def test_recordings_keep_packed_weights_and_go_with_them(on) -> None:
         kept = [ref(packed) for packed in graph.weights]
         assert kept
         lm.blocks()[0].mlp.up.weight *= 2
-        sleep_blocks(torch.randn(1, 8, 32).bfloat16(), lm.blocks())  # packs them anew
+        sleep_blocks(torch.randn(1, 8, 32).bfloat16(), lm.blocks(), backend="cuda")  # packs them anew
         assert all(packed() is not None for packed in kept) and not graph.current(session)
         session.fork().ingest(ids)
         assert recorder.count == 2
