@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from sleepkern.sleep.blocks import one_by_one, why_not
 from sleepkern.state import KVState
 from sleepkern.testing import relative_error
 
+ROOT = Path(__file__).resolve().parents[1]
 H = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
 
 
@@ -210,3 +212,16 @@ def test_something_else_than_weights_is_refused() -> None:
 
     with pytest.raises(TypeError, match="blocks: got a dict out of a Wrong's layer_weights; expected LayerWeights"):
         sleep_blocks(H, [Wrong(24, 2)])
+
+
+@torch.no_grad()
+def test_examples_of_the_page_run() -> None:
+    names: dict[str, Any] = {}
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sleep_blocks.md").read_text(), re.S)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, names)
+    mine = [names["Mine"](names["blocks"][0]), *names["blocks"][1:]]
+    assert explain_blocks(torch.randn(1, 24, 64), mine).chosen == "cpu" and names["slept"].h.isfinite().all()
+    mine[0].register_forward_hook(lambda *_: None)
+    assert why_not(torch.randn(1, 24, 64), mine) == "hooks want to be called"

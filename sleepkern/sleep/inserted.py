@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.caches import NAMES, cache_among, cache_of_block, too_old
+from ..nn import GatedDeltaNet
+from ..nn.padding import without_padding
 from ..state import RecurrentState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,8 +29,6 @@ class InsertedMixer(nn.Module):
     """
 
     def __init__(self, index: int, width: int, heads: int, **mixer: Any) -> None:
-        from ..nn import GatedDeltaNet
-
         super().__init__()
         self.index = index
         self.norm = nn.RMSNorm(width)
@@ -39,8 +39,6 @@ class InsertedMixer(nn.Module):
         self, h: Tensor, before: RecurrentState | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, RecurrentState]:
         """h [B,T,d] after `before`; mask [B,T] has 0 for padding, which writes nothing, wherever it stands."""
-        from ..nn.padding import without_padding
-
         seen = h if mask is None else without_padding(h, mask)
         mixed, after = self.mixer(self.norm(seen), before, mask)
         return h + mixed, after

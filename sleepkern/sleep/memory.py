@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Tensor, nn
 
 from .. import state
+from ..nn import SleepLM
 from ..state import KVState, RecurrentState
 
 Pair = TypeVar("Pair", RecurrentState, KVState)
@@ -94,7 +95,6 @@ def stack_of(model: nn.Module | Stack) -> Stack:
     Raises:
         TypeError, ValueError: none of them, nor a wrapper around one.
     """
-    from ..nn import SleepLM
     from .unwrapped import unwrapped
 
     if isinstance(model, Stack):
