@@ -1,4 +1,4 @@
-"""Blocks in one call of C++ (csrc/blocks.h): weights are packed once, and again when they have changed."""
+"""Blocks in one call of C++ (csrc/common/blocks.h): weights are packed once, and again when they have changed."""
 
 from __future__ import annotations
 
