@@ -4,6 +4,7 @@
 #   make test-hardening  what takes two hours more: 20,000 random calls under sanitizers, thousands of examples of every
 #                   property, a search for the worst errors, the integrations with the oldest and the newest transformers,
 #                   a build for each fault planted in a CUDA kernel, Triton's kernels for every GPU
+#   make check      lint, layers, and a quick slice of the tests: two minutes, for each commit
 #   make bench      the full benchmark table and plot, into out/bench
 #   make lint       ruff, mypy, clang-format
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
@@ -18,12 +19,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
-.PHONY: demo test test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo check test test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
 	$(BIN)/python -m sleepkern demo --out out/demo
+
+QUICK := tests/repo $(addprefix tests/test_,layout csrc arguments bad_input binding dispatch defaults express files memory nn reference)
+check: lint $(VENV)/built
+	$(BIN)/python -m pytest $(addsuffix .py,$(filter-out tests/repo,$(QUICK))) tests/repo -m "not alone and not hardening" -n auto
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -m "not alone and not hardening" -n auto
