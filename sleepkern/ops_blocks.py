@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from . import autograd_blocks
@@ -56,11 +57,16 @@ def sleep_blocks(
         ValueError: an argument out of range, a tensor whose memory was freed, or a backend that cannot do this call.
     """
     blocks, states = check(h, blocks, states, passes, feedback, conv_state)
-    if any(t.is_neg() for t in (h, *tensors_of(states))):  # a sign that is not in memory yet
+    if _signs_to_change(h, states):
         h, states = h.resolve_neg(), filled(states, [t.resolve_neg() for t in tensors_of(states)])
     with on_device_of(h):
         problem = describe(h, blocks, states, passes, feedback == "reinject", conv_state == "carry")
         return autograd_blocks.sleep_blocks(problem, choose_blocks(problem, backend), h, blocks, states)
+
+
+def _signs_to_change(h: Tensor, states: Sequence[State]) -> bool:
+    """Whether a tensor has the opposites of its numbers in memory; in a graph torch's own operators heed that."""
+    return not torch.compiler.is_compiling() and any(t.is_neg() for t in (h, *tensors_of(states)))
 
 
 def explain_blocks(h: Tensor, blocks: Sequence[Block], backend: str | None = None) -> BlocksExplanation:

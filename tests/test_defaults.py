@@ -22,7 +22,7 @@ from sleepkern.testing import Shape, call, make_inputs
 Results = list[Tensor]
 MAKERS = {"empty", "zeros", "ones", "full", "eye", "arange", "linspace", "tensor"}
 PACKAGE = Path(sleepkern.__file__).parent
-NATIVE = [*(PACKAGE / "backends").rglob("*.py"), *(PACKAGE / "nn").rglob("*.py"), PACKAGE / "sleep" / "packed.py"]
+NATIVE = [*(PACKAGE / "backends").rglob("*.py"), *(PACKAGE / "nn").rglob("*.py")]
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float64, "meta"], ids=str)

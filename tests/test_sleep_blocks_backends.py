@@ -78,6 +78,17 @@ def test_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
         explain_blocks(H, [])
 
 
+@torch.no_grad()
+def test_a_graph_is_made_of_the_modules() -> None:
+    blocks = model(24, 2, {}).blocks()[1:2]
+
+    def slept(h: Tensor) -> Tensor:
+        return sleep_blocks(h, blocks, passes=2, feedback="reinject").h
+
+    compiled = torch.compile(slept, fullgraph=True, backend="eager")
+    assert relative_error(compiled(H), one_by_one(H, blocks, 2, feedback="reinject").h.double()) < 1e-6
+
+
 class Counting:
     """A backend for attention that calls the modules and counts its runs."""
 

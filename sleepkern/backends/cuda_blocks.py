@@ -30,7 +30,6 @@ RECORDED = False
 TAPS = 4
 """Tokens of a convolution."""
 WIDEST, LONGEST, HEAD = 512, 128, 128
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _packed: WeakKeyDictionary[Any, dict[Any, Packed]] = WeakKeyDictionary()
 """By the first block of a stack, then by plan."""
 _reading: list[list[Packed]] = []
@@ -115,7 +114,7 @@ def run(problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequenc
         "weights": packed_weights.stream.data_ptr(),
         "stages": packed_weights.order.stages.data_ptr(),
         "changes": changes.data_ptr(),
-        "type": _TYPES[h.dtype],
+        "type": cuda._TYPES[h.dtype],
         "B": B,
         "L": L,
         "d": d,

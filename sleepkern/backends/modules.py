@@ -109,7 +109,7 @@ def relative_change(states: Iterable[tuple[Tensor | None, Tensor]]) -> Tensor:
     """|S_n - S_(n-1)| / |S_n| over pairs of a fast weight before a pass (None for 0) and after it; 0 without any."""
     pairs = list(states)
     if not pairs:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     steps = [torch.linalg.vector_norm(S) if old is None else torch.dist(S, old) for old, S in pairs]
     sizes = [torch.linalg.vector_norm(S) for _, S in pairs]
     change: Tensor = torch.stack(steps).norm() / torch.stack(sizes).norm().clamp_min(1e-30)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
+from .. import transforms
 from ..state import KVState, RecurrentState, State
 from .layer_weights import Block, LayerWeights, layers_of, readable
 
@@ -86,7 +87,7 @@ def _why_only_modules(h: Tensor) -> str | None:
         return f"one call for {h.dtype} on {h.device} is not there, only for at most 32 bits on CPU and GPU"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device) or torch._C._len_torch_dispatch_stack() > 0:
         return "a compiled graph, autocast or a dispatch mode wants to see the operators"
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if transforms.active() or forward_ad._current_level >= 0:
         return "a transform of torch.func or forward mode wants to see the operators"
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return "modules have hooks, which want to be called"

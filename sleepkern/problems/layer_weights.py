@@ -161,13 +161,21 @@ class LayerWeights(NamedTuple):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All weights, the mixer's first."""
-        first = 3 if type(self.mixer) is AttentionWeights else 7
-        return (*self.mixer[first:], *self[3:])  # type: ignore[arg-type]
+        first = _FIRST[type(self.mixer)]
+        return (*self.mixer[first:], *self[_FIRST[LayerWeights] :])  # type: ignore[arg-type]
 
     def names(self) -> tuple[str, ...]:
         """Of `tensors`."""
-        first = 3 if type(self.mixer) is AttentionWeights else 7
-        return (*self.mixer._fields[first:], *self._fields[3:])
+        first = _FIRST[type(self.mixer)]
+        return (*self.mixer._fields[first:], *self._fields[_FIRST[LayerWeights] :])
+
+
+_FIRST: dict[type, int] = {
+    AttentionWeights: AttentionWeights._fields.index("qkv"),
+    GatedDeltaWeights: GatedDeltaWeights._fields.index("qkv"),
+    LayerWeights: LayerWeights._fields.index("mixer_norm"),
+}
+"""Where the weights begin, which stand behind the numbers."""
 
 
 @runtime_checkable
