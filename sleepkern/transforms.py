@@ -50,7 +50,7 @@ def offsets_of(cu_seqlens: Tensor) -> list[int]:
     shared = plain(cu_seqlens)
     if shared.dim() != cu_seqlens.dim():
         raise ValueError("cu_seqlens: got offsets for each sample of vmap; expected the same for all of them")
-    numbers: list[int] = shared.tolist()
+    numbers: list[int] = shared.tolist() if type(shared) is Tensor else [int(n) for n in shared.unbind()]
     return numbers
 
 

@@ -147,6 +147,22 @@ def test_an_inference_tensor_is_not_updated_outside() -> None:
     assert torch.equal(state, kept)
 
 
+@pytest.mark.parametrize("width", [4, 9])
+def test_a_convolution_of_any_width_looks_for_memory(width: int) -> None:
+    """The widest are torch's, which reads what is not there."""
+    weight = torch.zeros(6, width)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="^weight: got a tensor without memory"):
+        short_convolution(torch.ones(1, 5, 6), weight)
+
+
+def test_offsets_may_be_wrapped() -> None:
+    x, weight = torch.randn(1, 5, 6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    offsets = torch.tensor([0, 2, 5])
+    wrapped, plain = (short_convolution(x, weight, cu_seqlens=o) for o in (Wrapped(offsets), offsets))
+    assert torch.equal(wrapped[0], plain[0]) and torch.equal(wrapped[1], plain[1])
+
+
 def test_a_state_has_memory_of_its_own() -> None:
     for T in (1, 7):
         x = make_inputs(GATED_DELTA_RULE, Shape(B=2, T=T, H=2, HV=2, K=8, V=8))

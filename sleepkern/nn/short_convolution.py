@@ -58,6 +58,7 @@ def short_convolution(
     if not direct:
         _check_tensors(x, weight, bias, past=past)
     _check(x, weight, bias, past, activation, cu_seqlens)
+    direct = direct and weight.shape[1] <= _C.convolution_limit
     if not direct and untraced(x, weight, bias, past, cu_seqlens):
         check_memory(("x", "weight", "bias", "past", "cu_seqlens"), (x, weight, bias, past, cu_seqlens))
     silu = activation == "silu"
