@@ -102,12 +102,13 @@ def check(name: str, call: tuple[Function, Arguments, tuple[str, ...]], shown: d
     refused = any(kind in WRONG or (kind == "inference" and n in written) for n, kind in shown.items())
     if all(t.is_meta for t in arguments.values() if isinstance(t, Tensor)):
         return  # a call of meta tensors has a meta tensor for a result
-    if refused and len(set(shown.values())) == 1 and all(n in shown for n, t in plain.items() if isinstance(t, Tensor)):
-        return  # all arguments changed alike may be another call that is right
+    if sum(kind in ("one more", "flat", "one more dimension") for kind in shown.values()) > 1:
+        return  # several shapes changed at a time may fit each other
     if {"wrapped", "subclass"} <= set(shown.values()):
         return  # torch does not mix the two: the result of a wrapper's operator has no second class
-    if shown == {"cu_seqlens": "one more"} and plain.get("initial_state", plain.get("past")) is None:
-        return  # another, empty sequence
+    alone = plain.get("initial_state", plain.get("past")) is None
+    if alone and shown in ({"cu_seqlens": "one more"}, {"v": "one more"}):
+        return  # another, empty sequence, or another V
     if refused:
         _refused(function, arguments)
     else:
