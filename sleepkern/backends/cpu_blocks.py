@@ -26,7 +26,7 @@ _SPREAD = 16.0
 """How much larger than the others an output's or input's weights may be for Winograd's product: errors grow with half
 of it."""
 _packed: WeakKeyDictionary[Any, Packed] = WeakKeyDictionary()
-"""By the first block of a stack."""
+"""The packed weights of each stack, keyed by its first block."""
 
 
 def why_not(problem: BlockProblem) -> str | None:
@@ -72,8 +72,8 @@ class Packed:
         self.layers = [self._layer(layer) for layer in layers]
 
     def holds(self, blocks: Sequence[Any], layers: Sequence[LayerWeights], form: Any) -> bool:
-        """Whether these are its blocks, packed when this form was asked for, and their weights what they were; and the
-        instruction set, whose panels differ in width."""
+        """True if it was packed from these blocks in this form, their weights have not changed, and the instruction set
+        is the same: panels differ in width between instruction sets."""
         return self.asked == form and self.isa == _C.isa() and self.source.holds(blocks, layers)
 
     def _layer(self, layer: LayerWeights) -> dict[str, Any]:
@@ -130,8 +130,8 @@ class Packed:
         return {name: self._pack(weight / balance), f"{name}_balance": balance}
 
     def _exponent(self, weight: Tensor, size: float) -> int:
-        """Of the power of two by which rows of numbers of this size are to be multiplied, and the weights divided, so
-        that both are of one size."""
+        """The exponent of the power of two that inputs of this size are multiplied by and weights are divided by, so
+        that both have about the same size."""
         if self.form != _C.Form.winograd:
             return 0
         ratio = math.sqrt(_square(weight)) / max(size, 1e-30)
@@ -146,7 +146,7 @@ class Packed:
         return address
 
     def run(self, problem: BlockProblem, given: Tensor, states: Sequence[State]) -> Slept:
-        """Of h [B,L,d]."""
+        """The result of all passes over h [B,L,d]."""
         B, L, d = given.shape
         passes, dtype = problem.passes, given.dtype
         h, changes = _room(B, L, d).copy_(given), torch.empty(passes, 2, dtype=torch.float64, device="cpu")
@@ -165,7 +165,7 @@ class Packed:
 
 
 def packed(blocks: Sequence[Any], layers: Sequence[LayerWeights], dtype: torch.dtype) -> Packed:
-    """Of these blocks for h of this type, made anew if their weights are not what they were."""
+    """The packed weights of these blocks for h of this type; they are packed again if the weights have changed."""
     form = form_for(dtype)
     found = _packed.get(blocks[0])
     if found is None or not found.holds(blocks, layers, form):
@@ -179,8 +179,8 @@ def forget(block: Any) -> None:
 
 
 def multiplies_bfloat16(dtype: torch.dtype) -> bool:
-    """Whether products with weights take bfloat16 for h of this type: where the machine multiplies it in one
-    instruction, and h is bfloat16, or float32 of which torch.set_float32_matmul_precision("medium") allows it."""
+    """True if products with weights take bfloat16 operands for h of this type. The processor must multiply bfloat16 in
+    one instruction, and h be bfloat16, or float32 with torch.set_float32_matmul_precision("medium")."""
     allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
     return bool(_C.multiplies_pairs()) and (dtype == torch.bfloat16 or allowed)
 
@@ -193,8 +193,8 @@ def form_for(dtype: torch.dtype) -> Any:
 
 
 def _balanced(layers: Sequence[LayerWeights]) -> bool:
-    """Whether no output's or input's weights are so much larger than the others' that Winograd's product would lose
-    digits of these; not so where one is not finite."""
+    """True if no row or column of the weights is so much larger than the others that Winograd's product would lose
+    digits of the small ones. False if a weight is not finite."""
     matrices = [_after(layer.mlp_norm, layer.up) for layer in layers]
     matrices += [_float(weight) for layer in layers for weight in (layer.mixer.out, layer.down)]
     matrices += [_after(layer.mixer_norm, torch.cat(layer.mixer.inputs())) for layer in layers]
@@ -270,7 +270,7 @@ def _recurrent(weights: LayerWeights, before: State, B: int, L: int) -> tuple[di
 
 
 def _attention(weights: LayerWeights, before: State, B: int, L: int) -> tuple[dict[str, int], KVState, Any]:
-    """As `_recurrent`, of keys and values."""
+    """The same as `_recurrent` for an attention layer: keys and values take the place of the state."""
     kept = None
     if before is not None:
         assert isinstance(before, KVState)

@@ -31,7 +31,7 @@ TAPS = 4
 """Tokens of a convolution."""
 WIDEST, LONGEST, HEAD = 512, 128, 128
 _packed: WeakKeyDictionary[Any, dict[Any, Packed]] = WeakKeyDictionary()
-"""By the first block of a stack, then by plan."""
+"""The packed weights of each stack, keyed by its first block and then by plan."""
 _reading: list[list[Packed]] = []
 
 
@@ -130,7 +130,7 @@ def run(problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequenc
 
 
 def shapes_of(layers: Sequence[LayerWeights]) -> tuple[Shape, ...]:
-    """Of layers, what a plan depends on."""
+    """The sizes of each layer that a plan depends on."""
     return tuple(Shape(layer.recurrent, *_widths(layer.mixer), layer.up.shape[0]) for layer in layers)
 
 
@@ -166,11 +166,11 @@ class Packed:
         self.stream = torch.cat([weights[0].new_zeros(1), *weights]).index_select(0, self.order.places)
 
     def holds(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> bool:
-        """Whether these are its blocks, and their weights what they were."""
+        """True if it was packed from these blocks and their weights have not changed."""
         return not self.forgotten and self.source.holds(blocks, layers)
 
     def current(self) -> bool:
-        """Whether its blocks are still there, with the weights that were packed."""
+        """True if its blocks still exist and have the weights that were packed."""
         return not self.forgotten and self.source.current()
 
     def _layer(self, layer: LayerWeights, s: Shape) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _recurrent(
 
 
 def _attention(weights: LayerWeights, before: State, h: Tensor, passes: int) -> tuple[dict[str, int], KVState, Any]:
-    """As `_recurrent`, of keys and values."""
+    """The same as `_recurrent` for an attention layer: keys and values take the place of the state."""
     kept = 0 if before is None else before[0].shape[2]
     after = KVState(*(h.new_empty(size) for size in weights.mixer.carried(h.shape[0], kept + h.shape[1])))
     if before is not None:

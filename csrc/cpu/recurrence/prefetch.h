@@ -1,4 +1,4 @@
-// What comes next into the caches while the chunk at hand is worked on.
+// Software prefetch of the next chunk while the current one is computed.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// Asks for the rows of the chunk to come, one now and then between the tiles of the one at hand. Rows lie a whole token
-// apart, each on a page of its own, which the hardware does not foresee; and asked for all at once they would keep the
-// loads of the chunk at hand waiting.
+// Prefetches the rows of the next chunk, one between two tiles of the current chunk. The hardware prefetcher does not
+// follow these rows: they are a whole token apart, each on a page of its own. A burst of prefetches would delay the
+// loads of the current chunk.
 struct Ahead {
   struct Tensor {
     const char* row;
