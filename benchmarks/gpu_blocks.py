@@ -25,15 +25,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sleepkern.backends import cuda, cuda_blocks
-from sleepkern.backends import cuda_blocks_plan as planning
+from sleepkern.backends.cuda import blocks as cuda_blocks
+from sleepkern.backends.cuda import blocks_plan as planning
+from sleepkern.backends.cuda import recurrence as cuda
 from sleepkern.measure import timing
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
 from sleepkern.problems.blocks import describe
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import Slept, one_by_one, why_not
-from sleepkern.sleep.capture import CudaRecorder
+from sleepkern.sleep.cuda_graph import CudaRecorder
 from sleepkern.state import RecurrentState
 from sleepkern.testing import relative_error
 

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 import sleepkern
-from sleepkern.backends import cuda, cuda_blocks
+from sleepkern.backends.cuda import blocks as cuda_blocks
+from sleepkern.backends.cuda import recurrence as cuda
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
 from sleepkern.problems.blocks import describe
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.sleep import SleepSession
-from sleepkern.sleep.choices import Eviction
+from sleepkern.sleep.settings import Eviction
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
 from .cuda_calls import LONG, STEPS, WINDOWS, Call, calls

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleepkern.measure import models
+from sleepkern.measure import model_cases as models
 from sleepkern.measure.cases import SUITES
 
 pytest.importorskip("transformers")

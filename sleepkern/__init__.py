@@ -1,11 +1,11 @@
-"""Fast, correct, pleasant kernels for fast weights and sleep. Start with ops.py."""
+"""Fast, correct, pleasant kernels for fast weights and sleep. Start with ops/recurrence.py."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import rules
 from .dispatch import Explanation
-from .ops import (
+from .ops.recurrence import (
     SleepResult,
     delta_rule,
     explain,

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from . import backends, settings
-from .backends import chunked, cpu, cuda, reference
+from .backends import chunked, reference
+from .backends.cpu import recurrence as cpu
+from .backends.cuda import recurrence as cuda
 from .backends.interface import Backend, BlocksBackend, blocks_refusal, refusal
-from .problem import Problem
 from .problems.blocks import BlockProblem
+from .problems.recurrence import Problem
 
 _OTHERS = {
     "sleep_blocks": ((cuda.NAME, cpu.NAME), "its modules"),

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 import sleepkern
-from sleepkern import ops
-from sleepkern.backends import cpu
+from sleepkern.backends.native.module import _C
 from sleepkern.nn import SleepLM, gated_rms_norm, short_convolution
 from sleepkern.nn.short_convolution import short_convolution_step
+from sleepkern.ops import recurrence as ops
 from sleepkern.rules import RULES, Rule
 from sleepkern.sleep.blocks import one_by_one, sleep_blocks
 from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, to_float64
@@ -295,7 +295,7 @@ def run(calls: int, first: int) -> int:
         made[kind] += 1
         refused[kind] += bool(refusal)
     kinds = ", ".join(f"{kind} {n} ({refused[kind]} refused)" for kind, n in sorted(made.items()))
-    print(f"isa {cpu._C.isa()}: {calls} calls, {sum(refused.values())} refusals, {failures} failures; "
+    print(f"isa {_C.isa()}: {calls} calls, {sum(refused.values())} refusals, {failures} failures; "
           f"{time.monotonic() - began:.0f} s; {kinds}")  # fmt: skip
     return failures
 
@@ -324,7 +324,7 @@ def main() -> int:
     faulthandler.enable()
     torch.set_num_threads(1)
     if chosen.isa:
-        cpu._C.set_isa(chosen.isa)
+        _C.set_isa(chosen.isa)
     return run(chosen.calls, chosen.first if chosen.first is not None else chosen.seed * 1_000_000) > 0
 
 

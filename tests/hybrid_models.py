@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from versions import here, release
 
-from sleepkern import ops
 from sleepkern.integrations.caches import NAMES, cache_among, cache_name
+from sleepkern.ops import recurrence as ops
 from sleepkern.sleep import retrofit
 
 VERSION = release(here())

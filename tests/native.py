@@ -102,4 +102,5 @@ torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("sleepkern._C", {str(module)!r})
 sys.modules["sleepkern._C"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["sleepkern._C"])
+_C = sys.modules["sleepkern._C"]
 """

@@ -13,7 +13,7 @@ from wrapping import Wrapped
 
 import sleepkern
 from sleepkern import settings
-from sleepkern.nn.gated_norm import gated_rms_norm
+from sleepkern.nn.gated_rms_norm import gated_rms_norm
 from sleepkern.nn.short_convolution import short_convolution, short_convolution_step
 from sleepkern.rules import GATED_DELTA_RULE, KDA, Rule
 from sleepkern.testing import Shape, call, make_inputs, relative_error

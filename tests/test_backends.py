@@ -10,17 +10,9 @@ from running import HERE
 from torch import Tensor
 
 import sleepkern
-from sleepkern.backends import cpu
+from sleepkern.backends.native.views import rows
 from sleepkern.rules import RULES, Rule
-from sleepkern.testing import (
-    AWKWARD_SHAPES,
-    TOLERANCE,
-    Shape,
-    call,
-    make_inputs,
-    relative_error,
-    to_float64,
-)
+from sleepkern.testing import AWKWARD_SHAPES, TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
 
 FAST = [name for name in HERE if name != "reference"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -214,7 +206,7 @@ def test_strided_inputs(rule: Rule, backend: str) -> None:
 def test_a_slice_of_a_projection_is_read_in_place() -> None:
     wide = torch.randn(2, 9, 3 * 32)
     q = wide[..., 32:64].unflatten(-1, (2, 16))
-    kept, (address, stride, _) = cpu._rows(q, 32)
+    kept, (address, stride, _) = rows(q, 32)
     assert kept is q and address == q.data_ptr() and stride == 96
 
 

@@ -15,14 +15,13 @@ import pytest
 import torch
 
 import sleepkern
-from sleepkern.backends import cpu
-from sleepkern.backends.replay import closed
+from sleepkern.backends.native.module import _C
+from sleepkern.backends.replay.methods import closed
 from sleepkern.nn import SleepLM
 from sleepkern.rules import GATED_DELTA_RULE, SIMPLE_GLA
 from sleepkern.sleep.blocks import sleep_blocks
 from sleepkern.testing import Shape, make_inputs, relative_error
 
-_C = cpu._C
 ROOM = torch.zeros(4096)
 AT = ROOM.data_ptr()
 VIEW = (AT, 8, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sleepkern.backends import cpu
+from sleepkern.backends.native.module import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,14 +22,14 @@ def python(code: str) -> str:
 
 
 def test_native_module_links_no_torch_and_no_cuda_library() -> None:
-    needed = subprocess.run(["ldd", cpu._C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
     assert "libc.so" in needed
     assert not any(name in needed for name in ("torch", "libcuda", "c10", "not found"))
 
 
 def test_native_module_answers_without_a_gpu() -> None:
-    assert isinstance(cpu._C.cuda_devices(), list)
-    assert isinstance(cpu._C.has_cuda, bool)
+    assert isinstance(_C.cuda_devices(), list)
+    assert isinstance(_C.has_cuda, bool)
 
 
 @pytest.mark.parametrize("missing", ["transformers", "triton", "ggml", "matplotlib", "typer", "rich", "sleepkern._C"])

@@ -327,11 +327,11 @@ SLEEP = {
 
 @pytest.fixture
 def dropin(monkeypatch):
-    for name, result in (("dropin", DROPIN), ("asleep", SLEEP)):
+    for name, result in (("demo.patched_model", DROPIN), ("demo.sleeping", SLEEP)):
         module = importlib.import_module(f"sleepkern.cli.{name}")
-        function = {"dropin": "run_dropin", "asleep": "run_sleep"}[name]
+        function = {"demo.patched_model": "run_dropin", "demo.sleeping": "run_sleep"}[name]
         monkeypatch.setattr(module, function, lambda text, progress=None, result=result: result)
-    thinking = importlib.import_module("sleepkern.cli.thinking")
+    thinking = importlib.import_module("sleepkern.cli.demo.training")
     monkeypatch.setattr(thinking, "run_thinking", lambda folder: {"passed": True})
 
 
@@ -355,7 +355,7 @@ def test_demo_exits_1_on_a_planted_fault(tiny, dropin, fault, tmp_path):
     "found", [{"same_tokens": False}, {"relative_logit_difference": 0.01}, {"relative_logit_difference": float("nan")}]
 )
 def test_demo_exits_1_when_the_model_is_not_the_same_with_sleepkern(tiny, dropin, monkeypatch, tmp_path, found):
-    module = importlib.import_module("sleepkern.cli.dropin")
+    module = importlib.import_module("sleepkern.cli.demo.patched_model")
     monkeypatch.setattr(module, "run_dropin", lambda text, progress=None: {**DROPIN, **found})
     (tmp_path / "text").write_bytes(b"words")
     result = invoke("demo", "--out", tmp_path / "out", "--text", tmp_path / "text")

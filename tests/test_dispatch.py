@@ -14,13 +14,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import sleepkern
-from sleepkern import backends, express, rules, settings
-from sleepkern.backends import cpu, reference, triton
-from sleepkern.backends.tensors import Ingested
-from sleepkern.backends.triton.assembler import assembler_fault
+from sleepkern import backends, rules, settings
+from sleepkern.backends import reference, triton
+from sleepkern.backends.cpu import recurrence as cpu
+from sleepkern.backends.triton.ptxas import assembler_fault
 from sleepkern.cli import app
 from sleepkern.nn import SleepLM, gated_rms_norm, short_convolution
-from sleepkern.problem import Problem, Tensors
+from sleepkern.ops import fast_path as express
+from sleepkern.problems.recurrence import Problem, RecurrenceResult, Tensors
 from sleepkern.rules import Rule
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import why_not
@@ -78,8 +79,8 @@ def test_a_setting_that_a_family_has_no_backend_for_leaves_it_to_torch(monkeypat
     ran: list[str] = []
     for module, name in (
         ("nn.short_convolution", "_convolve"),
-        ("nn.gated_norm", "_gated_norm"),
-        ("backends.cpu_blocks", "run"),
+        ("nn.gated_rms_norm", "_gated_norm"),
+        ("backends.cpu.blocks", "run"),
     ):
         found = import_module(f"sleepkern.{module}")  # nn has a function of the same name
 
@@ -209,7 +210,7 @@ class Counting:
     def method_of(self, problem: Problem) -> str:
         return "repeat"
 
-    def forward(self, problem: Problem, x: Tensors) -> Ingested:
+    def forward(self, problem: Problem, x: Tensors) -> RecurrenceResult:
         self.calls.append("forward")
         return reference.forward(problem, x)
 

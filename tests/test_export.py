@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import sleepkern
-from sleepkern.backends import cpu
+from sleepkern.backends.native.module import _C
 from sleepkern.rules import GATED_DELTA_RULE, Rule
 from sleepkern.testing import Shape, make_inputs
 
@@ -56,7 +56,7 @@ def test_a_compiled_graph_is_made_once() -> None:
     torch.compiler.reset()
     counter = CompileCounter()
     compiled = torch.compile(Recurrence(), fullgraph=True, backend=counter, dynamic=True)
-    for B, T in ((4, 20), (3, cpu._C.rank_limit), (5, cpu._C.rank_limit + 1), (4, 300)):  # no other size is 4
+    for B, T in ((4, 20), (3, _C.rank_limit), (5, _C.rank_limit + 1), (4, 300)):  # no other size is 4
         x = arguments(B, T)
         for made, true in zip(compiled(*x), Recurrence()(*x), strict=True):
             assert torch.equal(made, true), (B, T)

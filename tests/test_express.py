@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sleepkern
-from sleepkern import express
+from sleepkern.ops import fast_path as express
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.testing import Shape, call, make_inputs
 

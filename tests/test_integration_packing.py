@@ -14,7 +14,9 @@ from hybrid_models import CLOSE, FAMILIES, build, tokens
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-from sleepkern.integrations.transformers import base_model, convolution, delta, mamba2, patch, unpatch
+from sleepkern.integrations.transformers import base_model, mamba2, patch, unpatch
+from sleepkern.integrations.transformers import gated_delta as delta
+from sleepkern.integrations.transformers import short_convolution as convolution
 from sleepkern.testing import relative_error
 
 LENGTHS = (5, 9, 1, 7)

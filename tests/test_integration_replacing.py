@@ -12,8 +12,10 @@ import torch
 from hybrid_models import CLOSE, FAMILIES, globals_of
 from torch import Tensor
 
-from sleepkern.integrations.replacing import HARMLESS, replacement
-from sleepkern.integrations.transformers import convolution, delta, mamba2, patch, unpatch
+from sleepkern.integrations.call_mapping import HARMLESS, replacement
+from sleepkern.integrations.transformers import gated_delta as delta
+from sleepkern.integrations.transformers import mamba2, patch, unpatch
+from sleepkern.integrations.transformers import short_convolution as convolution
 from sleepkern.integrations.transformers.packing import NAMES
 from sleepkern.rules import KDA
 from sleepkern.testing import relative_error

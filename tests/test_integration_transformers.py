@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from transformers import DynamicCache
 
-from sleepkern.cli.dropin import run_dropin
+from sleepkern.cli.demo.patched_model import run_dropin
 from sleepkern.integrations.transformers import patch, unpatch
 from sleepkern.testing import relative_error
 

@@ -11,9 +11,11 @@ import torch
 
 import sleepkern
 from sleepkern import dispatch, rules, settings
-from sleepkern.backends import chunked, cpu
-from sleepkern.measure import bench, bench_cases, ceilings, flops, gpu_cases, peers, timing, verify
+from sleepkern.backends import chunked
+from sleepkern.backends.cpu import recurrence as cpu
+from sleepkern.measure import bench, bench_cases, flops, gpu_cases, peers, timing, verify
 from sleepkern.measure import cases as cases_module
+from sleepkern.measure import peaks as ceilings
 from sleepkern.measure.cases import QUICK, SUITES, Case, run, select
 from sleepkern.measure.environment import native_module
 from sleepkern.rules import RULES

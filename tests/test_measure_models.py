@@ -10,14 +10,16 @@ import pytest
 import torch
 from hybrid_models import build
 
-from sleepkern import ops
 from sleepkern.cli.bench import tables
 from sleepkern.integrations.caches import cache_among
-from sleepkern.measure import bench_cases, models, stacks
+from sleepkern.measure import bench_cases
+from sleepkern.measure import block_cases as stacks
+from sleepkern.measure import model_cases as models
+from sleepkern.measure.block_cases import BlocksCase
 from sleepkern.measure.cases import QUICK, SUITES, select
-from sleepkern.measure.models import ModelCase
-from sleepkern.measure.stacks import BlocksCase
+from sleepkern.measure.model_cases import ModelCase
 from sleepkern.nn import SleepLM
+from sleepkern.ops import recurrence as ops
 
 READ, GENERATE = ModelCase("read", 40, generated=3), ModelCase("generate", 40, generated=3)
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from sleepkern.backends import cpu
+from sleepkern.backends.native.module import _C
 from sleepkern.nn import GatedDeltaNet, gated_rms_norm, short_convolution, short_convolution_step
 from sleepkern.testing import relative_error
 
-_C = cpu._C
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 TYPES = list(BOUNDS)
 

@@ -12,11 +12,10 @@ from native import build, build_with_faults, run_with, shared
 from torch import Tensor
 
 import sleepkern
-from sleepkern.backends import cpu
+from sleepkern.backends.native.module import _C
 from sleepkern.rules import Rule
 from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error
 
-_C = cpu._C
 Results = dict[str, tuple[Tensor, float]]
 """Tensors by name, each with how far it may be from another machine code's."""
 SHAPES = [Shape(T=300, H=2, HV=4, K=128, V=128), Shape(B=2, T=70, K=37, V=51), AWKWARD_SHAPES["packed"]]
@@ -132,7 +131,7 @@ import sleepkern
 from sleepkern.backends import cpu
 from sleepkern.rules import RULES
 from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error, to_float64
-assert cpu._C.isas()[:2] == ["avx512bf16", "avx512"], cpu._C.isas()
+assert _C.isas()[:2] == ["avx512bf16", "avx512"], _C.isas()
 shapes = {**AWKWARD_SHAPES, "wide": Shape(T=200, H=1, HV=2, K=128, V=128)}
 shapes |= {f"T={T}": Shape(T=T, H=1, HV=2, K=48, V=40) for T in (20, 50)}
 
@@ -142,7 +141,7 @@ def results(rule, x, T):
     (o.sin().sum() + S.sin().sum()).backward()
     found = {"o": (o, 1e-6), "S": (S, 1e-6)}
     found |= {"d" + n: (t.grad, 1e-5) for n, t in leaves.items() if t.grad is not None}
-    for method in ("wy", "rank") if rule.gate != "channel" and T <= cpu._C.rank_limit else ("wy",):
+    for method in ("wy", "rank") if rule.gate != "channel" and T <= _C.rank_limit else ("wy",):
         r = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend="cpu", method=method)
         found |= {"o " + method: (r.output, 1e-6), "S " + method: (r.final_state, 1e-6)}
     return found
@@ -152,9 +151,9 @@ for rule in RULES.values():
         for decay, threads in (("mixed", 1), ("mixed", 2), ("slow", 1)):
             x = make_inputs(rule, shape, seed=3, decay=decay)
             torch.set_num_threads(threads)
-            cpu._C.set_isa("avx512")
+            _C.set_isa("avx512")
             actual = results(rule, x, shape.T)
-            cpu._C.set_isa("baseline")
+            _C.set_isa("baseline")
             expected = results(rule, x, shape.T)
             for what, (value, tolerance) in expected.items():
                 error = relative_error(actual[what][0], value)
@@ -167,13 +166,13 @@ for rule in RULES.values():
             x = make_inputs(rule, shape, torch.bfloat16, seed=3, **options)
             truth, found = call(rule, to_float64(x), "reference"), {}
             for isa in ("avx512", "avx512bf16"):
-                cpu._C.set_isa(isa)
+                _C.set_isa(isa)
                 found[isa] = call(rule, x, "cpu")
                 for got, true in zip(found[isa], truth):
                     assert relative_error(got, true) < 1e-2, (rule.name, name, options, isa)
             longest = shape.T if shape.lengths is None else max(shape.lengths)
             differ = relative_error(found["avx512bf16"][1], found["avx512"][1]) > 1e-4
-            taken = rule.gate == "head" and longest > cpu._C.step_limit()
+            taken = rule.gate == "head" and longest > _C.step_limit()
             assert differ == taken or (taken and "beta_max" in options), (rule.name, name, options)
 print("agrees")
 """
@@ -184,7 +183,7 @@ import sleepkern
 from sleepkern.backends import cpu
 from sleepkern.rules import GATED_DELTA_RULE, SIMPLE_GLA
 from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
-cpu._C.set_isa("avx512bf16")
+_C.set_isa("avx512bf16")
 wrong = []
 
 def compare(what, rule, x, normalize=True):

@@ -17,9 +17,10 @@ from presentations import RIGHT, WRONG, numbers
 from torch import Tensor
 
 import sleepkern
-from sleepkern import nn, ops
-from sleepkern.nn.gated_norm import gated_rms_norm
+from sleepkern import nn
+from sleepkern.nn.gated_rms_norm import gated_rms_norm
 from sleepkern.nn.short_convolution import short_convolution, short_convolution_step
+from sleepkern.ops import recurrence as ops
 from sleepkern.rules import RULES
 from sleepkern.sleep import sleep_blocks
 from sleepkern.state import KVState, RecurrentState

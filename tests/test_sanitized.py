@@ -17,7 +17,7 @@ BEYOND = """
 from sleepkern.backends import cpu
 short, room = torch.zeros(4), torch.zeros(64)
 view = (room.data_ptr(), 8, 0)
-cpu._C.forward(1, True, False, 1.0, 1, 2, 1, 1, 8, 8, 0, view, view, (short.data_ptr(), 8, 0), view, view, 0,
+_C.forward(1, True, False, 1.0, 1, 2, 1, 1, 8, 8, 0, view, view, (short.data_ptr(), 8, 0), view, view, 0,
                room.data_ptr(), room.data_ptr())
 """
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 import sleepkern
 from sleepkern.backends import reference
-from sleepkern.problem import Tensors, describe
+from sleepkern.problems.recurrence import Tensors, describe
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, RULES, SIMPLE_GLA, Rule
 from sleepkern.testing import Shape, make_inputs, relative_error, to_float64
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sleepkern
 from sleepkern import rules
-from sleepkern.backends import replay_backward
+from sleepkern.backends.replay import backward as replay_backward
 from sleepkern.rules import Rule
 from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error, to_float64
 

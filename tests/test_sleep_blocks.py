@@ -14,14 +14,13 @@ import torch
 from block_stacks import OPTIONS, SIZES, State, all_of, as_type, before, by_hand, model
 from torch import Tensor
 
-from sleepkern.backends import cpu, cpu_blocks
+from sleepkern.backends.cpu import blocks as cpu_blocks
+from sleepkern.backends.native.module import _C
 from sleepkern.nn import HybridBlock
 from sleepkern.sleep import SleepSession, forget_packed, sleep_blocks
 from sleepkern.sleep.blocks import why_not
 from sleepkern.state import KVState, RecurrentState
 from sleepkern.testing import relative_error
-
-_C = cpu._C
 
 
 @pytest.fixture
@@ -107,7 +106,7 @@ def test_a_session_is_one_call_where_it_may(
     session, logits, grads = slept()
     with torch.set_grad_enabled(grad):
         assert "in one call" in session.explain()
-    monkeypatch.setattr("sleepkern.sleep.own_stack.why_not", lambda *_: "so that the test sees both")
+    monkeypatch.setattr("sleepkern.sleep.adapters.sleep_lm.why_not", lambda *_: "so that the test sees both")
     other, expected, expected_grads = slept()
     with torch.set_grad_enabled(grad):
         assert "so that the test sees both" in other.explain()
@@ -292,7 +291,7 @@ def test_bad_input(message: str) -> None:
         sleep_blocks(**({"h": torch.randn(1, 3, 8), "blocks": lm.blocks()} | BAD[message]))
 
 
-@pytest.mark.parametrize("module", ["sleepkern.sleep", "sleepkern.sleep.memory"])
+@pytest.mark.parametrize("module", ["sleepkern.sleep", "sleepkern.sleep.protocols"])
 def test_states_are_known_by_the_names_they_had(module: str) -> None:
     for name, expected in (("Fast", RecurrentState), ("Slow", KVState)):
         with pytest.warns(DeprecationWarning, match=f"{module}.{name} is {expected.__name__} of sleepkern.state"):

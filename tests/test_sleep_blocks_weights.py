@@ -21,7 +21,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only
 
-from sleepkern.backends.identity import Source
+from sleepkern.backends.native.identity import Source
 from sleepkern.nn import HybridBlock, SleepLM
 from sleepkern.problems.layer_weights import LayerWeights, layers_of
 from sleepkern.sleep import sleep_blocks

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from sleepkern.nn import SleepLM
 from sleepkern.sleep import SleepSession
-from sleepkern.sleep.capture import Captures, CudaRecorder, Made
+from sleepkern.sleep.cuda_graph import Captures, CudaRecorder, Made
 from sleepkern.testing import relative_error
 
 L = 16

@@ -10,12 +10,11 @@ import pytest
 import torch
 from block_stacks import SIZES, all_of, by_hand, model
 
-from sleepkern.backends import cpu, cpu_blocks
+from sleepkern.backends.cpu import blocks as cpu_blocks
+from sleepkern.backends.native.module import _C
 from sleepkern.nn import HybridBlock, SleepLM
 from sleepkern.sleep import sleep_blocks
 from sleepkern.testing import relative_error
-
-_C = cpu._C
 
 
 @pytest.fixture(params=["plain", "winograd"])

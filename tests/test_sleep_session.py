@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from sleepkern.cli.asleep import run_sleep
+from sleepkern.cli.demo.sleeping import run_sleep
 from sleepkern.integrations.transformers import patch
 from sleepkern.sleep import SleepSession
 from sleepkern.testing import relative_error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sleepkern.integrations.transformers import patch
 from sleepkern.sleep import SleepSession, retrofit
-from sleepkern.sleep.capture import Captures
+from sleepkern.sleep.cuda_graph import Captures
 from sleepkern.testing import relative_error
 
 L, THREADS = 16, 4

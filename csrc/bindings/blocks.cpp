@@ -1,4 +1,4 @@
-// A stack of blocks; sleepkern/backends/cpu_blocks.py holds the other side: a layer is a dict of sizes and addresses.
+// A stack of blocks; sleepkern/backends/cpu/blocks.py holds the other side: a layer is a dict of sizes and addresses.
 #include "common/blocks.h"
 
 #include "bindings/arguments.h"

@@ -1,4 +1,4 @@
-// The launch for a stack of blocks; sleepkern/backends/cuda_blocks.py holds the other side: the call and each layer are
+// The launch for a stack of blocks; sleepkern/backends/cuda/blocks.py holds the other side: the call and each layer are
 // dicts of sizes and addresses.
 #include "bindings/arguments.h"
 #include "cuda/blocks/api.h"

@@ -1,4 +1,4 @@
-// The launches of csrc/cuda; sleepkern/backends/cuda.py holds the other side of each signature. A stream is the address
+// The launches of csrc/cuda; sleepkern/backends/cuda/recurrence.py holds the other side of each signature. A stream is the address
 // of a cudaStream_t, on the device that is current.
 #include "bindings/arguments.h"
 #include "cuda/recurrence/api.h"

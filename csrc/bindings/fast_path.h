@@ -1,4 +1,4 @@
-// The express lane (sleepkern/express.py): a plain call recognised from its tensors, without a line of Python.
+// The express lane (sleepkern/ops/fast_path.py): a plain call recognised from its tensors, without a line of Python.
 #pragma once
 
 #include "bindings/dlpack.h"
@@ -14,7 +14,7 @@ struct Call {
   const dlpack::Tensor *q, *k, *v, *g, *beta, *state, *o, *final_state;
 };
 
-// Whether the call is one that every check of sleepkern/problem.py would pass and whose tensors the CPU kernels read in
+// Whether the call is one that every check of sleepkern/problems/recurrence.py would pass and whose tensors the CPU kernels read in
 // place; `problem` is then filled. Never says what is wrong: the long way does.
 bool plain(const Call& call, Problem& problem);
 

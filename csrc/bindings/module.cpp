@@ -1,5 +1,5 @@
 // sleepkern._C: one m.def per entry point. Tensors arrive as (address, row stride, type code);
-// sleepkern/backends/cpu.py holds the other side of each signature.
+// sleepkern/backends/cpu/recurrence.py holds the other side of each signature.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

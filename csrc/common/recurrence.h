@@ -1,4 +1,4 @@
-// The C++ face of sleepkern/problem.py: sizes and pointers of one call, already checked.
+// The C++ face of sleepkern/problems/recurrence.py: sizes and pointers of one call, already checked.
 #pragma once
 
 #include <cstdint>

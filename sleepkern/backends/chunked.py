@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..problem import Problem, Tensors
+from ..problems.recurrence import Problem, RecurrenceResult, Tensors
 from ..rules import FAMILY, Rule
-from . import replay_backward
 from .interface import REPLAY
-from .replay import Cost, affine, cheapest, closed, repeat
-from .tensors import Heads, Ingested, by_sequence, gradients, step_by
+from .replay import backward as replay_backward
+from .replay.methods import Cost, affine, cheapest, closed, repeat
+from .torch_common import Heads, by_sequence, gradients, step_by
 
 NAME = "chunked"
 SUPPORTS = FAMILY
@@ -73,7 +73,7 @@ def method_of(problem: Problem) -> str:
     return cheapest(problem, wy=Cost(0, 4 * T * K * V), affine=Cost(4 * T * K * (K + V), 2 * K * K * V))
 
 
-def forward(problem: Problem, x: Tensors) -> Ingested:
+def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     """Readouts and final state of `problem.passes` passes; differentiable by torch."""
     with torch.autocast(problem.device, enabled=False) if problem.device in ("cpu", "cuda") else nullcontext():
         return by_sequence(problem, x, lambda h: _ingest(problem, h))
@@ -187,10 +187,12 @@ def _read_writes(P: Tensor, writes: Tensor) -> Tensor:
     return P @ finite + (writes - finite).cumsum(-2)
 
 
-def _ingest(problem: Problem, h: Heads) -> Ingested:
+def _ingest(problem: Problem, h: Heads) -> RecurrenceResult:
     if h.k.shape[2] == 0:
         state = h.state.clone()
-        return Ingested(h.v.clone() if problem.output else None, state, *_untouched(problem, state))  # of no tokens
+        return RecurrenceResult(
+            h.v.clone() if problem.output else None, state, *_untouched(problem, state)
+        )  # of no tokens
     f = prepare(problem.rule, h, problem.scale)
     state, passes, method = h.state, problem.passes, method_of(problem)
 

@@ -7,12 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..problem import Problem, Tensors
 from ..problems.blocks import BlockProblem, Slept
+from ..problems.recurrence import Problem, RecurrenceResult, Tensors
 from ..rules import Rule
 from ..state import State
-from .replay_backward import OneBackward, OnePass
-from .tensors import Ingested
+from .replay.backward import OneBackward, OnePass
 
 REPLAY = frozenset({"passes", "tol", "method"})
 """The options of a replay, as a backend's OPTIONS name them."""
@@ -44,7 +43,7 @@ class Backend(Protocol):
     def method_of(self, problem: Problem, /) -> str:
         """The replay method it would take."""
 
-    def forward(self, problem: Problem, x: Tensors, /) -> Ingested:
+    def forward(self, problem: Problem, x: Tensors, /) -> RecurrenceResult:
         """Readouts, final state, and how a replay ended."""
 
     def backward(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Tensors
+from ..problems.recurrence import Problem, RecurrenceResult, Tensors
 from ..rules import FAMILY, Rule
 from .interface import REPLAY
-from .replay import repeat
-from .tensors import Heads, Ingested, by_sequence, gradients, step_by
+from .replay.methods import repeat
+from .torch_common import Heads, by_sequence, gradients, step_by
 
 NAME = "reference"
 SUPPORTS = FAMILY
@@ -33,10 +33,10 @@ def method_of(problem: Problem) -> str:
     return "repeat"
 
 
-def forward(problem: Problem, x: Tensors) -> Ingested:
+def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     """Readouts and final state of `problem.passes` passes; differentiable by torch."""
 
-    def ingest(h: Heads) -> Ingested:
+    def ingest(h: Heads) -> RecurrenceResult:
         def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
             return token_loop(problem.rule, h, state, problem.scale, output)
 

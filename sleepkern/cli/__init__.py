@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..backends import cpu
+from ..backends.cpu import recurrence as cpu
 from ..dispatch import asked_for
 from ..version import __version__
 from . import bench, curves, demo, explain, info, study, train, tune, verify

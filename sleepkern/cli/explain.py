@@ -10,7 +10,7 @@ from rich.table import Table
 from .. import settings
 from ..dispatch import explain_problem, other_families
 from ..measure.cases import Case, Op
-from ..problem import FLOATS
+from ..problems.recurrence import FLOATS
 from ..rules import RULES
 from ..testing import Shape
 from .output import console, finish

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import settings
 from ..backends import triton
-from ..backends.triton.assembler import assembler, assembler_fault
+from ..backends.triton.ptxas import assembler, assembler_fault
 from ..dispatch import explain_problem, other_families
 from ..measure.cases import Case
 from ..measure.environment import environment, native_module

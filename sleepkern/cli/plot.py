@@ -56,7 +56,7 @@ def draw_report(report: Report, path: Path) -> None:
 
 
 def peak_of(report: Report) -> str:
-    """What the shares are of (measure/ceilings.py): only of a GPU the bandwidth is known."""
+    """What the shares are of (measure/peaks.py): only of a GPU the bandwidth is known."""
     gpu = report.peak_gigabytes_per_second is not None
     return "a large bfloat16 product" if gpu else "the float32 peak"
 

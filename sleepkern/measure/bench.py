@@ -20,12 +20,12 @@ from ..dispatch import explain_problem
 from ..testing import TOLERANCE, Shape, relative_error, to_float64, type_name
 from ..testing.verify import Progress
 from . import cases, timing
+from .block_cases import BlocksCase
 from .cases import AnyCase, Case, Result
-from .ceilings import Ceilings, ceilings
 from .environment import environment
-from .models import ModelCase
+from .model_cases import ModelCase
+from .peaks import Ceilings, ceilings
 from .peers import Peer, peers_of
-from .stacks import BlocksCase
 
 CHECKED_TOKENS = 300
 """Tokens of the check: several chunks, and a last one that is not full. 100 when quick."""
@@ -89,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `bench` measured, and where. The peaks are measured too (ceilings.py)."""
+    """Everything `bench` measured, and where. The peaks are measured too (peaks.py)."""
 
     environment: dict[str, Any]
     peak_gflops: float | None
@@ -129,7 +129,7 @@ def bench(
 
     Args:
         suite: all, or one of measure.cases.SUITES: forward, heads, types, rules, decode, ingest,
-            train, tiny, threads, model (models.py), blocks (stacks.py).
+            train, tiny, threads, model (model_cases.py), blocks (block_cases.py).
         quick: shorter sequences and fewer turns (about a minute).
         threads: torch threads of ours and of every peer.
         device: cpu or cuda; a GPU has suites of its own (gpu_cases.py), in bfloat16.

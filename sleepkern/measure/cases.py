@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..problem import Problem
+from ..ops import recurrence as ops
+from ..problems.recurrence import Problem
 from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from ..testing import Shape, call, make_inputs, type_name
-from . import flops, stacks
-from .models import ModelCase
-from .stacks import BlocksCase
+from . import block_cases as stacks
+from . import flops
+from .block_cases import BlocksCase
+from .model_cases import ModelCase
 
 Op = Literal["forward", "train", "decode", "ingest"]
 Result = tuple[Tensor | None, Tensor | None]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..backends.triton.assembler import assembler
+from ..backends.triton.ptxas import assembler
 
 _PACKAGES = ("torch", "transformers", "ggml-python", "flash-linear-attention", "triton")
 
@@ -72,7 +72,7 @@ def cpu_name() -> str:
 
 
 def _assembler(device: str) -> dict[str, str]:
-    """Of a GPU, the ptxas that Triton takes: what kernels it gets depends on it (backends/triton/assembler.py)."""
+    """Of a GPU, the ptxas that Triton takes: what kernels it gets depends on it (backends/triton/ptxas.py)."""
     if torch.device(device).type != "cuda" or importlib.util.find_spec("triton") is None:
         return {}
     return {"ptxas": assembler()}

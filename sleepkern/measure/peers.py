@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..backends import chunked, triton
-from ..problem import Tensors
+from ..problems.recurrence import Tensors
 from .cases import Case, Result, gradients, run
 
 Prepared = Callable[[], Result]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..backends import triton as backend
-from ..backends.triton.assembler import capability_of_plans
 from ..backends.triton.plan import PLAIN_HOPPER, TABLE, Direction, Key, Plan, Tile, padded
-from ..ops import explain
+from ..backends.triton.ptxas import capability_of_plans
+from ..ops.recurrence import explain
 from ..rules import Rule
 from ..testing import TOLERANCE, Shape, call, make_inputs, relative_error
 from .timing import Candidate, time_in_turns
@@ -131,7 +131,7 @@ class _Search:
 def _tiles(stage: str, key: Key, now: Tile) -> Iterator[Tile]:
     """Candidates for a stage: all of a small grid, the present one left out. Walks hold all key columns, and have two
 
-    warps where there must be no warp-group products (assembler.py).
+    warps where there must be no warp-group products (ptxas.py).
     """
     walks = stage in ("ingest", "adjoint")
     keys = (key.width,) if walks else tuple(c for c in COLUMNS if c <= key.width)

@@ -10,14 +10,11 @@ from torch.autograd import forward_ad
 
 from .. import transforms
 from ..addresses import check_memory
-from ..backends import cpu
-from ..backends.tensors import in_rows, refuse_tangents, untraced
+from ..backends.cpu import recurrence as cpu
+from ..backends.native.module import _C, TYPE_CODES
 from ..dispatch import asked_for
-from ..problem import check_dense
-
-_C = cpu._C
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ABSENT = (0, 0, 0)
+from ..eager import refuse_tangents, untraced
+from ..problems.recurrence import check_dense
 
 
 def usable(*tensors: Tensor | None) -> bool:
@@ -34,7 +31,7 @@ def usable(*tensors: Tensor | None) -> bool:
         if not transforms.reversing():
             refuse_tangents(*tensors)
         return False
-    return all(t is None or (t.device.type == "cpu" and t.dtype in TYPES) for t in tensors)
+    return all(t is None or (t.device.type == "cpu" and t.dtype in TYPE_CODES) for t in tensors)
 
 
 def direct(*tensors: Tensor | None) -> bool:
@@ -50,7 +47,7 @@ def direct(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is None:
             continue
-        if not t.is_cpu or t.dtype not in TYPES or t.is_neg() or (grad and t.requires_grad):
+        if not t.is_cpu or t.dtype not in TYPE_CODES or t.is_neg() or (grad and t.requires_grad):
             return False
         if t.layout is not torch.strided:
             return False
@@ -77,8 +74,8 @@ def check_kernel(**tensors: Tensor | None) -> None:
         TypeError: names the argument.
     """
     for name, t in tensors.items():
-        if t is not None and t.dtype not in TYPES:
-            raise TypeError(f"{name}: got {t.dtype}; expected one of {', '.join(map(str, TYPES))}")
+        if t is not None and t.dtype not in TYPE_CODES:
+            raise TypeError(f"{name}: got {t.dtype}; expected one of {', '.join(map(str, TYPE_CODES))}")
 
 
 def check_upstream(name: str, t: Tensor | None, x: Tensor, shape: Sequence[int]) -> None:
@@ -93,24 +90,3 @@ def check_upstream(name: str, t: Tensor | None, x: Tensor, shape: Sequence[int])
     if t.shape != torch.Size(shape) or t.dtype != x.dtype:
         raise ValueError(f"{name}: got {t.dtype} {list(t.shape)}; expected {x.dtype} {list(shape)}")
     check_memory((name,), (t,))
-
-
-def rows(t: Tensor | None, width: int) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """Tokens of `width` numbers: (address, distance of two tokens, type), and what keeps it alive."""
-    if t is None:
-        return None, ABSENT
-    t, stride = in_rows(t, width)
-    return t, (t.data_ptr(), stride, TYPES[t.dtype])
-
-
-def array(t: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
-    """Numbers side by side: (address, type), and what keeps it alive."""
-    if t is None:
-        return None, (0, 0)
-    t = t.contiguous()
-    return t, (t.data_ptr(), TYPES[t.dtype])
-
-
-def address(t: Tensor | None) -> int:
-    """Of the first number, 0 for None."""
-    return 0 if t is None else t.data_ptr()

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..addresses import check_memory, check_writable, check_written, mark_written
-from ..backends.tensors import differentiable, refuse_tangents, untraced
-from ..problem import check_offsets, check_packing
+from ..backends.native.module import _C
+from ..backends.native.views import address, array, rows
+from ..backends.torch_common import differentiable
+from ..eager import refuse_tangents, untraced
+from ..problems.recurrence import check_offsets, check_packing
 from ..transforms import offsets_of
 from . import native
 
-_C: Any = native._C
 _library = torch.library.Library("sleepkern", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? past, Tensor? cu_seqlens, bool silu"
 _library.define(f"convolve({_INPUTS}) -> (Tensor, Tensor)")
@@ -114,8 +116,8 @@ def short_convolution_step(
         z = (state.to(weight.dtype) * weight).sum(-1)
         z = z if bias is None else z + bias
         return (F.silu(z) if silu else z).to(x.dtype)
-    x, view = native.rows(x[:, None], D)  # type: ignore[assignment]
-    (_alive, weights), (_alive_too, biases) = native.array(weight), native.array(bias)
+    x, view = rows(x[:, None], D)  # type: ignore[assignment]
+    (_alive, weights), (_alive_too, biases) = array(weight), array(bias)
     y = x.new_empty((B, D))
     mark_written(state)
     _C.convolve_step(B, D, W, silu, view, weights, biases, state.data_ptr(), y.data_ptr())
@@ -189,11 +191,11 @@ def _arguments(
     if offsets is not None:  # here, where values are at hand in a compiled graph, too
         check_offsets(offsets.tolist(), T)
     sequences = B if offsets is None else len(offsets) - 1
-    tokens, view = native.rows(x, D)
-    (weight_alive, weights), (bias_alive, biases) = native.array(weight), native.array(bias)
+    tokens, view = rows(x, D)
+    (weight_alive, weights), (bias_alive, biases) = array(weight), array(bias)
     past = past if past is None else past.contiguous()
     arguments = (
-        sequences, T, D, weight.shape[1], native.address(offsets), silu, view, weights, biases, native.address(past),
+        sequences, T, D, weight.shape[1], address(offsets), silu, view, weights, biases, address(past),
     )  # fmt: skip
     return arguments, sequences, [offsets, tokens, weight_alive, bias_alive, past]
 
@@ -250,14 +252,14 @@ def _convolve_backward(
     arguments, sequences, _alive = _arguments(x, weight, bias, past, cu_seqlens, silu)
     native.check_upstream("dy", dy, x, x.shape)
     native.check_upstream("dlast", dlast, x, (sequences, weight.shape[1] - 1, x.shape[2]))
-    dy, view = native.rows(torch.zeros_like(x) if dy is None else dy, x.shape[2])
+    dy, view = rows(torch.zeros_like(x) if dy is None else dy, x.shape[2])
     dlast = dlast if dlast is None else dlast.contiguous()
     dx, dpast = x.new_empty(x.shape), x.new_empty(0 if past is None else past.shape)
     dweight = weight.new_empty(weight.shape, dtype=torch.float32)
     dbias = x.new_empty(0 if bias is None else len(bias), dtype=torch.float32)
     if sequences and x.shape[2]:
         _C.convolve_backward(
-            *arguments, view, native.address(dlast), dx.data_ptr(), 0 if past is None else dpast.data_ptr(),
+            *arguments, view, address(dlast), dx.data_ptr(), 0 if past is None else dpast.data_ptr(),
             dweight.data_ptr(), 0 if bias is None else dbias.data_ptr(),
         )  # fmt: skip
     else:

@@ -4,11 +4,11 @@ from typing import Any
 
 from .. import state
 from ..state import KVState, RecurrentState
+from .adapters.causal_lm import RecordedStack
 from .blocks import Slept, explain_blocks, forget_packed, sleep_blocks
-from .inserted import InsertedMixer, retrofit
-from .memory import Memory, Stack
-from .recorded import RecordedStack
-from .retrofitted import load_retrofitted
+from .load_retrofitted import load_retrofitted
+from .protocols import Memory, Stack
+from .retrofit import InsertedMixer, retrofit
 from .session import SleepReport, SleepSession
 
 __all__ = [

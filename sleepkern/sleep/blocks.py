@@ -1,6 +1,6 @@
-"""The passes of a stack of blocks, as sessions take them (ops_blocks.py)."""
+"""The passes of a stack of blocks, as sessions take them (ops/blocks.py)."""
 
-from ..ops_blocks import explain_blocks, forget_packed, one_by_one, sleep_blocks, why_not
+from ..ops.blocks import explain_blocks, forget_packed, one_by_one, sleep_blocks, why_not
 from ..problems.blocks import Slept
 
 __all__ = ["Slept", "explain_blocks", "forget_packed", "one_by_one", "sleep_blocks", "why_not"]

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .capture import Captures
-from .choices import ConvState, Eviction, Feedback, check_settings, looped_of
-from .memory import Memory, Stack, copied, stack_of
-from .options import pad_of
-from .passing import Passing
-from .saved import restored, saved
+from .cuda_graph import Captures
+from .generation_options import pad_of
+from .pass_loop import Passing
+from .protocols import Memory, Stack, copied, stack_of
+from .saved_state import restored, saved
+from .settings import ConvState, Eviction, Feedback, check_settings, looped_of
 from .text import Questions, Text, by_length, joined, merged, own, text_of
 
 REPORTS = 256

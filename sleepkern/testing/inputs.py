@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ops import recurrence as ops
 from ..rules import Rule
 
 Decay = Literal["slow", "zero", "strong", "extreme", "mixed"]

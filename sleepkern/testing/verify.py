@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..backends import BACKENDS
 from ..dispatch import Explanation, backend_named
+from ..ops import recurrence as ops
 from ..rules import RULES, Rule
 from .inputs import AWKWARD_SHAPES, TOLERANCE, Shape, call, make_inputs, to_float64, type_name
 

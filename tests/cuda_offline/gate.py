@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sleepkern import _C
-from sleepkern.backends import cuda_blocks_plan as planning
-from sleepkern.backends.cuda import Device
+from sleepkern.backends.cuda import blocks_plan as planning
+from sleepkern.backends.cuda.recurrence import Device
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

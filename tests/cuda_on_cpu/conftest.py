@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -18,7 +18,8 @@ import building
 import torch
 from filelock import FileLock
 
-from sleepkern.backends import cuda
+from sleepkern.backends.cuda import blocks, blocks_plan
+from sleepkern.backends.cuda import recurrence as cuda
 
 torch.set_num_threads(1)
 
@@ -58,8 +59,11 @@ def backend_on(
     """The CUDA backend takes CPU tensors and launches the module's kernels, in this order of threads."""
     module.set_options(order, seed, 10 * device.capability[0], early_copies)
     launches = {name: getattr(module, name) for name in dir(module) if name.startswith("cuda_")}
-    replaced = {"_C": SimpleNamespace(**launches, has_cuda=True), "why_not_on": lambda _: None}
-    with mock.patch.multiple(cuda, device_at_hand=lambda: device, **replaced):
+    launcher = SimpleNamespace(**launches, has_cuda=True)
+    with ExitStack() as patches:
+        for one in (cuda, blocks, blocks_plan):
+            patches.enter_context(mock.patch.object(one, "_C", launcher))
+        patches.enter_context(mock.patch.multiple(cuda, device_at_hand=lambda: device, why_not_on=lambda _: None))
         tables = {"_REPLAY": cuda._replay_table(), "_WINDOW": cuda._window_table()}
         with mock.patch.multiple(cuda, **tables):
             yield

@@ -17,13 +17,15 @@ from conftest import A100, H100
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sleepkern.backends import cuda, cuda_blocks
-from sleepkern.backends import cuda_blocks_plan as planning
+from sleepkern.backends.cuda import blocks
+from sleepkern.backends.cuda import blocks as cuda_blocks
+from sleepkern.backends.cuda import blocks_plan as planning
+from sleepkern.backends.cuda import recurrence as cuda
 from sleepkern.nn import SleepLM
 from sleepkern.problems.blocks import describe
 from sleepkern.sleep import SleepSession
 from sleepkern.sleep.blocks import one_by_one, sleep_blocks
-from sleepkern.sleep.capture import Captures
+from sleepkern.sleep.cuda_graph import Captures
 from sleepkern.testing import relative_error
 
 TOLERANCE = 1e-2
@@ -96,10 +98,10 @@ def model(case: Case) -> SleepLM:
 @contextmanager
 def memory_as_planned(device: cuda.Device) -> Iterator[None]:
     """A launch asks for no more shared memory than the device has."""
-    launch = cuda._C.cuda_blocks
+    launch = blocks._C.cuda_blocks
 
     def held(call: dict[str, Any], layers: list[dict[str, Any]], stream: int) -> None:
-        assert cuda._C.cuda_blocks_memory(call, layers) <= device.shared_memory
+        assert blocks._C.cuda_blocks_memory(call, layers) <= device.shared_memory
         launch(call, layers, stream)
 
     with mock.patch.object(cuda._C, "cuda_blocks", held):
@@ -242,7 +244,7 @@ def test_plans_fit(on, device: cuda.Device) -> None:
                     continue
                 assert "turns" in why if planning.slower(plan, B, device, captured=False) else why == "None"
                 layers = [planning.share(s, plan.cluster) for s in shapes]
-                assert cuda._C.cuda_blocks_memory(planning.sizes(plan) | {"L": L}, layers) <= device.shared_memory
+                assert blocks._C.cuda_blocks_memory(planning.sizes(plan) | {"L": L}, layers) <= device.shared_memory
                 assert plan.cluster == 1 or device.capability >= (9, 0)
                 assert heads % plan.cluster == 0 and plan.group * L <= 16 * plan.tiles
 

@@ -12,7 +12,7 @@ from conftest import A100, H100
 
 import sleepkern
 from benchmarks import gpu_checks
-from sleepkern.backends import cuda
+from sleepkern.backends.cuda import recurrence as cuda
 from sleepkern.measure.cases import Case
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, RULES, SIMPLE_GLA
 from sleepkern.testing import TOLERANCE, Shape, make_inputs, relative_error, to_float64
@@ -156,7 +156,7 @@ def test_a_tol_below_float32_still_reports(on, T: int, method: str) -> None:
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_chain(on, K: int, blocks: int) -> None:
     """Powers and their adjoint, alone, against torch; heads that made passes of their own."""
-    from sleepkern.backends.replay_backward import TORCH
+    from sleepkern.backends.replay.backward import TORCH
 
     generator = torch.Generator().manual_seed(1)
     V, passes = 80 * blocks, 5

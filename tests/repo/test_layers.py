@@ -11,21 +11,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
-    "addresses": 1, "files": 1, "rules": 1, "settings": 1, "state": 1, "transforms": 1, "version": 1,
-    "problem": 2, "problems": 2,
+    "addresses": 1, "eager": 1, "files": 1, "rules": 1, "settings": 1, "state": 1, "transforms": 1, "version": 1,
+    "problems": 2,
     "backends": 3,
     "dispatch": 4,
-    "autograd": 5, "autograd_blocks": 5,
-    "express": 6,
-    "ops": 7, "ops_blocks": 7,
-    "nn": 8, "testing": 8,
-    "integrations": 9,
-    "sleep": 10,
-    "measure": 11,
-    "experiments": 12,
-    "sleepkern": 13, "tasks": 13, "training": 13,
-    "cli": 14,
-    "__main__": 15,
+    "autograd": 5,
+    "ops": 6,
+    "nn": 7, "testing": 7,
+    "integrations": 8,
+    "sleep": 9,
+    "measure": 10,
+    "experiments": 11,
+    "sleepkern": 12, "tasks": 12, "training": 12,
+    "cli": 13,
+    "__main__": 14,
 }  # fmt: skip
 """Of every folder and file of the package; sleepkern is its face."""
 NAMED_TUPLES = {"_make", "_replace", "_asdict", "_fields", "_field_defaults"}

@@ -23,48 +23,48 @@ from sleepkern.testing import TOLERANCE, Shape
 FOLDER = Path(backend.__file__).parent
 PACKED = Shape(H=1, HV=1, K=16, V=16, lengths=(3, 20, 18))
 FAULTS: dict[str, tuple[str, str, str, Rule, dict[str, Any]]] = {
-    "state does not decay": ("ingest.py", "S = kept * S + product", "S = S + product", GATED_DELTA_RULE, {}),
-    "erases nothing": ("ingest.py", "- product(W, S, DT, PRECISION)", "", GATED_DELTA_RULE, {}),
-    "blocks merged with the wrong half": ("prepare.py", "& ((half[None, :] & 1) == 0)", "& ((half[None, :] & 1) == 1)",
+    "state does not decay": ("state_pass.py", "S = kept * S + product", "S = S + product", GATED_DELTA_RULE, {}),
+    "erases nothing": ("state_pass.py", "- product(W, S, DT, PRECISION)", "", GATED_DELTA_RULE, {}),
+    "blocks merged with the wrong half": ("chunk_factors.py", "& ((half[None, :] & 1) == 0)", "& ((half[None, :] & 1) == 1)",
                                           GATED_DELTA_RULE, {}),
-    "inverse of smaller blocks": ("prepare.py", "if (1 << level) < C:", "if level < 0:", GATED_DELTA_RULE,
+    "inverse of smaller blocks": ("chunk_factors.py", "if (1 << level) < C:", "if level < 0:", GATED_DELTA_RULE,
                                   {"dtype": torch.bfloat16, "correlation": 0.5}),
-    "levels of the wrong row": ("channel.py", "((half | 1) << level) - 1", "(half << level)", KDA,
+    "levels of the wrong row": ("chunk_factors_channel.py", "((half | 1) << level) - 1", "(half << level)", KDA,
                                 {"decay": "mixed"}),
-    "adjoint without scale": ("adjoint.py", "tl.full([C], scale,", "tl.full([C], 1.0,", GATED_DELTA_RULE, {}),
-    "adjoint forgets W": ("adjoint.py", "dS -= product(W, dVn", "dS -= 0 * product(W, dVn", GATED_DELTA_RULE, {}),
-    "dg without the end of the chunk": ("gradients.py", "through += more_through", "through += 0 * more_through",
+    "adjoint without scale": ("state_pass_backward.py", "tl.full([C], scale,", "tl.full([C], 1.0,", GATED_DELTA_RULE, {}),
+    "adjoint forgets W": ("state_pass_backward.py", "dS -= product(W, dVn", "dS -= 0 * product(W, dVn", GATED_DELTA_RULE, {}),
+    "dg without the end of the chunk": ("chunk_backward.py", "through += more_through", "through += 0 * more_through",
                                         SIMPLE_GLA, {}),
-    "dg by differences": ("gradients.py", "sum_before(to_end, C) + through", "tl.cumsum(to_end, 0) - to_end + through",
+    "dg by differences": ("chunk_backward.py", "sum_before(to_end, C) + through", "tl.cumsum(to_end, 0) - to_end + through",
                           SIMPLE_GLA, {"decay": "strong"}),
     "dg of a channel by differences": (
-        "gradients.py", "sum_before(to_end, C) + S_dS", "tl.cumsum(to_end, 0) - to_end + S_dS", KDA,
+        "chunk_backward.py", "sum_before(to_end, C) + S_dS", "tl.cumsum(to_end, 0) - to_end + S_dS", KDA,
         {"decay": "strong"},
     ),
-    "pairs of the wrong rows": ("channel.py", "behind = i[None, :] >= i[:, None]", "behind = i[None, :] > i[:, None]",
+    "pairs of the wrong rows": ("chunk_factors_channel.py", "behind = i[None, :] >= i[:, None]", "behind = i[None, :] > i[:, None]",
                                 KDA, {"decay": "mixed"}),
-    "dbeta without k.row": ("gradients.py", "dbeta += k_row", "dbeta += 0 * k_row", GATED_DELTA_RULE, {}),
-    "value heads overwrite each other": ("gradients.py", "    if add:\n        dk +=", "    if False:\n        dk +=",
+    "dbeta without k.row": ("chunk_backward.py", "dbeta += k_row", "dbeta += 0 * k_row", GATED_DELTA_RULE, {}),
+    "value heads overwrite each other": ("chunk_backward.py", "    if add:\n        dk +=", "    if False:\n        dk +=",
                                          GATED_DELTA_RULE, {"shape": Shape(T=40, H=1, HV=2, K=16, V=16)}),
-    "slots of packed sequences": ("tiles.py", "slot - (begin // C).to(tl.int32) - sequence", "slot - sequence",
+    "slots of packed sequences": ("common.py", "slot - (begin // C).to(tl.int32) - sequence", "slot - sequence",
                                   SIMPLE_GLA, {"shape": PACKED}),
-    "replay starts over": ("ingest.py", "for _ in range(1, passes):", "for _ in range(2, passes):", GATED_DELTA_RULE,
+    "replay starts over": ("state_pass.py", "for _ in range(1, passes):", "for _ in range(2, passes):", GATED_DELTA_RULE,
                            {"passes": 3}),
     "step without decay": ("decode.py", "S *= tl.exp(tl.maximum(tl.load(", "S *= tl.exp(0 * tl.maximum(tl.load(",
                            GATED_DELTA_RULE, {"shape": Shape(T=5, H=1, HV=1, K=16, V=16)}),
-    "adjoint does not decay": ("adjoint.py", "dS = kept * dS", "dS = 1.0 * dS", KDA, {}),
+    "adjoint does not decay": ("state_pass_backward.py", "dS = kept * dS", "dS = 1.0 * dS", KDA, {}),
     "gradients of another key head": (
-        "gradients.py", "p_k += first * k_stride + key_head * K", "p_k += first * k_stride", GATED_DELTA_RULE,
+        "chunk_backward.py", "p_k += first * k_stride + key_head * K", "p_k += first * k_stride", GATED_DELTA_RULE,
         {"shape": Shape(T=20, H=2, HV=2, K=16, V=16)},
     ),
-    "gradient of the length is left in": ("gradients.py", "d = norm[:, None] * (d - x * along[:, None])",
+    "gradient of the length is left in": ("chunk_backward.py", "d = norm[:, None] * (d - x * along[:, None])",
                                           "d = norm[:, None] * d", GATED_DELTA_RULE, {"normalize": True}),
-    "closed form of one pass more": ("ingest.py", "tl.exp((passes - 1) * G)", "tl.exp(passes * G)", SIMPLE_GLA,
+    "closed form of one pass more": ("state_pass.py", "tl.exp((passes - 1) * G)", "tl.exp(passes * G)", SIMPLE_GLA,
                                      {"passes": 3}),
-    "window without dstate": ("window.py", "if HAS_DSTATE:", "if False:", GATED_DELTA_RULE,
+    "window without dstate": ("single_chunk.py", "if HAS_DSTATE:", "if False:", GATED_DELTA_RULE,
                               {"shape": Shape(T=12, H=1, HV=1, K=16, V=16)}),
     "minus infinity as it is": (
-        "tiles.py", "g = tl.maximum(load_row_values(p_g, stride, rows, C), FORGET)",
+        "common.py", "g = tl.maximum(load_row_values(p_g, stride, rows, C), FORGET)",
         "g = load_row_values(p_g, stride, rows, C)", GATED_DELTA_RULE, {"forget": True},
     ),
 }  # fmt: skip
@@ -92,8 +92,8 @@ def faulty(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
     assert text.count(old) == 1, f"{file}: {old!r} is there {text.count(old)} times, expected once"
     (copy / file).write_text(text.replace(old, new))
     for module in copy.glob("*.py"):
-        source = module.read_text().replace("from ...problem", "from sleepkern.problem")
-        module.write_text(source.replace("from ..tensors", "from sleepkern.backends.tensors"))
+        source = module.read_text().replace("from ...problem", "from sleepkern.problems.recurrence")
+        module.write_text(source.replace("from ..tensors", "from sleepkern.backends.torch_common"))
     (copy / "__init__.py").write_text("")
     sys.path.insert(0, str(folder))
     try:

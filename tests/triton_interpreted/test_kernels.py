@@ -13,7 +13,7 @@ from checking import errors, results
 import sleepkern
 from sleepkern.backends.triton import launch
 from sleepkern.backends.triton.plan import PLAIN_HOPPER, Direction, Operands, Plan, plan_for
-from sleepkern.problem import Problem
+from sleepkern.problems.recurrence import Problem
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
 

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from sleepkern.backends.triton import launch
 from sleepkern.backends.triton.plan import Direction, Operands, Plan, plan_for
-from sleepkern.problem import Problem, Tensors, describe
+from sleepkern.problems.recurrence import Problem, Tensors, describe
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape
 

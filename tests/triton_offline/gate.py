@@ -4,7 +4,7 @@
 
 Prints what each needs and exits with 1 if one exceeds a limit: shared memory and tensor memory of the architecture, a
 budget of stack (spilled registers), tensor-core instructions where products are bf16 or tf32, no transposes of products
-(see backends/triton/tiles.py), no warp-group products where a plan must do without (assembler.py). Must be a process of
+(see backends/triton/common.py), no warp-group products where a plan must do without (ptxas.py). Must be a process of
 its own: under TRITON_INTERPRET Triton's own functions are interpreted ones and nothing can be compiled.
 """
 

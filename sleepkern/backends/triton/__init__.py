@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Problem, Tensors
+from ...problems.recurrence import Problem, RecurrenceResult, Tensors
 from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
-from .. import replay_backward
 from ..interface import REPLAY
-from ..tensors import Ingested
-from .assembler import capability_of_plans, numbers
+from ..replay import backward as replay_backward
 from .plan import STEP_LIMIT, Operands, plan_for
+from .ptxas import capability_of_plans, numbers
 
 NAME = "triton"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
@@ -86,11 +85,11 @@ def method_of(problem: Problem) -> str:
     return "wy" if problem.rule.delta else "closed"
 
 
-def forward(problem: Problem, x: Tensors) -> Ingested:
+def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     """Readouts and final state of `problem.passes` passes."""
     if problem.T == 0:
         return _no_tokens(problem, x)
-    return Ingested(*_launch().forward(problem, x, x.state, problem.output, operands_of(problem)))
+    return RecurrenceResult(*_launch().forward(problem, x, x.state, problem.output, operands_of(problem)))
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
@@ -134,10 +133,10 @@ def _one_backward(
     return grads
 
 
-def _no_tokens(problem: Problem, x: Tensors) -> Ingested:
+def _no_tokens(problem: Problem, x: Tensors) -> RecurrenceResult:
     size = (problem.sequences, problem.HV, problem.K, problem.V)
     state = x.k.new_zeros(size, dtype=torch.float32) if x.state is None else x.state.clone()
-    return Ingested(torch.empty_like(x.v) if problem.output else None, state)
+    return RecurrenceResult(torch.empty_like(x.v) if problem.output else None, state)
 
 
 def _stepwise(problem: Problem) -> bool:

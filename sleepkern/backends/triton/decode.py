@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import CHANNEL, FORGET, HEAD, NORM_EPS, find_columns, load_tile, store_tile
+from .common import CHANNEL, FORGET, HEAD, NORM_EPS, find_columns, load_tile, store_tile
 
 
 @triton.jit

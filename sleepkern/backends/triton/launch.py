@@ -15,16 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Problem, Tensors
-from ..tensors import in_rows, on_device_of
-from .adjoint import adjoint_kernel
-from .assembler import capability_of_plans
+from ...problems.recurrence import Problem, Tensors
+from ..native.views import in_rows, on_device_of
+from .chunk_backward import gradient_kernel
+from .chunk_factors import prepare_kernel
 from .decode import step_kernel
-from .gradients import gradient_kernel
-from .ingest import ingest_kernel
 from .plan import STEP_LIMIT, Direction, Operands, Plan, Tile, padded, plan_for, step_tile
-from .prepare import prepare_kernel
-from .window import window_gradient_kernel, window_kernel
+from .ptxas import capability_of_plans
+from .single_chunk import window_gradient_kernel, window_kernel
+from .state_pass import ingest_kernel
+from .state_pass_backward import adjoint_kernel
 
 GATES = {"none": 0, "head": 1, "channel": 2}
 

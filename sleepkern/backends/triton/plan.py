@@ -46,7 +46,7 @@ class Plan:
 
 
 PLAIN_HOPPER = -90
-"""The capability of a Hopper whose assembler is not sound (assembler.py): its plans have no warp-group products, which
+"""The capability of a Hopper whose assembler is not sound (ptxas.py): its plans have no warp-group products, which
 Triton takes where a product has 64 rows and its kernel a multiple of four warps."""
 
 

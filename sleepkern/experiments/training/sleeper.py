@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ...nn import SleepLM
 from ...sleep import SleepSession
-from ...sleep.choices import Eviction, Feedback
+from ...sleep.settings import Eviction, Feedback
 from ..tasks import IGNORED, Batch
 
 

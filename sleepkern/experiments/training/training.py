@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...files import replacing
-from ...sleep.choices import Eviction, Feedback
+from ...sleep.settings import Eviction, Feedback
 from ..tasks import IGNORED, Batch
 from .checkpoints import check_weights, damaged, read_checkpoint
 from .configurations import Configuration

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..falling_back import left_to_original, why_not_here
+from ..fallback import left_to_original, why_not_here
 from .calls import Result, why_not
 from .delta import (
     chunk_delta_rule,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sleepkern import ops
+from sleepkern.ops import recurrence as ops
 from sleepkern.rules import Rule
 
-from ..falling_back import why_not_here
+from ..fallback import why_not_here
 
 Result = tuple[Tensor, Tensor | None]
 

@@ -15,8 +15,10 @@ from sleepkern.rules import KDA
 
 from ..fla import stands_for
 from ..patching import Make, Patch, Registry, Target
-from . import base_model, by_sequence, convolution, gated_norm
-from .delta import many_tokens, one_token
+from . import base_model, by_sequence
+from . import gated_rms_norm as gated_norm
+from . import short_convolution as convolution
+from .gated_delta import many_tokens, one_token
 from .mamba2 import fused_mixer, fused_scan, one_step, scan
 
 FAMILIES = (

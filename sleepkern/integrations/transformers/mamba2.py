@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sleepkern import ops
+from sleepkern.ops import recurrence as ops
 from sleepkern.rules import SIMPLE_GLA
 
-from ..falling_back import why_not_here
-from ..replacing import replacement
+from ..call_mapping import replacement
+from ..fallback import why_not_here
 from .packing import NAMES, joined, named, offsets_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

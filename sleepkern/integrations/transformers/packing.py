@@ -49,7 +49,7 @@ def number_of_each(offsets: Tensor, rows: int, T: int) -> Tensor:
 
 
 def named(name: str, size: Callable[[Tensor], tuple[int, int]]) -> Any:
-    """A hand_back (replacing.py) that tells the original of packed sequences by the one name that it heeds.
+    """A hand_back (call_mapping.py) that tells the original of packed sequences by the one name that it heeds.
 
     Where it heeds none it raises, as transformers' own functions do; by another name it would mix the sequences.
     `size` gives rows and T of the first argument.

@@ -1,0 +1,1 @@
+"""Step 4 of a call, RECORD: one file for each family of calls."""

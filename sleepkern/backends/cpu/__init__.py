@@ -1,0 +1,1 @@
+"""Native C++ on the CPU: hands addresses to sleepkern._C."""

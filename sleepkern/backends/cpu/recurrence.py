@@ -1,0 +1,206 @@
+"""Native C++ on the CPU: hands pointers to sleepkern._C."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problems.recurrence import Problem, RecurrenceResult, Tensors
+from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
+from ..interface import REPLAY
+from ..native.module import _C, GATE_CODES, MISSING, TYPE_CODES
+from ..native.views import ABSENT, address, rows
+from ..replay import backward as replay_backward
+from ..replay.methods import Cost, affine, cheapest, closed, repeat, window_decay
+
+NAME = "cpu"
+SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
+OPTIONS = REPLAY
+
+
+def why_not(problem: Problem) -> str | None:
+    """None for CPU tensors of at most 32 bits and heads of at most 256."""
+    if _C is None:
+        return MISSING
+    if problem.device != "cpu":
+        return f"runs on the CPU, the tensors are on {problem.device}"
+    if problem.dtype not in TYPE_CODES:
+        return f"no kernel for {problem.dtype}, only float32, bfloat16 and float16"
+    if max(problem.K, problem.V) > _C.head_limit:
+        return f"heads of at most {_C.head_limit}, got K = {problem.K}, V = {problem.V}"
+    if problem.method == "rank" and not _one_block(problem):
+        return f"method 'rank' needs one block (T <= {_C.rank_limit}) and no channel decay"
+    if problem.method == "rank" and problem.tol is not None:
+        return "method 'rank' never forms the state of a pass, which tol looks at"
+    return None
+
+
+def kernel(problem: Problem) -> str:
+    """One line on the code that runs."""
+    if problem.passes > 1:
+        return f"C++ {_C.isa()}, replay {method_of(problem)}"
+    if _C.step_limit() >= problem.T:
+        return f"C++ {_C.isa()}, token by token"
+    rounded = _C.multiplies_pairs() and problem.dtype == torch.bfloat16 and problem.rule.gate == "head"
+    return f"C++ {_C.isa()}, chunked" + (", products of bfloat16, of float32 where errors add up" if rounded else "")
+
+
+def method_of(problem: Problem) -> str:
+    """The replay method for this problem: 'auto' takes the one that costs the fewest flop."""
+    if problem.method != "auto":
+        return problem.method
+    T, K, V = problem.T, problem.K, problem.V
+    wy, rank = 4 * T * K * V, None
+    if _one_block(problem) and problem.tol is None:
+        rank = Cost(setup=2 * T * K * (T + 2 * V) + T * T * (3 * K + V), a_pass=2 * T * T * V)
+    return cheapest(problem, wy=Cost(0, wy), affine=Cost(6 * T * K * (K + V), 2 * K * K * V), rank=rank)
+
+
+def _one_block(problem: Problem) -> bool:
+    limit: int = _C.rank_limit
+    return problem.rule.gate != "channel" and problem.T <= limit
+
+
+def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
+    """Readouts and final state of `problem.passes` passes."""
+    if problem.passes == 1 and problem.tol is None:
+        return RecurrenceResult(*_one_pass(problem, x, x.state, problem.output))
+    passes, method = problem.passes, method_of(problem)
+    if passes > 1 and method in ("wy", "rank"):
+        return _replay(problem, x, method)
+    zero = x.k.new_zeros((problem.sequences, problem.HV, problem.K, problem.V), dtype=torch.float32)
+    state = zero if x.state is None else x.state
+
+    exact = x if passes == 1 else x._replace(k=x.k.float(), v=x.v.float())  # passes multiply errors of bfloat16
+
+    def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
+        return _one_pass(problem, x if output else exact, state, output)
+
+    if passes > 1 and method == "closed":
+        state, passes = closed(window_decay(problem, x), one_pass(zero, False)[1], state, passes - 1), 1
+    elif passes > 1 and method == "affine":
+        A, B = _transition(problem, exact), one_pass(zero, False)[1]
+        return repeat(affine(A, B, one_pass), state, passes, problem.tol, problem.output)
+    return repeat(one_pass, state, passes, problem.tol, problem.output)
+
+
+def _replay(problem: Problem, x: Tensors, method: str) -> RecurrenceResult:
+    """Passes over factors that are made once; readouts by an ordinary pass from the state before the last."""
+    size = (problem.sequences, problem.HV, problem.K, problem.V)
+    final = x.k.new_empty(size, dtype=torch.float32)
+    state = None if x.state is None else x.state.contiguous()
+    before = residual = made = None
+    passes = problem.passes - 1 if problem.output and problem.tol is None else problem.passes
+    if problem.tol is not None:
+        residual = x.k.new_empty(size[:2], dtype=torch.float32)
+        made = x.k.new_empty(size[:2], dtype=torch.int32)
+        before = torch.empty_like(final) if problem.output else None
+    arguments, _alive = _arguments(problem, x, state, False)
+    _C.replay(
+        *arguments, final.data_ptr(), method == "rank", passes, problem.tol or 0.0,
+        address(before), address(residual), address(made),
+    )  # fmt: skip
+    if not problem.output:
+        return RecurrenceResult(None, final, residual, made)
+    o, last = _one_pass(problem, x, final if before is None else before, True)
+    return RecurrenceResult(o, last if before is None else final, residual, made)
+
+
+def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, beta, state."""
+    if problem.passes == 1:
+        return _one_backward(problem, x, x.state, do, dstate)
+    made = None if problem.tol is None else forward(problem._replace(output=False), x._replace(q=None)).passes
+    return replay_backward.backward(problem, x, do, dstate, made, *pieces(problem))
+
+
+def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.OneBackward]:
+    """What the gradients of a replay are put together from."""
+    return _state_after, _one_backward
+
+
+def _state_after(problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
+    return _one_pass(problem, x, state, False)[1]
+
+
+def step(problem: Problem, x: Tensors) -> Tensor:
+    """Readouts [B,T,HV,V]; the state is updated in place, also where it is not contiguous."""
+    assert x.state is not None
+    state = x.state.contiguous()
+    o, _ = _one_pass(problem, x, state, True, final=state)
+    assert o is not None
+    if state is not x.state:
+        x.state.copy_(state)
+    return o
+
+
+def _transition(problem: Problem, x: Tensors) -> Tensor:
+    """A [sequences,HV,K,K] of the window: a pass from the identity with values of width K that are zero."""
+    K = problem.K
+    identity = torch.eye(K, dtype=torch.float32, device=x.k.device).expand(problem.sequences, problem.HV, K, K)
+    zero = x.k.new_zeros((problem.B, problem.T, problem.HV, K))
+    return _one_pass(problem._replace(V=K), x._replace(v=zero), identity, False)[1]
+
+
+def _one_pass(
+    problem: Problem, x: Tensors, state: Tensor | None, output: bool, final: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
+    if final is None:
+        final = x.k.new_empty((problem.sequences, problem.HV, problem.K, problem.V), dtype=torch.float32)
+        state = None if state is None else state.contiguous()
+    arguments, _alive = _arguments(problem, x, state, output)
+    _C.forward(*arguments, address(o), final.data_ptr())
+    return o, final
+
+
+def _one_backward(
+    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor."""
+    reads = do is not None and x.q is not None
+    state = None if state is None else state.contiguous()
+    dstate = None if dstate is None else dstate.contiguous()
+    key_type = x.k.dtype if problem.H == problem.HV else torch.float32
+    arguments, _alive = _arguments(problem, x, state, reads)
+    do, do_view = rows(do if reads else None, problem.HV * problem.V)
+
+    def like(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        return None if t is None else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+
+    dq, dk, dv = like(x.q if reads else None, key_type), like(x.k, key_type), like(x.v)
+    dg, dbeta, dinitial = (like(t, _gate_type(t)) for t in (x.g, x.beta, state))
+    _C.backward(
+        *arguments, do_view, address(dstate), address(dq), address(dk), TYPE_CODES[key_type], address(dv),
+        address(dg), address(dbeta), address(dinitial),
+    )  # fmt: skip
+    if dq is None and x.q is not None:
+        dq = torch.zeros_like(x.q)
+    grads = [dq, dk, dv, dg, dbeta, dinitial]
+    return [d if d is None or t is None else d.to(t.dtype) for d, t in zip(grads, x, strict=False)]
+
+
+def _arguments(
+    problem: Problem, x: Tensors, state: Tensor | None, reads: bool
+) -> tuple[tuple[object, ...], list[Tensor | None]]:
+    """What every entry point of _C takes first, and the tensors that must live while it runs."""
+    H, HV, K, V = problem.H, problem.HV, problem.K, problem.V
+    offsets = x.cu_seqlens
+    if offsets is not None and not (offsets.is_cpu and offsets.dtype == torch.int64 and offsets.is_contiguous()):
+        offsets = offsets.to("cpu", torch.int64).contiguous()
+    q, q_view = rows(x.q, H * K) if reads else (None, ABSENT)
+    k, k_view = rows(x.k, H * K)
+    v, v_view = rows(x.v, HV * V)
+    g, g_view = rows(x.g, HV * K if problem.rule.gate == "channel" else HV)
+    beta, beta_view = rows(x.beta, HV)
+    arguments = (
+        GATE_CODES[problem.rule.gate], problem.rule.delta, problem.normalize, problem.scale,
+        problem.sequences, problem.T, H, HV, K, V,
+        address(offsets), q_view, k_view, v_view, g_view, beta_view, address(state),
+    )  # fmt: skip
+    return arguments, [offsets, q, k, v, g, beta, state]
+
+
+def _gate_type(t: Tensor | None) -> torch.dtype | None:
+    """Type the kernel writes the gradient of a gate in: float32 for a float64 gate, which it reads as float32."""
+    return None if t is None or t.dtype in TYPE_CODES else torch.float32

@@ -1,0 +1,1 @@
+"""Hand-written CUDA: hands addresses to sleepkern._C."""

@@ -1,0 +1,1 @@
+"""What all backends of compiled code share: the module _C, and tensors as it takes them."""

@@ -1,0 +1,98 @@
+"""Whether tensors are still the ones that something was made of, known without keeping them alive.
+
+An address does not say it: a new tensor may get that of one that is gone. A count of writes alone does not, for that of
+a new parameter starts at 0, on the same memory too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ...problems.layer_weights import LayerWeights, layers_of
+
+
+class Contents:
+    """Of ordinary tensors: where they lie, and what torch has counted of writes to them.
+
+    It counts no writes by way of `.data`, of numpy, or of another process.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._storages = _held(tensors)
+        self._places = [_place(t) for t in tensors]
+        self._writes = [t._version for t in tensors]
+        self._counters = [_counter(t) for t in tensors]
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these tensors lie there, and nobody has written to them since."""
+        if [t._version for t in tensors] != self._writes or [c._version for c in self._counters] != self._writes:
+            return False
+        return [_place(t) for t in tensors] == self._places
+
+
+class Source:
+    """What weights were packed of: these blocks, with the weights and numbers they handed out. Keeps none of it."""
+
+    def __init__(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> None:
+        self._blocks = [ref(block) for block in blocks]
+        self._numbers = [layer.numbers() for layer in layers]
+        self._weights = Contents([weight for layer in layers for weight in layer.tensors()])
+
+    def holds(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> bool:
+        """Whether these are the blocks, with the weights and numbers that they had, as far as torch counts writes."""
+        if len(blocks) != len(self._blocks) or any(r() is not b for r, b in zip(self._blocks, blocks, strict=True)):
+            return False
+        weights = [weight for layer in layers for weight in layer.tensors()]
+        return self._weights.hold(weights) and [layer.numbers() for layer in layers] == self._numbers
+
+    def current(self) -> bool:
+        """Whether the blocks are still there, with the weights and numbers they had."""
+        blocks = [block for r in self._blocks if (block := r()) is not None]
+        layers = layers_of(blocks)
+        return not isinstance(layers, str) and self.holds(blocks, layers)
+
+
+class Places:
+    """Of any tensors: where they lie, that is in whose memory, and as which view of it. What is in there may change."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        inner = list(_inner(tensors))
+        self._storages = _held(inner)
+        self._places = [_place(t) for t in inner]
+
+    def hold(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether these tensors lie there."""
+        return [_place(t) for t in _inner(tensors)] == self._places
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    return (id(t), t.untyped_storage()._cdata, t.data_ptr(), t.shape, t.stride(), t.dtype)
+
+
+def _held(tensors: Sequence[Tensor]) -> list[StorageWeakRef]:
+    """While there is a weak reference to a storage no other one gets its number, and its memory is free to go."""
+    return [StorageWeakRef(t.untyped_storage()) for t in tensors]
+
+
+def _counter(t: Tensor) -> Tensor:
+    """An alias without memory, which counts its tensor's writes with it, whatever takes that tensor's place."""
+    with torch.inference_mode(False), torch.no_grad():
+        alias = t.detach()
+        alias.data = alias.new_empty(0)
+    return alias
+
+
+def _inner(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Those that have memory of their own."""
+    for t in tensors:
+        if is_traceable_wrapper_subclass(t):
+            yield from _inner(getattr(t, name) for name in t.__tensor_flatten__()[0])
+        else:
+            yield t

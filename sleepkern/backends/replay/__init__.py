@@ -1,0 +1,1 @@
+"""Looped ingestion: the methods that all backends share, and the gradients of a replay."""

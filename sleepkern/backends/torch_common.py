@@ -1,0 +1,150 @@
+"""The head-major float form of a call that the backends made of torch's operators compute on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import transforms
+from ..problems.recurrence import Problem, RecurrenceResult, Tensors
+
+NORM_EPS = 1e-6
+"""Added to |x|^2 in the q/k normalisation x / sqrt(|x|^2 + eps), as transformers and flash-linear-attention do."""
+
+
+class Heads(NamedTuple):
+    """One or more sequences of equal length, head-major, in the type of the state, q and k per value head.
+
+    q, k [n,HV,T,K]   v [n,HV,T,V]   g None, [n,HV,T] or [n,HV,T,K]   beta [n,HV,T] or None   state [n,HV,K,V]
+    """
+
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    state: Tensor
+
+
+def by_sequence(problem: Problem, x: Tensors, ingest: Callable[[Heads], RecurrenceResult]) -> RecurrenceResult:
+    """Run `ingest` on head-major tensors: once for a batch, once per sequence when packed."""
+    if not problem.packed:
+        return _token_major(problem, [ingest(_heads(problem, x, slice(None), slice(None)))], [x.k.shape[1]])
+    assert x.cu_seqlens is not None
+    offsets = transforms.offsets_of(x.cu_seqlens)
+    spans = list(zip(offsets, offsets[1:], strict=False))
+    parts = [ingest(_heads(problem, x, slice(a, b), slice(i, i + 1))) for i, (a, b) in enumerate(spans)]
+    return _token_major(problem, parts, [b - a for a, b in spans])
+
+
+def step_by(problem: Problem, x: Tensors, forward: Callable[[Problem, Tensors], RecurrenceResult]) -> Tensor:
+    """Readouts [B,T,HV,V] of a `forward`, whose final state goes to where the initial one lies."""
+    out = forward(problem, x)
+    assert out.o is not None and x.state is not None
+    x.state.copy_(out.state)
+    return out.o
+
+
+def step_in_pool(problem: Problem, x: Tensors, places: Tensor, step: Callable[[Problem, Tensors], Tensor]) -> Tensor:
+    """Readouts of a `step` on copies of the states that lie at places [B] of a pool x.state; negative ones: nowhere."""
+    assert x.state is not None
+    present = places >= 0
+    state = x.state[places.clamp_min(0)]
+    o = step(problem, x._replace(state=state))
+    x.state.index_copy_(0, places[present].long(), state[present])
+    return torch.where(present[:, None, None, None], o, 0)
+
+
+def gradients(
+    problem: Problem,
+    x: Tensors,
+    do: Tensor | None,
+    dstate: Tensor | None,
+    forward: Callable[[Problem, Tensors], RecurrenceResult],
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, g, beta, state by autograd through a torch `forward`, run again here."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in x[:6]]
+    with torch.enable_grad():
+        out = forward(problem, Tensors._make([*leaves, x.cu_seqlens]))
+        pairs = [(y, dy) for y, dy in ((out.o, do), (out.state, dstate)) if y is not None and dy is not None]
+        pairs = [(y, dy) for y, dy in pairs if y.requires_grad]  # without tokens a state is nobody's result
+        wanted = [t for t in leaves if t is not None]
+        outputs, above = [y for y, _ in pairs], [dy for _, dy in pairs]
+        grads = iter(torch.autograd.grad(outputs, wanted, above, allow_unused=True) if pairs else [None] * len(wanted))
+    filled = [None if t is None else next(grads) for t in leaves]
+    return [torch.zeros_like(t) if t is not None and d is None else d for t, d in zip(leaves, filled, strict=True)]
+
+
+def differentiable(
+    by_torch: Callable[..., Sequence[Tensor | None]],
+    tensors: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of tensors for create_graph=True: by torch's own operators, so that they have some."""
+    # Views, because one tensor may come as two inputs, each with a gradient of its own.
+    inputs = [None if t is None else t.view_as(t) for t in tensors]
+    results = zip(by_torch(*inputs), upstream, strict=True)
+    pairs = [(y, dy) for y, dy in results if y is not None and dy is not None and y.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    outputs, above = [y for y, _ in pairs], [dy for _, dy in pairs]
+    found = iter(torch.autograd.grad(outputs, wanted, above, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _heads(problem: Problem, x: Tensors, rows: slice, sequence: slice) -> Heads:
+    dtype, groups = problem.state_dtype, problem.HV // problem.H
+
+    def head_major(t: Tensor) -> Tensor:
+        return t[:, rows].transpose(1, 2).to(dtype)
+
+    def keys(t: Tensor) -> Tensor:
+        t = head_major(t)
+        if problem.normalize:
+            t = _of_length_one(t)
+        return t.repeat_interleave(groups, dim=1)
+
+    if x.state is None:
+        n = 1 if problem.packed else problem.B
+        state = x.k.new_zeros((n, problem.HV, problem.K, problem.V), dtype=dtype)
+    else:
+        state = x.state[sequence]
+    return Heads(
+        q=None if x.q is None else keys(x.q),
+        k=keys(x.k),
+        v=head_major(x.v),
+        g=None if x.g is None else head_major(x.g),
+        beta=None if x.beta is None else head_major(x.beta),
+        state=state,
+    )
+
+
+def _of_length_one(t: Tensor) -> Tensor:
+    """t / |t|; numbers whose squares would leave the type are made small first, by a power of two, which is exact."""
+    huge, small = (1e150, 2.0**-600) if t.dtype == torch.float64 else (1e15, 2.0**-70)
+    largest = t.detach().abs().amax(-1, keepdim=True)
+    shrink = torch.where(largest > huge, small, torch.ones_like(largest))
+    t = t * shrink
+    return t * torch.rsqrt(t.square().sum(-1, keepdim=True) + NORM_EPS * shrink.square())
+
+
+def _token_major(problem: Problem, parts: list[RecurrenceResult], lengths: list[int]) -> RecurrenceResult:
+    def join(tensors: list[Tensor | None], dim: int) -> Tensor | None:
+        present = [t for t in tensors if t is not None]
+        if not present:
+            return None
+        return present[0] if len(present) == 1 else torch.cat(present, dim)
+
+    o = join([p.o for p, n in zip(parts, lengths, strict=True) if n] or [parts[0].o], 2)
+    state = join([p.state for p in parts], 0)
+    assert state is not None
+    return RecurrenceResult(
+        o=None if o is None else o.transpose(1, 2).to(problem.dtype).contiguous(),
+        state=state,
+        residual=join([p.residual for p in parts], 0),
+        passes=join([p.passes for p in parts], 0),
+    )

@@ -1,0 +1,50 @@
+"""Whether anybody but torch's kernels looks at a call: autograd, a graph capture, a mode, a transform, a subclass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+
+def untraced(*tensors: Tensor | None) -> bool:
+    """Nobody but torch's kernels looks at an operator on these: no graph capture, mode, transform or subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not Tensor and type(t) is not Parameter:
+            return False
+    return True
+
+
+def unrecorded(*tensors: Tensor | None) -> bool:
+    """Nobody looks at the operator, torch's dispatcher included, which alone knows of gradients and negative bits.
+
+    Passing it by way of Python costs more than the rest of a call.
+    """
+    if not untraced(*tensors):
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is None:
+            continue
+        if t.is_neg() or (grad and t.requires_grad):
+            return False
+    return True
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Operators would drop what forward mode carries beside tensors, and say nothing.
+
+    Raises:
+        NotImplementedError: one of these has a tangent.
+    """
+    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+        return
+    if any(t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("sleepkern has derivatives in reverse mode only: got a tangent of forward mode")

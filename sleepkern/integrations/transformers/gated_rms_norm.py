@@ -1,0 +1,65 @@
+"""The gated RMS norm after a mixer's recurrence, as models of transformers call it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleepkern.nn import gated_rms_norm
+
+from ..fallback import left_to_original
+from ..patching import Target
+
+
+def targets(module: ModuleType) -> list[Target]:
+    """The gated norms that a modeling file defines, each with its forward; older files import others, or None."""
+    named = (x for name, x in sorted(vars(module).items()) if name.endswith("RMSNormGated"))
+    return [Target(x, "forward", forward) for x in named if getattr(x, "__module__", None) == module.__name__]
+
+
+def forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for the forward of a gated norm: one pass over memory on the CPU.
+
+    Mamba-2's norms come after the gate, over groups of channels; all others before it, over a head.
+    """
+
+    @functools.wraps(original)
+    def normalise(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None or left_to_original(_why_not(self, hidden_states)):
+            return original(self, hidden_states, gate)  # type: ignore[no-any-return]
+        shape, width, grouped = hidden_states.shape, _group(self, hidden_states), hasattr(self, "group_size")
+        x, gate = (t.reshape(1, -1, shape[-1] // width, width) for t in (hidden_states, gate))
+        weight = self.weight.view(-1, width)
+        y = gated_rms_norm(
+            x,
+            gate,
+            weight[0] if len(weight) == 1 and x.shape[2] == 1 else weight,
+            self.variance_epsilon,
+            getattr(self, "activation", "silu"),
+            grouped or not getattr(self, "norm_before_gate", True),
+        )
+        y = y.view(shape)
+        return y.to(torch.promote_types(y.dtype, weight.dtype)) if grouped else y  # the stock ones differ in this
+
+    return normalise
+
+
+def _why_not(norm: Any, x: Tensor) -> str | None:
+    if torch.compiler.is_exporting():
+        return "an exported program keeps to torch's own operators"
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return f"no gated norm for {x.dtype} on {x.device}"
+    if getattr(norm, "activation", "silu") not in ("silu", "sigmoid"):
+        return f"no gated norm with {norm.activation}"
+    return None
+
+
+def _group(norm: Any, x: Tensor) -> int:
+    """Channels that are normalised together."""
+    groups: int = getattr(norm, "n_groups", 1)
+    return int(getattr(norm, "group_size", x.shape[-1] // groups))

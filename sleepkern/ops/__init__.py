@@ -1,0 +1,29 @@
+"""Step 1 of a call, PUBLIC: one file for each family of calls."""
+
+from .recurrence import (
+    SleepResult,
+    delta_rule,
+    explain,
+    gated_delta_rule,
+    gla,
+    kda,
+    recurrent_step,
+    run,
+    simple_gla,
+    sleep_ingest,
+    ssd,
+)
+
+__all__ = [
+    "SleepResult",
+    "delta_rule",
+    "explain",
+    "gated_delta_rule",
+    "gla",
+    "kda",
+    "recurrent_step",
+    "run",
+    "simple_gla",
+    "sleep_ingest",
+    "ssd",
+]

@@ -1,0 +1,1 @@
+"""Models of several makes, block by block, as sessions run them."""

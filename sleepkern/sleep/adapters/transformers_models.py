@@ -1,0 +1,233 @@
+"""Models of Hugging Face transformers, block by block, and the memory they keep between windows."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ...integrations.caches import too_old
+
+try:
+    from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+except ImportError as error:
+    raise too_old() from error
+
+from ...state import KVState, RecurrentState
+from ..generation_options import for_the_model, found
+from ..protocols import Memory, Pair, copied
+from ..retrofit import beside_attention, fast_of, inserted_in, put_fast
+from .causal_lm import RecordedStack, positions, replaced
+
+_TUPLES = ("bamba", "falcon_h1")
+"""Models that expect tuples from their layers."""
+_MAKES_NEW = ("torch_recurrent_gated_delta_rule", "recurrent_kimi_delta_attention")
+"""What the files of mixers call for a token that make a new state; Mamba-2's write into the one they have."""
+_KEPT = ("DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer")
+"""Layers of a cache of which a session keeps all there is; DummyLayer has nothing."""
+
+
+class _FastWeights(LinearAttentionLayer):
+    """transformers' layer of a cache, but new tensors instead of writes into old ones, which autograd still needs."""
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **unused: Any
+    ) -> Tensor:
+        width = conv_kernel_size or conv_states.shape[-1]
+        past, rows = self.conv_states[state_idx], conv_states.transpose(1, 2)
+        if past is None or not self.has_previous_state[state_idx]:
+            past = conv_states.new_zeros((*conv_states.shape[:-1], max(0, width - conv_states.shape[-1])))
+        # Channels stay side by side, as projections leave them and the kernels after want them.
+        full = torch.cat([past.transpose(1, 2), rows], dim=1).transpose(1, 2)
+        self.conv_states[state_idx] = full[..., -width:]
+        self.conv_kernel_size[state_idx] = width
+        self.is_conv_states_initialized[state_idx] = self.has_previous_state[state_idx] = True
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **unused: Any) -> Tensor:
+        self.recurrent_states[state_idx] = recurrent_states
+        self.is_recurrent_states_initialized[state_idx] = True
+        return recurrent_states
+
+
+class _FastWeightsBesideAttention(_FastWeights, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc, override]
+    """The same in a block that has both."""
+
+
+_OWN = {
+    LinearAttentionLayer: _FastWeights,
+    LinearAttentionAndFullAttentionLayer: _FastWeightsBesideAttention,
+}
+
+
+class TransformersMemory:
+    """A cache whose fast weights and attention can be taken out and put back, layer by layer."""
+
+    def __init__(self, model: nn.Module, own: bool = True) -> None:
+        """own False keeps transformers' layers, which write in place: for answers, without gradients."""
+        config: Any = model.config
+        self.cache: Any = DynamicCache(config=config.get_text_config())
+        layers: list[Any] = self.cache.layers
+        _check_layers(model, layers)
+        if own:
+            self.cache.layers = [_OWN[type(x)]() if type(x) in _OWN else x for x in layers]
+        base: Any = model.base_model
+        inserted = inserted_in(base.layers)
+        for i in inserted:
+            self.cache.layers[i] = beside_attention(self.cache.layers[i])
+        self.recurrent = [i for i, x in enumerate(self.cache.layers) if isinstance(x, LinearAttentionLayer)]
+        self.attention = [i for i, x in enumerate(self.cache.layers) if isinstance(x, DynamicLayer)]
+        self._replaced = set(self.recurrent) if own else set(inserted)
+        others = (i for i in self.recurrent if i not in inserted)
+        self._written = {i for i in others if not _makes_new_states(base.layers[i])}
+
+    def fast(self) -> dict[int, RecurrentState]:
+        layers = ((i, self.cache.layers[i]) for i in self.recurrent)
+        return {i: self._apart(i, fast) for i, x in layers if (fast := fast_of(x)) is not None}
+
+    def set_fast(self, fast: dict[int, RecurrentState]) -> None:
+        for i in self.recurrent:
+            layer = self.cache.layers[i]
+            if i in self._replaced:
+                put_fast(layer, self._apart(i, fast[i]) if i in fast else None)
+            elif i in fast:  # new layers still; copied into their buffers
+                layer.update_conv_state(fast[i].conv, conv_kernel_size=fast[i].conv.shape[-1])
+                layer.update_recurrent_state(fast[i].state)
+
+    def _apart(self, i: int, fast: RecurrentState) -> RecurrentState:
+        """A step of one token writes into the inputs of the convolution, and that of some layers into the state."""
+        return RecurrentState(fast.conv.clone(), fast.state.clone() if i in self._written else fast.state)
+
+    def tokens(self) -> int:
+        """How many the first attention layer has seen since the last eviction."""
+        return int(self.cache.layers[self.attention[0]].get_seq_length())
+
+    def slow(self) -> dict[int, KVState]:
+        layers = ((i, self.cache.layers[i]) for i in self.attention)
+        return {i: KVState(x.keys, x.values) for i, x in layers if x.get_seq_length() > 0}
+
+    def set_slow(self, slow: dict[int, KVState]) -> None:
+        for i in self.attention:
+            layer = self.cache.layers[i]
+            DynamicLayer.reset(layer)
+            if i in slow:
+                layer.update(*slow[i])
+
+
+def _check_layers(model: nn.Module, layers: list[Any]) -> None:
+    """
+    Raises:
+        ValueError: layers of a cache that keep more than a session carries from window to window.
+    """
+    more = {type(x).__name__ for x in layers if type(x).__name__ not in (*_KEPT, "DummyLayer")}
+    more |= {f"{type(x).__name__} of {n} states" for x in layers if (n := getattr(x, "number_of_states", 1)) != 1}
+    if more:
+        raise ValueError(
+            f"model: got a {type(model).__name__} whose cache has layers {', '.join(sorted(more))}; expected keys and "
+            "values, and one fast weight a layer"
+        )
+
+
+def _makes_new_states(block: nn.Module) -> bool:
+    """Whether the mixers of a block make a new state each time; what is not known may write into the old one."""
+    files = (sys.modules.get(type(x).__module__) for x in block.modules())
+    return any(hasattr(file, name) for file in files for name in _MAKES_NEW)
+
+
+class TransformersStack(RecordedStack):
+    """The blocks of a causal language model of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if not hasattr(getattr(self.model, "config", None), "get_text_config"):
+            raise ValueError(
+                f"model: got a {type(model).__name__} without a config of transformers; expected a model of "
+                "transformers, a SleepLM, or a Stack that says where this one's layers keep what they remember "
+                "(docs/models.md)"
+            )
+        self.tuples = self.model.config.model_type in _TUPLES
+
+    def memory(self) -> TransformersMemory:
+        with self.alone():
+            return TransformersMemory(self.model)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """As the model's own forward makes them: it may scale them, or have them in another type."""
+        with self.alone():
+            left = _Left(self.base, getattr(self.base, self.last), h)
+            with replaced(self.model, {self.model.base_model_prefix: left}) as model:
+                out: Tensor = model(input_ids=torch.zeros(h.shape[:2], dtype=torch.int64, device=h.device)).logits
+        return out
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, waiting: int, **options: Any) -> Tensor:
+        """By the model's own `generate`, which begins after what waited."""
+        options = for_the_model(self.model, options)
+        said = found(self.model, options)
+        rows = max(int(said.get(name, 1)) for name in ("num_beams", "num_return_sequences"))
+        with self.alone():
+            self.check_mode()
+            memory = self._read_on(ids[:, :waiting], mask, first, memory) if waiting else memory
+            answering = TransformersMemory(self.model, own=False)
+            answering.set_fast(_repeated(memory.fast(), rows))
+            answering.set_slow(_repeated(memory.slow(), rows))
+            kept = answering.tokens() if memory.attention else 0
+            ids, before = ids[:, waiting:], mask.shape[1] - (ids.shape[1] - waiting)
+            given = {self.cache_name: answering.cache, "attention_mask": mask}
+            if memory.attention:  # a place for every key: what there is for new ones is taken
+                given["position_ids"] = positions(mask, first + waiting - before)
+            else:
+                given["attention_mask"] = mask[:, before:]
+            made: Tensor = self.model.generate(ids, **given, **options)
+            if memory.attention and answering.tokens() <= kept:
+                raise ValueError(
+                    f"model: got a {type(self.model).__name__} whose generate takes {self.cache_name} and does not go "
+                    "on in it; expected answers to come after what was ingested"
+                )
+        return made
+
+    def _read_on(self, ids: Tensor, mask: Tensor, first: int, memory: Memory) -> Memory:
+        """What is remembered after these tokens too; mask [B, kept keys + T or more]."""
+        after = copied(self, memory)
+        kept = next((slow.keys.shape[-2] for slow in memory.slow().values()), 0)
+        mask = mask[:, : kept + ids.shape[1]]
+        h, calls = self.open(ids, first, after, None if bool(mask.all()) else mask)
+        for call in calls:
+            h = call(h)
+        return after
+
+
+class _Left(nn.Module):
+    """Stands for a base model whose last block left h."""
+
+    def __init__(self, base: nn.Module, norm: nn.Module, h: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "parts", (base, norm))  # not submodules: nothing of them is to be seen or moved
+        self.h = h
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.parts[0], name)
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return _Output((self.parts[1](self.h),))
+
+
+class _Output(tuple[Tensor]):
+    """What stands for the output of a base model: what is asked of it beside h is None."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _repeated(kept: dict[int, Pair], rows: int) -> dict[int, Pair]:
+    """Each row as often, side by side, as `generate` repeats those of ids."""
+    if rows == 1:
+        return kept
+    return {i: type(pair)(*(t.repeat_interleave(rows, dim=0) for t in pair)) for i, pair in kept.items()}
