@@ -26,24 +26,24 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 demo: $(VENV)/built
 	$(BIN)/python -m sleepkern demo --out out/demo
 
-QUICK := tests/repo $(addprefix tests/test_,layout csrc arguments bad_input binding dispatch defaults express files memory nn reference)
+QUICK := tests/repo tests/nn/test_modules.py tests/backends/test_reference.py tests/backends/cpu/test_binding.py tests/backends/cpu/test_memory.py \
+  $(addprefix tests/ops/test_,arguments.py bad_input.py dispatch.py defaults.py fast_path.py)
 check: lint $(VENV)/built
-	$(BIN)/python -m pytest $(addsuffix .py,$(filter-out tests/repo,$(QUICK))) tests/repo -m "not alone and not hardening" -n auto
+	$(BIN)/python -m pytest $(QUICK) -m "not alone and not hardening" -n auto
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest -m "not alone and not hardening" -n auto
 	$(BIN)/python -m pytest -m alone
-	$(BIN)/python -m pytest tests/cuda_on_cpu -m "not hardening" -n auto
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -m "not hardening" -n auto
-	$(BIN)/python -m tests.cuda_offline.gate
-	$(BIN)/python -m tests.triton_offline.gate --quick
+	$(BIN)/python -m pytest tests/backends/cuda_emulated -m "not hardening" -n auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/triton_interpreted -m "not hardening" -n auto
+	$(BIN)/python -m tests.offline.cuda.gate
+	$(BIN)/python -m tests.offline.triton.gate --quick
 
 # The versions of transformers beside the pinned one, each in a folder that PYTHONPATH puts before the other packages.
 # The newest is fetched anew each time, so that a release is seen here, and does not turn `make test` red.
 OLDEST := $(VENV)/transformers-oldest
 NEWEST := $(VENV)/transformers-newest
-PATCHED := tests/test_integration_versions.py tests/test_integration_transformers.py tests/test_integration_patching.py
-SLEEPING := $(addprefix tests/test_sleep_,adapters.py asking.py input.py mamba2.py retrofit.py saved.py session.py versions.py wrapped.py)
+PATCHED := $(addprefix tests/integrations/test_,transformers_versions.py transformers.py patching.py)
 
 test-hardening: test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest
 
@@ -51,18 +51,18 @@ test-thorough: $(VENV)/built
 	$(BIN)/python -m pytest -m hardening -n auto
 
 test-kernels: $(VENV)/built
-	$(BIN)/python -m pytest tests/cuda_on_cpu -m hardening -n auto
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpreted -m hardening -n auto
-	$(BIN)/python -m tests.triton_offline.gate
+	$(BIN)/python -m pytest tests/backends/cuda_emulated -m hardening -n auto
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/triton_interpreted -m hardening -n auto
+	$(BIN)/python -m tests.offline.triton.gate
 
 test-sanitized: $(VENV)/built
-	$(BIN)/python -m tests.fuzz_calls --sanitize --calls 20000
+	$(BIN)/python -m tests.hardening.fuzz_calls --sanitize --calls 20000
 
 test-properties: $(VENV)/built
-	$(BIN)/python -m pytest tests/test_properties.py --hypothesis-profile=full -n auto
+	$(BIN)/python -m pytest tests/ops/test_properties.py --hypothesis-profile=full -n auto
 
 test-errors: $(VENV)/built
-	$(BIN)/python -m tests.worst_errors --seconds 300 --out out/worst_errors.json
+	$(BIN)/python -m tests.hardening.worst_errors --seconds 300 --out out/worst_errors.json
 
 test-oldest: $(VENV)/built $(OLDEST)/installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PATCHED) -n auto
@@ -70,9 +70,8 @@ test-oldest: $(VENV)/built $(OLDEST)/installed
 test-newest: $(VENV)/built
 	rm -rf $(NEWEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(NEWEST) transformers
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(PATCHED) tests/test_integration_mamba2.py \
-	  tests/test_integration_packing.py tests/test_integration_replacing.py \
-	  tests/test_integration_mixers.py tests/test_measure_models.py $(SLEEPING) -n auto
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(PATCHED) $(addprefix tests/integrations/test_,mamba2.py packing.py call_mapping.py mixers.py) \
+	  tests/measure/test_model_cases.py $(filter-out %/test_cuda_graph.py %/test_threads.py,$(wildcard tests/sleep/*.py)) -n auto
 
 $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
 	rm -rf $(OLDEST)
@@ -88,7 +87,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/backends/cuda_emulated/*.h tests/backends/cuda_emulated/*.cpp)
 
 # Torch comes first and pinned: without it other packages would pull a build with gigabytes of CUDA.
 $(VENV)/installed: requirements.txt requirements-fla.txt

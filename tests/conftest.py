@@ -10,7 +10,7 @@ import torch
 
 from sleepkern.rules import RULES, Rule
 
-pytest_plugins = ["versions"]
+pytest_plugins = ["helpers.versions"]
 
 # `make test` takes the first; --hypothesis-profile=full the second.
 hypothesis.settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)

@@ -1,0 +1,43 @@
+"""All kernels under Triton's interpreter, on the CPU: a process of its own, because the switch is read on import.
+
+TRITON_INTERPRET=1 python -m pytest tests/backends/triton_interpreted
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("tests/backends/triton_interpreted: run with TRITON_INTERPRET=1, in a process of its own")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import interpreter
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from sleepkern.rules import GATED_DELTA_RULE, GLA
+
+if not isinstance(tl.sum, InterpretedFunction):
+    raise pytest.UsageError("triton_interpreted: triton was imported before TRITON_INTERPRET was set to 1")
+interpreter.install()
+torch.set_num_threads(1)
+
+THOROUGH = {
+    "test_replay", "test_replay_in_bfloat16", "test_slices_of_one_projection_are_read_in_place", "test_steps_in_place",
+    "test_two_runs_are_equal_bit_for_bit", "test_wide_heads",
+}  # fmt: skip
+"""Tests that `make test` runs for QUICK alone and `make test-hardening` for the other rules."""
+QUICK = (GATED_DELTA_RULE, GLA)
+"""One decay a head and one a channel, with and without the delta rule."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark what takes long."""
+    for item in items:
+        if item.originalname in THOROUGH and item.callspec.params["rule"] not in QUICK:
+            item.add_marker("hardening")

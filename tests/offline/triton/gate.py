@@ -1,0 +1,218 @@
+"""Every Triton kernel, with every row of the plan table, compiled for GPUs that are not there and held to their limits.
+
+    python -m tests.offline.triton.gate [--jobs 2] [--quick]
+
+Prints what each needs and exits with 1 if one exceeds a limit: shared memory and tensor memory of the architecture, a
+budget of stack (spilled registers), tensor-core instructions where products are bf16 or tf32, no transposes of products
+(see backends/triton/common.py), no warp-group products where a plan must do without (ptxas.py). Must be a process of
+its own: under TRITON_INTERPRET Triton's own functions are interpreted ones and nothing can be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="sleepkern-triton-"))
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+import triton.language as tl
+from compiling import Compiled, Launch, compile_launch, on_device, record
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sleepkern.backends.triton.plan import PLAIN_HOPPER, TABLE, Key
+from sleepkern.rules import GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
+from sleepkern.testing import Shape
+
+CAPABILITIES = (80, 90, 100)
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY = 512
+LONG = 8192
+STACK = {64: 640, 128: 640, 256: 704}
+STACK_EXACT = {64: 1024, 128: 1024, 256: 8192}
+STACK_PLAIN = {64: 640, 128: 640, 256: 1408}
+"""Bytes of stack a thread may spill, by width of the head. Exact products take no matrix unit and hold more at a time:
+they are there to check numbers by, not for speed. So do windows of two warps (plan.PLAIN_HOPPER)."""
+STACK_CHANNEL_BACKWARD = {64: 1024, 128: 1024, 256: 2048}
+"""The same of gradients with a decay for each channel: dg is summed from pairs of tokens on both sides of each token,
+whose tiles live side by side. A difference of two sums needs fewer, and loses all digits under strong decay."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kernel of one call; capability is that of its plan."""
+
+    name: str
+    rule: Rule
+    shape: Shape
+    key: Key
+    kernel: str
+    capability: int
+    normalize: bool = False
+    passes: int = 1
+
+    @property
+    def architecture(self) -> int:
+        """What it is compiled for."""
+        return abs(self.capability)
+
+    def launch(self) -> Launch:
+        """The launch that the product would make."""
+        key = self.key
+        with on_device(self.capability):
+            launches = record(self.rule, self.shape, key.operands, key.direction, self.normalize, self.passes)
+        return next(one for one in launches if one.name == self.kernel)
+
+
+def subjects(quick: bool) -> Iterator[Subject]:
+    """Every row of the table on every architecture; then switches that the rows do not show, on one.
+
+    The two directions share prepare, which is compiled in the backward's form (it also keeps X). Windows of float32
+    and exact products, which hold no architecture's matrix units, are compiled for sm_90 alone.
+    """
+    for key in TABLE:
+        if quick and (key.width != 128 or key.operands != "bf16"):
+            continue
+        every, some = _capabilities(key)
+        if quick:
+            every, some = (tuple(c for c in chosen if c == 90) for chosen in (every, some))
+        shape = Shape(T=LONG, H=16, HV=16, K=key.width, V=key.width)
+        rule = KDA if key.channel else GATED_DELTA_RULE
+        shared = () if key.direction == "backward" else ("prepare_kernel",)
+        yield from _of(rule, shape, key, every, without=shared)
+        window = replace(shape, T=TABLE[key].chunk if key.operands == "bf16" else 16)
+        yield from _of(rule, window, key, some, without=shared)
+    yield from _switches((90,) if quick else CAPABILITIES)
+
+
+def _capabilities(key: Key) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the row of a key is compiled for, and its windows. A device with a row of its own needs no other; of tf32
+
+    Blackwell takes what Hopper takes.
+    """
+    if key.capability != 0:
+        return (key.capability,), (key.capability,)
+    wanted = {"bf16": CAPABILITIES, "tf32": (80, 90), "exact": (90,)}[key.operands]
+    every = tuple(c for c in wanted if key._replace(capability=c) not in TABLE)
+    return every, every if key.operands == "bf16" else tuple(c for c in every if c == 90)
+
+
+def _switches(step_capabilities: tuple[int, ...]) -> Iterator[Subject]:
+    grouped = Shape(H=4, HV=16, K=96, V=192, lengths=(1000, 3000, 50))
+    for rule in (GATED_DELTA_RULE, SIMPLE_GLA, GLA, KDA):
+        for direction in ("forward", "backward"):
+            key = Key(0, direction, "bf16", rule.gate == "channel", 128)
+            yield from _of(rule, grouped, key, (90,), normalize=True)
+        key = Key(0, "forward", "bf16", rule.gate == "channel", 128)
+        yield from _of(rule, Shape(T=256, H=16, HV=16, K=128, V=128), key, (90,), passes=8)
+        yield from _of(rule, Shape(T=1, H=16, HV=16, K=128, V=128), key, step_capabilities)
+
+
+def _of(
+    rule: Rule, shape: Shape, key: Key, capabilities: tuple[int, ...] = CAPABILITIES, normalize: bool = False,
+    passes: int = 1, without: tuple[str, ...] = (),
+) -> Iterator[Subject]:  # fmt: skip
+    name = f"{rule.name} {key.direction} {key.operands} T={shape.T} K={shape.K} V={shape.V}"
+    name += " packed" * (shape.lengths is not None) + f" N={passes}" * (passes > 1)
+    for capability in capabilities:
+        with on_device(capability):
+            launches = record(rule, shape, key.operands, key.direction, normalize, passes)
+        for one in launches:
+            if one.name not in without:
+                yield Subject(name, rule, shape, key, one.name, capability, normalize, passes)
+
+
+def measure(subject: Subject) -> tuple[Subject, Compiled | None, str]:
+    """The compiled kernel's needs, and what is wrong with them ('' if nothing)."""
+    try:
+        one = subject.launch()
+        made = compile_launch(one, subject.architecture)
+    except Exception as error:  # a compiler's failure is one red row, not the end of the table
+        return subject, None, f"{type(error).__name__}: {str(error).splitlines()[-1][:80]}"
+    return subject, made, "; ".join(_faults(subject, made))
+
+
+def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
+    operands = subject.key.operands
+    if made.shared > SHARED[subject.architecture]:
+        yield f"shared memory {made.shared} > {SHARED[subject.architecture]}"
+    budget = STACK_EXACT if operands == "exact" else STACK_PLAIN if subject.capability < 0 else STACK
+    stack = budget[subject.key.width]
+    if subject.key.channel and subject.key.direction == "backward":
+        stack = max(stack, STACK_CHANNEL_BACKWARD[subject.key.width])
+    if made.stack > stack:
+        yield f"stack {made.stack} > {stack}"
+    if made.tensor_memory > TENSOR_MEMORY:
+        yield f"tensor memory {made.tensor_memory} > {TENSOR_MEMORY}"
+    if operands != "exact" and subject.kernel != "step_kernel" and made.tensor_instructions == 0:
+        yield "no tensor-core instruction"
+    if made.transposes and subject.architecture == 90:
+        yield f"{made.transposes} transposes of products"
+    if made.wgmma and subject.capability == PLAIN_HOPPER:
+        yield f"{made.wgmma} warp-group products"
+    if made.instructions < 100:
+        yield f"an empty body ({made.instructions} instructions)"
+
+
+@triton.jit
+def planted_kernel(p_x, C: tl.constexpr):
+    """A product that takes the transpose of a product, to see that the gate sees it."""
+    i = tl.arange(0, C)
+    at = i[:, None] * C + i[None, :]
+    x = tl.load(p_x + at)
+    y = tl.dot(x, x).to(tl.bfloat16)
+    tl.store(p_x + at, tl.dot(tl.trans(y), x).to(tl.bfloat16))
+
+
+def sees_planted_fault() -> bool:
+    """Whether a transposed product is found."""
+    arguments = {"p_x": torch.empty(64, 64, dtype=torch.bfloat16, device="meta"), "C": 64}
+    return compile_launch(Launch(planted_kernel, arguments, 4, 1), 90).transposes > 0
+
+
+def main() -> int:
+    """Compile all, print the table, return 1 if a kernel is faulty or the planted fault goes unseen."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--quick", action="store_true", help="only the rows of bf16, K = 128, on sm_90")
+    options = parser.parse_args()
+    chosen = list(subjects(options.quick))
+    console = Console(width=170)
+    table = Table(title="Triton kernels, compiled without a device")
+    for column in ("call", "kernel", "sm", "registers", "stack", "shared", "tensor memory", "mma", "seconds", "fault"):
+        table.add_column(column, justify="left" if column in ("call", "kernel", "fault") else "right")
+    faulty = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        done = pool.map(measure, chosen)
+        for subject, made, fault in track(done, "compiling", total=len(chosen), console=console):
+            faulty += bool(fault)
+            numbers = [""] * 6
+            if made is not None:
+                needs = (made.registers, made.stack, made.shared, made.tensor_memory, made.tensor_instructions)
+                numbers = [*(str(n) for n in needs), f"{made.seconds:.1f}"]
+            table.add_row(
+                subject.name,
+                subject.kernel,
+                f"{subject.architecture}{' plain' * (subject.capability < 0)}",
+                *numbers,
+                f"[red]{fault}[/]",
+            )
+    console.print(table)
+    seen = sees_planted_fault()
+    console.print(f"{len(chosen)} kernels, {faulty} faulty; the planted fault was {'seen' if seen else 'NOT seen'}")
+    return int(faulty > 0 or not seen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    path
+    for folder in ("sleepkern", "csrc", "tests", "benchmarks")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
+]
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_nothing_is_left_to_do() -> None:
+    marker = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "X" * 3, "HA" + "CK")) + r")\b")
+    assert not [str(p.relative_to(ROOT)) for p in SOURCES if marker.search(p.read_text())]
+
+
+def test_readme_names_only_targets_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", (ROOT / "README.md").read_text(), re.M))
+    assert {"demo", "test", "bench", "gpu-check"} <= named <= targets
+
+
+def test_make_knows_its_targets() -> None:
+    for target in ("demo", "test", "test-hardening", "bench", "lint", "gpu-check"):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_source_archive_has_what_make_and_the_tests_need(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    listed = set((tmp_path / "sleepkern.egg-info" / "SOURCES.txt").read_text().splitlines())
+    needed = [*SOURCES, *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]
+    names = {str(path.relative_to(ROOT)) for path in needed}
+    names |= {"README.md", "Makefile", "CMakeLists.txt", "pyproject.toml", "setup.py", ".ci/run", ".clang-format"}
+    names |= {".clangd", "compile_flags.txt"}
+    names |= {"requirements.txt", "requirements-fla.txt", "requirements-oldest.txt", "MANIFEST.in"}
+    names |= {"benchmarks/README.md"}
+    assert not names - listed
+    assert not [name for name in listed if name.endswith((".so", ".pyc"))]
+
+
+def test_the_readme_of_the_benchmarks_names_results_that_exist() -> None:
+    named = re.findall(r"`([\w.-]+\.json)`", (ROOT / "benchmarks" / "README.md").read_text())
+    assert named and all((ROOT / "benchmarks" / "results" / name).is_file() for name in named)
