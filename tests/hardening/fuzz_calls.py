@@ -304,7 +304,7 @@ def under_sanitizers(arguments: list[str]) -> int:
     """Exit status of this program with these arguments, then of the tests of the kernels, on a module of its own."""
     with tempfile.TemporaryDirectory() as folder:
         load = native.loading(native.build(Path(folder), "-DSLEEPKERN_SANITIZE=ON"))
-        fuzz = f"from tests import fuzz_calls\nsys.argv[1:] = {arguments}\nsys.exit(fuzz_calls.main())"
+        fuzz = f"from tests.hardening import fuzz_calls\nsys.argv[1:] = {arguments}\nsys.exit(fuzz_calls.main())"
         tests = f"import pytest\nsys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *{KERNEL_TESTS}]))"
         environment = native.sanitized()
         commands = ([sys.executable, "-c", load + code] for code in (fuzz, tests))

@@ -70,7 +70,7 @@ def load(path: Path) -> ModuleType:
 
 
 def run_tests(
-    module: Path, chosen: str, sanitize: bool = False, file: str = "test_kernels.py"
+    module: Path, chosen: str, sanitize: bool = False, file: str = "test_emulated_kernels.py"
 ) -> subprocess.CompletedProcess[str]:
     """Tests of a file with a module, in a process of its own: a fault may end in a deadlock, which ends that."""
     tests = HERE / file

@@ -17,7 +17,6 @@ from helpers.block_stacks import all_of, before
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from sleepkern.backends.cuda import blocks
 from sleepkern.backends.cuda import blocks as cuda_blocks
 from sleepkern.backends.cuda import blocks_plan as planning
 from sleepkern.backends.cuda import recurrence as cuda
@@ -98,10 +97,10 @@ def model(case: Case) -> SleepLM:
 @contextmanager
 def memory_as_planned(device: cuda.Device) -> Iterator[None]:
     """A launch asks for no more shared memory than the device has."""
-    launch = blocks._C.cuda_blocks
+    launch = planning._C.cuda_blocks
 
     def held(call: dict[str, Any], layers: list[dict[str, Any]], stream: int) -> None:
-        assert blocks._C.cuda_blocks_memory(call, layers) <= device.shared_memory
+        assert planning._C.cuda_blocks_memory(call, layers) <= device.shared_memory
         launch(call, layers, stream)
 
     with mock.patch.object(cuda._C, "cuda_blocks", held):
@@ -244,7 +243,7 @@ def test_plans_fit(on, device: cuda.Device) -> None:
                     continue
                 assert "turns" in why if planning.slower(plan, B, device, captured=False) else why == "None"
                 layers = [planning.share(s, plan.cluster) for s in shapes]
-                assert blocks._C.cuda_blocks_memory(planning.sizes(plan) | {"L": L}, layers) <= device.shared_memory
+                assert planning._C.cuda_blocks_memory(planning.sizes(plan) | {"L": L}, layers) <= device.shared_memory
                 assert plan.cluster == 1 or device.capability >= (9, 0)
                 assert heads % plan.cluster == 0 and plan.group * L <= 16 * plan.tiles
 
