@@ -145,7 +145,9 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sanitizers_have_nothing_to_say(sanitized: Path) -> None:
     done = run_tests(sanitized / "cuda_on_cpu.so", SANITIZED, sanitize=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = run_tests(sanitized / "cuda_on_cpu.so", "test_equals and random", sanitize=True, file="test_emulated_blocks.py")
+    done = run_tests(
+        sanitized / "cuda_on_cpu.so", "test_equals and random", sanitize=True, file="test_emulated_blocks.py"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -153,6 +155,9 @@ def test_sanitizers_have_nothing_to_say(sanitized: Path) -> None:
 @pytest.mark.parametrize("name", OVERRUNS)
 def test_an_overrun_is_seen(name: str, tmp_path: Path, sanitized: Path) -> None:
     file, good, bad, chosen = OVERRUNS[name]
+    suite = f"test_emulated_{'blocks' if 'blocks' in file else 'kernels'}.py"
     module = build(tmp_path, sanitize=True, fault=(f"cuda/{file}", good, bad), sound=sanitized)
-    done = run_tests(module, chosen, sanitize=True, file=f"test_emulated_{'blocks' if 'blocks' in file else 'kernels'}.py")
+    done = run_tests(
+        module, chosen, sanitize=True, file=f"test_emulated_{'blocks' if 'blocks' in file else 'kernels'}.py"
+    )
     assert done.returncode != 0 and "AddressSanitizer" in done.stderr, done.stdout + done.stderr
