@@ -157,7 +157,5 @@ def test_an_overrun_is_seen(name: str, tmp_path: Path, sanitized: Path) -> None:
     file, good, bad, chosen = OVERRUNS[name]
     suite = f"test_emulated_{'blocks' if 'blocks' in file else 'kernels'}.py"
     module = build(tmp_path, sanitize=True, fault=(f"cuda/{file}", good, bad), sound=sanitized)
-    done = run_tests(
-        module, chosen, sanitize=True, file=f"test_emulated_{'blocks' if 'blocks' in file else 'kernels'}.py"
-    )
+    done = run_tests(module, chosen, sanitize=True, file=suite)
     assert done.returncode != 0 and "AddressSanitizer" in done.stderr, done.stdout + done.stderr
