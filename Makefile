@@ -5,6 +5,8 @@
 #                   property, a search for the worst errors, the integrations with the oldest and the newest transformers,
 #                   a build for each fault planted in a CUDA kernel, Triton's kernels for every GPU
 #   make check      lint, layers, and a quick slice of the tests: two minutes, for each commit
+#   make test-cpu, test-triton, test-cuda-emulated, test-sleep, test-integrations, test-offline
+#                   one part of make test each; test-mutation: all faults planted in kernels are found
 #   make bench      the full benchmark table and plot, into out/bench
 #   make lint       ruff, mypy, clang-format
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
@@ -19,23 +21,46 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
-.PHONY: demo check test test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/built
 	$(BIN)/python -m sleepkern demo --out out/demo
 
-QUICK := tests/repo tests/nn/test_modules.py tests/backends/test_reference.py tests/backends/cpu/test_binding.py tests/backends/cpu/test_memory.py \
+PYTEST := $(BIN)/python -m pytest
+USUAL := -m "not alone and not hardening" -n auto
+QUICK := tests/repo tests/nn/test_modules.py tests/backends/test_reference.py $(addprefix tests/backends/cpu/test_,binding.py memory.py) \
   $(addprefix tests/ops/test_,arguments.py bad_input.py dispatch.py defaults.py fast_path.py)
 check: lint $(VENV)/built
-	$(BIN)/python -m pytest $(QUICK) -m "not alone and not hardening" -n auto
+	$(PYTEST) $(QUICK) $(USUAL)
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest -m "not alone and not hardening" -n auto
-	$(BIN)/python -m pytest -m alone
-	$(BIN)/python -m pytest tests/backends/cuda_emulated -m "not hardening" -n auto
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/triton_interpreted -m "not hardening" -n auto
+	$(PYTEST) $(USUAL)
+	$(PYTEST) -m alone
+	$(MAKE) --no-print-directory test-cuda-emulated test-triton test-offline
+
+test-cpu: $(VENV)/built
+	$(PYTEST) tests/ops tests/autograd tests/backends/test_*.py tests/backends/cpu $(USUAL)
+
+test-triton: $(VENV)/built
+	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton_interpreted $(USUAL)
+
+test-cuda-emulated: $(VENV)/built
+	$(PYTEST) tests/backends/cuda_emulated $(USUAL)
+
+test-sleep: $(VENV)/built
+	$(PYTEST) tests/sleep tests/nn tests/ops/test_blocks*.py $(USUAL)
+
+test-integrations: $(VENV)/built
+	$(PYTEST) tests/integrations $(USUAL)
+
+test-mutation: $(VENV)/built
+	$(PYTEST) tests/backends/cpu -m mutation -n auto
+	$(PYTEST) tests/backends/cuda_emulated -m mutation -n auto
+	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton_interpreted -m mutation -n auto
+
+test-offline: $(VENV)/built
 	$(BIN)/python -m tests.offline.cuda.gate
 	$(BIN)/python -m tests.offline.triton.gate --quick
 
@@ -48,29 +73,29 @@ PATCHED := $(addprefix tests/integrations/test_,transformers_versions.py transfo
 test-hardening: test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest
 
 test-thorough: $(VENV)/built
-	$(BIN)/python -m pytest -m hardening -n auto
+	$(PYTEST) -m hardening -n auto
 
 test-kernels: $(VENV)/built
-	$(BIN)/python -m pytest tests/backends/cuda_emulated -m hardening -n auto
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/backends/triton_interpreted -m hardening -n auto
+	$(PYTEST) tests/backends/cuda_emulated -m hardening -n auto
+	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton_interpreted -m hardening -n auto
 	$(BIN)/python -m tests.offline.triton.gate
 
 test-sanitized: $(VENV)/built
 	$(BIN)/python -m tests.hardening.fuzz_calls --sanitize --calls 20000
 
 test-properties: $(VENV)/built
-	$(BIN)/python -m pytest tests/ops/test_properties.py --hypothesis-profile=full -n auto
+	$(PYTEST) tests/ops/test_properties.py --hypothesis-profile=full -n auto
 
 test-errors: $(VENV)/built
 	$(BIN)/python -m tests.hardening.worst_errors --seconds 300 --out out/worst_errors.json
 
 test-oldest: $(VENV)/built $(OLDEST)/installed
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(PATCHED) -n auto
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(PATCHED) -n auto
 
 test-newest: $(VENV)/built
 	rm -rf $(NEWEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(NEWEST) transformers
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest $(PATCHED) $(addprefix tests/integrations/test_,mamba2.py packing.py call_mapping.py mixers.py) \
+	PYTHONPATH=$(NEWEST) $(PYTEST) $(PATCHED) $(addprefix tests/integrations/test_,mamba2.py packing.py call_mapping.py mixers.py) \
 	  tests/measure/test_model_cases.py $(filter-out %/test_cuda_graph.py %/test_threads.py,$(wildcard tests/sleep/*.py)) -n auto
 
 $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
@@ -81,7 +106,7 @@ $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
 bench: $(VENV)/built
 	mkdir -p out/bench
 	$(BIN)/python -m sleepkern bench --json out/bench/bench.json --plot out/bench/bench.png
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=out/bench/pytest-benchmark.json
+	$(PYTEST) benchmarks --benchmark-only --benchmark-json=out/bench/pytest-benchmark.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
