@@ -14,8 +14,8 @@ struct Call {
   const dlpack::Tensor *q, *k, *v, *g, *beta, *state, *o, *final_state;
 };
 
-// Whether the call is one that every check of sleepkern/problems/recurrence.py would pass and whose tensors the CPU kernels read in
-// place; `problem` is then filled. Never says what is wrong: the long way does.
+// Whether the call is one that every check of sleepkern/problems/recurrence.py would pass and whose tensors the CPU
+// kernels read in place; `problem` is then filled. Never says what is wrong: the long way does.
 bool plain(const Call& call, Problem& problem);
 
 }  // namespace sleepkern

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pybind11
 import pytest
@@ -27,27 +29,57 @@ def shared(factory: pytest.TempPathFactory) -> Path:
     return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
 
-def build_with_faults(root: Path, folder: Path, faults: tuple[tuple[str, str, str], ...]) -> Path:
-    """A module in `folder` with faults (file, text, replacement) planted, for the baseline instruction set alone.
+class Mutation(NamedTuple):
+    """A fault: what happens to the line of csrc/cpu below the comment `// mutant: NAME`.
 
-    All are built in one place under `root`, one after the other, so that what a fault does not reach is compiled once.
+    The line is deleted, or the one match of the regular expression `find` on it is replaced. A mutation names no
+    identifier of the code, so that it outlives a rename.
     """
-    place = root / "with_faults"
+
+    name: str
+    find: str = "^.*$"
+    replacement: str = ""
+
+
+def build_with_faults(root: Path, folder: Path, mutations: tuple[Mutation, ...]) -> Path:
+    """A module in `folder` with faults planted, for the baseline instruction set alone.
+
+    All are built in one folder under `root`, one after the other, so that what a fault does not reach is compiled once.
+    """
+    shared_build = root / "with_faults"
     with FileLock(root / "with_faults.lock"):
-        if not (place / "build").exists():
-            _configure(place, "-DSLEEPKERN_BASELINE_ONLY=ON")
+        if not (shared_build / "build").exists():
+            _configure(shared_build, "-DSLEEPKERN_BASELINE_ONLY=ON")
         sound: dict[Path, str] = {}
-        for file, good, bad in faults:
-            path = place / "source" / "csrc" / file
-            text = path.read_text()
-            sound.setdefault(path, text)
-            assert text.count(good) == 1, f"{good!r} is not once in {file}"
-            path.write_text(text.replace(good, bad))
         try:
-            return Path(shutil.move(_compile(place), folder))
+            for mutation in mutations:
+                path = _file_with(mutation, shared_build / "source" / "csrc" / "cpu")
+                text = path.read_text()
+                sound.setdefault(path, text)
+                path.write_text(mutated(text, mutation))
+            return Path(shutil.move(_compile(shared_build), folder))
         finally:
             for path, text in sound.items():
                 path.write_text(text)
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """Source text with the fault: the line below the mutation's comment is changed, and no other."""
+    lines = text.split("\n")
+    (at,) = (i for i, line in enumerate(lines) if line.strip() == _comment(mutation))
+    lines[at + 1], count = re.subn(mutation.find, mutation.replacement, lines[at + 1])
+    assert count == 1, f"{mutation.find!r} matches {count} times below '{_comment(mutation)}'"
+    return "\n".join(lines)
+
+
+def _file_with(mutation: Mutation, folder: Path) -> Path:
+    found = [p for p in folder.rglob("*.h") for line in p.read_text().split("\n") if line.strip() == _comment(mutation)]
+    assert len(found) == 1, f"'{_comment(mutation)}' is {len(found)} times in {folder}"
+    return found[0]
+
+
+def _comment(mutation: Mutation) -> str:
+    return f"// mutant: {mutation.name}"
 
 
 def _configure(folder: Path, *options: str) -> None:

@@ -112,6 +112,7 @@ SLEEPKERN_STAGE void softmax(const Head& h, const AttentionArrays& a, int64_t fi
       most = reinterpret_cast<Vec>(select(larger, reinterpret_cast<BitVec>(x), reinterpret_cast<BitVec>(most)));
     }
     for (int64_t s = 0; s < keys; ++s) {
+      // mutant: attention-without-own-token
       const BitVec visible = reinterpret_cast<BitVec>(seen >= static_cast<float>(s));
       const Vec p = exp_nonpositive(load(column + s * PANEL) - most);
       const Vec kept = reinterpret_cast<Vec>(visible & reinterpret_cast<BitVec>(p));

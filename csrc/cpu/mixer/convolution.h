@@ -127,6 +127,7 @@ SLEEPKERN_STAGE void scatter_row(const Taps& taps, const Inputs& x, const Convol
                                  const ConvolutionSums& sums) {
   char* to = static_cast<char*>(t < 0 ? g.dpast : g.dx) + (t < 0 ? x.kept(t) : x.dense(t));
   const int64_t kept = t - x.count;  // as an input before a next token
+  // mutant: gradient-without-oldest-input
   const bool last = g.dlast && kept >= 1 - W;
   const void* dlast = last ? static_cast<const char*>(g.dlast) + x.kept(kept) : nullptr;
   for (int64_t d = 0; d < x.n; d += LANES) {

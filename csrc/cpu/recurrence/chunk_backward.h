@@ -223,6 +223,7 @@ SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const flo
     }
     SLEEPKERN_EACH_VEC(n) {
       const int64_t d = panel * PANEL + n * LANES;
+      // mutant: gate-gradient-without-final-state
       store(a.end + d, total[n] * load(w.keep + d));
     }
   }

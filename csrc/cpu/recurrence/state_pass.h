@@ -105,6 +105,7 @@ SLEEPKERN_STAGE float update_state(const Chunk& c, const Workspace& w, const Ope
   for (int64_t d = 0; d < w.K; d += ROWS) {
     Tile t;
     load(t, state + d * PANEL);
+    // mutant: state-without-decay
     scale_rows(t, w.keep + d);
     multiply_add<1>(t, x.writers + column_at(d, steps<E>(CHUNK)), x.writes, steps<E>(c.count));
     ahead.step();

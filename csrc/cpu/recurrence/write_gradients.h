@@ -91,6 +91,7 @@ SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, co
     double before = 0, behind = 0, own[CHUNK];
     for (int64_t d = 0; d < w.K; ++d) before += a.end[d];
     for (int64_t t = 0; t < c.count; ++t) {
+      // mutant: gate-gradient-with-cancellation
       own[t] = before + sum(load(a.pair_lanes + t * LANES));
       before += sum(load(a.write_lanes + t * LANES));
     }

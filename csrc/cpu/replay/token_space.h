@@ -225,6 +225,7 @@ SLEEPKERN_STAGE void prepare_stride(const Rank& x, const Factors& f, int64_t str
   }
   for (int64_t i = 0; i < f.rows; ++i) {
     const int64_t diagonal = column_at(i, REPLAY_BLOCK) + i * PANEL;
+    // mutant: stride-without-a-pass
     x.G[diagonal] += 1 + gamma;
     x.C[diagonal] += 2 * gamma;
   }
@@ -257,6 +258,7 @@ SLEEPKERN_STAGE void make_step(const Factors& f, const RankStep& s, float reach,
     SLEEPKERN_EACH_ROW(r) {
       SLEEPKERN_EACH_VEC(n) {
         const int64_t at = (i + r) * PANEL + n * LANES;
+        // mutant: first-state-without-decay
         t.at[r][n] = load(Y + at) * s.gamma + load(s.U + at) + load(s.H + at) * reach;
       }
     }

@@ -53,7 +53,8 @@ static double distance(const float* a, const float* b, int64_t n) {
   return std::sqrt(total);
 }
 
-// Whether a head may stop: what is left to its fixed point, by the ratio of its last two steps, see backends/replay/methods.py.
+// Whether a head may stop: what is left to its fixed point, by the ratio of its last two steps, see
+// backends/replay/methods.py.
 struct Settling {
   double previous = 0, residual = INFINITY;
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.build import build, build_with_faults, run_with, shared
+from helpers.build import Mutation, build, build_with_faults, run_with, shared
 from torch import Tensor
 
 import sleepkern
@@ -246,8 +246,8 @@ def test_mixers_and_blocks_of_avx512(avx512: Path) -> None:
 
 def test_verify_finds_a_broken_kernel(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A state that is not decayed: the kernel runs, and `verify` ends red."""
-    fault = ("cpu/recurrence/state_pass.h", "    scale_rows(t, w.keep + d);\n", "")
-    module = build_with_faults(shared(tmp_path_factory), tmp_path, (fault,))
+    mutation = Mutation("state-without-decay")
+    module = build_with_faults(shared(tmp_path_factory), tmp_path, (mutation,))
     command = "sys.argv[1:] = ['verify', '--quick', '--backend', 'cpu']\nfrom sleepkern.cli import main\nmain()"
     done = run_with(module, command)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -294,29 +294,25 @@ print(*wrong)
 """
 
 
+MUTATIONS = (
+    Mutation("gate-gradient-without-final-state", r", .*\);$", ", Vec{});"),
+    Mutation("gate-gradient-with-cancellation", r"sum\(.*\)", r"(\g<0> + 1.0f) - 1.0f"),
+    Mutation("first-state-without-decay", r" \* \w+;$", ";"),
+    Mutation("stride-without-a-pass", r" \+ \w+;$", ";"),
+    Mutation("gradient-without-oldest-input", "1 - ", "2 - "),
+    Mutation("attention-without-own-token", ">=", ">"),
+)
+
+
 def test_broken_gradients_and_replay_are_found(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A gate whose gradient forgets the state at the chunk's end; a rank form that does not decay the first state, and
-    one whose several passes at once leave one out; a convolution that forgets a gradient of what it hands on; attention
-    in which a token does not see itself; a gate whose gradient adds the pair of a token with itself and takes it away.
+    """Every mutation is found: a gate whose gradient forgets the state at the chunk's end; a gate whose gradient adds a
+    number and takes it away; a rank form that does not decay the first state, and one whose several passes at once
+    leave one out; a convolution that forgets a gradient of its last inputs; attention in which a token does not see
+    itself.
 
     What the faults do not touch stays right, so the check does not just fail.
     """
-    end = "store(a.end + d, total[n] * load(w.keep + d));"
-    pairs, pair = "sum(load(a.pair_lanes + t * LANES))", "a.gains[column_at(t, CHUNK) + t * PANEL]"
-    reach = " + load(s.H + at) * reach;"
-    faults = (
-        ("cpu/recurrence/chunk_backward.h", end, end.replace("total[n] * load(w.keep + d)", "Vec{}")),
-        ("cpu/recurrence/write_gradients.h", pairs, f"({pairs} + {pair}) - {pair}"),
-        ("cpu/replay/token_space.h", reach, reach.replace(" * reach", "")),
-        ("cpu/replay/token_space.h", "x.G[diagonal] += 1 + gamma;", "x.G[diagonal] += 1;"),
-        ("cpu/mixer/convolution.h", "kept >= 1 - W;", "kept >= 2 - W;"),
-        (
-            "cpu/blocks/attention.h",
-            "const BitVec visible = reinterpret_cast<BitVec>(seen >=",
-            "const BitVec visible = reinterpret_cast<BitVec>(seen >",
-        ),
-    )
-    done = run_with(build_with_faults(shared(tmp_path_factory), tmp_path, faults), GRADIENTS_AND_REPLAY)
+    done = run_with(build_with_faults(shared(tmp_path_factory), tmp_path, MUTATIONS), GRADIENTS_AND_REPLAY)
     assert done.stdout.split() == ["dg", "rank", "strides", "dlast", "blocks", "differences"], done.stdout + done.stderr
     sound = run_with(Path(str(_C.__file__)), GRADIENTS_AND_REPLAY)
     assert sound.stdout.split() == [] and sound.returncode == 0, sound.stdout + sound.stderr
