@@ -189,6 +189,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
       mma<Mode::bf16>(scores[0], q, k, 0);
       mma<Mode::bf16>(scores[1], q, k, 1);
     }
+    // mutant: pad-rows-read-beyond-their-window
     read.add(
         scores, groups, [&](int i, int j) { return keys < block || j <= i; },
         [&](int n) { return wide.right_transposed(start + 16 * keys, v_at + 16 * n); });

@@ -112,6 +112,7 @@ struct Group {
 
   // What everyone published, as a factor of each row. Ends with a block's barrier.
   SLEEPKERN_DEVICE void meet(float eps) const {
+    // mutant: no-cluster-barrier-before-h-is-read
     cluster_arrive();
     cluster_wait();
     for (int row = threadIdx.x; row < 16 * TILES; row += THREADS) {
@@ -156,6 +157,7 @@ struct Group {
     return c.cluster * (rest < c.exchange ? rest : c.exchange);
   }
 
+  // mutant: one-buffer-for-two-exchanges
   SLEEPKERN_DEVICE float* place_of(int n, int exchanges) const { return m.received((exchanges - 1 - n) & 1); }
 
   // The i-th group of an exchange to its owner.
@@ -177,6 +179,7 @@ struct Group {
 
   // Adds the parts of an exchange to h, in the order of ranks, once all have arrived.
   SLEEPKERN_DEVICE void meet_and_receive(int n, int exchanges) const {
+    // mutant: no-cluster-wait-before-partials-are-added
     cluster_wait();
     if (n < 0) return;
     const float4* place = reinterpret_cast<const float4*>(place_of(n, exchanges));
@@ -280,6 +283,7 @@ struct Group {
                      });
       if (mixer) {
         find_rates(l, weights);
+        // mutant: no-barrier-before-the-mixer
         block_barrier();
         l.recurrent ? mix_recurrent<KEYS>(c, l, p, m, pass) : attend<KEYS>(c, l, p, m, pass);
       }

@@ -61,6 +61,7 @@ struct Blocks16 {
   int cores, last;  // cores in a row of them; the window's last row of cores
 
   SLEEPKERN_DEVICE Blocks16(const BlocksCall& c, const uint16_t* tile, int columns, int window)
+      // mutant: rows-beyond-a-window-are-its-neighbours
       : tile(tile), cores(columns / 8), last((window + 1) * c.padded() / 8 - 1) {}
 
   SLEEPKERN_DEVICE Fragment<Mode::bf16> load(int row, int column, bool rows_first, bool transposed) const {

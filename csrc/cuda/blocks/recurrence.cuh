@@ -138,6 +138,7 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
       }
     }
   }
+  // mutant: no-warp-barrier-before-inversion
   warp_barrier();
   invert_unit(unit, M);
   unit.P[lane] = make_uint4(pack_bf16(P[0][0], P[0][1]), pack_bf16(P[1][0], P[1][1]), pack_bf16(P[0][2], P[0][3]),
@@ -252,6 +253,7 @@ SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const 
       for (int i = 0; i < 4; ++i) {
         uint16_t* o = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
         if (16 * block + column_of(n, i) < c.L) *o = narrow<Mode::bf16>(O[n][i]);
+        // mutant: written-values-are-not-decayed
         D[n][i] *= scale[n][i & 1].w;
       }
     }

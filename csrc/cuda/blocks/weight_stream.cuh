@@ -61,6 +61,7 @@ struct Stream {
   SLEEPKERN_DEVICE void foresee(int stages) const { foresee(next, stages); }
   SLEEPKERN_DEVICE void foresee(int place, int stages) const {
     const int first = place + AHEAD, most = count - first;
+    // mutant: prefetch-beyond-the-last-weights
     warp_prefetch(from + static_cast<int64_t>(first) * STAGE, (stages < most ? stages : most) * STAGE);
   }
 
@@ -73,6 +74,7 @@ struct Stream {
 
   // The two fragments of the stage at the front.
   SLEEPKERN_DEVICE void front(Fragment<Mode::bf16>& first, Fragment<Mode::bf16>& second) const {
+    // mutant: no-wait-for-weights
     copy_wait(arrivals + slot, parity);
     const uint4* at = reinterpret_cast<const uint4*>(ring + slot * STAGE) + lane_of_warp();
     first = load_fragment(at);
@@ -81,6 +83,7 @@ struct Stream {
   // Asks for another stage in their place. After the products: the matrix units are busy meanwhile, and as a product is
   // made by the whole warp, all lanes have read what they multiply by.
   SLEEPKERN_DEVICE void turn() {
+    // mutant: weights-overwrite-the-next-slot
     ask(slot);
     if (++slot == c.ring) {
       slot = 0;

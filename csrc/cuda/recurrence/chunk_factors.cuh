@@ -164,6 +164,7 @@ SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number
   } else {
     scores<MODE, KP, CHANNEL>(p, chunk, keys, w, P);
   }
+  // mutant: no-barrier-before-inversion
   block_barrier();
   invert<MODE, KP, CHANNEL>(chunk, w);
   scale_inverse<MODE, KP, CHANNEL>(chunk, w);

@@ -55,6 +55,7 @@ SLEEPKERN_DEVICE void channel_block(const Problem& p, const Number<MODE>* keys, 
       const Number<MODE>* rows = which ? w.Q : keys;
       const Fragment<MODE> left = fragment_of<MODE>(false, [&](int row, int d) {
         const int i = 16 * I + row;
+        // mutant: decay-of-the-row-after
         return widen(rows[at<MODE>(KP, i, d0 + d)]) * decayed(w.G[i * KP + d0 + d]);
       });
       mma<MODE>(which ? read[0] : erased[0], left, right, 0);

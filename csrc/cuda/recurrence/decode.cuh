@@ -69,6 +69,7 @@ step_kernel(const Steps s) {
   if (place >= 0) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
+      // mutant: a-row-beyond-the-state-is-read
       const float4 x = load_four(state + static_cast<int64_t>(first + r) * V, first + r < K ? valid : 0, aligned);
       S[r][0] = x.x;
       S[r][1] = x.y;
@@ -129,6 +130,7 @@ step_kernel(const Steps s) {
       if (lane < 4 && e < valid) store_one(p.o, p.v.type, (token * p.HV + head) * p.V + column + e, out[e]);
     }
   }
+  // mutant: padded-rows-of-a-pool-are-written
   if (place < 0) return;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {

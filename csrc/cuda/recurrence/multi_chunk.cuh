@@ -171,12 +171,15 @@ struct Stream {
   }
   SLEEPKERN_DEVICE typename ReplayMemory<MODE, KP>::Place next() const {
     const int place = resident ? seen % chunks : seen % c.slots;
+    // mutant: no-wait-for-a-copy
+    // mutant: wait-for-the-wrong-phase
     if (seen < asked) copy_wait(m.arrivals + place, seen / c.slots & 1);
     return m.at(place);
   }
   SLEEPKERN_DEVICE void done() {
     ++seen;
     if (resident) return;
+    // mutant: no-barrier-before-a-slot-is-refilled
     block_barrier();  // all have read the place
     fill();
   }
@@ -185,6 +188,7 @@ struct Stream {
     const Slot<MODE, KP> from(c, first + i, head);
     Arrival* arrival = m.arrivals + ReplayMemory<MODE, KP>::MOST;
     const int bytes = Slot<MODE, KP>::QUERIES * static_cast<int>(sizeof(Number<MODE>));
+    // mutant: no-barrier-before-queries-are-loaded
     block_barrier();  // all have read the chunk before
     copy_begin(arrival, bytes);
     copy_part(arrival, m.queries, from.queries, bytes);

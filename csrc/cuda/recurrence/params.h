@@ -37,6 +37,7 @@ struct Call {
   int slots;         // chunks that shared memory holds
   Factors factors;
 
+  // mutant: residuals-where-tol-is-positive
   constexpr bool stops() const { return residual != nullptr; }
 };
 

@@ -59,6 +59,7 @@ SLEEPKERN_DEVICE float rank_passes(Values& Y, const Number<MODE>* Z, float gamma
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; ++n) {
 #pragma unroll
+      // mutant: token-space-erases-undecayed
       for (int i = 0; i < 4; ++i) next[n][i] += gamma * Y[n][i] + power * erased[n][i];
     }
 #pragma unroll
@@ -99,6 +100,7 @@ window_kernel(const Call c) {
   for (int start = 0; start < c.block; start += VALUES) {
     load_tile<MODE, VALUES>(m.scratch.V, p.v, chunk, static_cast<int64_t>(chunk.head) * V + first + start,
                             V - first - start, false, [](int, int, float x) { return x; });
+    // mutant: no-barrier-before-v-is-read
     block_barrier();
     const int group = warp - start / 16;
     if (group >= 0 && group < VALUES / 16) write_factor<MODE, KP, CHANNEL>(m.scratch, group, blocks, U);

@@ -116,6 +116,7 @@ SLEEPKERN_DEVICE void scale(float (&S)[TILES][4], Decay decay) {
 #pragma unroll
   for (int n = 0; n < TILES; ++n) {
 #pragma unroll
+    // mutant: state-does-not-decay
     for (int i = 0; i < 4; ++i) S[n][i] *= decay(column_of(n, i));
   }
 }

@@ -81,7 +81,9 @@ adjoint_kernel(const Chain c) {
   Arena arena{shared_memory()};
   auto* A = arena.take<Number<FULL>>(KP * KP);
   auto* L = arena.take<Number<FULL>>(KP * COLUMNS);
+  // mutant: a-tile-is-one-element-short
   auto* R = arena.take<Number<FULL>>(KP * COLUMNS);
+  // mutant: transition-not-transposed
   load_square<KP>(A, c.A + head * c.K * c.K, c.K, true);
   float* dB = c.dB + head * size;
   State<KP> lam, dA;
@@ -105,6 +107,7 @@ adjoint_kernel(const Chain c) {
         const int d = e / COLUMNS, v = first + start + e % COLUMNS;
         put<FULL>(R, COLUMNS, d, e % COLUMNS, d < c.K && v < c.V ? S[int64_t{d} * c.V + v] : 0.0f);
       }
+      // mutant: no-barrier-before-dstate-is-read
       block_barrier();
       if (16 * warp < KP) {
         const LeftReader<FULL, COLUMNS> left(L);

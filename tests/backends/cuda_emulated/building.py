@@ -1,4 +1,4 @@
-"""csrc/cuda compiled for the CPU: a Python module with the launches of sleepkern._C, faults planted on request."""
+"""csrc/cuda compiled for the CPU: a Python module with the launches of sleepkern._C, on request with a mutant."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from mutants import plant
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
 OPTIONS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 
-Fault = tuple[str, str, str]
-"""File under csrc, text that is there once, what it becomes."""
 
+def build(folder: Path, sanitize: bool = False, mutant: str | None = None, sound: Path | None = None) -> Path:
+    """The module's path.
 
-def build(folder: Path, sanitize: bool = False, fault: Fault | None = None, sound: Path | None = None) -> Path:
-    """The module's path. With a fault only what it reaches is compiled; the rest comes from `sound`, without one."""
-    csrc = CSRC
-    if fault is not None:
+    With a mutant, only the sources that include its file are compiled; the other objects come from `sound`, the folder
+    of a build without one.
+    """
+    csrc, faulty = CSRC, None
+    if mutant is not None:
         csrc = folder / "csrc"
         shutil.copytree(CSRC, csrc)
-        file, good, bad = fault
-        text = (csrc / file).read_text()
-        assert text.count(good) == 1, f"{file}: {good!r} is there {text.count(good)} times, expected once"
-        (csrc / file).write_text(text.replace(good, bad))
+        faulty = plant(csrc, mutant)
     sources = [
         *sorted((csrc / "cuda").rglob("*.cu")),
         csrc / "bindings" / "cuda_recurrence.cpp",
@@ -40,12 +39,12 @@ def build(folder: Path, sanitize: bool = False, fault: Fault | None = None, soun
         HERE / "module.cpp",
     ]
     sources = [s for s in sources if s.name != "device.cu"]
-    level = "-O1" if fault is None else "-O0"  # a faulty build runs one small test
+    level = "-O1" if mutant is None else "-O0"  # a faulty build runs one small test
     flags = [level, *OPTIONS, *(SANITIZERS if sanitize else ())]
     includes = [csrc, HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
 
     def compiled(source: Path) -> Path:
-        if fault is not None and sound is not None and not _reaches(csrc, source, fault[0]):
+        if faulty is not None and sound is not None and not _reaches(csrc, source, faulty):
             return sound / f"{source.stem}.o"
         target = folder / f"{source.stem}.o"
         command = ["g++", *flags, "-DSLEEPKERN_CUDA_ON_CPU", *(f"-I{i}" for i in includes)]
@@ -61,7 +60,7 @@ def build(folder: Path, sanitize: bool = False, fault: Fault | None = None, soun
 
 
 def load(path: Path) -> ModuleType:
-    """The module, which must not be there yet: Python keeps one of a name."""
+    """Import the module, of which a process holds only one: Python keeps one of a name."""
     spec = importlib.util.spec_from_file_location("cuda_on_cpu", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -72,7 +71,7 @@ def load(path: Path) -> ModuleType:
 def run_tests(
     module: Path, chosen: str, sanitize: bool = False, file: str = "test_emulated_kernels.py"
 ) -> subprocess.CompletedProcess[str]:
-    """Tests of a file with a module, in a process of its own: a fault may end in a deadlock, which ends that."""
+    """Run tests of a file with a module in a process of its own, which a deadlock ends."""
     tests = HERE / file
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-s", str(tests), "-k", chosen, "--cuda-module", str(module)]
     environment = dict(os.environ)
@@ -82,8 +81,8 @@ def run_tests(
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=400)
 
 
-def _reaches(csrc: Path, source: Path, file: str) -> bool:
-    """Whether a source includes a file of csrc."""
+def _reaches(csrc: Path, source: Path, file: Path) -> bool:
+    """Whether a source includes a file of csrc, directly or through another one."""
     seen, waiting = set(), [source]
     while waiting:
         path = waiting.pop()
@@ -92,7 +91,7 @@ def _reaches(csrc: Path, source: Path, file: str) -> bool:
         seen.add(path)
         includes = [line.split('"')[1] for line in path.read_text().splitlines() if line.startswith('#include "')]
         waiting += [csrc / name for name in includes]
-    return csrc / file in seen
+    return file in seen
 
 
 def _output(command: list[str]) -> str:
