@@ -207,8 +207,10 @@ def key_columns(
         from_start += q * S_do
     to_end = k * dS_Vn
     if GATE == CHANNEL:
+        # mutant: dg-of-a-channel-by-differences
         dg += tl.cumsum(from_start, 0, reverse=True) + sum_before(to_end, C) + S_dS[None, :]
         store_tile(p_dg + at_rows * K, HV * K, rows, col, dg, K, C, BK)
+    # mutant: value-heads-overwrite-each-other
     if add:
         dk += load_tile(p_dk + at_keys, H * K, rows, col, K, C, BK)
     store_tile(p_dk + at_keys, H * K, rows, col, dk, K, C, BK)
@@ -234,6 +236,7 @@ def finish(
         d = load_tile(p_sum + at_keys, H * K, rows, col, K, C, BK)
         if NORMALIZE:
             x = norm[:, None] * load_tile(p_x, x_stride, rows, col, K, C, BK)
+            # mutant: gradient-of-the-length-is-left-in
             d = norm[:, None] * (d - x * along[:, None])
         store_tile(p_dx + at_keys, H * K, rows, col, d, K, C, BK)
 
@@ -252,6 +255,7 @@ def chunk_gradients(
     i = tl.arange(0, C)
     H: tl.constexpr = HV // GROUP
     at_keys = (first * H + key_head) * K
+    # mutant: gradients-of-another-key-head
     p_k += first * k_stride + key_head * K
     q_norm = tl.full([C], 1.0, tl.float32)
     k_norm = tl.full([C], 1.0, tl.float32)
@@ -291,13 +295,16 @@ def chunk_gradients(
                 q_stride, k_stride, g_stride, do_stride,
                 HV, H, K, V, C, BK, BV, GATE, DELTA, READS, DT, PRECISION, WIDE,
             )  # fmt: skip
+            # mutant: dbeta-without-k-row
             dbeta += k_row
             from_start += more_from_start
             to_end += more_to_end
+            # mutant: dg-without-the-end-of-the-chunk
             through += more_through
         if HAS_BETA:
             tl.store(p_dbeta + at_rows + i * HV, dbeta, mask=i < rows)
         if GATE == HEAD:
+            # mutant: dg-by-differences
             dg += tl.cumsum(from_start, 0, reverse=True) + sum_before(to_end, C) + through
             tl.store(p_dg + at_rows + i * HV, dg, mask=i < rows)
         if SUMS:

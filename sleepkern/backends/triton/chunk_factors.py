@@ -55,6 +55,7 @@ def invert(M, C: tl.constexpr, PRECISION: tl.constexpr):
         X = merge(X, tl.where(between(i, level)[None], diagonal, 0.0), PRECISION)
     inverse = on_diagonal(X, C)
     for level in tl.static_range(4, 7):
+        # mutant: inverse-of-smaller-blocks
         if (1 << level) < C:
             inverse = merge(inverse, tl.where(between(tl.arange(0, C), level), M, 0.0), PRECISION)
     return inverse
@@ -64,6 +65,7 @@ def invert(M, C: tl.constexpr, PRECISION: tl.constexpr):
 def between(i, level: tl.constexpr):
     """[C, C]: whether row and column are the second and the first half of one block of 2^(level + 1) rows."""
     half = i >> level
+    # mutant: blocks-merged-with-the-wrong-half
     return (half[:, None] == half[None, :] + 1) & ((half[None, :] & 1) == 0)
 
 

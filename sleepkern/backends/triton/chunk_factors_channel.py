@@ -140,6 +140,7 @@ def crossing(level, R: tl.constexpr):
     i = tl.arange(0, R)
     half = i >> level
     upper = (half & 1) == 1
+    # mutant: pairs-of-the-wrong-rows
     behind = i[None, :] >= i[:, None]
     counts = (half[:, None] == half[None, :]) & (behind == upper[:, None])
     return tl.where(counts, 1.0, 0.0)[None]
@@ -154,6 +155,7 @@ def level_decay(G, level, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
     """
     i = tl.arange(0, R)
     half = i >> level
+    # mutant: levels-of-the-wrong-row
     last = ((half | 1) << level) - 1
     border = tl.gather(G, tl.broadcast_to(last[None, :, None], [B, R, BK]), 1)
     upper = (half & 1) == 1

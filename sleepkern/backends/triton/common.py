@@ -38,6 +38,7 @@ def find_chunk(slot, p_offsets, T, sequences, C: tl.constexpr, PACKED: tl.conste
         sequence = before - 1
         begin = tl.load(p_offsets + sequence).to(tl.int64)
         end = tl.load(p_offsets + sequence + 1).to(tl.int64)
+        # mutant: slots-of-packed-sequences
         chunk = slot - (begin // C).to(tl.int32) - sequence
     else:
         chunks = tl.cdiv(T, C)
@@ -147,6 +148,7 @@ def head_decay(p_g, stride, rows, C: tl.constexpr, WIDE: tl.constexpr):
 
     differences of G are small where G is large.
     """
+    # mutant: minus-infinity-as-it-is
     g = tl.maximum(load_row_values(p_g, stride, rows, C), FORGET)
     if WIDE:
         g = g.to(tl.float64)

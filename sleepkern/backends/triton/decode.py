@@ -45,6 +45,7 @@ def step_kernel(
         k = head_row(p_k + row * k_stride + at_key, K, KP, 0, NORMALIZE)
         v = head_row(p_v + row * v_stride + head * V, V, BV, col, False)
         if GATE == HEAD:
+            # mutant: decode-without-decay
             S *= tl.exp(tl.maximum(tl.load(p_g + row * g_stride + head).to(tl.float32), FORGET))
         if GATE == CHANNEL:
             S *= tl.exp(tl.maximum(head_row(p_g + row * g_stride + head * K, K, KP, 0, False), FORGET))[:, None]

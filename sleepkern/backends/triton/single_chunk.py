@@ -86,6 +86,7 @@ def window_gradient_kernel(
                 DT, PRECISION, WIDE,
             )  # fmt: skip
             dS = tl.zeros([KP, BV], tl.float32)
+            # mutant: single-chunk-without-dstate
             if HAS_DSTATE:
                 dS = load_tile(p_dstate + at_state, V, K, col, V, KP, BV)
             dS = walk_back(

@@ -51,6 +51,7 @@ def walk(
         if DELTA:
             W = load_tile(p_W + at_rows * K, HV * K, rows, 0, K, C, KP)
             U = load_tile(p_U + at_rows * V, HV * V, rows, col, V, C, BV)
+            # mutant: erases-nothing
             Vn = U.to(tl.float32) - product(W, S, DT, PRECISION)
         else:
             Vn = load_tile(p_v + first * v_stride + head * V, v_stride, rows, col, V, C, BV).to(tl.float32)
@@ -88,6 +89,7 @@ def walk(
             kept = 1.0
             if GATE == HEAD:
                 kept = exp_of(end)
+        # mutant: state-does-not-decay
         S = kept * S + product(turned, until[:, None] * Vn, DT, PRECISION)
     return S
 
@@ -147,11 +149,13 @@ def ingest_columns(
             powers += tl.exp(n * G)
         S = powers[:, None] * S
         if HAS_STATE:
+            # mutant: closed-form-of-one-pass-more
             S += tl.exp((passes - 1) * G)[:, None] * load_tile(p_state + at_state, V, K, col, V, KP, BV)
     else:
         if HAS_STATE:
             S = load_tile(p_state + at_state, V, K, col, V, KP, BV)
         if REPLAY:
+            # mutant: replay-starts-over
             for _ in range(1, passes):
                 S = walk(
                     S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,

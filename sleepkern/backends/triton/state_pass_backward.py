@@ -43,6 +43,7 @@ def walk_back(
         at_rows = first * HV + head
         at_slot = (slot + chunk).to(tl.int64) * HV + head
         store_tile(p_ends + at_slot * K * V, V, K, col, dS, V, KP, BV)
+        # mutant: backward-without-scale
         since = tl.full([C], scale, tl.float32)
         until = tl.full([C], 1.0, tl.float32)
         kept = 1.0
@@ -62,6 +63,7 @@ def walk_back(
             if NORMALIZE:
                 until *= inverse_norm(k, 1)
             dVn = until[:, None] * product(k, dS, DT, PRECISION)
+        # mutant: backward-does-not-decay
         dS = kept * dS
         if READS:
             do = load_tile(p_do + first * do_stride + head * V, do_stride, rows, col, V, C, BV)
@@ -78,6 +80,7 @@ def walk_back(
         store_tile(p_dVn + at_rows * V, HV * V, rows, col, dVn, V, C, BV)
         if DELTA:
             W = load_turned(p_W + at_rows * K, HV * K, rows, 0, K, C, KP)
+            # mutant: backward-without-w
             dS -= product(W, dVn, DT, PRECISION)
     return dS
 

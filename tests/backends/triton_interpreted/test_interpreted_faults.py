@@ -1,16 +1,16 @@
-# ruff: noqa: E501
-"""A fault planted in a kernel is seen. Each runs in a copy of the package, so that no other test meets it."""
+"""A fault planted in a kernel is seen. Each fault runs in a copy of the package, so that no other test meets it."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -22,79 +22,76 @@ from sleepkern.rules import GATED_DELTA_RULE, KDA, SIMPLE_GLA, Rule
 from sleepkern.testing import TOLERANCE, Shape
 
 FOLDER = Path(backend.__file__).parent
-PACKED = Shape(H=1, HV=1, K=16, V=16, lengths=(3, 20, 18))
-FAULTS: dict[str, tuple[str, str, str, Rule, dict[str, Any]]] = {
-    "state does not decay": ("state_pass.py", "S = kept * S + product", "S = S + product", GATED_DELTA_RULE, {}),
-    "erases nothing": ("state_pass.py", "- product(W, S, DT, PRECISION)", "", GATED_DELTA_RULE, {}),
-    "blocks merged with the wrong half": ("chunk_factors.py", "& ((half[None, :] & 1) == 0)", "& ((half[None, :] & 1) == 1)",
-                                          GATED_DELTA_RULE, {}),
-    "inverse of smaller blocks": ("chunk_factors.py", "if (1 << level) < C:", "if level < 0:", GATED_DELTA_RULE,
-                                  {"dtype": torch.bfloat16, "correlation": 0.5}),
-    "levels of the wrong row": ("chunk_factors_channel.py", "((half | 1) << level) - 1", "(half << level)", KDA,
-                                {"decay": "mixed"}),
-    "adjoint without scale": ("state_pass_backward.py", "tl.full([C], scale,", "tl.full([C], 1.0,", GATED_DELTA_RULE, {}),
-    "adjoint forgets W": ("state_pass_backward.py", "dS -= product(W, dVn", "dS -= 0 * product(W, dVn", GATED_DELTA_RULE, {}),
-    "dg without the end of the chunk": ("chunk_backward.py", "through += more_through", "through += 0 * more_through",
-                                        SIMPLE_GLA, {}),
-    "dg by differences": ("chunk_backward.py", "sum_before(to_end, C) + through", "tl.cumsum(to_end, 0) - to_end + through",
-                          SIMPLE_GLA, {"decay": "strong"}),
-    "dg of a channel by differences": (
-        "chunk_backward.py", "sum_before(to_end, C) + S_dS", "tl.cumsum(to_end, 0) - to_end + S_dS", KDA,
-        {"decay": "strong"},
+ANCHOR = re.compile(r"^ *# mutant: (.+)\n", re.MULTILINE)
+
+
+class Fault(NamedTuple):
+    """What happens to the line below `# mutant: name`, and a call whose results it must spoil."""
+
+    old: str | None
+    """A regular expression that the line holds; None deletes the line."""
+    new: str = ""
+    rule: Rule = GATED_DELTA_RULE
+    shape: Shape = Shape(T=40, H=1, HV=1, K=16, V=16)
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = {}  # noqa: RUF012  (nothing writes to it)
+
+
+IF, DIFFERENCE = r"if .*:", (r"sum_before\((\w+), \w+\)", r"tl.cumsum(\1, 0) - \1")
+FAULTS = {
+    "state-does-not-decay": Fault(r"= \w+ \* S \+", "= S +"),
+    "erases-nothing": Fault(r" - product\(.*\)"),
+    "blocks-merged-with-the-wrong-half": Fault(r" == 0\)$", " == 1)"),
+    "inverse-of-smaller-blocks": Fault(IF, "if level < 0:", dtype=torch.bfloat16, options={"correlation": 0.5}),
+    "levels-of-the-wrong-row": Fault(r"= .*", "= half << level", KDA, options={"decay": "mixed"}),
+    "backward-without-scale": Fault(r"\], [\w.]+,", "], 1.0,"),
+    "backward-without-w": Fault(None),
+    "dg-without-the-end-of-the-chunk": Fault(None, rule=SIMPLE_GLA),
+    "dg-by-differences": Fault(*DIFFERENCE, SIMPLE_GLA, options={"decay": "strong"}),
+    "dg-of-a-channel-by-differences": Fault(*DIFFERENCE, KDA, options={"decay": "strong"}),
+    "pairs-of-the-wrong-rows": Fault(" >= ", " > ", KDA, options={"decay": "mixed"}),
+    "dbeta-without-k-row": Fault(None),
+    "value-heads-overwrite-each-other": Fault(IF, "if False:", shape=Shape(T=40, H=1, HV=2, K=16, V=16)),
+    "slots-of-packed-sequences": Fault(
+        r" - \(.*\)\.to\(tl\.int32\)", "", SIMPLE_GLA, Shape(H=1, HV=1, K=16, V=16, lengths=(3, 20, 18))
     ),
-    "pairs of the wrong rows": ("chunk_factors_channel.py", "behind = i[None, :] >= i[:, None]", "behind = i[None, :] > i[:, None]",
-                                KDA, {"decay": "mixed"}),
-    "dbeta without k.row": ("chunk_backward.py", "dbeta += k_row", "dbeta += 0 * k_row", GATED_DELTA_RULE, {}),
-    "value heads overwrite each other": ("chunk_backward.py", "    if add:\n        dk +=", "    if False:\n        dk +=",
-                                         GATED_DELTA_RULE, {"shape": Shape(T=40, H=1, HV=2, K=16, V=16)}),
-    "slots of packed sequences": ("common.py", "slot - (begin // C).to(tl.int32) - sequence", "slot - sequence",
-                                  SIMPLE_GLA, {"shape": PACKED}),
-    "replay starts over": ("state_pass.py", "for _ in range(1, passes):", "for _ in range(2, passes):", GATED_DELTA_RULE,
-                           {"passes": 3}),
-    "step without decay": ("decode.py", "S *= tl.exp(tl.maximum(tl.load(", "S *= tl.exp(0 * tl.maximum(tl.load(",
-                           GATED_DELTA_RULE, {"shape": Shape(T=5, H=1, HV=1, K=16, V=16)}),
-    "adjoint does not decay": ("state_pass_backward.py", "dS = kept * dS", "dS = 1.0 * dS", KDA, {}),
-    "gradients of another key head": (
-        "chunk_backward.py", "p_k += first * k_stride + key_head * K", "p_k += first * k_stride", GATED_DELTA_RULE,
-        {"shape": Shape(T=20, H=2, HV=2, K=16, V=16)},
-    ),
-    "gradient of the length is left in": ("chunk_backward.py", "d = norm[:, None] * (d - x * along[:, None])",
-                                          "d = norm[:, None] * d", GATED_DELTA_RULE, {"normalize": True}),
-    "closed form of one pass more": ("state_pass.py", "tl.exp((passes - 1) * G)", "tl.exp(passes * G)", SIMPLE_GLA,
-                                     {"passes": 3}),
-    "window without dstate": ("single_chunk.py", "if HAS_DSTATE:", "if False:", GATED_DELTA_RULE,
-                              {"shape": Shape(T=12, H=1, HV=1, K=16, V=16)}),
-    "minus infinity as it is": (
-        "common.py", "g = tl.maximum(load_row_values(p_g, stride, rows, C), FORGET)",
-        "g = load_row_values(p_g, stride, rows, C)", GATED_DELTA_RULE, {"forget": True},
-    ),
-}  # fmt: skip
+    "replay-starts-over": Fault(r"range\(1,", "range(2,", options={"passes": 3}),
+    "decode-without-decay": Fault(r"tl\.exp\(", "tl.exp(0 * ", shape=Shape(T=5, H=1, HV=1, K=16, V=16)),
+    "backward-does-not-decay": Fault(None, rule=KDA),
+    "gradients-of-another-key-head": Fault(r" \+ key_head \* K", "", shape=Shape(T=20, H=2, HV=2, K=16, V=16)),
+    "gradient-of-the-length-is-left-in": Fault(r"\(d - .*\)", "d", options={"normalize": True}),
+    "closed-form-of-one-pass-more": Fault(r"\(([\w.]+) - 1\)", r"\1", SIMPLE_GLA, options={"passes": 3}),
+    "single-chunk-without-dstate": Fault(IF, "if False:", shape=Shape(T=12, H=1, HV=1, K=16, V=16)),
+    "minus-infinity-as-it-is": Fault(r"tl\.maximum\((.*), \w+\)", r"\1", options={"forget": True}),
+}
+
+
+def test_every_anchor_has_its_fault() -> None:
+    anchors = [name for file in FOLDER.glob("*.py") for name in ANCHOR.findall(file.read_text())]
+    assert sorted(anchors) == sorted(FAULTS)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a fault may make infinities and NaN
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(name: str, tmp_path: Path) -> None:
-    file, old, new, rule, options = FAULTS[name]
-    options = {"shape": Shape(T=40, H=1, HV=1, K=16, V=16), "dtype": torch.float32, **options}
-    shape, dtype = options.pop("shape"), options.pop("dtype")
-    sound = max(errors(rule, shape, dtype, **options).values())
-    with faulty(tmp_path, file, old, new):
-        found = errors(rule, shape, dtype, **options)
-    assert sound <= TOLERANCE[dtype]
-    assert max(found.values()) > TOLERANCE[dtype], found
+    fault = FAULTS[name]
+    sound = max(errors(fault.rule, fault.shape, fault.dtype, **fault.options).values())
+    with faulty(tmp_path, name, fault):
+        found = errors(fault.rule, fault.shape, fault.dtype, **fault.options)
+    assert sound <= TOLERANCE[fault.dtype]
+    assert max(found.values()) > TOLERANCE[fault.dtype], found
 
 
 @contextmanager
-def faulty(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
-    """The Triton backend launches the kernels of a copy, in which `old` reads `new`."""
+def faulty(folder: Path, name: str, fault: Fault) -> Iterator[None]:
+    """The Triton backend launches the kernels of a copy that has the fault."""
     copy = folder / "faulty_kernels"
-    shutil.copytree(FOLDER, copy)
-    text = (copy / file).read_text()
-    assert text.count(old) == 1, f"{file}: {old!r} is there {text.count(old)} times, expected once"
-    (copy / file).write_text(text.replace(old, new))
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for module in copy.glob("*.py"):
-        source = module.read_text().replace("from ...problem", "from sleepkern.problems.recurrence")
-        module.write_text(source.replace("from ..tensors", "from sleepkern.backends.torch_common"))
+        source = planted(module.read_text(), name, fault)
+        source = re.sub(r"^from \.\.\.(?=\w)", "from sleepkern.", source, flags=re.MULTILINE)
+        source = re.sub(r"^from \.\.(?=\w)", "from sleepkern.backends.", source, flags=re.MULTILINE)
+        module.write_text(source)
     (copy / "__init__.py").write_text("")
     sys.path.insert(0, str(folder))
     try:
@@ -103,5 +100,16 @@ def faulty(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
             yield
     finally:
         sys.path.remove(str(folder))
-        for name in [n for n in sys.modules if n.partition(".")[0] == "faulty_kernels"]:
-            del sys.modules[name]
+        for loaded in [n for n in sys.modules if n.partition(".")[0] == "faulty_kernels"]:
+            del sys.modules[loaded]
+
+
+def planted(source: str, name: str, fault: Fault) -> str:
+    """A module's text with the fault in the line below its anchor, if the module has the anchor."""
+    lines = source.splitlines(keepends=True)
+    for i in [i for i, line in enumerate(lines) if line.strip() == f"# mutant: {name}"]:
+        line = lines[i + 1].rstrip("\n")
+        changed = "" if fault.old is None else re.sub(fault.old, fault.new, line, count=1)
+        assert changed != line, f"{name}: {fault.old!r} is not in {line!r}"
+        lines[i + 1] = changed + "\n"
+    return "".join(lines)
