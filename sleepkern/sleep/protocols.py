@@ -1,4 +1,4 @@
-"""What a model keeps between windows, layer by layer."""
+"""What a session needs of a model: its blocks one by one, and what each of its layers carries between windows."""
 
 from __future__ import annotations
 
@@ -6,128 +6,126 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import state
-from ..nn import SleepLM
 from ..state import KVState, RecurrentState
 
 Pair = TypeVar("Pair", RecurrentState, KVState)
 
 
-class Memory(Protocol):
-    """Fast weights and attention of all layers; what is taken out is not changed by later windows."""
+class LayerCache(Protocol):
+    """What the layers of a model carry from window to window. Tensors that were taken out are not changed later."""
 
     @property
     def recurrent(self) -> list[int]:
-        """Layers with a fast weight."""
+        """Indices of the layers with a fast weight."""
 
     @property
     def attention(self) -> list[int]:
-        """Layers with keys and values."""
+        """Indices of the layers with keys and values."""
 
     def fast(self) -> dict[int, RecurrentState]:
-        """By layer; empty before the first window."""
+        """Fast weights by layer; empty before the first window."""
 
     def set_fast(self, fast: dict[int, RecurrentState]) -> None:
-        """In the place of all that there are; what is not named starts from nothing."""
+        """Replace all fast weights; a layer that is not named starts from none."""
 
     def slow(self) -> dict[int, KVState]:
-        """By layer; empty after an eviction."""
+        """Keys and values by layer; empty after an eviction."""
 
     def set_slow(self, slow: dict[int, KVState]) -> None:
-        """In the place of everything that attention has; what is not named is dropped."""
+        """Replace all keys and values; a layer that is not named has none."""
 
 
 class Block(Protocol):
-    """One block on one window: h [B,T,d] to h, and what it remembers goes into the memory it was opened with."""
+    """One block on one window. Its layer's state goes into the cache with which the block was opened."""
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Run it."""
+        """Map h [B,T,d] to the next block's h."""
 
 
 @runtime_checkable
-class Stack(Protocol):
-    """The blocks of a language model, to be run one by one; docs/models.md says how to write one."""
+class ModelAdapter(Protocol):
+    """The blocks of a language model, to be run one by one; docs/models.md says how to write an adapter."""
 
     replays: bool
-    """Whether a block takes `replays`, passes of its recurrence over the same keys, values and gates."""
+    """Whether a block takes `replays`, the passes of its recurrence over the same keys, values and gates."""
 
     def __len__(self) -> int:
-        """Blocks."""
+        """The number of blocks."""
 
-    def memory(self) -> Memory:
-        """An empty one."""
+    def memory(self) -> LayerCache:
+        """An empty cache."""
 
-    def open(self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
-        """Embedded tokens [B,T,d] and the blocks as they are to be called.
+    def open(
+        self, ids: Tensor, first: int | Tensor, memory: LayerCache, mask: Tensor | None
+    ) -> tuple[Tensor, list[Any]]:
+        """Embedded tokens [B,T,d], and the blocks as a session calls them.
 
-        first: position of the first token in the whole text, or that as a tensor [].
-        mask [B, kept keys + T]: 0 for padding.
+        Args:
+            ids: tokens [B,T].
+            first: position of the first token in the whole text, as a number or as a tensor [].
+            memory: the cache that the blocks read and write.
+            mask: [B, kept keys + T] with 0 for padding, None where no token is padded.
         """
 
     def logits(self, h: Tensor) -> Tensor:
-        """Of what the last block leaves."""
+        """Logits [B,T,vocabulary] of the last block's output [B,T,d]."""
 
-    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, waiting: int, **options: Any) -> Tensor:
-        """ids [B,T] but for the first `waiting`, and what follows them, after `memory`, which stays as it is.
+    def generate(
+        self, ids: Tensor, mask: Tensor, first: int, memory: LayerCache, pending: int, **options: Any
+    ) -> Tensor:
+        """ids [B,T] without the first `pending`, and the tokens that follow them; `memory` does not change.
 
-        Those that waited are read like the others, but were not given by whoever asks: no option counts them.
+        Pending tokens are read like the others. They belong to the text and not to the question, so that no option
+        counts them.
         """
 
 
 @runtime_checkable
-class Whole(Protocol):
-    """A stack whose blocks can go through all passes in one call."""
+class FusedModelAdapter(Protocol):
+    """An adapter whose blocks can go through all passes in one call."""
 
     def why_not(self, h: Tensor, blocks: range) -> str | None:
-        """None where they can with such an h, else the sentence why not."""
+        """None where one call can run these blocks over h [B,L,d], else a sentence with the reason."""
+
+    def explain(self, tokens: int, blocks: range, backend: str | None) -> str:
+        """Which backend runs the blocks over a window of so many tokens, and why the others do not."""
 
     def sleep(
-        self, h: Tensor, blocks: range, memory: Memory, passes: int, feedback: str, conv_state: str
+        self,
+        h: Tensor,
+        blocks: range,
+        memory: LayerCache,
+        passes: int,
+        feedback: str,
+        conv_state: str,
+        backend: str | None,
     ) -> tuple[Tensor, Tensor]:
-        """h [B,L,d] after the last pass, and what each changed [N]; what blocks remember goes into memory."""
+        """h [B,L,d] after the last pass, and what each pass changed [N]; the blocks' states go into `memory`."""
 
 
-def stack_of(model: nn.Module | Stack) -> Stack:
-    """The blocks of a SleepLM, or of a causal language model of transformers; a Stack is what it is.
+def copy_cache(adapter: ModelAdapter, memory: LayerCache, rows: Tensor | None = None) -> LayerCache:
+    """A cache that goes on from `memory` and leaves `memory` as it is.
 
-    Raises:
-        TypeError, ValueError: none of them, nor a wrapper around one.
+    rows: indices of the rows of the batch that the copy has, default all rows.
     """
-    from .unwrap import unwrapped
-
-    if isinstance(model, Stack):
-        return model
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got a {type(model).__name__}; expected a module, or a Stack (docs/models.md)")
-    model = unwrapped(model)
-    if isinstance(model, SleepLM):
-        from .adapters.sleep_lm import OwnStack
-
-        return OwnStack(model)
-    from .adapters.transformers_models import TransformersStack
-
-    return TransformersStack(model)
-
-
-def copied(stack: Stack, memory: Memory, rows: Tensor | None = None) -> Memory:
-    """A memory that goes on from here on its own; rows: numbers of those of the batch that it has, default all."""
-    copy = stack.memory()
-    copy.set_fast(_of_rows(memory.fast(), rows))
-    copy.set_slow(_of_rows(memory.slow(), rows))
+    copy = adapter.memory()
+    copy.set_fast(_rows_of(memory.fast(), rows))
+    copy.set_slow(_rows_of(memory.slow(), rows))
     return copy
 
 
-def _of_rows(kept: dict[int, Pair], rows: Tensor | None) -> dict[int, Pair]:
+def _rows_of(kept: dict[int, Pair], rows: Tensor | None) -> dict[int, Pair]:
     if rows is None:
         return kept
     return {i: type(pair)(*(t.index_select(0, rows) if t.numel() else t for t in pair)) for i, pair in kept.items()}
 
 
 @contextmanager
-def put_back(memory: Memory, fast: dict[int, RecurrentState], slow: dict[int, KVState]) -> Iterator[None]:
-    """Whatever ends what is done meanwhile too early, Ctrl-C too, memory then has these again."""
+def restored_on_error(memory: LayerCache, fast: dict[int, RecurrentState], slow: dict[int, KVState]) -> Iterator[None]:
+    """A transaction: after any exception in the with-block, Ctrl-C too, `memory` has these states again."""
     try:
         yield
     except BaseException:
@@ -137,5 +135,5 @@ def put_back(memory: Memory, fast: dict[int, RecurrentState], slow: dict[int, KV
 
 
 def __getattr__(name: str) -> Any:
-    """`Fast` and `Slow`, what RecurrentState and KVState were called."""
+    """`Fast` and `Slow`, the former names of RecurrentState and KVState."""
     return state.renamed(__name__, name)

@@ -1,53 +1,67 @@
-"""What a session remembers, as tensors, and back: all of it or none, checked against the model."""
+"""The memory of a session as named tensors, and back; a loaded state is checked against the model as a whole."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..nn.tokens import WHOLE, tokens_of
 from ..state import KVState, RecurrentState
-from .protocols import Memory, Stack
-
-if TYPE_CHECKING:
-    from .session import SleepSession
+from .protocols import LayerCache, ModelAdapter
+from .settings import Eviction
+from .window_buffer import WindowBuffer
 
 TEXTS = ("waiting", "waiting_mask", "kept_mask")
+"""Names of the tokens and masks in a saved state."""
 FARTHEST = 2**53
-"""Largest position that is taken."""
-_Forms = tuple[dict[int, RecurrentState], dict[int, KVState]]
+"""The largest position that a state may have."""
+_States = tuple[dict[int, RecurrentState], dict[int, KVState]]
+
+
+class SavedSession(Protocol):
+    """The part of a session that is saved, or decides what a saved state has to look like."""
+
+    adapter: ModelAdapter
+    memory: LayerCache
+    eviction: Eviction
+    position: int
+    buffer: WindowBuffer
+    kept_mask: Tensor | None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens that the model can embed; None where that is unknown."""
 
 
 class Restored(NamedTuple):
-    """What a session goes on from."""
+    """The values from which a session goes on."""
 
-    memory: Memory
+    memory: LayerCache
     position: int
     batch: int
-    waiting: Tensor | None
-    waiting_mask: Tensor | None
+    buffer: WindowBuffer
     kept_mask: Tensor | None
 
 
-def saved(session: SleepSession) -> dict[str, Tensor]:
-    """Copies, each with memory of its own, without gradients."""
+def saved(session: SavedSession) -> dict[str, Tensor]:
+    """The session's tensors by name: copies without gradients, each with memory of its own."""
     found = {"position": torch.tensor(session.position)}
     for kept in (session.memory.fast(), session.memory.slow()):
         for i, pair in kept.items():
             found |= {f"{i}.{name}": t for name, t in pair._asdict().items()}
-    texts = {name: getattr(session, name) for name in TEXTS}
+    texts = dict(zip(TEXTS, (*session.buffer, session.kept_mask), strict=True))
     found |= {name: t for name, t in texts.items() if t is not None}
     return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in found.items()}
 
 
-def restored(session: SleepSession, state: Any, device: torch.device) -> Restored:
-    """Copies on `device` of what `saved` gave of a session like this one.
+def restored(session: SavedSession, state: Any, device: torch.device) -> Restored:
+    """Copies on `device` of a state that `saved` returned for a session like this one.
 
     Raises:
-        TypeError, ValueError: anything in it that this session could not go on from.
+        TypeError, ValueError: this session cannot go on from the state.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state: got a {type(state).__name__}; expected what state_dict() of a session gave")
@@ -57,18 +71,19 @@ def restored(session: SleepSession, state: Any, device: torch.device) -> Restore
     position = _position(state)
     given = _names(session, state, position)
     copies = {name: t.detach().to(device, copy=True) for name, t in state.items() if name != "position"}
-    _check_forms(copies, given, _forms(session.stack, device))
-    rows = _rows(copies)
+    _check_states(copies, given, _example_states(session.adapter, device))
+    rows = _batch_of(copies)
     _check_texts(copies, session.vocabulary)
     if "waiting" in copies:
         copies["waiting"] = tokens_of(copies["waiting"], None)
-    memory = session.stack.memory()
+    memory = session.adapter.memory()
     fast, slow = session.memory.recurrent, session.memory.attention
     memory.set_fast(
         {i: RecurrentState(copies[f"{i}.conv"], copies[f"{i}.state"]) for i in fast if f"{i}.conv" in copies}
     )
     memory.set_slow({i: KVState(copies[f"{i}.keys"], copies[f"{i}.values"]) for i in slow if f"{i}.keys" in copies})
-    return Restored(memory, position, rows, *(copies.get(name) for name in TEXTS))
+    buffer = WindowBuffer(copies.get("waiting"), copies.get("waiting_mask"))
+    return Restored(memory, position, rows, buffer, copies.get("kept_mask"))
 
 
 def _position(state: Mapping[str, Tensor]) -> int:
@@ -81,8 +96,12 @@ def _position(state: Mapping[str, Tensor]) -> int:
     return int(given)
 
 
-def _names(session: SleepSession, state: Mapping[str, Tensor], position: int) -> list[str]:
-    """Those of layers; what is read must all be there, and nothing else."""
+def _names(session: SavedSession, state: Mapping[str, Tensor], position: int) -> list[str]:
+    """The names of the layers' tensors.
+
+    Raises:
+        ValueError: a name is missing or unknown.
+    """
     memory = session.memory
     fast = [f"{i}.{part}" for i in memory.recurrent for part in RecurrentState._fields]
     slow = [f"{i}.{part}" for i in memory.attention for part in KVState._fields]
@@ -111,21 +130,25 @@ def _some(names: list[str]) -> str:
 
 
 @torch.no_grad()
-def _forms(stack: Stack, device: torch.device) -> _Forms:
-    """What the model remembers of one token."""
-    memory = stack.memory()
-    h, calls = stack.open(torch.zeros(1, 1, dtype=torch.int64, device=device), 0, memory, None)
+def _example_states(adapter: ModelAdapter, device: torch.device) -> _States:
+    """The states of the model after one token, for their shapes and types."""
+    memory = adapter.memory()
+    h, calls = adapter.open(torch.zeros(1, 1, dtype=torch.int64, device=device), 0, memory, None)
     for call in calls:
         h = call(h)
     return memory.fast(), memory.slow()
 
 
-def _check_forms(state: dict[str, Tensor], names: list[str], forms: _Forms) -> None:
-    """Types and sizes, but for the batch and the tokens kept."""
+def _check_states(state: dict[str, Tensor], names: list[str], examples: _States) -> None:
+    """Check types and sizes, except for the batch and the number of kept tokens.
+
+    Raises:
+        ValueError: the first tensor that differs, or several numbers of kept tokens.
+    """
     kept: dict[str, int] = {}
     for name in names:
         number, part = name.split(".")
-        pair: Any = forms[part in KVState._fields].get(int(number))
+        pair: Any = examples[part in KVState._fields].get(int(number))
         if pair is None:
             continue
         t, like = state[name], getattr(pair, part)
@@ -145,8 +168,12 @@ def _check_forms(state: dict[str, Tensor], names: list[str], forms: _Forms) -> N
         raise ValueError(f"state: got {kept} kept tokens; expected one number of them")
 
 
-def _rows(state: dict[str, Tensor]) -> int:
-    """Of the batch, the same in all; 0 where there are none."""
+def _batch_of(state: dict[str, Tensor]) -> int:
+    """The rows of the batch, which all tensors share; 0 without tensors.
+
+    Raises:
+        ValueError: tensors with several numbers of rows.
+    """
     rows = {name: t.shape[0] for name, t in state.items() if t.ndim > 0 and t.numel() > 0}
     if len(set(rows.values())) > 1:
         odd = {count: name for name, count in rows.items()}

@@ -1,7 +1,8 @@
-"""How a session may sleep: its settings, checked before anything is computed."""
+"""The settings of a session, and their checks, which run before anything is computed."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 Eviction = Literal["hard", "sliding"]
@@ -11,25 +12,27 @@ CHOICES = {
     "eviction": ("hard", "sliding"),
     "feedback": ("raw", "reinject", "replay"),
     "conv_state": ("rewind", "carry"),
+    "backend": (None, "cuda", "cpu", "modules"),
 }
 
 
 def check_settings(
-    counts: dict[str, Any], choices: dict[str, Any], switches: dict[str, Any], settled: Any, feedback: Any
+    counts: dict[str, Any], choices: dict[str, Any], switches: dict[str, Any], tol: Any, feedback: Any
 ) -> None:
-    """
+    """Check the settings of a session.
+
     Args:
-        counts: whole numbers of at least 1, by name.
-        choices: what was chosen among CHOICES, by name.
-        switches: True or False, by name.
-        settled, feedback: of a session.
+        counts: values that have to be whole numbers of at least 1, by name.
+        choices: values that have to be among CHOICES, by name.
+        switches: values that have to be True or False, by name.
+        tol, feedback: the arguments of the session.
 
     Raises:
-        TypeError, ValueError: the first of them that is not what it has to be.
+        TypeError, ValueError: the first value of another type or out of range.
     """
     for name, chosen in choices.items():
         if chosen not in CHOICES[name]:
-            raise ValueError(f"{name}: got {chosen!r}; expected one of {', '.join(CHOICES[name])}")
+            raise ValueError(f"{name}: got {chosen!r}; expected one of {', '.join(map(str, CHOICES[name]))}")
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"{name}: got {count!r}; expected a whole number of at least 1")
@@ -38,19 +41,33 @@ def check_settings(
     for name, switch in switches.items():
         if not isinstance(switch, bool):
             raise TypeError(f"{name}: got {switch!r}; expected True or False")
-    if settled is None:
+    if tol is None:
         return
-    if isinstance(settled, bool) or not isinstance(settled, (int, float)):
-        raise TypeError(f"settled: got {settled!r}; expected a number of at least 0, or None")
-    if not settled >= 0 or feedback == "replay":
-        raise ValueError(f"settled: got {settled} with feedback {feedback!r}; expected >= 0 and raw or reinject")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"tol: got {tol!r}; expected a number of at least 0, or None")
+    if not tol >= 0 or feedback == "replay":
+        raise ValueError(f"tol: got {tol} with feedback {feedback!r}; expected >= 0 and raw or reinject")
 
 
-def looped_of(blocks: Any, count: int) -> range:
-    """The numbers that a slice names out of `count` blocks.
+def resolve_tol(tol: Any, settled: Any) -> Any:
+    """The value of `tol`, which may come under its former name `settled`.
 
     Raises:
-        TypeError, ValueError: not a slice, one that names no neighbours, or blocks that are not there.
+        ValueError: both were given.
+    """
+    if settled is None:
+        return tol
+    if tol is not None:
+        raise ValueError(f"tol: got {tol} and settled={settled}, its former name; expected one of them")
+    warnings.warn("settled is tol of SleepSession", DeprecationWarning, stacklevel=3)
+    return settled
+
+
+def looped_blocks(blocks: Any, count: int) -> range:
+    """The indices that a slice names out of `count` blocks; all for None.
+
+    Raises:
+        TypeError, ValueError: `blocks` is no slice, or names no neighbours, or names blocks beyond `count`.
     """
     if blocks is None:
         return range(count)

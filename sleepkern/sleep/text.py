@@ -1,4 +1,4 @@
-"""Tokens and masks as a caller gives them, checked; and the questions of a batch, by their length."""
+"""Checks of the tokens and masks that a caller gives, and the questions of a batch grouped by length."""
 
 from __future__ import annotations
 
@@ -12,24 +12,28 @@ from ..nn.tokens import tokens_of
 
 
 class Text(NamedTuple):
-    """ids [B,T], and mask [B,T] with 0 for padding on the left, or None where there is none."""
+    """ids [B,T], and mask [B,T] with 0 for padding on the left; None where no token is padded."""
 
     ids: Tensor
     mask: Tensor | None
 
 
 class Questions(NamedTuple):
-    """Those of a batch that have one length: rows, their numbers, or None for all of them; ids [rows,T] unpadded."""
+    """The questions of a batch that have one length.
+
+    rows  their indices in the batch, or None for all
+    ids   [rows,T] tokens without padding
+    """
 
     rows: Tensor | None
     ids: Tensor
 
 
 def text_of(ids: Any, mask: Any, vocabulary: int | None) -> Text:
-    """ids [B,T], or a mapping with input_ids and perhaps attention_mask, as tokenizers of transformers give it.
+    """Check ids [B,T], or a mapping with input_ids and perhaps attention_mask, as tokenizers of transformers give it.
 
     Raises:
-        TypeError, ValueError: not tokens of this vocabulary, or a mask that is none or pads behind text.
+        TypeError, ValueError: ids are no tokens of this vocabulary, or the mask is none or pads behind text.
     """
     if isinstance(ids, Mapping):
         if "input_ids" not in ids:
@@ -55,10 +59,12 @@ def _mask_of(mask: Any, ids: Tensor) -> Tensor:
 
 
 def by_length(text: Text) -> list[Questions]:
-    """Questions without their padding, shortest first: padding inside of a text would pass through its fast weights.
+    """The questions without their padding, the shortest first.
+
+    Padding inside of a text would pass through the fast weights of the text.
 
     Raises:
-        ValueError: a row without any token.
+        ValueError: a row has no token.
     """
     if text.mask is None:
         return [Questions(None, text.ids)]
@@ -72,10 +78,11 @@ def by_length(text: Text) -> list[Questions]:
     return [Questions(rows, text.ids[rows, -length:]) for length, rows in zip(found, parts, strict=True)]
 
 
-def merged(ids: Tensor, parts: list[Questions], answers: list[Tensor], pad: int) -> Tensor:
-    """ids [B,T] as given, padding too, and what follows each row, `pad` behind the shorter.
+def merge_answers(ids: Tensor, parts: list[Questions], answers: list[Tensor], pad: int) -> Tensor:
+    """ids [B,T] with their padding, and the new tokens of each row, filled with `pad` to the longest.
 
-    answers: for each part its own ids and what follows, as often side by side as each row was answered.
+    answers: for each part its ids and the new tokens; a row that was answered several times has its answers side by
+    side.
     """
     new = [answer[:, part.ids.shape[1] :] for part, answer in zip(parts, answers, strict=True)]
     times = new[0].shape[0] // parts[0].ids.shape[0]
@@ -86,16 +93,3 @@ def merged(ids: Tensor, parts: list[Questions], answers: list[Tensor], pad: int)
         side_by_side = (rows[:, None] * times + torch.arange(times, device=ids.device)).flatten()
         out[side_by_side, ids.shape[1] : ids.shape[1] + answer.shape[1]] = answer
     return out
-
-
-def joined(first: Tensor, first_mask: Tensor | None, second: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask of tokens [B,T1] and [B,T2] one after the other; None means that none is padded."""
-    if first_mask is None and mask is None:
-        return None
-    pairs = ((first, first_mask), (second, mask))
-    return torch.cat([torch.ones_like(ids) if mask is None else mask for ids, mask in pairs], dim=1)
-
-
-def own(ids: Tensor | None) -> Tensor | None:
-    """A copy, or None of nothing: a view would keep a whole text, and change with what it is a view of."""
-    return None if ids is None or ids.shape[1] == 0 else ids.clone()

@@ -153,7 +153,7 @@ def test_a_sleep_ends_when_the_fast_weights_have_settled() -> None:
     assert bool((changes[1:] < changes[:-1]).all())
     limit = float((changes[2] + changes[3]) / 2)
     options = {"feedback": "reinject", "differentiable": True}
-    session = SleepSession(model, L, passes=6, settled=limit, **options).ingest(ids[:, :L])
+    session = SleepSession(model, L, passes=6, tol=limit, **options).ingest(ids[:, :L])
     expected = SleepSession(model, L, passes=4, **options).ingest(ids[:, :L])
     assert len(session.reports[0].changes) == 4
     for mine, other in zip(session.memory.fast().values(), expected.memory.fast().values(), strict=True):
@@ -161,7 +161,7 @@ def test_a_sleep_ends_when_the_fast_weights_have_settled() -> None:
     weight = model.layers[1].mixer.out.weight
     pair = [torch.autograd.grad(s.read(ids[:, :4]).square().sum(), weight)[0] for s in (session, expected)]
     assert torch.equal(*pair)
-    never = SleepSession(model, L, passes=3, settled=0.0).ingest(ids[:, :L])
+    never = SleepSession(model, L, passes=3, tol=0.0).ingest(ids[:, :L])
     assert len(never.reports[0].changes) == 3
 
 
@@ -337,8 +337,8 @@ def test_model_of_no_tokens_and_on_meta() -> None:
         (lambda: SleepLM(20, pattern="AX"), "pattern: got 'AX'; expected letters A and G"),
         (lambda: SleepLM(20, pattern="A"), "pattern: got 'A'; expected .* a G among the first 2"),
         (lambda: GatedDeltaNet(16, 2, value_heads=3), "value_heads: got 3; expected a multiple of heads = 2"),
-        (lambda: SleepSession(awake(), L, settled=-1.0), "settled: got -1.0 with feedback 'raw'; expected >= 0"),
-        (lambda: SleepSession(awake(), L, settled=0.1, feedback="replay"), "settled: got 0.1 with feedback 'replay'"),
+        (lambda: SleepSession(awake(), L, tol=-1.0), "tol: got -1.0 with feedback 'raw'; expected >= 0"),
+        (lambda: SleepSession(awake(), L, tol=0.1, feedback="replay"), "tol: got 0.1 with feedback 'replay'"),
         (lambda: WindowAttention(15, 2), "width: got 15; expected a multiple of heads = 2"),
         (lambda: WindowAttention(16, 0), "heads: got 0; expected at least 1"),
         (lambda: GatedDeltaNet(64, 7), "heads: got 7; expected a divisor of width = 64, or key_width"),

@@ -123,7 +123,7 @@ def test_a_session_is_one_call_where_it_may(
 def test_a_session_says_why_it_is_not_one_call() -> None:
     lm = model(24, 2, {})
     with torch.no_grad():
-        assert "settled" in SleepSession(lm, 8, 2, settled=0.1).explain()
+        assert "tol" in SleepSession(lm, 8, 2, tol=0.1).explain()
         assert "replay" in SleepSession(lm, 8, 2, feedback="replay").explain()
     assert "gradients" in SleepSession(lm, 8, 2, differentiable=True).explain()
     assert "in one call" in SleepSession(lm, 8, 2).explain()  # whatever the mode of autograd

@@ -19,7 +19,7 @@ from helpers.remote_models import (
 )
 from torch import Tensor, nn
 
-from sleepkern.sleep import InsertedMixer, SleepSession, Stack
+from sleepkern.sleep import InsertedMixer, ModelAdapter, SleepSession
 from sleepkern.testing import relative_error
 
 L = 16
@@ -38,7 +38,7 @@ def names_of(*blocks: str, **given: Any) -> dict[str, Any]:
 def jet() -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = JetForCausalLM(("jet", "attn", "jet", "jet", "swa")).eval()
-    return model, names_of(BLOCKS[2])["JetStack"](model)
+    return model, names_of(BLOCKS[2])["JetAdapter"](model)
 
 
 def ouro(loops: int | None = None, layers: tuple[int, ...] = (0, 2)) -> tuple[nn.Module, Any]:
@@ -48,17 +48,17 @@ def ouro(loops: int | None = None, layers: tuple[int, ...] = (0, 2)) -> tuple[nn
     for mixer in mixers.values():
         nn.init.normal_(mixer.mixer.out.weight, std=0.3)
     model.inserted = nn.ModuleDict({str(i): mixer for i, mixer in mixers.items()})
-    return model, names_of(BLOCKS[3])["OuroStack"](model, UniversalTransformerCache, mixers, loops)
+    return model, names_of(BLOCKS[3])["OuroAdapter"](model, UniversalTransformerCache, mixers, loops)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("made", [jet, ouro])
 def test_read_in_pieces_and_sleep(made: Any) -> None:
     """Reading ingests what waits; a session reads, generates, forks, pads and saves as with any model."""
-    model, stack = made()
-    assert isinstance(stack, Stack)
+    model, adapter = made()
+    assert isinstance(adapter, ModelAdapter)
     ids, question = tokens(2, 3 * L + 5), tokens(2, 5, seed=4)
-    session = SleepSession(stack, L, passes=2, eviction="sliding").ingest(ids)
+    session = SleepSession(adapter, L, passes=2, eviction="sliding").ingest(ids)
     assert session.position == 3 * L and len(session.memory.slow()) == len(session.memory.attention)
     answer, manual = session.generate(question, max_new_tokens=5), question
     for _ in range(5):
@@ -71,16 +71,16 @@ def test_read_in_pieces_and_sleep(made: Any) -> None:
     fork.ingest(tokens(2, 2 * L, seed=9))
     assert all(torch.equal(t, before[name]) for name, t in session.state_dict().items())
     assert relative_error(fork.read(question), session.read(question)) > 1e-3
-    hard = SleepSession(stack, L, passes=2).ingest(ids)
+    hard = SleepSession(adapter, L, passes=2).ingest(ids)
     assert hard.memory.slow() == {} and relative_error(hard.read(question), session.read(question)) > 1e-3
 
 
 @torch.no_grad()
 def test_jet_in_one_pass_is_the_model_with_its_cache() -> None:
     """Sliding over two windows that it sees all of; evicted, its own cache emptied by hand, counters and all."""
-    model, stack = jet()
+    model, adapter = jet()
     ids = tokens(2, 2 * L)
-    session = SleepSession(stack, L, eviction="sliding").ingest(ids[:, :L])
+    session = SleepSession(adapter, L, eviction="sliding").ingest(ids[:, :L])
     assert relative_error(session.read(ids[:, L:]), model(ids)[:, L:]) < CLOSE
     cache = JetNemotronCache()
     model(ids[:, :L], past_key_values=cache)
@@ -89,7 +89,7 @@ def test_jet_in_one_pass_is_the_model_with_its_cache() -> None:
         if state["attn_state"] is not None:
             state["attn_state"] = tuple(t[..., :0, :] for t in state["attn_state"])
     h, _ = model.model(ids[:, L:], position_ids=torch.arange(L, 2 * L)[None], past_key_values=cache)
-    evicted = SleepSession(stack, L).ingest(ids[:, :L])
+    evicted = SleepSession(adapter, L).ingest(ids[:, :L])
     expected = model.lm_head(h)
     assert relative_error(evicted.read(ids[:, L:]), expected) < CLOSE
     assert relative_error(model(ids)[:, L:], expected) > 1e-3
@@ -97,9 +97,9 @@ def test_jet_in_one_pass_is_the_model_with_its_cache() -> None:
 
 @torch.no_grad()
 def test_jet_in_three_passes_is_a_loop() -> None:
-    model, stack = jet()
+    model, adapter = jet()
     ids, low, high = tokens(2, L), 1, 4
-    session = SleepSession(stack, L, passes=3, blocks=slice(low, high)).ingest(ids)
+    session = SleepSession(adapter, L, passes=3, blocks=slice(low, high)).ingest(ids)
     h, fast = model.model.embed_tokens(ids), {}
     places = torch.arange(L)[None]
     bias = torch.full((L, L), torch.finfo(h.dtype).min).triu(1)[None, None]
@@ -127,9 +127,9 @@ def test_jet_in_three_passes_is_a_loop() -> None:
 
 
 def test_jet_trains_through_passes() -> None:
-    model, stack = jet()
+    model, adapter = jet()
     model.train()
-    session = SleepSession(stack, L, passes=2, checkpoint=True).ingest(tokens(2, 2 * L))
+    session = SleepSession(adapter, L, passes=2, checkpoint=True).ingest(tokens(2, 2 * L))
     session.read(tokens(2, 5)).square().mean().backward()
     assert all(float(layer.self_attn.qkv.weight.grad.abs().max()) > 0 for layer in model.model.layers[:3])
 
@@ -137,13 +137,13 @@ def test_jet_trains_through_passes() -> None:
 @torch.no_grad()
 def test_ouro_without_mixers_is_the_model() -> None:
     """One window read after another that is kept; and mixers that are the identity change nothing."""
-    model, stack = ouro()
-    for mixer in stack.inserted.values():
+    model, adapter = ouro()
+    for mixer in adapter.inserted.values():
         nn.init.zeros_(mixer.mixer.out.weight)
     ids = tokens(2, 2 * L)
-    session = SleepSession(stack, L, eviction="sliding").ingest(ids[:, :L])
+    session = SleepSession(adapter, L, eviction="sliding").ingest(ids[:, :L])
     assert relative_error(session.read(ids[:, L:]), model(ids)[:, L:]) < CLOSE
-    with pytest.raises(ValueError, match="model: got a OuroStack; expected one with layers that have a recurrence"):
+    with pytest.raises(ValueError, match="model: got a OuroAdapter; expected one with layers that have a recurrence"):
         SleepSession(ouro(layers=())[1], L)
 
 
@@ -151,17 +151,17 @@ def test_ouro_without_mixers_is_the_model() -> None:
 @pytest.mark.parametrize(("loops", "passes"), [(2, 1), (2, 2), (1, 2)])
 def test_ouro_asleep_is_a_loop(loops: int, passes: int) -> None:
     """Written out: a fast weight for each (loop, layer), the norm after each loop."""
-    model, stack = ouro(loops)
+    model, adapter = ouro(loops)
     ids, fast = tokens(2, L), {}
-    session = SleepSession(stack, L, passes=passes).ingest(ids)
+    session = SleepSession(adapter, L, passes=passes).ingest(ids)
     h, angle = model.model.embed_tokens(ids), 0.3 * torch.arange(L)[None]
     bias = torch.full((L, L), torch.finfo(h.dtype).min).triu(1)[None, None]
     for _ in range(passes):
         fast = {i: x._replace(conv=torch.zeros_like(x.conv)) for i, x in fast.items()}
         for loop in range(loops):
             for i, layer in enumerate(model.model.layers):
-                if i in stack.inserted:
-                    h, fast[loop * 3 + i] = stack.inserted[i](h, fast.get(loop * 3 + i))
+                if i in adapter.inserted:
+                    h, fast[loop * 3 + i] = adapter.inserted[i](h, fast.get(loop * 3 + i))
                 h = layer(h, attention_mask=bias, position_embeddings=angle)
             h = model.model.norm(h)
     found = session.memory.fast()
@@ -172,13 +172,13 @@ def test_ouro_asleep_is_a_loop(loops: int, passes: int) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("made", [ouro])
 def test_padding_writes_nothing(made: Any) -> None:
-    _, stack = made()
+    _, adapter = made()
     ids, question = tokens(1, L), tokens(1, 5, seed=4)
     batch = torch.cat([torch.cat([torch.zeros(1, L, dtype=torch.long), ids], dim=1), tokens(1, 2 * L, seed=5)])
     mask = torch.ones_like(batch)
     mask[0, :L] = 0
-    session = SleepSession(stack, L, passes=2).ingest(batch, attention_mask=mask)
-    alone = SleepSession(stack, L, passes=2).ingest(ids)
+    session = SleepSession(adapter, L, passes=2).ingest(batch, attention_mask=mask)
+    alone = SleepSession(adapter, L, passes=2).ingest(ids)
     fast, expected = session.memory.fast(), alone.memory.fast()
     assert max(relative_error(fast[i].state[:1], expected[i].state) for i in fast) < CLOSE
     assert session.read(question.expand(2, -1)).shape == (2, 5, VOCABULARY)
@@ -214,6 +214,6 @@ def test_gradient_checkpointing_of_the_model_is_refused(family: str) -> None:
     for ask in (session.ingest, session.read, session.generate):
         with pytest.raises(ValueError, match=r"model: got .* gradient checkpointing.*; expected .*checkpoint=True"):
             ask(ids)
-    assert session.position == 0 and session.waiting is None
+    assert session.position == 0 and session.pending is None
     model.gradient_checkpointing_disable()
     assert len(session.ingest(ids).memory.fast()) == len(session.memory.recurrent)

@@ -169,7 +169,7 @@ def test_only_what_was_asked_is_counted_and_seen(model: nn.Module, wait: int, ev
 @pytest.mark.parametrize("name", ["qwen3_next", "retrofit"])
 def test_refused_before_anything_runs(name: str, options: dict[str, Any], message: str) -> None:
     session = session_of(made(name))
-    session.stack.open = session.stack.model.generate = None  # type: ignore[method-assign, attr-defined]
+    session.adapter.open = session.adapter.model.generate = None  # type: ignore[method-assign, attr-defined]
     with pytest.raises(ValueError, match=message):
         session.generate(QUESTION, **options)
 
@@ -195,7 +195,7 @@ def test_a_row_ends_where_it_should(name: str) -> None:
     assert torch.equal(session.generate(QUESTION, max_length=11, **plain), full)
     options["min_new_tokens"] = 6
     assert not (session.generate(QUESTION, **options)[:, 5:] == eos).any()
-    holder = session.stack.model
+    holder = session.adapter.model
     before = getattr(holder, "generation_config", None)
     holder.generation_config = GenerationConfig(max_new_tokens=6, eos_token_id=eos, **plain)
     try:
@@ -238,7 +238,7 @@ def test_draws_follow_the_options() -> None:
 )
 def test_what_a_stack_without_a_generate_of_its_own_refuses(options: dict[str, Any], message: str) -> None:
     session = session_of(sleep_lm())
-    session.stack.open = None  # type: ignore[method-assign]
+    session.adapter.open = None  # type: ignore[method-assign]
     with pytest.raises((ValueError, TypeError), match=message):
         session.generate(QUESTION, **options)
 

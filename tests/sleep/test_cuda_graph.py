@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from sleepkern.nn import SleepLM
 from sleepkern.sleep import SleepSession
-from sleepkern.sleep.cuda_graph import Captures, CudaRecorder, Made
+from sleepkern.sleep.cuda_graph import CudaRecorder, GraphCache, GraphOutputs
 from sleepkern.testing import relative_error
 
 L = 16
@@ -59,7 +59,7 @@ class Recorder:
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
 
-    def record(self, run: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
+    def record(self, run: Callable[[], GraphOutputs]) -> tuple[Callable[[], None], GraphOutputs]:
         run()
         self.tapes.append(Tape())
         with self.tapes[-1] as tape:
@@ -72,8 +72,8 @@ class Recorder:
 
 def captured(model: nn.Module, **options: Any) -> tuple[SleepSession, Recorder]:
     recorder, session = Recorder(), SleepSession(model, L, capture=True, **options)
-    assert session.captures is not None and isinstance(session.captures.recorder, CudaRecorder)
-    session.captures = Captures(recorder)
+    assert session.graph_cache is not None and isinstance(session.graph_cache.recorder, CudaRecorder)
+    session.graph_cache = GraphCache(recorder)
     return session, recorder
 
 
@@ -165,7 +165,7 @@ def test_weights_elsewhere_are_recorded_anew() -> None:
 def test_what_is_not_captured() -> None:
     model, ids = sleep_lm(), tokens(2, L)
     session, recorder = captured(model, passes=2)
-    captures, mask = session.captures, torch.ones_like(ids)
+    captures, mask = session.graph_cache, torch.ones_like(ids)
     assert captures is not None
     assert "gradients may be wanted" in str(captures.why_not(SleepSession(model, L, differentiable=True), ids, None))
     assert captures.why_not(session, ids, None) is None
@@ -173,9 +173,9 @@ def test_what_is_not_captured() -> None:
         assert captures.why_not(session, ids, None) is None
         assert captures.why_not(session, ids, mask) == "padding"
         assert captures.why_not(session, ids[:, 1:], None) == f"a window of {L - 1} tokens instead of {L}"
-        assert "graphs are of cuda" in str(Captures().why_not(session, ids, None))
-        settled = SleepSession(model, L, passes=2, settled=0.1)
-        assert "settled" in str(captures.why_not(settled, ids, None))
+        assert "graphs are of cuda" in str(GraphCache().why_not(session, ids, None))
+        tolerant = SleepSession(model, L, passes=2, tol=0.1)
+        assert "tol" in str(captures.why_not(tolerant, ids, None))
         mask[0, :4] = 0
         session.ingest(ids, attention_mask=mask).ingest(ids[:, 3:]).sleep()
     trained, of_trained = captured(model, passes=2, differentiable=True)
@@ -184,4 +184,4 @@ def test_what_is_not_captured() -> None:
     on_the_cpu = SleepSession(model, L, passes=2, capture=True)
     with torch.no_grad():
         on_the_cpu.ingest(ids)  # there is no CUDA device here, and none is asked for
-    assert on_the_cpu.captures is not None and not on_the_cpu.captures.graphs
+    assert on_the_cpu.graph_cache is not None and not on_the_cpu.graph_cache.graphs

@@ -37,8 +37,8 @@ def model() -> nn.Module:
         ({"passes": "2"}, "passes: got '2'; expected a whole number of at least 1"),
         ({"feedback": "again"}, "feedback: got 'again'; expected one of raw, reinject, replay"),
         ({"conv_state": None}, "conv_state: got None; expected one of rewind, carry"),
-        ({"settled": float("nan")}, "settled: got nan with feedback 'raw'; expected >= 0"),
-        ({"settled": "0.1"}, "settled: got '0.1'; expected a number of at least 0, or None"),
+        ({"tol": float("nan")}, "tol: got nan with feedback 'raw'; expected >= 0"),
+        ({"tol": "0.1"}, "tol: got '0.1'; expected a number of at least 0, or None"),
         ({"checkpoint": "yes"}, "checkpoint: got 'yes'; expected True or False"),
     ],
 )
@@ -84,7 +84,7 @@ def test_bad_text(model: nn.Module, ids: Any, mask: Any, message: str) -> None:
     for take in (session.ingest, session.read, session.generate):
         with pytest.raises((ValueError, TypeError), match=message):
             take(ids, mask)
-    assert session.position == 0 and session.waiting is None
+    assert session.position == 0 and session.pending is None
 
 
 def test_nothing_to_answer(model: nn.Module) -> None:

@@ -63,11 +63,11 @@ def test_three_passes_are_a_loop(model: nn.Module) -> None:
     """A new memory for every pass."""
     ids = tokens(2, L)
     session = SleepSession(model, L, passes=3).ingest(ids)
-    stack, fast, h = session.stack, {}, None
+    adapter, fast, h = session.adapter, {}, None
     for _ in range(3):
-        memory = stack.memory()
+        memory = adapter.memory()
         memory.set_fast({i: RecurrentState(torch.zeros_like(x.conv), x.state) for i, x in fast.items()})
-        start, calls = stack.open(ids, 0, memory, None)
+        start, calls = adapter.open(ids, 0, memory, None)
         h = start if h is None else h
         for call in calls:
             h = call(h)

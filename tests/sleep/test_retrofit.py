@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 
 from sleepkern.sleep import SleepSession, load_retrofitted, retrofit
-from sleepkern.sleep.retrofit import inserted_in
+from sleepkern.sleep.inserted_mixer import inserted_in
 from sleepkern.testing import relative_error
 
 L, LAYERS = 16, (1, 2)

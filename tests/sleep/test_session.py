@@ -147,10 +147,10 @@ def test_text_may_come_in_any_pieces(model: nn.Module) -> None:
     session = SleepSession(model, L, passes=2)
     for piece in ids.split([1, 30, 2, 37], dim=1):
         session.ingest(piece)
-    assert [r.first for r in session.reports] == [0, L] and session.waiting.shape[1] == 70 - 2 * L
+    assert [r.first for r in session.reports] == [0, L] and session.pending.shape[1] == 70 - 2 * L
     assert relative_error(session.read(question), at_once.read(question)) < CLOSE
     asleep = session.fork().sleep()
-    assert asleep.position == 70 and asleep.waiting is None and asleep.reports[-1].tokens == 22
+    assert asleep.position == 70 and asleep.pending is None and asleep.reports[-1].tokens == 22
     assert session.position == 2 * L  # a fork goes on alone
     assert relative_error(asleep.read(question), session.read(question)) > 1e-3
 
@@ -332,7 +332,7 @@ def test_a_sleep_that_fails_did_not_happen(family: str, eviction: str, window: i
     else:
         assert torch.equal(after["waiting"], ids[:, 2 * L :])
         asleep = session.fork().sleep()  # in windows still
-        assert [r.tokens for r in asleep.reports[2:]] == [L, L, 3] and asleep.waiting is None
+        assert [r.tokens for r in asleep.reports[2:]] == [L, L, 3] and asleep.pending is None
         session.ingest(ids[:, :0])
     found, right = session.state_dict(), expected.state_dict()
     assert found.keys() == right.keys() and all(torch.equal(found[name], t) for name, t in right.items())
@@ -349,9 +349,9 @@ def test_what_waits_is_kept_alone(model: nn.Module) -> None:
         sizes = {name: t.untyped_storage().nbytes() // t.element_size() for name, t in state.items() if "_" in name}
         assert sizes.pop("kept_mask", L) == L and sizes == {"waiting_mask": 5}
         assert state["waiting"].untyped_storage().nbytes() == 5 * 8
-        waiting = session.waiting.clone()
+        waiting = session.pending.clone()
         text.zero_()
-        assert torch.equal(session.waiting, waiting)
+        assert torch.equal(session.pending, waiting)
 
 
 def test_sleep_of_the_demo() -> None:

@@ -41,7 +41,7 @@ def scales_behind(original: Any, base: Any, **options: Any) -> Any:
     ("forward", "message"),
     [
         (forgets, r"takes a cache as \w+ and does not hand it to layers \[0, 1, 2, 3\]"),
-        (scales_behind, "changes h between layers or behind the last"),
+        (scales_behind, "changes h between layers or after the last"),
     ],
 )
 def test_a_forward_that_cannot_be_taken_apart_is_refused(forward: Any, message: str) -> None:
@@ -55,8 +55,8 @@ def test_a_forward_that_cannot_be_taken_apart_is_refused(forward: Any, message: 
 def test_a_model_that_expects_tuples_and_is_not_known_to() -> None:
     """It would take the first row of a batch for h."""
     session = SleepSession(build("falcon_h1", num_hidden_layers=2), L)
-    session.stack.tuples = False
-    with pytest.raises(ValueError, match="changes h between layers .* in tuples if the stack says so"):
+    session.adapter.tuples = False
+    with pytest.raises(ValueError, match="changes h between layers .* in tuples if the adapter says so"):
         session.ingest(tokens(2, L))
 
 

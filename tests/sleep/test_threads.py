@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sleepkern.integrations.transformers import patch
 from sleepkern.sleep import SleepSession, retrofit
-from sleepkern.sleep.cuda_graph import Captures
+from sleepkern.sleep.cuda_graph import GraphCache
 from sleepkern.testing import relative_error
 
 L, THREADS = 16, 4
@@ -180,8 +180,8 @@ def test_recording_leaves_the_model_alone() -> None:
         seen.append(model.model.layers is blocks and model.model.norm is norm)
 
     model.model.embed_tokens.register_forward_hook(look)
-    stack = type(jet()[1])(model)
-    SleepSession(stack, L).ingest(tokens(1, L))
+    adapter = type(jet()[1])(model)
+    SleepSession(adapter, L).ingest(tokens(1, L))
     assert seen == [True]
 
 
@@ -191,10 +191,10 @@ def test_only_a_model_that_hides_its_forward_is_changed() -> None:
         (hooked(build("qwen3_5")), False),
         (enclosed(build("llama")), True),
     ):
-        taken = SleepSession(retrofit(model, [0]) if turns else model, L).stack.alone()
+        taken = SleepSession(retrofit(model, [0]) if turns else model, L).adapter.locked()
         assert isinstance(taken, nullcontext) != turns
     both: Any = hooked(enclosed(build("qwen3_5")))
-    assert not isinstance(SleepSession(both, L).stack.alone(), nullcontext)
+    assert not isinstance(SleepSession(both, L).adapter.locked(), nullcontext)
 
 
 class Meanwhile:
@@ -221,7 +221,7 @@ def test_a_model_may_be_given_attributes_meanwhile() -> None:
 def test_forks_share_graphs() -> None:
     """A graph's tensors hold one sleep at a time."""
     session = SleepSession(build("qwen3_5"), L, passes=2, capture=True)
-    session.captures = Captures(Recorder())
+    session.graph_cache = GraphCache(Recorder())
     texts = [tokens(1, 4 * L, seed=i) for i in range(THREADS)]
     with torch.no_grad():
         expected = [session.fork().ingest(ids).state_dict() for ids in texts]

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from sleepkern.integrations.transformers import patch
-from sleepkern.sleep import RecordedStack, SleepSession
+from sleepkern.sleep import CausalLMAdapter, SleepSession
 
 L = 16
 
@@ -91,7 +91,7 @@ class Layer(nn.Linear):
 
 
 class Own(nn.Module):
-    """A model of one's own, after the contract of RecordedStack, or not quite."""
+    """A model of one's own, after the contract of CausalLMAdapter, or not quite."""
 
     def __init__(self, out: Any = None, layers: int = 2) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Own(nn.Module):
         self.model.forward = forward  # type: ignore[method-assign]
 
 
-class OwnStack(RecordedStack):
+class OwnAdapter(CausalLMAdapter):
     def memory(self) -> Any:
         return SimpleNamespace(recurrent=[0, 1], attention=[], cache=object(), **{
             name: lambda *_: {} for name in ("fast", "slow", "set_fast", "set_slow")
@@ -117,14 +117,14 @@ class OwnStack(RecordedStack):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: "text", "model: got a str; expected a module, or a Stack"),
-        (lambda: Own(), "model: got a Own without a config of transformers; .*or a Stack that says where"),
+        (lambda: "text", "model: got a str; expected a module, or a ModelAdapter"),
+        (lambda: Own(), "model: got a Own without a config of transformers; .*or a ModelAdapter that says where"),
         (lambda: nn.Sequential(build("qwen3_5")), "model: got a Sequential without layers, norm, lm_head; .*pass that"),
         (lambda: Peft(build("qwen3_5"), is_prompt_learning=True), "model: got a Peft with virtual tokens before"),
-        (lambda: OwnStack(Own()), r"model: got a Own whose forward does not call its own layers \(1 calls of 2\)"),
-        (lambda: OwnStack(Own(lambda h: SimpleNamespace(h=h))), "model: got a SimpleNamespace out of its forward"),
-        (lambda: OwnStack(Own(lambda h: (h,))), r"memory: got no fast weights of blocks \[0, 1\] after a pass"),
-        (lambda: OwnStack(Own(lambda h: SimpleNamespace(last_hidden_state=h))), "memory: got no fast weights of"),
+        (lambda: OwnAdapter(Own()), r"model: got a Own whose forward does not call its own layers \(1 calls of 2\)"),
+        (lambda: OwnAdapter(Own(lambda h: SimpleNamespace(h=h))), "model: got a SimpleNamespace out of its forward"),
+        (lambda: OwnAdapter(Own(lambda h: (h,))), r"memory: got no fast weights of blocks \[0, 1\] after a pass"),
+        (lambda: OwnAdapter(Own(lambda h: SimpleNamespace(last_hidden_state=h))), "memory: got no fast weights of"),
     ],
 )  # fmt: skip
 def test_what_cannot_sleep_says_what_it_lacks(make: Any, message: str) -> None:
@@ -136,7 +136,7 @@ def test_what_a_session_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sleepkern.sleep.session.REPORTS", 4)
     session = SleepSession(sleep_lm(), 2, passes=2).ingest(tokens(1, 19))
     assert repr(session) == (
-        "SleepSession(SleepLM, window=2, passes=2, eviction='hard', feedback='raw'): 18 tokens slept over, 1 waiting"
+        "SleepSession(SleepLM, window=2, passes=2, eviction='hard', feedback='raw'): 18 tokens slept over, 1 pending"
     )
     assert [report.first for report in session.reports] == [10, 12, 14, 16] and session.position == 18
     fork = session.fork()

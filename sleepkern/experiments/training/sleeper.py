@@ -47,7 +47,7 @@ class Sleeper(nn.Module):
             self.passes,
             eviction=self.eviction,
             feedback=self.feedback,
-            settled=self.settled,
+            tol=self.settled,
             checkpoint=self.checkpoint,
             differentiable=True,
         )

@@ -1,1 +1,1 @@
-"""Models of several makes, block by block, as sessions run them."""
+"""Adapters, which run models of several makes block by block for a session."""

@@ -1,9 +1,9 @@
-"""Any causal language model built like those of transformers, block by block.
+"""The adapter of a causal language model that is built like those of transformers.
 
-A model's own forward knows embeddings, masks and rotary angles; it is called once a window, on a shallow copy with
-recorders in the place of its layers, which note how each would have been called. Then the layers run, as often as
-wanted. The model itself stays as it is, so that threads can share it. Nothing of transformers is imported here, so that
-models of older versions can be adapted too (docs/models.md).
+A model's own forward knows embeddings, masks and rotary angles. The adapter calls that forward once a window, on a
+shallow copy with recorders in the place of its layers; a recorder notes how its layer is called. Then the layers run,
+as often as the session has passes. The model itself does not change, so that threads can share it. This module does not
+import transformers, so that models of older versions can be adapted too (docs/models.md).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from ...integrations.caches import cache_name
-from ..generation import written
-from ..protocols import Memory, copied
+from ..generation import generate
+from ..protocols import LayerCache, copy_cache
 
 NORMS = ("norm", "final_layernorm", "norm_f")
-"""What models call the norm behind their last block."""
+"""Names that models give to the norm after their last block."""
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""Of base models that cannot be copied; see RecordedStack.alone."""
+"""Locks of base models that cannot be copied; see CausalLMAdapter.locked."""
 
 
-class Call(NamedTuple):
-    """A block and what its model would have called it with."""
+class BlockCall(NamedTuple):
+    """A block with the arguments with which its model calls it."""
 
     block: nn.Module
     arguments: tuple[Any, ...]
@@ -41,8 +41,8 @@ class Call(NamedTuple):
         return _tensor(self.block(h, *self.arguments, **self.options))
 
 
-class RecordedStack(ABC):
-    """The blocks of a causal language model; a subclass says what its memory is, a Memory with the model's `cache`."""
+class CausalLMAdapter(ABC):
+    """The blocks of a causal language model. A subclass defines `memory`, a LayerCache that has the model's `cache`."""
 
     tuples = False
     """Whether the model expects tuples from its layers."""
@@ -51,18 +51,18 @@ class RecordedStack(ABC):
     def __init__(self, model: nn.Module) -> None:
         """
         Args:
-            model: has `lm_head`, and a base model as `model` or by the name that its `base_model_prefix` says. The base
-                model has `layers`, a ModuleList, and behind them `norm` (or a name of NORMS). Its forward takes
-                input_ids, attention_mask, position_ids, use_cache and the cache, under whatever name, calls each of its
-                layers with h [B,T,d] first and the cache, in order, and gives a tensor, a tuple or an output with
-                last_hidden_state; a layer gives a tensor or a tuple.
+            model: has `lm_head`, and a base model as `model` or under the name in its `base_model_prefix`. The base
+                model has `layers`, a ModuleList, and after them `norm` (or a name of NORMS). Its forward takes
+                input_ids, attention_mask, position_ids, use_cache and the cache, under any name. It calls its layers in
+                order, each with h [B,T,d] first and with the cache, and returns a tensor, a tuple or an output with
+                last_hidden_state; a layer returns a tensor or a tuple.
 
         Raises:
-            ValueError: the model has not these parts.
+            ValueError: the model lacks one of these parts.
         """
         self.model: Any = model
         self.base: Any = getattr(model, getattr(model, "base_model_prefix", "model"), None)
-        self.base = getattr(self.base, "_orig_mod", self.base)  # compiled: only embeddings and masks would run so
+        self.base = getattr(self.base, "_orig_mod", self.base)  # without torch.compile
         self.last: str = next((name for name in NORMS if hasattr(self.base, name)), NORMS[0])
         parts = ((self.base, "layers"), (self.base, self.last), (self.model, "lm_head"))
         missing = [name for holder, name in parts if not isinstance(getattr(holder, name, None), nn.Module)]
@@ -70,7 +70,7 @@ class RecordedStack(ABC):
             raise ValueError(
                 f"model: got a {type(model).__name__} without {', '.join(missing)}; expected a causal language "
                 "model: a base model (`model`, or what `base_model_prefix` names) with layers and norm, and lm_head; "
-                "out of a wrapper or several parts, pass that model itself; for others, a Stack (docs/models.md)"
+                "out of a wrapper or several parts, pass that model itself; for others, a ModelAdapter (docs/models.md)"
             )
         self.cache_name = cache_name(self.base)
 
@@ -79,53 +79,56 @@ class RecordedStack(ABC):
 
     @property
     def vocabulary(self) -> int | None:
-        """Tokens that can be embedded, where the model says so."""
+        """The number of tokens that can be embedded; None where the model does not say."""
         embedding = getattr(self.model, "get_input_embeddings", lambda: getattr(self.base, "embed_tokens", None))()
         return getattr(embedding, "num_embeddings", None)
 
     @abstractmethod
-    def memory(self) -> Memory:
-        """An empty one."""
+    def memory(self) -> LayerCache:
+        """An empty cache."""
 
-    def open(self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
+    def open(
+        self, ids: Tensor, first: int | Tensor, memory: LayerCache, mask: Tensor | None
+    ) -> tuple[Tensor, list[Any]]:
         calls: list[Any] = []
-        through: list[Any] = []
+        hidden: list[Any] = []
         if not hasattr(memory, "cache"):
             raise TypeError(
                 f"memory: got a {type(memory).__name__} without `cache`; expected what the model takes for one"
             )
-        with self._recorded(calls, through) as base:
+        with self._recorded(calls, hidden) as base:
             out = base(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=positions(ids, first),
+                position_ids=position_ids(ids, first),
                 use_cache=True,
                 **{self.cache_name: memory.cache},
             )
-        if len(calls) < len(self):  # or they ran by themselves, and what is in memory is theirs
+        if len(calls) < len(self):  # else the layers ran by themselves, and wrote into the cache
             raise ValueError(
                 f"model: got a {type(self.model).__name__} whose forward does not call its own layers "
                 f"({len(calls)} calls of {len(self)})"
             )
         self._check_calls(calls, memory)
-        h = [_tensor(x) for x in (*through, out)]
-        if not all(map(_same, h, h[1:])):  # what recorders let through, from the first to what the model gives
+        h = [_tensor(x) for x in (*hidden, out)]
+        if not all(map(_same, h, h[1:])):  # from the first recorder to the model's output
             raise ValueError(
-                f"model: got a {type(self.model).__name__} that changes h between layers or behind the last; expected "
-                "one that hands it from layer to layer, in tuples if the stack says so"
+                f"model: got a {type(self.model).__name__} that changes h between layers or after the last; expected "
+                "one that hands it from layer to layer, in tuples if the adapter says so"
             )
         return h[-1], calls
 
-    def _check_calls(self, calls: list[Call], memory: Memory) -> None:
-        """
+    def _check_calls(self, calls: list[BlockCall], memory: LayerCache) -> None:
+        """Check that each layer with a state is called with the cache; without it, the layer would silently forget.
+
         Raises:
-            ValueError: layers that should remember are called without the memory; they would forget without a word.
+            ValueError: the indices of the layers that are not.
         """
-        cache, remember = memory.cache, {*memory.recurrent, *memory.attention}  # type: ignore[attr-defined]
+        cache, stateful = memory.cache, {*memory.recurrent, *memory.attention}  # type: ignore[attr-defined]
         without = [
             i
             for i, call in enumerate(calls)
-            if i in remember and not any(x is cache for x in (*call.arguments, *call.options.values()))
+            if i in stateful and not any(x is cache for x in (*call.arguments, *call.options.values()))
         ]
         if without:
             raise ValueError(
@@ -134,9 +137,10 @@ class RecordedStack(ABC):
             )
 
     def check_mode(self) -> None:
-        """
+        """Refuse gradient checkpointing in training, for which layers of transformers drop their cache.
+
         Raises:
-            ValueError: gradient checkpointing in training, for which layers of transformers let go of their cache.
+            ValueError: the model is in that mode.
         """
         trained = (x for block in self.base.layers if block.training for x in block.modules())
         if any(x.training and vars(x).get("gradient_checkpointing", False) for x in (self.base, *trained)):
@@ -146,37 +150,39 @@ class RecordedStack(ABC):
             )
 
     def logits(self, h: Tensor) -> Tensor:
-        with self.alone():
+        with self.locked():
             return self.model.lm_head(getattr(self.base, self.last)(h))  # type: ignore[no-any-return]
 
-    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, waiting: int, **options: Any) -> Tensor:
-        """Greedy or drawn (`written`)."""
-        memory = copied(self, memory)
+    def generate(
+        self, ids: Tensor, mask: Tensor, first: int, memory: LayerCache, pending: int, **options: Any
+    ) -> Tensor:
+        """Tokens by `generation.generate`, greedy or sampled."""
+        memory = copy_cache(self, memory)
 
-        def opened(new: Tensor, done: int, padding: Tensor | None) -> tuple[Tensor, list[Any]]:
+        def open_at(new: Tensor, done: int, padding: Tensor | None) -> tuple[Tensor, list[Any]]:
             return self.open(new, first + done, memory, padding)
 
-        return written(opened, self.logits, ids, mask, waiting, self.model, options)
+        return generate(open_at, self.logits, ids, mask, pending, self.model, options)
 
-    def alone(self) -> AbstractContextManager[Any]:
-        """To be held where the base model is used: one that cannot be copied is changed while it is recorded."""
-        free = _copied(self.base, {}) is not None and _copied(self.model, {}) is not None
+    def locked(self) -> AbstractContextManager[Any]:
+        """A lock for every use of the base model, which is changed while it is recorded, unless it can be copied."""
+        free = _shallow_copy(self.base, {}) is not None and _shallow_copy(self.model, {}) is not None
         return nullcontext() if free else _locks.setdefault(self.base, RLock())
 
     @contextmanager
-    def _recorded(self, calls: list[Call], through: list[Any]) -> Iterator[Any]:
-        """The base model with recorders for blocks and without the last norm."""
-        with self.alone():
+    def _recorded(self, calls: list[BlockCall], hidden: list[Any]) -> Iterator[Any]:
+        """The base model with recorders instead of its blocks, and without the last norm."""
+        with self.locked():
             self.check_mode()
-            recorders = nn.ModuleList(_Recorder(block, calls, through, self.tuples) for block in self.base.layers)
-            with replaced(self.base, {"layers": recorders, self.last: nn.Identity()}) as base:
+            recorders = nn.ModuleList(_CallRecorder(block, calls, hidden, self.tuples) for block in self.base.layers)
+            with with_submodules(self.base, {"layers": recorders, self.last: nn.Identity()}) as base:
                 yield base
 
 
 @contextmanager
-def replaced(module: Any, instead: dict[str, nn.Module]) -> Iterator[Any]:
-    """The module with other submodules: a copy of it where that can be, else itself meanwhile; see `alone`."""
-    copy = _copied(module, instead)
+def with_submodules(module: Any, instead: dict[str, nn.Module]) -> Iterator[Any]:
+    """The module with other submodules: a shallow copy, or, where that is impossible, the module itself for a while."""
+    copy = _shallow_copy(module, instead)
     if copy is not None:
         yield copy
         return
@@ -188,12 +194,13 @@ def replaced(module: Any, instead: dict[str, nn.Module]) -> Iterator[Any]:
         vars(module)["_modules"].update(aside)
 
 
-def _copied(base: nn.Module, instead: dict[str, nn.Module]) -> nn.Module | None:
-    """A shallow copy of a module with other submodules, or None where its forward would still run the module itself.
+def _shallow_copy(base: nn.Module, instead: dict[str, nn.Module]) -> nn.Module | None:
+    """A shallow copy of a module with other submodules; None where its forward would still run the module itself.
 
-    That is a forward put on the instance, unless all of it that is bound can be bound to the copy, as accelerate's.
+    The latter holds for a forward that was set on the instance, unless every bound part of that forward can be bound to
+    the copy, as the parts of accelerate's can.
     """
-    if "forward" in vars(base) and not all(_known(x, base) for x in list(vars(base).values()) if callable(x)):
+    if "forward" in vars(base) and not all(_can_rebind(x, base) for x in list(vars(base).values()) if callable(x)):
         return None
     copy = object.__new__(type(base))
     vars(copy).update({name: _rebound(x, base, copy) for name, x in list(vars(base).items())})
@@ -201,17 +208,17 @@ def _copied(base: nn.Module, instead: dict[str, nn.Module]) -> nn.Module | None:
     return copy
 
 
-def _known(x: Any, base: nn.Module) -> bool:
-    """Whether a callable reaches the module only by what _rebound sees."""
+def _can_rebind(x: Any, base: nn.Module) -> bool:
+    """Whether `_rebound` replaces every reference of a callable to the module."""
     if isinstance(x, partial):
-        return _known(x.func, base)
+        return _can_rebind(x.func, base)
     if isinstance(x, MethodType):
         return x.__self__ is base
     return isinstance(x, FunctionType) and x.__closure__ is None
 
 
 def _rebound(x: Any, old: nn.Module, new: nn.Module) -> Any:
-    """A method or partial of methods of another module."""
+    """The same method or partial, bound to another module."""
     if x is old:
         return new
     if isinstance(x, MethodType):
@@ -222,16 +229,16 @@ def _rebound(x: Any, old: nn.Module, new: nn.Module) -> Any:
     return x
 
 
-def positions(ids: Tensor, first: int | Tensor) -> Tensor:
-    """[B,T] from `first`."""
+def position_ids(ids: Tensor, first: int | Tensor) -> Tensor:
+    """Positions [B,T] that count from `first`."""
     return (first + torch.arange(ids.shape[1], device=ids.device))[None].expand(ids.shape[0], -1)
 
 
 def _tensor(out: Any) -> Tensor:
-    """h out of what a model or block gives.
+    """h [B,T,d] in the output of a model or of a block.
 
     Raises:
-        TypeError: it is not in it.
+        TypeError: the output holds no such tensor.
     """
     found = out
     while not isinstance(found, Tensor):
@@ -248,22 +255,22 @@ def _tensor(out: Any) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are one tensor, though a hook may have wrapped it."""
+    """Whether both are the same tensor in memory, though a hook may have wrapped one of them."""
     return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr())
 
 
-class _Recorder(nn.Module):
-    """Stands for a block, notes how it is called, and lets h through."""
+class _CallRecorder(nn.Module):
+    """Takes the place of a block, notes how the block is called, and returns h."""
 
-    def __init__(self, block: nn.Module, calls: list[Call], through: list[Any], tuples: bool) -> None:
+    def __init__(self, block: nn.Module, calls: list[BlockCall], hidden: list[Any], tuples: bool) -> None:
         super().__init__()
-        object.__setattr__(self, "block", block)  # not a submodule: nothing of it is to be seen or moved
-        self.calls, self.through, self.tuples = calls, through, tuples
+        object.__setattr__(self, "block", block)  # hidden from torch, so that the block is not a submodule
+        self.calls, self.hidden, self.tuples = calls, hidden, tuples
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
     def forward(self, h: Tensor, *arguments: Any, **options: Any) -> Any:
-        self.calls.append(Call(self.block, arguments, options))
-        self.through.append(h)
+        self.calls.append(BlockCall(self.block, arguments, options))
+        self.hidden.append(h)
         return (h, None) if self.tuples else h

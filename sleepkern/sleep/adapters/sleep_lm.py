@@ -1,21 +1,22 @@
-"""Our own SleepLM, block by block."""
+"""The adapter of a SleepLM (sleepkern.nn)."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...nn import HybridBlock, SleepLM
 from ...state import KVState, RecurrentState
-from ..blocks import sleep_blocks, why_not
-from ..generation import written
-from ..protocols import Memory, copied
+from ..blocks import explain_blocks, sleep_blocks, why_not
+from ..generation import generate
+from ..protocols import LayerCache, copy_cache
 
 
-class OwnMemory:
-    """Memory as two dictionaries: blocks return what they remember."""
+class SleepLMCache:
+    """A cache by block: the blocks of a SleepLM return their states."""
 
     def __init__(self, model: SleepLM) -> None:
         kinds = [block.recurrent for block in model.blocks()]
@@ -36,23 +37,23 @@ class OwnMemory:
         self._kept = self.fast() | slow
 
     def run(self, i: int, block: HybridBlock, mask: Tensor | None, h: Tensor, replays: int = 1) -> Tensor:
-        """Block number i, from what it remembers to what it will; replays: passes of its recurrence alone."""
+        """Run block i on its state, and keep the state after it; replays: passes of its recurrence alone."""
         if mask is not None and i in self.recurrent:
             mask = mask[:, -h.shape[1] :]
         h, self._kept[i] = block(h, self._kept.get(i), mask, replays)
         return h
 
-    def of(self, blocks: range) -> list[Any]:
-        """What each of them remembers."""
+    def states(self, blocks: range) -> list[Any]:
+        """The state of each of these blocks, None where a block has none."""
         return [self._kept.get(i) for i in blocks]
 
-    def remember(self, blocks: range, states: list[RecurrentState | KVState]) -> None:
-        """In the place of what they remembered."""
+    def set_states(self, blocks: range, states: list[RecurrentState | KVState]) -> None:
+        """Replace the states of these blocks."""
         self._kept |= dict(zip(blocks, states, strict=True))
 
 
-class OwnStack:
-    """The blocks of a SleepLM. A window's places count from its own start, whatever `first` is."""
+class SleepLMAdapter:
+    """The blocks of a SleepLM. Positions count from the start of a window, whatever `first` is."""
 
     replays = True
 
@@ -64,39 +65,55 @@ class OwnStack:
 
     @property
     def vocabulary(self) -> int | None:
-        """Tokens, each of every kind."""
+        """The number of tokens times the number of kinds."""
         return self.model.known()
 
-    def memory(self) -> OwnMemory:
-        return OwnMemory(self.model)
+    def memory(self) -> SleepLMCache:
+        return SleepLMCache(self.model)
 
     def open(
-        self, ids: Tensor, first: int | Tensor, memory: Memory, mask: Tensor | None = None, place: int = 0
+        self, ids: Tensor, first: int | Tensor, memory: LayerCache, mask: Tensor | None = None, offset: int = 0
     ) -> tuple[Tensor, list[Any]]:
-        assert isinstance(memory, OwnMemory)
+        """The adapter's `open`; offset: of the first token in its window."""
+        assert isinstance(memory, SleepLMCache)
         blocks = [partial(memory.run, i, block, mask) for i, block in enumerate(self.model.blocks())]
-        return self.model.embed(ids, place), blocks
+        return self.model.embed(ids, offset), blocks
 
     def why_not(self, h: Tensor, blocks: range) -> str | None:
         return why_not(h, self.model.blocks()[blocks.start : blocks.stop])
 
+    @torch.no_grad()
+    def explain(self, tokens: int, blocks: range, backend: str | None) -> str:
+        weight = next(self.model.parameters())
+        h = self.model.embed(torch.zeros(1, min(tokens, self.model.window), dtype=torch.int64, device=weight.device))
+        return str(explain_blocks(h, self.model.blocks()[blocks.start : blocks.stop], backend))
+
     def sleep(
-        self, h: Tensor, blocks: range, memory: Memory, passes: int, feedback: Any, conv_state: Any
+        self,
+        h: Tensor,
+        blocks: range,
+        memory: LayerCache,
+        passes: int,
+        feedback: Any,
+        conv_state: Any,
+        backend: str | None,
     ) -> tuple[Tensor, Tensor]:
-        assert isinstance(memory, OwnMemory)
+        assert isinstance(memory, SleepLMCache)
         chosen = self.model.blocks()[blocks.start : blocks.stop]
-        slept = sleep_blocks(h, chosen, memory.of(blocks), passes, feedback, conv_state)
-        memory.remember(blocks, slept.states)
+        slept = sleep_blocks(h, chosen, memory.states(blocks), passes, feedback, conv_state, backend)
+        memory.set_states(blocks, slept.states)
         return slept.h, slept.changes
 
     def logits(self, h: Tensor) -> Tensor:
         return self.model.logits(h)
 
-    def generate(self, ids: Tensor, mask: Tensor, first: int, memory: Memory, waiting: int, **options: Any) -> Tensor:
-        """Greedy or drawn (`written`); at most what is left of a window."""
-        memory = copied(self, memory)
+    def generate(
+        self, ids: Tensor, mask: Tensor, first: int, memory: LayerCache, pending: int, **options: Any
+    ) -> Tensor:
+        """Tokens by `generation.generate`; all of them have to fit into one window."""
+        memory = copy_cache(self, memory)
 
-        def opened(new: Tensor, place: int, padding: Tensor | None) -> tuple[Tensor, list[Any]]:
-            return self.open(new, first, memory, padding, place)
+        def open_at(new: Tensor, offset: int, padding: Tensor | None) -> tuple[Tensor, list[Any]]:
+            return self.open(new, first, memory, padding, offset)
 
-        return written(opened, self.logits, ids, mask, waiting, self.model, options)
+        return generate(open_at, self.logits, ids, mask, pending, self.model, options)

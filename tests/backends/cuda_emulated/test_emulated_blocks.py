@@ -24,7 +24,7 @@ from sleepkern.nn import SleepLM
 from sleepkern.problems.blocks import describe
 from sleepkern.sleep import SleepSession
 from sleepkern.sleep.blocks import one_by_one, sleep_blocks
-from sleepkern.sleep.cuda_graph import Captures
+from sleepkern.sleep.cuda_graph import GraphCache
 from sleepkern.testing import relative_error
 
 TOLERANCE = 1e-2
@@ -214,12 +214,12 @@ def test_recordings_keep_packed_weights_and_go_with_them(on) -> None:
     lm, recorder = model(case), Recorder()
     ids = torch.randint(8, (1, 8))
     session = SleepSession(lm, 8, 2, capture=True)
-    session.captures = Captures(recorder)
+    session.graph_cache = GraphCache(recorder)
     with on(device=DEVICE):
         for times in (1, 1):
             session.fork().ingest(ids)
             assert recorder.count == times
-        (graph,) = session.captures.graphs.values()
+        (graph,) = session.graph_cache.graphs.values()
         kept = [ref(packed) for packed in graph.weights]
         assert kept
         lm.blocks()[0].mlp.up.weight *= 2
