@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from . import backends, settings
 from .backends import chunked, reference
-from .backends.cpu import recurrence as cpu
-from .backends.cuda import recurrence as cuda
-from .backends.interface import Backend, BlocksBackend, blocks_refusal, refusal
+from .backends.interface import Backend, BlocksBackend, MixerBackend, blocks_refusal, mixer_refusal, refusal
 from .problems.blocks import BlockProblem
+from .problems.mixer import MixerProblem
 from .problems.recurrence import Problem
 
-_OTHERS = {
-    "sleep_blocks": ((cuda.NAME, cpu.NAME), "its modules"),
-    "short_convolution, gated_rms_norm": ((cpu.NAME,), "torch's operators"),
-}
-"""The families of calls beside the recurrence: the backends each has, best first, and its torch form."""
 _SIZES = ("B", "T", "H", "HV", "K", "V", "sequences")
 _LARGE = 1 << 40
 """Stands for a size that a graph leaves open."""
+
+
+class _Named(Protocol):
+    @property
+    def NAME(self) -> str: ...
+
+
+class _Recordable(_Named, Protocol):
+    @property
+    def RECORDED(self) -> bool: ...
+
+
+_B = TypeVar("_B", bound=_Named)
+_R = TypeVar("_R", bound=_Recordable)
+_P = TypeVar("_P")
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Explanation:
     reasons: dict[str, str | None]
 
     def __str__(self) -> str:
-        lines = _lines(self.problem.rule.name, self.chosen, self.kernel, self.reasons)
+        lines = _lines(_title(self.problem), self.chosen, self.kernel, self.reasons)
         forced = f"  SLEEPKERN_BACKEND={settings.BACKEND}:"
         return "\n".join([*lines, *(f"{forced} {family} by {what}" for family, what in other_families().items())])
 
@@ -55,7 +65,14 @@ class BlocksExplanation:
     reasons: dict[str, str | None]
 
     def __str__(self) -> str:
-        return "\n".join(_lines("sleep_blocks", self.chosen, self.kernel, self.reasons))
+        return "\n".join(_lines(_title(self.problem), self.chosen, self.kernel, self.reasons))
+
+
+def _title(problem: Any) -> str:
+    """The name of the call that the problem describes."""
+    if isinstance(problem, Problem):
+        return problem.rule.name
+    return "sleep_blocks" if isinstance(problem, BlockProblem) else type(problem).__name__
 
 
 def _lines(name: str, chosen: str | None, kernel: str, reasons: dict[str, str | None]) -> list[str]:
@@ -67,90 +84,63 @@ def _lines(name: str, chosen: str | None, kernel: str, reasons: dict[str, str | 
 
 
 def choose(problem: Problem, backend: str | None = None) -> Backend:
-    """The backend for this problem: the one asked for (argument, then SLEEPKERN_BACKEND), or the best that can.
+    """The backend for this problem: the requested one (argument, then SLEEPKERN_BACKEND), or the best that can.
 
     Raises:
-        ValueError: no such backend, or the one asked for cannot do the problem (with its reason).
+        ValueError: no such backend, or the requested one cannot do the problem (with its reason).
     """
     if torch.compiler.is_compiling():
         problem = _of_any_size(problem)
-    if backend is not None or settings.BACKEND is not None:
-        return _by_name(problem, backend)
-    for candidate in backends.BACKENDS:
-        if refusal(candidate, problem) is None:
-            return candidate
-    raise ValueError(f"backend: none can do this call:\n{explain_problem(problem)}")
-
-
-def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
-    """Every backend's answer for the problem, and which one a call would take: none where `choose` raises."""
-    reasons = {candidate.NAME: refusal(candidate, problem) for candidate in backends.BACKENDS}
-    wanted = settings.BACKEND if backend is None else backend
-    can = [name for name, reason in reasons.items() if reason is None and wanted in (None, name)]
-    if not can:
-        return Explanation(problem, None, "-", reasons)
-    chosen = backend_named(can[0])
-    return Explanation(problem, chosen.NAME, chosen.kernel(problem), reasons)
-
-
-def backend_named(name: str, source: str = "backend") -> Backend:
-    """The backend of that name; ValueError with the known names, and who gave this one, otherwise."""
-    for candidate in backends.BACKENDS:
-        if name == candidate.NAME:
-            return candidate
-    known = ", ".join(candidate.NAME for candidate in backends.BACKENDS)
-    raise ValueError(f"{source}: got {name!r}; expected one of {known}")
+    if backend is not None:
+        return _by_name(backends.BACKENDS, refusal, problem, backend)
+    if settings.BACKEND is not None:
+        return _by_name(backends.BACKENDS, refusal, problem, settings.BACKEND, "SLEEPKERN_BACKEND")
+    return _first(backends.BACKENDS, refusal, problem)
 
 
 def choose_blocks(problem: BlockProblem, backend: str | None = None) -> BlocksBackend:
-    """What runs the passes of a stack of blocks: the backend asked for, or the best that can.
+    """What runs the passes of a stack of blocks: the requested backend, or the best that can.
 
     Where SLEEPKERN_BACKEND says a name, the backends of other names are left out, but for the modules.
 
     Raises:
-        ValueError: no such backend, or the one asked for cannot do the call (with its reason).
+        ValueError: no such backend, or the requested one cannot do the call (with its reason).
     """
-    if backend is not None:
-        chosen = _blocks_backend_named(backend)
-        reason = blocks_refusal(chosen, problem)
-        if reason is not None:
-            raise ValueError(f"backend: got {backend!r}, which cannot do this call: {reason}")
-        return chosen
-    for candidate in backends.BLOCK_BACKENDS:
-        if _refusal_unnamed(candidate, problem) is None:
-            return candidate
-    raise ValueError(f"backend: none can do this call:\n{explain_blocks_problem(problem)}")
+    return _choose_or_recorded(backends.BLOCK_BACKENDS, blocks_refusal, problem, backend)
+
+
+def choose_mixer(problem: MixerProblem, backend: str | None = None) -> MixerBackend:
+    """What runs an operator of a mixer: the requested backend, or the best that can.
+
+    Where SLEEPKERN_BACKEND says a name, the backends of other names are left out, but for torch's operators.
+
+    Raises:
+        ValueError: no such backend, or the requested one cannot do the call (with its reason).
+    """
+    return _choose_or_recorded(backends.MIXER_BACKENDS, mixer_refusal, problem, backend)
+
+
+def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
+    """Every backend's answer for the problem, and which one a call would take: none where `choose` raises."""
+    wanted = settings.BACKEND if backend is None else backend
+    return Explanation(problem, *_explain(backends.BACKENDS, refusal, problem, wanted))
 
 
 def explain_blocks_problem(problem: BlockProblem, backend: str | None = None) -> BlocksExplanation:
     """Every backend's answer for these blocks, and which one a call would take: none where `choose_blocks` raises."""
-    refused = _refusal_unnamed if backend is None else blocks_refusal
-    reasons = {candidate.NAME: refused(candidate, problem) for candidate in backends.BLOCK_BACKENDS}
-    can = [name for name, reason in reasons.items() if reason is None and backend in (None, name)]
-    if not can:
-        return BlocksExplanation(problem, None, "-", reasons)
-    return BlocksExplanation(problem, can[0], _blocks_backend_named(can[0]).kernel(problem), reasons)
+    refused = blocks_refusal if backend is not None else _unless_left_out(blocks_refusal)
+    return BlocksExplanation(problem, *_explain(backends.BLOCK_BACKENDS, refused, problem, backend))
 
 
-def _refusal_unnamed(candidate: BlocksBackend, problem: BlockProblem) -> str | None:
-    """Why a call that names no backend does not take this one."""
-    if candidate.SUPPORTS is not None and not asked_for(candidate.NAME):
-        return "SLEEPKERN_BACKEND asks for another backend"
-    return blocks_refusal(candidate, problem)
+def backend_named(name: str, source: str = "backend") -> Backend:
+    """The backend of that name; ValueError with the known names, and who gave this one, otherwise."""
+    return _named(backends.BACKENDS, name, source)
 
 
-def _blocks_backend_named(name: str) -> BlocksBackend:
-    for candidate in backends.BLOCK_BACKENDS:
-        if name == candidate.NAME:
-            return candidate
-    known = ", ".join(candidate.NAME for candidate in backends.BLOCK_BACKENDS)
-    raise ValueError(f"backend: got {name!r}; expected one of {known}")
-
-
-def asked_for(name: str) -> bool:
+def requested(name: str) -> bool:
     """Whether SLEEPKERN_BACKEND leaves a call to the backend of that name: it says nothing, or that.
 
-    Where not, a family of calls without a backend of the name that it says takes its torch form.
+    Where it says another name, a family of calls without a backend of that name takes its torch form.
 
     Raises:
         ValueError: SLEEPKERN_BACKEND says a name that no family of calls knows.
@@ -163,10 +153,87 @@ def asked_for(name: str) -> bool:
 
 def other_families() -> dict[str, str]:
     """What SLEEPKERN_BACKEND, where it is set, makes each family of calls beside the recurrence take."""
+    families: dict[str, Sequence[_Recordable]] = {
+        "sleep_blocks": backends.BLOCK_BACKENDS,
+        "short_convolution, gated_rms_norm": backends.MIXER_BACKENDS,
+    }
     name = settings.BACKEND
-    return (
-        {} if name is None else {family: name if name in known else form for family, (known, form) in _OTHERS.items()}
-    )
+    if name is None:
+        return {}
+    return {family: _named_or_recorded(candidates, name) for family, candidates in families.items()}
+
+
+def _named_or_recorded(candidates: Sequence[_Recordable], name: str) -> str:
+    """The name, where a backend that SLEEPKERN_BACKEND can leave out has it, else that of the one it never does."""
+    native = {candidate.NAME for candidate in candidates if not candidate.RECORDED}
+    return name if name in native else next(candidate.NAME for candidate in candidates if candidate.RECORDED)
+
+
+def _choose_or_recorded(
+    candidates: Sequence[_R], refused: Callable[[_R, _P], str | None], problem: _P, backend: str | None
+) -> _R:
+    """The requested backend; else the best that can, where SLEEPKERN_BACKEND leaves out those of other names.
+
+    A backend whose operations torch records is never left out, so that every call has one.
+    """
+    if backend is not None:
+        return _by_name(candidates, refused, problem, backend)
+    return _first(candidates, _unless_left_out(refused), problem)
+
+
+def _unless_left_out(refused: Callable[[_R, _P], str | None]) -> Callable[[_R, _P], str | None]:
+    """The same refusals, and that of a call that names no backend while SLEEPKERN_BACKEND names another one."""
+
+    def refused_unnamed(candidate: _R, problem: _P) -> str | None:
+        if not candidate.RECORDED and not requested(candidate.NAME):
+            return "SLEEPKERN_BACKEND asks for another backend"
+        return refused(candidate, problem)
+
+    return refused_unnamed
+
+
+def _first(candidates: Sequence[_B], refused: Callable[[_B, _P], str | None], problem: _P) -> _B:
+    """The first candidate that does not refuse."""
+    for candidate in candidates:
+        if refused(candidate, problem) is None:
+            return candidate
+    chosen, kernel, reasons = _explain(candidates, refused, problem, None)
+    told = "\n".join(_lines(_title(problem), chosen, kernel, reasons))
+    raise ValueError(f"backend: none can do this call:\n{told}")
+
+
+def _by_name(
+    candidates: Sequence[_B],
+    refused: Callable[[_B, _P], str | None],
+    problem: _P,
+    name: str,
+    source: str = "backend",
+) -> _B:
+    """The candidate that is requested by name."""
+    candidate = _named(candidates, name, source)
+    reason = refused(candidate, problem)
+    if reason is not None:
+        raise ValueError(f"{source}: got {name!r}, which cannot do this call: {reason}")
+    return candidate
+
+
+def _named(candidates: Sequence[_B], name: str, source: str = "backend") -> _B:
+    for candidate in candidates:
+        if name == candidate.NAME:
+            return candidate
+    known = ", ".join(candidate.NAME for candidate in candidates)
+    raise ValueError(f"{source}: got {name!r}; expected one of {known}")
+
+
+def _explain(
+    candidates: Sequence[Any], refused: Callable[[Any, Any], str | None], problem: Any, wanted: str | None
+) -> tuple[str | None, str, dict[str, str | None]]:
+    """Name and kernel of the backend that a call would take, and every backend's reason."""
+    reasons = {candidate.NAME: refused(candidate, problem) for candidate in candidates}
+    for candidate in candidates:
+        if reasons[candidate.NAME] is None and wanted in (None, candidate.NAME):
+            return candidate.NAME, candidate.kernel(problem), reasons
+    return None, "-", reasons
 
 
 def method_of(problem: Problem, engine: Backend) -> str:
@@ -189,17 +256,6 @@ def torch_form(problem: Problem, engine: Backend | None = None) -> Backend:
     raise NotImplementedError(
         f"backend: no torch form of this call, which transforms and second gradients take: {refusal(chunked, problem)}"
     )
-
-
-def _by_name(problem: Problem, backend: str | None) -> Backend:
-    """The one that is asked for, by argument before environment."""
-    source, name = ("SLEEPKERN_BACKEND", settings.BACKEND) if backend is None else ("backend", backend)
-    assert name is not None
-    candidate = backend_named(name, source)
-    reason = refusal(candidate, problem)
-    if reason is not None:
-        raise ValueError(f"{source}: got {name!r}, which cannot do this call: {reason}")
-    return candidate
 
 
 def _of_any_size(problem: Problem) -> Problem:

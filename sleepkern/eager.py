@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -34,6 +36,26 @@ def unrecorded(*tensors: Tensor | None) -> bool:
         if t is None:
             continue
         if t.is_neg() or (grad and t.requires_grad):
+            return False
+    return True
+
+
+def native_on_cpu(types: Container[torch.dtype], *tensors: Tensor | None) -> bool:
+    """Whether native code may read these tensors as they are: unrecorded, on the CPU, at strides, of one of the types.
+
+    The answer is no for an argument that is not a tensor.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:  # one loop, because a second one costs as much as a small kernel
+        if t is None:
+            continue
+        if (type(t) is not Tensor and type(t) is not Parameter) or not t.is_cpu or t.dtype not in types:
+            return False
+        if t.is_neg() or (grad and t.requires_grad) or t.layout is not torch.strided:
             return False
     return True
 

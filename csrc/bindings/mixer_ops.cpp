@@ -1,4 +1,4 @@
-// Short convolution and gated norm; sleepkern/nn/native.py holds the other side of each signature.
+// Short convolution and gated norm; sleepkern/backends/cpu/mixer.py holds the other side of each signature.
 #include "common/mixer_ops.h"
 
 #include "bindings/arguments.h"

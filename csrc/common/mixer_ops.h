@@ -1,5 +1,5 @@
 // What stands around the recurrence in a mixer: the short convolution before it, the gated norm after it. The C++ face
-// of sleepkern/nn/short_convolution.py and gated_rms_norm.py; all is checked there.
+// of sleepkern/problems/mixer.py; all is checked there.
 #pragma once
 
 #include <cstdint>

@@ -15,14 +15,17 @@ pieces(problem)                        one pass and its gradients, where replays
 A new backend is such an object in BACKENDS, before those that it is better than.
 """
 
-from . import chunked, modules, reference, triton
+from . import chunked, modules, reference, torch_mixer, triton
 from .cpu import blocks as cpu_blocks
+from .cpu import mixer as cpu_mixer
 from .cpu import recurrence as cpu
 from .cuda import blocks as cuda_blocks
 from .cuda import recurrence as cuda
-from .interface import Backend, BlocksBackend
+from .interface import Backend, BlocksBackend, MixerBackend
 
 BACKENDS: tuple[Backend, ...] = (cuda, cpu, triton, chunked, reference)
 """Best first; `choose` takes the first that does not refuse. Another tuple in this place counts from the next call."""
 BLOCK_BACKENDS: tuple[BlocksBackend, ...] = (cuda_blocks, cpu_blocks, modules)
 """The same for the passes of a stack of blocks (`sleep_blocks`): objects with the words of `BlocksBackend`."""
+MIXER_BACKENDS: tuple[MixerBackend, ...] = (cpu_mixer, torch_mixer)
+"""The same for the short convolution, its step and the gated RMS norm: objects with the words of `MixerBackend`."""

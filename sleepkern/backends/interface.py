@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..problems.blocks import BlockProblem, Slept
+from ..problems.mixer import MixerProblem
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors
 from ..rules import Rule
 from ..state import State
@@ -87,6 +88,48 @@ class BlocksBackend(Protocol):
         """All passes over h [B,L,d] from these states, none of which it writes to."""
 
 
+class MixerBackend(Protocol):
+    """What runs the operators of a mixer around its recurrence. The tensors of a call say all sizes."""
+
+    @property
+    def NAME(self) -> str:
+        """What `backend=` and SLEEPKERN_BACKEND call it."""
+
+    @property
+    def SUPPORTS(self) -> frozenset[type]:
+        """The kinds of MixerProblem it runs."""
+
+    @property
+    def RECORDED(self) -> bool:
+        """Whether torch records what it does, so that gradients need nothing else."""
+
+    def why_not(self, problem: MixerProblem, /) -> str | None:
+        """None, or the sentence why it cannot run a problem of a kind that it supports."""
+
+    def kernel(self, problem: MixerProblem, /) -> str:
+        """One line on the code it would run."""
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        past: Tensor | None,
+        cu_seqlens: Tensor | None,
+        silu: bool,
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """y [B,T,D] and the last W - 1 inputs [n,W-1,D]."""
+
+    def convolve_step(self, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, /) -> Tensor:
+        """y [B,D]; the state [B,D,W] is updated in place."""
+
+    def gated_norm(
+        self, x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool, /
+    ) -> Tensor:
+        """y of the shape [B,T,H,V] or [B,T,V] of x."""
+
+
 def refusal(backend: Backend, problem: Problem) -> str | None:
     """None where the backend does the problem, else the sentence why not.
 
@@ -106,6 +149,13 @@ def blocks_refusal(backend: BlocksBackend, problem: BlockProblem) -> str | None:
         for layer in problem.layers:
             if type(layer.mixer) not in backend.SUPPORTS:
                 return f"does not know {type(layer.mixer).__name__}"
+    return backend.why_not(problem)
+
+
+def mixer_refusal(backend: MixerBackend, problem: MixerProblem) -> str | None:
+    """None where the backend runs the operator, else the sentence why not."""
+    if type(problem) not in backend.SUPPORTS:
+        return f"does not know {type(problem).__name__}"
     return backend.why_not(problem)
 
 

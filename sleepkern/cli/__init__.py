@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..backends.cpu import recurrence as cpu
-from ..dispatch import asked_for
+from ..dispatch import requested
 from ..version import __version__
 from . import bench, curves, demo, explain, info, study, train, tune, verify
 from .output import usage
@@ -40,7 +40,7 @@ def _options(
 ) -> None:
     """Kernels for fast weights and sleep: check them, time them, ask them."""
     try:
-        asked_for(cpu.NAME)
+        requested(cpu.NAME)
     except ValueError as error:
         raise usage(error) from error
 

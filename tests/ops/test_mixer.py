@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from sleepkern.backends.native.module import _C
+from sleepkern.backends.native.module import _C, TYPE_CODES
 from sleepkern.nn import GatedDeltaNet, gated_rms_norm, short_convolution, short_convolution_step
+from sleepkern.problems.blocks import KERNEL_TYPES
 from sleepkern.testing import relative_error
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -310,3 +311,31 @@ def test_forward_mode_is_refused() -> None:
             torch.func.jvp(call, (x,), (x,))
         with forward_ad.dual_level():
             assert torch.equal(call(x), call(x))
+
+
+def test_a_backend_by_name() -> None:
+    x, weight, state = torch.randn(1, 5, 8), torch.randn(8, 4), torch.zeros(1, 8, 4)
+    calls: list[Any] = [
+        lambda backend: short_convolution(x, weight, backend=backend)[0],
+        lambda backend: short_convolution_step(x[:, 0], state.clone(), weight, backend=backend),
+        lambda backend: gated_rms_norm(x, x, weight[:, 0], backend=backend),
+        lambda backend: gated_rms_norm(x[0], x[0], weight[:, 0], backend=backend),
+    ]
+    for call in calls:
+        assert torch.equal(call(None), call("cpu"))
+        assert relative_error(call("torch"), call("cpu")) < 1e-6
+        with pytest.raises(ValueError, match="^backend: got 'typo'; expected one of cpu, torch"):
+            call("typo")
+    for name, call in {
+        "no kernel for torch.float64": lambda: gated_rms_norm(x.double(), x.double(), weight[:, 0], backend="cpu"),
+        "at most W = 4, got 5": lambda: short_convolution(x, torch.randn(8, 5), backend="cpu"),
+        "not contiguous": lambda: short_convolution_step(
+            x[:, 0], torch.zeros(1, 4, 8).transpose(1, 2), weight, backend="cpu"
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"^backend: got 'cpu', which cannot do this call: .*{name}"):
+            call()
+
+
+def test_types_of_the_kernels_have_codes() -> None:
+    assert tuple(TYPE_CODES) == KERNEL_TYPES
