@@ -1,8 +1,8 @@
-"""Where a cache of transformers is among the arguments of a call, whatever that version calls it.
+"""The cache of transformers among the arguments of a call, under the name of any version.
 
-Its name differs: past_key_value, past_key_values, cache_params, cache. Under a name that a forward does not read, a
-cache ends in **kwargs without a word, and the model forgets. So a cache is known by what it is, and a forward says
-itself under which name it takes one.
+Versions call the argument past_key_value, past_key_values, cache_params or cache. Under a name that a forward does not
+read, a cache ends in **kwargs without a word, and the model forgets. So a cache is found by its type, and the signature
+of a forward says under which name the forward takes one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 NAMES = ("past_key_values", "cache", "cache_params", "past_key_value")
-"""What versions of transformers have called it, for a forward that does not say which of its arguments is a Cache."""
+"""Names of the argument, for a forward whose annotations do not say which argument is a Cache."""
 
 
 def is_cache(x: Any) -> bool:
@@ -29,10 +29,10 @@ def cache_among(values: Iterable[Any]) -> Any:
 
 
 def cache_in(out: Any) -> Any:
-    """The cache in what a model gives.
+    """The cache in the output of a model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the output has none.
     """
     found = cache_among(out.values())
     if found is None:
@@ -41,7 +41,7 @@ def cache_in(out: Any) -> Any:
 
 
 def cache_name(module: Any) -> str:
-    """The keyword under which a module takes its cache; the first of NAMES where its forward hides that."""
+    """The keyword under which a module takes its cache; the first of NAMES where the signature hides the keyword."""
     for forward in (module.forward, type(module).forward):
         taken = inspect.signature(forward).parameters
         declared = [name for name, x in taken.items() if "Cache" in str(x.annotation)]
@@ -51,17 +51,17 @@ def cache_name(module: Any) -> str:
     return NAMES[0]
 
 
-def too_old() -> ImportError:
-    """What to raise where the caches of transformers have no layers for fast weights."""
+def too_old_error() -> ImportError:
+    """The error for a version of transformers whose caches have no layers for fast weights."""
     version = sys.modules["transformers"].__version__
     return ImportError(f"transformers: got {version}, whose caches hold no fast weights; expected 5.20 or newer")
 
 
 def cache_of_block(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The cache with layers that a block is called with; None if it is to remember nothing.
+    """The cache with which a block is called; None for a call without a cache.
 
     Raises:
-        ValueError: something else stands in its place, or a block is to use a cache and is given none.
+        ValueError: the argument is no cache with layers, or use_cache is true and there is no cache.
     """
     found = cache_among((*arguments, *options.values()))
     named = {name: x for name in NAMES if found is None and (x := options.get(name)) is not None}
@@ -71,6 +71,6 @@ def cache_of_block(arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     if found is None and options.get("use_cache"):
         raise ValueError(
             f"cache: got none among {', '.join(sorted(options))}, and use_cache=True; expected a cache of "
-            "transformers, in which fast weights lie"
+            "transformers, which holds the fast weights"
         )
     return found

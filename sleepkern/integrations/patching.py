@@ -16,7 +16,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Makes the replacement of a callable from the original, to which it falls back."""
+"""From the original callable to its replacement, which falls back to the original."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Slot:
     claims: int = 0
 
     def __str__(self) -> str:
-        """Where it is, as one would import it."""
+        """The import path of the attribute."""
         named = self.holder if hasattr(self.holder, "__name__") else type(self.holder)
         within = "" if named is self.holder and not isinstance(named, type) else f"{named.__module__}."
         return f"{within}{getattr(named, '__qualname__', named.__name__)}.{self.name}"
@@ -52,14 +52,14 @@ class _Slot:
 
 
 class Patch:
-    """What a patch replaced. The end of a with-block, or `undo`, releases it, and does so once."""
+    """The slots that a patch claims. The end of a with-block, or `undo`, releases them, once."""
 
     def __init__(self, registry: Registry, slots: list[_Slot]) -> None:
         self._registry = registry
         self._slots = slots
 
     def undo(self) -> None:
-        """Release what this patch claimed; an original returns when no other patch claims it."""
+        """Release the claims of this patch; an original returns when no other patch claims its slot."""
         self._registry.release(self._slots)
 
     def __enter__(self) -> Patch:
@@ -78,14 +78,14 @@ class Patch:
 
 
 class Registry:
-    """The slots that an integration holds at the moment. One lock guards them and the attributes themselves."""
+    """The slots that an integration holds. One lock guards the slots and the attributes themselves."""
 
     def __init__(self) -> None:
         self._slots: dict[tuple[int, str], _Slot] = {}
         self._lock = threading.RLock()
 
     def claim(self, targets: Iterable[Target]) -> Patch:
-        """Replace every target that is not replaced yet: all of them, or on an error none."""
+        """Replace every target that is not replaced yet; on an error, replace none."""
         slots: list[_Slot] = []
         with self._lock:
             try:
@@ -97,7 +97,7 @@ class Registry:
         return Patch(self, slots)
 
     def release(self, slots: list[_Slot]) -> None:
-        """Take back one claim each, the last first, and empty the list; nothing to do for slots without claims."""
+        """Take back one claim of each slot, the last slot first, and empty the list; slots without claims stay."""
         with self._lock:
             while slots:
                 slot = slots.pop()
@@ -107,14 +107,14 @@ class Registry:
                         self._restore(slot)
 
     def release_all(self) -> None:
-        """Put every original back, whoever claims it."""
+        """Put every original back, whichever patches claim it."""
         with self._lock:
             for slot in reversed(list(self._slots.values())):
                 slot.claims = 0
                 self._restore(slot)
 
     def names(self, targets: Iterable[Target] | None = None) -> tuple[str, ...]:
-        """What is replaced at the moment, of these targets or of all."""
+        """The import paths of the replaced attributes, among these targets or among all."""
         with self._lock:
             slots = self._slots.values() if targets is None else map(self._slots.get, {x.key for x in targets})
             return tuple(sorted(str(slot) for slot in slots if slot is not None and slot.in_place))
@@ -133,5 +133,5 @@ class Registry:
         del self._slots[id(slot.holder), slot.name]
         if slot.in_place:
             setattr(slot.holder, slot.name, slot.original)
-        else:  # a later patch by somebody else: theirs to undo
+        else:  # another package has replaced the attribute since, and has to undo that
             logger.warning("%s of %r was replaced by others; left as it is", slot.name, slot.holder)

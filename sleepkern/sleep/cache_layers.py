@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..integrations.caches import too_old
+from ..integrations.caches import too_old_error
 from ..state import RecurrentState
 
 
@@ -30,7 +30,7 @@ def beside_attention(layer: Any = None) -> Any:
     try:
         from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
     except ImportError as error:
-        raise too_old() from error
+        raise too_old_error() from error
 
     if isinstance(layer, LinearAttentionAndFullAttentionLayer):
         return layer

@@ -234,16 +234,18 @@ def test_calls_that_are_not_ours_go_back_to_the_original(monkeypatch: pytest.Mon
 
     chunk_gla.__module__ = "fla.ops.gla"
     x = inputs(GLA)
-    function = fla.stands_for(chunk_gla)
+    function = fla.replacement_of(chunk_gla)
     assert function is not None
     with pytest.raises(TypeError, match="offsets: got an unknown keyword"):
         function(x["q"], x["k"], x["v"], x["g"], offsets=torch.tensor([0, 70]))
-    assert fla.stands_for(test_float64_with_a_state) is None and not taken
-    monkeypatch.setattr(fla, "_left", fla.why_not)  # as for tensors on a GPU
+    assert fla.replacement_of(test_float64_with_a_state) is None and not taken
+    monkeypatch.setattr(fla, "_reason_for_fla", fla.why_not)  # as for tensors on a GPU
     for given in ({"offsets": torch.tensor([0, 70])}, {"cp_context": object()}):
         assert function(x["q"], x["k"], x["v"], x["g"], **given) == "original"
     o, _ = function(x["q"], x["k"], x["v"], x["g"], chunk_size=64)
     assert isinstance(o, Tensor) and len(taken) == 2
+    with pytest.warns(DeprecationWarning, match="fla.stands_for is sleepkern.integrations.fla.replacement_of"):
+        assert fla.stands_for is fla.replacement_of
     recurrent = fla.FUNCTIONS["fused_recurrent_gla"]
     q, k, v, g = (x[n] for n in ("q", "k", "v", "g"))
     assert fla.why_not(recurrent, q, k, v, g, g) == "gv is not done here"
@@ -252,5 +254,5 @@ def test_calls_that_are_not_ours_go_back_to_the_original(monkeypatch: pytest.Mon
     wide = torch.ones(2, 70, 2, 40)
     assert (
         fla.why_not(fla.fused_recurrent_gated_delta_rule, q, k, v, beta=wide)
-        == "beta has a number for each value channel"
+        == "beta has an element for each value channel"
     )

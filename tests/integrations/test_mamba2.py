@@ -173,7 +173,7 @@ def test_older_files_call_mamba_ssm(dtype: torch.dtype, monkeypatch: pytest.Monk
     assert relative_error(y, expected[0]) < close and relative_error(state, expected[1]) < close
     assert module.mamba_chunk_scan_combined is stays
     module.mamba_chunk_scan_combined = None
-    with pytest.raises(ValueError, match="expected a model with a recurrence that is ours"):
+    with pytest.raises(ValueError, match="expected a model with a recurrence that sleepkern has"):
         patch(model)
 
 

@@ -74,7 +74,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
     assert originals() == stock
     with pytest.raises(ValueError, match="got 'llama'; expected a model or one of qwen3_next"):
         patch("qwen3_next", "llama")
-    with pytest.raises(ValueError, match="got a Linear; expected a model with a recurrence that is ours"):
+    with pytest.raises(ValueError, match="got a Linear; expected a model with a recurrence that sleepkern has"):
         patch("qwen3_next", nn.Linear(2, 2))
     assert originals() == stock
 

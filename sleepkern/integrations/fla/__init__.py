@@ -15,18 +15,20 @@ decays above 0, which fla computes with, are refused as everywhere in sleepkern.
 `register` reaches the functions that fla dispatches: chunk_gated_delta_rule, chunk_kda, fused_recurrent_simple_gla. One
 registration serves fla's layers and all models built on them. `sleepkern.patch(model)` reaches all functions of fla
 that the files of a model's layers import: of fla's own layers, and of remote code such as Jet-Nemotron's. Both hand
-calls that are not done here back to fla; on a CPU, which fla's kernels do not run on, such a call raises as above.
+calls that sleepkern cannot compute back to fla; on a CPU, which fla's kernels do not run on, such a call raises as
+above.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ..fallback import left_to_original, why_not_here
+from ..fallback import unsupported_reason, use_original
 from .calls import Result, why_not
 from .delta import (
     chunk_delta_rule,
@@ -90,15 +92,15 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "parallel_retention": parallel_retention,
     "parallel_simple_gla": parallel_simple_gla,
 }
-"""Ours by fla's names."""
+"""sleepkern's functions by fla's names."""
 
-__all__ = ["FUNCTIONS", "Result", "register", "stands_for", *sorted(FUNCTIONS)]  # noqa: PLE0604
+__all__ = ["FUNCTIONS", "Result", "register", "replacement_of", *sorted(FUNCTIONS)]  # noqa: PLE0604
 
 
 def register() -> None:
-    """Let fla call these where it can.
+    """Register sleepkern's functions with fla's dispatcher.
 
-    Calls that are not ours (a device without kernels, arguments not done here) stay fla's.
+    fla computes the calls that sleepkern cannot compute (a device without kernels, unsupported arguments).
 
     Raises:
         ImportError: fla 0.6 or newer is not installed.
@@ -112,39 +114,48 @@ def register() -> None:
             "backend_type": "sleepkern",
             "priority": -1,
             name: staticmethod(function),
-            f"{name}_verifier": staticmethod(functools.partial(_takes, function)),
+            f"{name}_verifier": staticmethod(functools.partial(_verifier, function)),
         }
         return type("SleepkernBackend", (backends.BaseBackend,), members)
 
     backends.register("gated_delta_rule")(backend("chunk_gated_delta_rule", chunk_gated_delta_rule))
-    for theirs, ours in ((fla_chunk_kda, chunk_kda), (fla_fused_recurrent_simple_gla, fused_recurrent_simple_gla)):
-        backends.register(theirs)(backend(ours.__name__, ours))
+    pairs = ((fla_chunk_kda, chunk_kda), (fla_fused_recurrent_simple_gla, fused_recurrent_simple_gla))
+    for original, function in pairs:
+        backends.register(original)(backend(function.__name__, function))
 
 
-def stands_for(original: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Ours for a function of fla.ops, which keeps the calls that are not ours; None where there is none."""
-    ours = FUNCTIONS.get(getattr(original, "__name__", ""))
-    if ours is None or not getattr(original, "__module__", "").startswith("fla.ops"):
+def replacement_of(original: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The replacement of a function of fla.ops, which calls the original where sleepkern cannot; None for others."""
+    replacement = FUNCTIONS.get(getattr(original, "__name__", ""))
+    if replacement is None or not getattr(original, "__module__", "").startswith("fla.ops"):
         return None
 
     @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Any:
-        if left_to_original(_left(ours, *args, **kwargs)):
+        if use_original(_reason_for_fla(replacement, *args, **kwargs)):
             return original(*args, **kwargs)
-        return ours(*args, **kwargs)
+        return replacement(*args, **kwargs)
 
     return function
 
 
-def _left(ours: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
-    """Why a call goes to fla; on the CPU arguments are no reason, for there ours says what is wrong with them."""
+def _reason_for_fla(replacement: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
+    """Why a call goes to fla. On the CPU arguments are no reason: fla cannot run there, so the replacement raises."""
     first = args[0] if args else kwargs.get("q", kwargs.get("g"))
     if isinstance(first, Tensor) and first.device.type == "cpu":
-        return why_not_here(first)
-    return why_not(ours, *args, **kwargs)
+        return unsupported_reason(first)
+    return why_not(replacement, *args, **kwargs)
 
 
-def _takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-    """Whether a call is ours, as fla asks."""
+def _verifier(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+    """Whether sleepkern can compute a call, and why not, in the form that fla's dispatcher expects."""
     reason = why_not(function, *args, **kwargs)
     return reason is None, reason
+
+
+def __getattr__(name: str) -> Any:
+    """`stands_for`, the former name of `replacement_of`."""
+    if name != "stands_for":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.stands_for is {__name__}.replacement_of", DeprecationWarning, stacklevel=2)
+    return replacement_of

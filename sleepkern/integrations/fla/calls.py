@@ -1,4 +1,4 @@
-"""What all functions by fla's names share: which keywords are known, and how a call becomes one of sleepkern's."""
+"""The shared part of all functions under fla's names: known keywords, and the call of sleepkern's own function."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from sleepkern.ops import recurrence as ops
 from sleepkern.rules import Rule
 
-from ..fallback import why_not_here
+from ..fallback import unsupported_reason
 
 Result = tuple[Tensor, Tensor | None]
 
 CHANGING = ("gv", "reverse", "cp_context", "return_intermediate_states", "head_first", "output_attentions")
-"""Keywords that change the result and are not done here."""
+"""Keywords that change the result, and that sleepkern does not support."""
 
 HARMLESS = frozenset({
     "chunk_size", "chunk_indices", "cu_seqlens_cpu", "safe_gate", "disable_recompute", "use_graph", "max_num_seqs",
@@ -33,14 +33,14 @@ V_FIRST = "transpose_state_layout"
 
 
 def why_not(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
-    """None, or the sentence why a call of one of our functions is better left to fla."""
+    """None, or a sentence why fla has to compute a call of one of sleepkern's functions."""
     try:
         given = _signature(function).bind(*args, **kwargs).arguments
     except TypeError as error:
         return str(error)
     options = given.pop("options", {})
     first = given["q"] if "q" in given else given["g"]
-    reason = why_not_here(first)
+    reason = unsupported_reason(first)
     for name, value in (*given.items(), *options.items()):
         if name in CHANGING and _is_given(value):
             reason = reason or f"{name} is not done here"
@@ -48,7 +48,7 @@ def why_not(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str | No
             reason = reason or f"{name} is not known here"
     beta = given.get("beta")
     if isinstance(beta, Tensor) and beta.dim() == 4:
-        reason = reason or "beta has a number for each value channel"
+        reason = reason or "beta has an element for each value channel"
     return reason
 
 
@@ -62,11 +62,11 @@ def _is_given(value: Any) -> bool:
 
 
 def check_options(options: dict[str, Any], chunk_sizes: Sequence[int] = ()) -> None:
-    """Refuse keywords that would change the result, and those that nobody knows.
+    """Refuse keywords that would change the result, and unknown ones.
 
     Raises:
-        ValueError: one that is not done here, or a chunk_size that fla refuses.
-        TypeError: an unknown one.
+        ValueError: an unsupported keyword, or a chunk_size that fla refuses.
+        TypeError: an unknown keyword.
     """
     for name, value in options.items():
         if name in CHANGING:
@@ -95,8 +95,11 @@ def run(
     cu_seqlens: Tensor | Sequence[int] | None,
     options: dict[str, Any],
 ) -> Result:
-    """A call of `rule` with fla's liberties: q, k, v of different types, a state without a batch, offsets as a list or
-    ending before T (readouts behind them are 0)."""
+    """A call of `rule` with the inputs that fla allows.
+
+    These are q, k, v of different types, a state without a batch, and offsets as a list or ending before T; outputs
+    after the last offset are 0.
+    """
     check_options(options)
     v_first = _values_first(state_v_first, options)
     if isinstance(beta, Tensor) and beta.dim() == 4:
@@ -141,7 +144,10 @@ def _values_first(state_v_first: bool, options: dict[str, Any]) -> bool:
 
 
 def _offsets(cu_seqlens: Tensor | Sequence[int] | None, v: Tensor) -> tuple[Tensor | None, int | None]:
-    """As a tensor, and where the last sequence ends if that is before T: on the CPU, where reading it costs nothing."""
+    """Offsets as a tensor, and the end of the last sequence if that is before T.
+
+    The end is read on the CPU alone, where that costs nothing.
+    """
     if cu_seqlens is None:
         return None, None
     if not isinstance(cu_seqlens, Tensor):
@@ -153,7 +159,7 @@ def _offsets(cu_seqlens: Tensor | Sequence[int] | None, v: Tensor) -> tuple[Tens
 
 
 def _same_type(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All in the type that holds each of them."""
+    """The tensors in the type that holds all of their types."""
     dtype = tensors[0].dtype
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)

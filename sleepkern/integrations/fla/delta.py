@@ -10,7 +10,7 @@ from torch import Tensor
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, KDA
 
 from .calls import Result, check_options, run
-from .gates import channel_gate, head_gate, write_strength
+from .gates import beta_of, channel_gate, head_gate
 
 Offsets = Tensor | Sequence[int] | None
 
@@ -42,7 +42,7 @@ def chunk_gated_delta_rule(
     """
     check_options(options, (16, 32, 64))
     g = head_gate(g, A_log, dt_bias) if use_gate_in_kernel else g
-    beta = write_strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    beta = beta_of(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     rule = DELTA_RULE if g is None else GATED_DELTA_RULE
     return run(
         rule, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, state_v_first,
@@ -76,7 +76,7 @@ def fused_recurrent_gated_delta_rule(
         if use_gate_in_kernel and g is not None:
             g = head_gate(g, A_log, dt_bias)
         total = gk if g is None else gk + g[..., None]
-        beta = write_strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+        beta = beta_of(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
         return run(
             KDA, q, k, v, total, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
             state_v_first, cu_seqlens, {**options, "gv": gv},
@@ -119,7 +119,7 @@ def chunk_kda(
     """
     check_options(options, (32, 64))
     g = channel_gate(g, A_log, dt_bias, lower_bound) if use_gate_in_kernel else g
-    beta_given = write_strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    beta_given = beta_of(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     return run(
         KDA, q, k, v, g, beta_given, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
         state_v_first, cu_seqlens, {**options, "return_intermediate_states": return_intermediate_states},

@@ -31,18 +31,18 @@ def fused_kda_gate(
     return channel_gate(g, A_log, dt_bias, lower_bound).to(output_dtype)
 
 
-def write_strength(beta: Tensor | None, raw: bool, doubled: bool) -> Tensor | None:
-    """beta, or its sigmoid where it is raw, which reaches 2 where doubled.
+def beta_of(beta: Tensor | None, raw: bool, doubled: bool) -> Tensor | None:
+    """beta, or its sigmoid where it is raw, times 2 where doubled.
 
     Raises:
-        ValueError: doubled, but not raw.
+        ValueError: beta is doubled, but not raw.
     """
     if doubled and not raw:
         raise ValueError("allow_neg_eigval: got True; expected use_beta_sigmoid_in_kernel=True beside it")
     if beta is None or not raw:
         return beta
-    strength = _wide(beta).sigmoid()
-    return strength * 2 if doubled else strength
+    beta = _wide(beta).sigmoid()
+    return beta * 2 if doubled else beta
 
 
 def head_gate(g: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
-"""The forward of a base model: packed sequences by every name become those that its layers heed.
+"""The forward of a base model, which translates every name of packed sequences to the names that its layers read.
 
 A modeling file hands some names on to its recurrences and drops others, and its attention goes by position_ids alone.
-So the names are brought together before the layers run: offsets for recurrences and convolutions (cu_seq_lens_q),
-position_ids that restart for the attention mask. What names the sequences differently, or cannot be kept apart, raises.
+So the replacement translates before the layers run: to offsets for recurrences and convolutions (cu_seq_lens_q), and to
+position_ids that restart for the attention mask. Names that disagree, and models that mix sequences, raise an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import caches
 from ..patching import Make, Target
-from .packing import LENGTHS, OFFSETS, number_of_each, offsets_of
+from .packing import LENGTHS, OFFSETS, offsets_of, sequence_indices
 
 _NAMES = (*OFFSETS, "seq_idx")
 _HELD = "_old_forward"
@@ -27,18 +27,18 @@ _MASKS_WITHOUT_POSITIONS = ("granitemoehybrid",)
 
 
 def targets(module: ModuleType) -> list[Target]:
-    """The forwards of the base models that a modeling file defines, and of heads that hand nothing on to theirs."""
-    own = [x for _, x in sorted(vars(module).items()) if getattr(x, "__module__", None) == module.__name__]
-    bases = [x for x in own if isinstance(x, type) and x.__name__.endswith("Model") and _reads_text(x)]
+    """The forwards of the base models that a modeling file defines, and of heads that drop the names of sequences."""
+    defined = [x for _, x in sorted(vars(module).items()) if getattr(x, "__module__", None) == module.__name__]
+    bases = [x for x in defined if isinstance(x, type) and x.__name__.endswith("Model") and _reads_text(x)]
     older = "is_fast_path_available" in vars(module)
     make = functools.partial(forward, hands_on=not older, masks=_family(module) in _MASKS_WITHOUT_POSITIONS)
     found = [Target(x, "forward", make) for x in bases]
-    heads = [x for x in own if getattr(x, "__name__", "") == "Mamba2ForCausalLM"]
-    return found + [Target(x, "forward", handing_on) for x in heads]
+    heads = [x for x in defined if getattr(x, "__name__", "") == "Mamba2ForCausalLM"]
+    return found + [Target(x, "forward", forward_names) for x in heads]
 
 
-def held_by_hooks(layer: nn.Module, of_classes: list[Target]) -> list[Target]:
-    """The same for a forward that accelerate's hooks took, bound, from the class before the patch."""
+def hooked_forwards(layer: nn.Module, of_classes: list[Target]) -> list[Target]:
+    """The targets for a layer whose forward accelerate's hooks took from the class before the patch."""
     made = (x for x in of_classes if x.holder is type(layer) and isinstance(vars(layer).get(_HELD), MethodType))
     return [Target(layer, _HELD, functools.partial(_bound, x.make)) for x in made]
 
@@ -49,7 +49,7 @@ def _bound(make: Make, method: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)  # signatures take long, and a server may patch for each request
 def _reads_text(model: type) -> bool:
-    """Whether it embeds tokens; a model of several media has one inside that does."""
+    """Whether a base model embeds tokens; in a model of several media, an inner model does."""
     taken = inspect.signature(model.forward).parameters if "forward" in vars(model) else {}  # type: ignore[attr-defined]
     return "inputs_embeds" in taken and not any(name.startswith("pixel_values") for name in taken)
 
@@ -58,30 +58,30 @@ def _family(module: ModuleType) -> str:
     return module.__name__.rpartition(".modeling_")[2]
 
 
-class _Carried(dict[str, Any]):
-    """Arguments on their way through a head that hands on attention_mask and drops the names of packed sequences."""
+class _CarriedArguments(dict[str, Any]):
+    """Arguments that travel as attention_mask through a head that drops the names of packed sequences."""
 
 
-def handing_on(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for the forward of Mamba2ForCausalLM."""
+def forward_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of the forward of Mamba2ForCausalLM."""
     order = _order(original)
 
     @functools.wraps(original)
-    def with_names(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_with_names(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(order, args, strict=False)), **kwargs}
         names = {name: given[name] for name in (*_NAMES, *LENGTHS) if given.get(name) is not None}
         if (positions := _positions(given)) is not None:
             names["position_ids"] = positions
         if not names or torch.compiler.is_exporting():
             return original(self, *args, **kwargs)
-        mask = _Carried(names, attention_mask=given.get("attention_mask"))
+        mask = _CarriedArguments(names, attention_mask=given.get("attention_mask"))
         return original(self, **{**given, "attention_mask": mask})
 
-    return with_names
+    return forward_with_names
 
 
 def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callable[..., Any]:
-    """Stands for the forward of a base model.
+    """The replacement of the forward of a base model.
 
     Args:
         hands_on: whether its layers hand offsets on to their recurrences.
@@ -90,11 +90,11 @@ def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callab
     order = _order(original)
 
     @functools.wraps(original)
-    def kept_apart(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_packed(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(order, args, strict=False)), **kwargs}
         if torch.compiler.is_exporting() or isinstance(given.get("cu_seq_lens_k"), dict):  # or paged attention's order
             return original(self, *args, **kwargs)
-        carried = isinstance(given.get("attention_mask"), _Carried)
+        carried = isinstance(given.get("attention_mask"), _CarriedArguments)
         if carried:
             given |= given["attention_mask"]
         packed = _packed(given)
@@ -112,14 +112,14 @@ def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callab
             others.pop("position_ids", None)
         if packed is None:
             return original(self, **others)
-        return original(self, **others | _apart(self, packed, given, "position_ids" in order, masks))
+        return original(self, **others | _packed_arguments(self, packed, given, "position_ids" in order, masks))
 
-    return kept_apart
+    return forward_packed
 
 
 @functools.lru_cache(maxsize=256)
 def _order(original: Callable[..., Any]) -> list[str]:
-    """Names of arguments by position after self."""
+    """The names of the positional arguments after self."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return [x.name for x in inspect.signature(original).parameters.values() if x.kind is kind][1:]
 
@@ -144,9 +144,9 @@ def _packed(given: dict[str, Any]) -> _Packed | None:
     text: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
     rows, T = text.shape[:2]
     if torch.compiler.is_compiling():
-        offsets = _trusted(named, positions, rows, T)
+        offsets = _unchecked_offsets(named, positions, rows, T)
         return None if offsets is None else _Packed(offsets.to(text.device, torch.int32), rows, T)
-    starts = _agreed(named, positions, rows, T)
+    starts = _agreed_starts(named, positions, rows, T)
     if starts == list(range(0, rows * T, T)):
         return None
     return _Packed(torch.tensor([*starts, rows * T], dtype=torch.int32, device=text.device), rows, T)
@@ -163,12 +163,12 @@ def _positions(given: dict[str, Any]) -> Tensor | None:
 
 
 def _past(given: dict[str, Any]) -> str | None:
-    """The name under which the memory of earlier tokens was given."""
+    """The name of the argument that holds a cache; None without a cache."""
     return next((x for x in given if caches.is_cache(given[x]) or (x in caches.NAMES and given[x] is not None)), None)
 
 
-def _trusted(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) -> Tensor | None:
-    """Offsets in a compiled graph, which cannot look at values: not compared, but positions alone may not restart."""
+def _unchecked_offsets(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) -> Tensor | None:
+    """Offsets in a compiled graph, which cannot compare values; there positions alone may not restart."""
     for name in OFFSETS:
         if name in named:
             return torch.as_tensor(named[name])
@@ -180,8 +180,12 @@ def _trusted(named: dict[str, Any], positions: Tensor | None, rows: int, T: int)
     return None
 
 
-def _agreed(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) -> list[int]:
-    """Where sequences start among the tokens of all rows, by all that was given."""
+def _agreed_starts(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) -> list[int]:
+    """The starts of the sequences among the tokens of all rows, by every argument that names them.
+
+    Raises:
+        ValueError: two arguments disagree, or an argument is malformed.
+    """
     found = {name: _starts_of_offsets(name, x, rows, T) for name, x in named.items() if name in OFFSETS}
     if "seq_idx" in named:
         index = torch.as_tensor(named["seq_idx"])
@@ -195,40 +199,47 @@ def _agreed(named: dict[str, Any], positions: Tensor | None, rows: int, T: int) 
         both = min(end, its_end)
         if [x for x in more if x < both] != [x for x in starts if x < both]:
             raise ValueError(
-                f"{name}: got sequences that start at tokens {_few(more)}; expected those of {first}, {_few(starts)}"
+                f"{name}: got sequences that start at tokens {_shortened(more)}; expected those of {first}, "
+                f"{_shortened(starts)}"
             )
-        if end < its_end:  # behind the sequences of the first name lies padding, of which this one may know more
+        if end < its_end:  # after its last offset, an argument leaves padding, which another may divide
             starts, end = more, its_end
     return starts
 
 
 def _starts_of_offsets(name: str, x: Any, rows: int, T: int) -> tuple[list[int], int]:
-    """(starts, where the last ends); padding behind the last is a sequence of its own."""
+    """The starts, and the end of the last sequence; padding after that end counts as a sequence."""
     offsets = torch.as_tensor(x).flatten().tolist()
     end, total = (offsets[-1] if offsets else 0), rows * T
     rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
     starts = sorted({*offsets[:-1], *([end] if end < total else [])})
     if len(offsets) < 2 or offsets[0] != 0 or not rising or end > total or isinstance(end, float):
-        raise ValueError(f"{name}: got {_few(offsets)}; expected offsets of sequences, from 0 to {total} tokens")
+        raise ValueError(f"{name}: got {_shortened(offsets)}; expected offsets of sequences, from 0 to {total} tokens")
     starts = [x for x in starts if x < total]
     if not set(range(0, total, T)) <= set(starts):
-        raise ValueError(f"{name}: got {_few(offsets)}; expected every row of {T} tokens to start a sequence")
+        raise ValueError(f"{name}: got {_shortened(offsets)}; expected every row of {T} tokens to start a sequence")
     return starts, end
 
 
 def _starts_of_marks(new: Tensor, rows: int, T: int) -> list[int]:
-    """new [B or 1,T-1]: whether a token starts a sequence, from the second of a row on."""
+    """The starts; new [B or 1,T-1] says of each token but the first of a row whether it starts a sequence."""
     first = new.new_ones(new.shape[0], 1)
     return torch.cat([first, new], dim=1).expand(rows, -1).flatten().nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
 
 
-def _few(x: Iterable[Any]) -> str:
+def _shortened(x: Iterable[Any]) -> str:
     shown = list(x)
     return str(shown) if len(shown) <= 8 else f"[{', '.join(map(str, shown[:6]))}, ..., {shown[-1]}]"
 
 
-def _apart(model: Any, packed: _Packed, given: dict[str, Any], has_positions: bool, masks: bool) -> dict[str, Any]:
-    """Arguments by which the layers keep the sequences apart."""
+def _packed_arguments(
+    model: Any, packed: _Packed, given: dict[str, Any], has_positions: bool, masks: bool
+) -> dict[str, Any]:
+    """The arguments with which the layers keep the sequences apart.
+
+    Raises:
+        ValueError: the call has a cache, or the model reads tokens across sequences.
+    """
     offsets, rows, T = packed
     past = _past(given)
     if past is not None or given.get("use_cache"):
@@ -248,18 +259,18 @@ def _apart(model: Any, packed: _Packed, given: dict[str, Any], has_positions: bo
     else:
         apart |= dict.fromkeys(LENGTHS, int(offsets.diff().max()))
     if has_positions:
-        apart["position_ids"] = _restarting(given.get("position_ids"), packed)
+        apart["position_ids"] = _restarted_positions(given.get("position_ids"), packed)
     if masks and apart["attention_mask"] is None:
         from transformers.masking_utils import create_causal_mask
 
         shaped = model.get_input_embeddings().weight.new_zeros(()).expand(rows, T, 1)
-        mask = create_causal_mask(model.config, shaped, None, None, position_ids=_restarting(None, packed))
+        mask = create_causal_mask(model.config, shaped, None, None, position_ids=_restarted_positions(None, packed))
         apart["attention_mask"] = {"full_attention": mask, "linear_attention": None}
     return apart
 
 
 def _mask(mask: Any) -> Any:
-    """None for a mask that hides nothing; one that was made for attention, by whoever packed, stays."""
+    """None for a mask [B,T] that hides nothing; a mask of another form stays as it is."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return mask
     everything = (mask == 1).all()
@@ -270,11 +281,11 @@ def _mask(mask: Any) -> Any:
     return None
 
 
-def _restarting(positions: Tensor | None, packed: _Packed) -> Tensor:
-    """position_ids as given where they tell sequences apart, else made to."""
+def _restarted_positions(positions: Tensor | None, packed: _Packed) -> Tensor:
+    """position_ids that restart with each sequence: those of the call, or new ones."""
     if positions is not None and not (positions.ndim == 3 and positions.shape[0] == 3):
         return positions
     offsets, rows, T = packed
     tokens = torch.arange(rows * T, device=offsets.device).view(rows, T)
-    text = tokens - offsets[number_of_each(offsets, rows, T).long()]
+    text = tokens - offsets[sequence_indices(offsets, rows, T).long()]
     return text if positions is None else torch.cat([text[None], positions])

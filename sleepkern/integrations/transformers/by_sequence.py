@@ -1,7 +1,7 @@
-"""Attention that picks tokens by their place in a row, computed for one packed sequence after the other.
+"""Attention that picks tokens by their index in a row, computed for one packed sequence after the other.
 
-The indexer of GLM-5-Next pools every few tokens from the row's first on, and scores all pools before a token. It heeds
-neither offsets nor position_ids, and no mask tells it where a sequence starts. So each sequence has a call of its own.
+The indexer of GLM-5-Next pools every few tokens from the start of a row, and scores all pools before a token. The
+indexer reads neither offsets nor position_ids, and no mask says where a sequence starts. So each sequence gets a call.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor
 
 from ..caches import cache_among
 from ..patching import Target
-from .packing import LENGTHS, NAMES, OFFSETS, joined
+from .packing import LENGTHS, NAMES, OFFSETS, one_row
 
 _CLASSES = ("Glm5NextTextAttention",)
 _OF_TOKENS = ("hidden_states", "attention_mask", "prev_topk_indices")
-"""Arguments [B,T,...]. Picked tokens are numbers within a sequence, in what one layer gives and the next takes."""
+"""Arguments [B,T,...]. Picked tokens are indices within a sequence."""
 _OF_ROWS = {*NAMES, *OFFSETS, *LENGTHS, "position_ids"}
 
 
 def targets(module: ModuleType) -> list[Target]:
-    """The forwards of such attentions that a modeling file defines."""
+    """The forwards of these attention classes in a modeling file."""
     return [Target(vars(module)[name], "forward", forward) for name in _CLASSES if name in vars(module)]
 
 
 def forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for the forward of such an attention; its base model names packed sequences by cu_seq_lens_q alone."""
+    """The replacement of the forward of such an attention; its base model passes cu_seq_lens_q."""
     order = list(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
-    def each_alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward_by_sequence(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(order, args, strict=False)), **kwargs}
         offsets = given.get("cu_seq_lens_q")
         if not isinstance(offsets, Tensor) or torch.compiler.is_exporting() or cache_among(given.values()) is not None:
@@ -44,22 +44,22 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
         lengths = _lengths(offsets, rows * T)
         of_tokens = [name for name in _OF_TOKENS if given.get(name) is not None]
         others = {name: x for name, x in given.items() if name not in _OF_ROWS and name not in of_tokens}
-        pieces = zip(*(joined(given[name]).split(lengths, dim=1) for name in of_tokens), strict=True)
+        pieces = zip(*(one_row(given[name]).split(lengths, dim=1) for name in of_tokens), strict=True)
         outs = [original(self, **others, **dict(zip(of_tokens, piece, strict=True))) for piece in pieces]
         out, weights, picked = zip(*outs, strict=True)
         return _rows(out, rows, T), _in_blocks(weights, rows, T), _rows(picked, rows, T)
 
-    return each_alone
+    return forward_by_sequence
 
 
 def _lengths(offsets: Tensor, tokens: int) -> list[int]:
-    """Of the sequences that are not empty; padding behind the last is one of its own."""
+    """The lengths of the sequences that are not empty; padding after the last one counts as a sequence."""
     lengths: list[int] = offsets.diff().tolist()
     return [n for n in (*lengths, tokens - sum(lengths)) if n]
 
 
 def _rows(pieces: tuple[Tensor | None, ...], rows: int, T: int) -> Tensor | None:
-    """Pieces [1,n,...] behind each other as [rows,T,...]."""
+    """Pieces [1,n,...], one after the other, as [rows,T,...]."""
     found = [x for x in pieces if x is not None]
     return torch.cat(found, dim=1).view(rows, T, *found[0].shape[2:]) if found else None
 

@@ -17,14 +17,14 @@ from sleepkern.ops import recurrence as ops
 from sleepkern.rules import GATED_DELTA_RULE, Rule
 
 from ..call_mapping import replacement
-from ..fallback import why_not_here
-from .packing import joined, named, offsets_of
+from ..fallback import unsupported_reason
+from .packing import offsets_of, one_row, packed_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Many(NamedTuple):
-    """A call for many tokens: what stock heeds, in its order, and the names of packed sequences."""
+    """A call for many tokens: the arguments of the original, in its order, and the names of packed sequences."""
 
     query: Tensor
     key: Tensor
@@ -41,7 +41,7 @@ class _Many(NamedTuple):
 
 
 class _One(NamedTuple):
-    """The same for a step: without chunk_size."""
+    """A call for one token: the same arguments without chunk_size."""
 
     query: Tensor
     key: Tensor
@@ -60,17 +60,17 @@ _Call = _Many | _One
 
 
 def many_tokens(original: Callable[..., Any], rule: Rule = GATED_DELTA_RULE) -> Callable[..., Any]:
-    """Stands for torch_chunk_gated_delta_rule, or with KDA for chunk_kimi_delta_attention."""
-    return replacement(original, _Many, _why_not, partial(_ingest, rule), named("cu_seqlens", _size))
+    """The replacement of torch_chunk_gated_delta_rule, or with KDA for chunk_kimi_delta_attention."""
+    return replacement(original, _Many, _why_not, partial(_ingest, rule), packed_by("cu_seqlens", _size))
 
 
 def one_token(original: Callable[..., Any], rule: Rule = GATED_DELTA_RULE) -> Callable[..., Any]:
-    """Stands for torch_recurrent_gated_delta_rule, or with KDA for recurrent_kimi_delta_attention."""
+    """The replacement of torch_recurrent_gated_delta_rule, or with KDA for recurrent_kimi_delta_attention."""
 
     def run(call: _One) -> tuple[Tensor, Tensor | None]:
         return _step(rule, call) if _may_write_state(call) else _ingest(rule, call)
 
-    return replacement(original, _One, _why_not, run, named("cu_seqlens", _size))
+    return replacement(original, _One, _why_not, run, packed_by("cu_seqlens", _size))
 
 
 def _size(query: Tensor) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def _size(query: Tensor) -> tuple[int, int]:
 
 def _ingest(rule: Rule, call: _Call) -> tuple[Tensor, Tensor | None]:
     offsets = _offsets(call)
-    inputs = call[:5] if offsets is None else [joined(x) for x in call[:5]]
+    inputs = call[:5] if offsets is None else [one_row(x) for x in call[:5]]
     o, state = getattr(ops, rule.name)(
         *inputs,
         initial_state=None if call.initial_state is None else call.initial_state.to(torch.float32),
@@ -99,7 +99,7 @@ def _step(rule: Rule, call: _One) -> tuple[Tensor, Tensor | None]:
 
 
 def _may_write_state(call: _One) -> bool:
-    """Whether the state may be updated where it lies, which saves the decode step a copy of it.
+    """Whether the state may be updated in place, which saves the decode step a copy of it.
 
     Only for the buffer of a transformers cache: the layer copies the returned state into that very
     buffer next (then a copy onto itself, which torch leaves out). The cache marks its buffers as
@@ -120,8 +120,8 @@ def _may_write_state(call: _One) -> bool:
 
 
 def _why_not(call: _Call) -> str | None:
-    """None, or the sentence why a call is left to the function that was there before."""
-    reason = why_not_here(call.key)
+    """None, or a sentence why a call goes to the original."""
+    reason = unsupported_reason(call.key)
     if reason is not None:
         return reason
     if call.key.dtype not in _DTYPES:

@@ -12,25 +12,25 @@ from torch import Tensor
 
 from sleepkern.nn import gated_rms_norm
 
-from ..fallback import left_to_original
+from ..fallback import use_original
 from ..patching import Target
 
 
 def targets(module: ModuleType) -> list[Target]:
-    """The gated norms that a modeling file defines, each with its forward; older files import others, or None."""
+    """The forwards of the gated norms that a modeling file defines; older files import norms, or None."""
     named = (x for name, x in sorted(vars(module).items()) if name.endswith("RMSNormGated"))
     return [Target(x, "forward", forward) for x in named if getattr(x, "__module__", None) == module.__name__]
 
 
 def forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for the forward of a gated norm: one pass over memory on the CPU.
+    """The replacement of the forward of a gated norm: one pass over memory on the CPU.
 
     Mamba-2's norms come after the gate, over groups of channels; all others before it, over a head.
     """
 
     @functools.wraps(original)
-    def normalise(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        if gate is None or left_to_original(_why_not(self, hidden_states)):
+    def forward_norm(self: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None or use_original(_why_not(self, hidden_states)):
             return original(self, hidden_states, gate)  # type: ignore[no-any-return]
         shape, width, grouped = hidden_states.shape, _group(self, hidden_states), hasattr(self, "group_size")
         x, gate = (t.reshape(1, -1, shape[-1] // width, width) for t in (hidden_states, gate))
@@ -44,9 +44,9 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
             grouped or not getattr(self, "norm_before_gate", True),
         )
         y = y.view(shape)
-        return y.to(torch.promote_types(y.dtype, weight.dtype)) if grouped else y  # the stock ones differ in this
+        return y.to(torch.promote_types(y.dtype, weight.dtype)) if grouped else y  # the original norms differ in this
 
-    return normalise
+    return forward_norm
 
 
 def _why_not(norm: Any, x: Tensor) -> str | None:
@@ -60,6 +60,6 @@ def _why_not(norm: Any, x: Tensor) -> str | None:
 
 
 def _group(norm: Any, x: Tensor) -> int:
-    """Channels that are normalised together."""
+    """The number of channels that share a norm."""
     groups: int = getattr(norm, "n_groups", 1)
     return int(getattr(norm, "group_size", x.shape[-1] // groups))

@@ -2,11 +2,11 @@
 
     S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T      y_t = S_t^T C_t + D x_t
 
-(Mamba-2, arXiv 2405.21060): key B, query C, value x, log decay dt A, write strength dt. The models keep S^T.
+(Mamba-2, arXiv 2405.21060): key B, query C, value x, log decay dt A, beta dt. The models keep S^T.
 
 Before transformers 5.16 (4.57 to 5.10 were looked at) the torch path computes this inline in the mixer's forward: on a
 CPU nothing can be replaced and the models stay stock. On a GPU with mamba_ssm they call its mamba_chunk_scan_combined
-through their file, which is replaced; its step of one token is not.
+through their file, which is replaced; the step of one token is not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sleepkern.ops import recurrence as ops
 from sleepkern.rules import SIMPLE_GLA
 
 from ..call_mapping import replacement
-from ..fallback import why_not_here
-from .packing import NAMES, joined, named, offsets_of
+from ..fallback import unsupported_reason
+from .packing import NAMES, offsets_of, one_row, packed_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,7 +32,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class _Scan(NamedTuple):
     """A call for many tokens: x [B,T,H,P], dt [B,T,H], A [H], B and C [B,T,G,N], D [H], states [B,H,P,N].
 
-    What stock heeds, in its order; z, which mamba_ssm heeds; and the names of packed sequences.
+    The fields are the arguments of the original, in its order; z of mamba_ssm; and the names of packed sequences.
     """
 
     hidden_states: Tensor
@@ -54,7 +54,7 @@ class _Scan(NamedTuple):
 
 
 class _OlderScan(NamedTuple):
-    """The same in the order of mamba_ssm's mamba_chunk_scan_combined."""
+    """The same call in the order of mamba_ssm's mamba_chunk_scan_combined."""
 
     hidden_states: Tensor
     dt: Tensor
@@ -75,23 +75,26 @@ class _OlderScan(NamedTuple):
 
 
 def scan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for mamba2_chunk_scan."""
-    return replacement(original, _Scan, _why_not, _ingest, named("seq_idx", _size))
+    """The replacement of mamba2_chunk_scan."""
+    return replacement(original, _Scan, _why_not, _run_scan, packed_by("seq_idx", _size))
 
 
 def fused_scan(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for mamba_ssm's mamba_chunk_scan_combined as older files call it: readouts have the type of x."""
+    """The replacement of mamba_ssm's mamba_chunk_scan_combined for older files: y has the type of x."""
 
     def run(call: _OlderScan) -> Any:
-        out, dtype = _ingest(call), call.hidden_states.dtype
+        out, dtype = _run_scan(call), call.hidden_states.dtype
         return (out[0].to(dtype), out[1]) if isinstance(out, tuple) else out.to(dtype)
 
     return replacement(original, _OlderScan, _why_not, run)
 
 
 def fused_mixer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for mamba2_split_conv1d_scan_combined, a training mixer in one call, or None where a mixer has to go on
-    step by step: so it does with packed sequences, which its convolution and scan here keep apart."""
+    """The replacement of mamba2_split_conv1d_scan_combined, a training mixer in one call.
+
+    For packed sequences it returns None. Then the mixer goes on step by step, and its convolution and scan, which are
+    replaced too, keep the sequences apart.
+    """
 
     @functools.wraps(original)
     def split_conv1d_scan(*args: Any, **kwargs: Any) -> Any:
@@ -103,20 +106,19 @@ def fused_mixer(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def one_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for mamba2_selective_state_update, whose state [B,H,P,N] is updated where it lies; on the CPU.
+    """The replacement of mamba2_selective_state_update on the CPU; it updates the state [B,H,P,N] in place.
 
-    By recurrent_step where S rather than S^T lies in rows, which is how `scan` leaves it in a cache: 8 to 31 times as
-    fast as stock, which copies the state (one token, six models' shapes, one thread). Else by torch's own operators in
-    place, 2.5 to 24 times as fast; recurrent_step with x for key and B for value, so that S^T may stay, takes longer
-    than those, and with a copy of the state longer still.
+    Where the rows of S are contiguous, as `scan` leaves them in a cache, recurrent_step runs: 8 to 31 times as fast as
+    the original, which copies the state (one token, six models' shapes, one thread). Where the rows of S^T are,
+    torch's own operators run in place, 2.5 to 24 times as fast. There recurrent_step with x for key and B for value
+    takes longer, and with a copy of the state longer still.
     """
 
     return replacement(original, _Step, _why_no_step, _step)
 
 
 class _Step(NamedTuple):
-    """A call for one token: state [B,H,P,N], x [B,H,P], dt [B,H,P], A [H,P,N], B and C [B,G,N], D, dt_bias [H,P], z as
-    x."""
+    """A call for one token: state [B,H,P,N], x, dt and z [B,H,P], A [H,P,N], B and C [B,G,N], D and dt_bias [H,P]."""
 
     state: Tensor
     hidden_states: Tensor
@@ -148,17 +150,17 @@ def _step(call: _Step) -> Tensor:
 
 
 def _step_transposed(call: _Step, x: Tensor, g: Tensor, dt: Tensor) -> Tensor:
-    """The same on S^T in rows."""
+    """One step on a state whose rows of S^T are contiguous."""
     rows, H, P, N = call.state.shape
     G = call.B.shape[1]
-    written = call.B.float().repeat_interleave(H // G, dim=1)[:, :, None]
-    call.state.mul_(g.exp()[..., None, None]).addcmul_((x * dt[..., None])[..., None], written)
+    keys = call.B.float().repeat_interleave(H // G, dim=1)[:, :, None]
+    call.state.mul_(g.exp()[..., None, None]).addcmul_((x * dt[..., None])[..., None], keys)
     return (call.state.view(rows * G, H // G * P, N) @ call.C.float().reshape(rows * G, N, 1)).view(rows, H, P)
 
 
 def _why_no_step(call: _Step) -> str | None:
-    """None, or the sentence why a step is left to the function that was there before."""
-    reason = why_not_here(call.hidden_states)
+    """None, or a sentence why a step goes to the original."""
+    reason = unsupported_reason(call.hidden_states)
     if reason is not None:
         return reason
     if call.hidden_states.device.type != "cpu":
@@ -176,13 +178,13 @@ def _why_no_step(call: _Step) -> str | None:
     return None
 
 
-def _ingest(call: _Scan | _OlderScan) -> Tensor | tuple[Tensor, Tensor]:
+def _run_scan(call: _Scan | _OlderScan) -> Tensor | tuple[Tensor, Tensor]:
     dt = call.dt if call.dt_bias is None else call.dt + call.dt_bias.to(call.dt.dtype)
     dt = F.softplus(dt) if call.dt_softplus else dt
     dt = dt.clamp(*call.dt_limit).float()
     state = None if call.initial_states is None else call.initial_states.float().transpose(-1, -2)
     inputs, offsets = (call.C, call.B, call.hidden_states, call.A.float() * dt, dt), _offsets(call)
-    q, k, v, g, beta = inputs if offsets is None else [joined(x) for x in inputs]
+    q, k, v, g, beta = inputs if offsets is None else [one_row(x) for x in inputs]
     o, final = ops.simple_gla(
         q,
         k,
@@ -204,9 +206,9 @@ def _ingest(call: _Scan | _OlderScan) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def _why_not(call: _Scan | _OlderScan) -> str | None:
-    """None, or the sentence why a call is left to the function that was there before."""
+    """None, or a sentence why a call goes to the original."""
     x = call.hidden_states
-    reason = why_not_here(x)
+    reason = unsupported_reason(x)
     if reason is not None:
         return reason
     if x.dtype not in _DTYPES or not x.dtype == call.B.dtype == call.C.dtype:

@@ -1,8 +1,8 @@
-"""Where packed sequences start and end, whatever a caller names them by.
+"""Where packed sequences start and end, under every name that callers use.
 
-Several sequences may lie one behind the other in a row. Models of transformers and its collators say where by
+A row may hold several sequences, one after the other. Models of transformers and its collators say where by
 cu_seq_lens_q, fla by cu_seqlens (offsets [n + 1] of the sequences among all tokens of all rows), causal_conv1d and
-mamba_ssm by seq_idx [B,T] (the number of each token's sequence). Here all become offsets.
+mamba_ssm by seq_idx [B,T] (the number of each token's sequence). This module turns all of them into offsets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMES = ("cu_seqlens", "cu_seq_lens_q", "seq_idx")
 OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 LENGTHS = ("max_length_q", "max_length_k")
 _FIRST = ("query", "hidden_states", "q", "x")
-"""What the first argument of an original is called."""
+"""Names of the first argument of an original."""
 
 
 def offsets_of(
@@ -27,7 +27,7 @@ def offsets_of(
     cu_seq_lens_q: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor | None:
-    """[n + 1] among the rows * T tokens of all rows; None where no name is given.
+    """Offsets [n + 1] among the rows * T tokens of all rows; None where no argument names sequences.
 
     Tokens of a row before those that seq_idx counts belong to its first sequence.
     """
@@ -42,20 +42,20 @@ def offsets_of(
     return torch.cat([starts.flatten().nonzero()[:, 0], torch.full((1,), rows * T, device=index.device)])
 
 
-def number_of_each(offsets: Tensor, rows: int, T: int) -> Tensor:
-    """seq_idx [rows,T] in int32."""
+def sequence_indices(offsets: Tensor, rows: int, T: int) -> Tensor:
+    """The index of each token's sequence [rows,T] in int32 (seq_idx)."""
     tokens = torch.arange(rows * T, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets[1:].contiguous(), tokens, right=True, out_int32=True).view(rows, T)
 
 
-def named(name: str, size: Callable[[Tensor], tuple[int, int]]) -> Any:
-    """A hand_back (call_mapping.py) that tells the original of packed sequences by the one name that it heeds.
+def packed_by(name: str, size: Callable[[Tensor], tuple[int, int]]) -> Any:
+    """A `to_original` (call_mapping.py) that names packed sequences by the one name that the original reads.
 
-    Where it heeds none it raises, as transformers' own functions do; by another name it would mix the sequences.
-    `size` gives rows and T of the first argument.
+    An original that reads no name raises, as transformers' own functions do. Under another name the original would mix
+    the sequences. size: returns rows and T of the first argument.
     """
 
-    def hand_back(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def to_original(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         given = {x: kwargs[x] for x in NAMES if kwargs.get(x) is not None}
         if not given:
             return kwargs
@@ -63,11 +63,11 @@ def named(name: str, size: Callable[[Tensor], tuple[int, int]]) -> Any:
         offsets = offsets_of(rows, T, **given)
         assert offsets is not None
         others = {x: value for x, value in kwargs.items() if x not in NAMES}
-        return others | {name: offsets if name == "cu_seqlens" else number_of_each(offsets, rows, T)}
+        return others | {name: offsets if name == "cu_seqlens" else sequence_indices(offsets, rows, T)}
 
-    return hand_back
+    return to_original
 
 
-def joined(x: Tensor) -> Tensor:
-    """[B,T,...] as the one row [1,BT,...] that offsets count."""
+def one_row(x: Tensor) -> Tensor:
+    """x [B,T,...] as one row [1,BT,...], in which offsets count."""
     return x if x.shape[0] == 1 else x.reshape(1, -1, *x.shape[2:])

@@ -11,11 +11,11 @@ from torch import Tensor
 from sleepkern.nn import short_convolution, short_convolution_step
 
 from ..call_mapping import replacement
-from .packing import joined, named, offsets_of
+from .packing import offsets_of, one_row, packed_by
 
 
 class _Many(NamedTuple):
-    """A call for many tokens [B,D,T]: what stock heeds, in its order, and the names of packed sequences."""
+    """A call for tokens [B,D,T]: the arguments of the original, in its order, and the names of packed sequences."""
 
     hidden_states: Tensor
     weight: Tensor
@@ -27,7 +27,7 @@ class _Many(NamedTuple):
 
 
 class _One(NamedTuple):
-    """A call for x [B,D,1] after the last W inputs [B,D,W], which move on in place."""
+    """A call for x [B,D,1] after the last W inputs [B,D,W], which are shifted in place."""
 
     hidden_states: Tensor
     conv_state: Tensor
@@ -37,18 +37,18 @@ class _One(NamedTuple):
 
 
 def many_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for causal_conv1d_fn: one pass over memory on the CPU, and packed sequences are kept apart."""
-    return replacement(original, _Many, _why_not, _convolve, named("seq_idx", _size))
+    """The replacement of causal_conv1d_fn: one pass over memory on the CPU, and packed sequences are kept apart."""
+    return replacement(original, _Many, _why_not, _convolve, packed_by("seq_idx", _size))
 
 
 def one_token(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for causal_conv1d_update."""
+    """The replacement of causal_conv1d_update."""
     return replacement(original, _One, _why_no_step, _step)
 
 
 def _convolve(call: _Many) -> Tensor:
     x, offsets = call.hidden_states.transpose(1, 2), _offsets(call)
-    rows = x if offsets is None else joined(x)
+    rows = x if offsets is None else one_row(x)
     y, _ = short_convolution(rows, call.weight, call.bias, activation=_silu(call.activation), cu_seqlens=offsets)
     return y.view(x.shape).transpose(1, 2)
 
@@ -59,7 +59,7 @@ def _step(call: _One) -> Tensor:
 
 
 def _why_not(call: _Many | _One) -> str | None:
-    """None, or why the call stays with the original, which on a GPU has kernels of its own."""
+    """None, or a sentence why the call goes to the original, which has kernels for GPUs."""
     if torch.compiler.is_exporting():
         return "an exported program keeps to torch's own operators"
     if call.hidden_states.device.type != "cpu":
@@ -84,7 +84,7 @@ def _size(x: Tensor) -> tuple[int, int]:
 
 
 def _offsets(call: _Many) -> Tensor | None:
-    """Offsets of packed sequences; columns that a cache put before those of one row are its first sequence's."""
+    """Offsets of packed sequences. Columns that a cache put before those of one row belong to the first sequence."""
     B, T = _size(call.hidden_states)
     offsets = offsets_of(B, T, call.cu_seqlens, call.cu_seq_lens_q, call.seq_idx)
     if offsets is None or B > 1:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ...integrations.caches import too_old
+from ...integrations.caches import too_old_error
 
 try:
     from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 except ImportError as error:
-    raise too_old() from error
+    raise too_old_error() from error
 
 from ...state import KVState, RecurrentState
 from ..cache_layers import beside_attention, state_in, store_state
