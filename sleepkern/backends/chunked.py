@@ -22,7 +22,8 @@ from ..problems.recurrence import Problem, RecurrenceResult, Tensors
 from ..rules import FAMILY, Rule
 from .interface import REPLAY
 from .replay import backward as replay_backward
-from .replay.methods import Cost, affine, cheapest, closed, repeat
+from .replay import costs
+from .replay.methods import affine, closed, repeat
 from .torch_common import Heads, by_sequence, gradients, step_by
 
 NAME = "chunked"
@@ -50,11 +51,7 @@ class Factors(NamedTuple):
 
 def why_not(problem: Problem) -> str | None:
     """None unless a replay method is asked for that its form does not allow."""
-    if problem.method == "rank" and (problem.rule.gate == "channel" or problem.T > CHUNK):
-        return f"method 'rank' needs one chunk (T <= {CHUNK}) and no channel decay"
-    if problem.method == "rank" and problem.tol is not None:
-        return "method 'rank' never forms the state of a pass, which tol looks at"
-    return None
+    return costs.refuse(problem, CHUNK)
 
 
 def kernel(problem: Problem) -> str:
@@ -70,7 +67,8 @@ def method_of(problem: Problem) -> str:
     if problem.method == "repeat":
         return "wy"
     T, K, V = problem.T, problem.K, problem.V
-    return cheapest(problem, wy=Cost(0, 4 * T * K * V), affine=Cost(4 * T * K * (K + V), 2 * K * K * V))
+    transition = costs.state_pass(T, K, K + V)  # a state pass that is K + V wide makes A and B
+    return costs.cheapest(problem, wy=costs.wy(T, K, V), affine=costs.affine(transition, K, V))
 
 
 def forward(problem: Problem, x: Tensors) -> RecurrenceResult:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backends.replay.costs import state_pass
 from ..rules import Rule
 from ..testing import Shape
 
@@ -77,7 +78,7 @@ def _chunk(rule: Rule, shape: Shape, c: int, passes: int, readouts: bool) -> int
     dots = shape.HV if rule.gate == "channel" else shape.H
     count = shape.HV * product
     if rule.delta:
-        count = dots * 2 * K * low + shape.HV * (2 * (K + V) * low + 2 * passes * product)
+        count = dots * 2 * K * low + shape.HV * (2 * (K + V) * low + passes * state_pass(c, K, V))
     if readouts:
         count += dots * 2 * K * tri + shape.HV * (product + 2 * V * tri)
     return count

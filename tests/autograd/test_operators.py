@@ -61,7 +61,7 @@ def test_operators_check_options() -> None:
         with pytest.raises((ValueError, TypeError)):
             operator(*given[:i], wrong, *given[i + 1 :])
     x = make_inputs(GATED_DELTA_RULE, Shape(T=70, H=1, HV=1, K=8, V=8))
-    with pytest.raises(ValueError, match="method 'rank' needs one block"):
+    with pytest.raises(ValueError, match="method 'rank' needs one chunk"):
         operator(*(x[n] for n in STEP), None, None, "gated_delta_rule", "cpu", 0.3, True, 3, None, "rank")
     operator, given = operator_calls()["convolve"]
     with pytest.raises(ValueError, match="weight: got W = 100; expected at most"):

@@ -127,11 +127,11 @@ def test_ways_back_through_the_passes_agree(rule: Rule, monkeypatch: pytest.Monk
         return found[-1]
 
     x = make_inputs(rule, Shape(T=40, H=1, HV=2, K=32, V=16), seed=6)
-    for passes, tol, taken in ((2, None, "walk"), (40, None, "affine"), (3, 1e-9, "walk")):
+    for passes, tol, taken in ((2, None, "state_pass"), (40, None, "affine"), (3, 1e-9, "state_pass")):
         monkeypatch.setattr(replay_backward._Replay, "_method", spy)
         expected, _ = gradients(rule, x, passes, backend="cpu", tol=tol)
         assert found.pop() == ("closed" if tol is None and not rule.delta else taken)
-        for other in ("walk", "affine"):
+        for other in ("state_pass", "affine"):
             monkeypatch.setattr(replay_backward._Replay, "_method", lambda replay, other=other: other)
             actual, _ = gradients(rule, x, passes, backend="cpu", tol=tol)
             for n, grad in expected.items():

@@ -11,7 +11,8 @@ from ..interface import REPLAY
 from ..native.module import _C, GATE_CODES, MISSING, TYPE_CODES
 from ..native.views import ABSENT, address, rows
 from ..replay import backward as replay_backward
-from ..replay.methods import Cost, affine, cheapest, closed, repeat, window_decay
+from ..replay import costs
+from ..replay.methods import affine, closed, repeat, window_decay
 
 NAME = "cpu"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
@@ -28,11 +29,7 @@ def why_not(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}, only float32, bfloat16 and float16"
     if max(problem.K, problem.V) > _C.head_limit:
         return f"heads of at most {_C.head_limit}, got K = {problem.K}, V = {problem.V}"
-    if problem.method == "rank" and not _one_block(problem):
-        return f"method 'rank' needs one block (T <= {_C.rank_limit}) and no channel decay"
-    if problem.method == "rank" and problem.tol is not None:
-        return "method 'rank' never forms the state of a pass, which tol looks at"
-    return None
+    return costs.refuse(problem, _C.rank_limit)
 
 
 def kernel(problem: Problem) -> str:
@@ -50,15 +47,9 @@ def method_of(problem: Problem) -> str:
     if problem.method != "auto":
         return problem.method
     T, K, V = problem.T, problem.K, problem.V
-    wy, rank = 4 * T * K * V, None
-    if _one_block(problem) and problem.tol is None:
-        rank = Cost(setup=2 * T * K * (T + 2 * V) + T * T * (3 * K + V), a_pass=2 * T * T * V)
-    return cheapest(problem, wy=Cost(0, wy), affine=Cost(6 * T * K * (K + V), 2 * K * K * V), rank=rank)
-
-
-def _one_block(problem: Problem) -> bool:
-    limit: int = _C.rank_limit
-    return problem.rule.gate != "channel" and problem.T <= limit
+    fits = costs.refuse(problem._replace(method="rank"), _C.rank_limit) is None
+    affine = costs.affine(6 * T * K * (K + V), K, V)
+    return costs.cheapest(problem, wy=costs.wy(T, K, V), affine=affine, rank=costs.rank(T, K, V) if fits else None)
 
 
 def forward(problem: Problem, x: Tensors) -> RecurrenceResult:

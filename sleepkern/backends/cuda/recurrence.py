@@ -20,7 +20,7 @@ from ..interface import REPLAY, Ordinary, refusal
 from ..native.module import _C, GATE_CODES, TYPE_CODES
 from ..native.views import Rows, address, on_device_of, rows, stream_of
 from ..replay import backward as replay_backward
-from ..replay.methods import Cost, cheapest
+from ..replay import costs
 
 NAME = "cuda"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
@@ -81,10 +81,9 @@ def why_not(problem: Problem) -> str | None:
         return f"replay with K of at most {_C.cuda_widest_key}, got {problem.K}"
     if problem.tol is not None and problem.V > _C.cuda_widest_block:
         return f"tol looks at a whole head in one block, V of at most {_C.cuda_widest_block}, got {problem.V}"
-    if problem.method == "rank" and (not _one_chunk(problem) or problem.rule.gate == "channel"):
-        return f"method 'rank' needs one chunk (T <= {_C.cuda_chunk}) and no channel decay"
-    if problem.method == "rank" and problem.tol is not None:
-        return "method 'rank' never forms the state of a pass, which tol looks at"
+    reason = costs.refuse(problem, _C.cuda_chunk, packs=False)
+    if reason is not None:
+        return reason
     return None if _plan(problem) else _does_not_fit(problem)
 
 
@@ -291,8 +290,10 @@ def _plan_on(problem: Problem, device: Device) -> Plan | None:
     if p.method == "wy":
         return Plan("wy", False, block, slots) if stays or p.tol is None else None
     T, K, V = p.T, p.K, p.V
-    wy = Cost(0, 4 * T * K * V) if stays else None
-    method = cheapest(p, wy=wy, affine=Cost(4 * T * K * K, 2 * K * K * V)) if p.method == "auto" else p.method
+    method = p.method
+    if method == "auto":
+        affine = costs.affine(costs.state_pass(T, K, K), K, V)  # the first pass leaves B
+        method = costs.cheapest(p, wy=costs.wy(T, K, V) if stays else None, affine=affine)
     return Plan("wy" if method == "wy" else "affine", False, block, slots)
 
 

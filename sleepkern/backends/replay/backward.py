@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...problems.recurrence import Problem, Tensors
-from .methods import Cost, cheapest, closed, window_decay
+from . import costs
+from .methods import closed, window_decay
 
 Gradients = list[Tensor | None]
 """Of q, k, v, g, beta, state."""
@@ -132,11 +133,14 @@ class _Replay:
 
     def _method(self) -> str:
         T, K, V = self.problem.T, self.problem.K, self.problem.V
-        walk = Cost(0, 18 * T * K * V)
-        affine = Cost(18 * T * K * (K + V), 6 * K * K * V)
+        state_pass, affine = costs.backward_state_pass(T, K, V), costs.backward_affine(T, K, V)
         if self.made is not None:  # heads that stop at passes of their own have no common closed form
-            return "affine" if affine.setup + (self.problem.passes - 1) * affine.a_pass < walk.a_pass else "walk"
-        return cheapest(self.problem, walk=walk, affine=affine)
+            return (
+                "affine"
+                if affine.setup + (self.problem.passes - 1) * affine.a_pass < state_pass.a_pass
+                else "state_pass"
+            )
+        return costs.cheapest(self.problem, state_pass=state_pass, affine=affine)
 
     @staticmethod
     def _at(states: Tensor, index: Tensor) -> Tensor:

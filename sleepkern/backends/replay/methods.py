@@ -9,7 +9,6 @@ many small steps remain.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,26 +69,6 @@ def closed(G: Tensor | None, B: Tensor, state: Tensor, passes: int) -> Tensor:
         if passes >> bit & 1:
             total, made = 1 + G.exp() * total, made + 1
     return (passes * G).exp() * state + total * B
-
-
-class Cost(NamedTuple):
-    """Flop a head of a replay method: before the passes, beyond what an ordinary pass takes, and of each pass."""
-
-    setup: int
-    a_pass: int
-
-
-def cheapest(problem: Problem, **methods: Cost | None) -> str:
-    """The method that takes the fewest flop, None marking one that cannot; closed form for rules without delta."""
-    if not problem.rule.delta and problem.tol is None:
-        return "closed"
-    best, fewest = "", -1
-    for name, cost in methods.items():  # a loop, because torch.compile cannot trace min of a list
-        if cost is not None:
-            total = cost.setup + (problem.passes - 1) * cost.a_pass
-            if fewest < 0 or total < fewest:
-                best, fewest = name, total
-    return best
 
 
 def remaining(previous: Tensor, step: Tensor) -> Tensor:
