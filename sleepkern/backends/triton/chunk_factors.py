@@ -1,10 +1,10 @@
-"""Stage 1, prepare: the factors of each chunk that do not depend on the state. The only stage that knows the rule.
+"""Stage 1: the factors of each chunk that do not depend on the state. No other stage knows the rule.
 
     M_ij = b_i k_i.k_j exp(G_i - G_j), i > j     P_ij = scale q_i.k_j exp(G_i - G_j), i >= j
     X = (I + M)^-1    U = X diag(b) V    W = X diag(b E) K    Kt = K exp(G_C - G)    Qe = scale Q E
 
-Exponents are differences inside a chunk and never positive. The inverse is merged block by block, from single rows on;
-no series, whose powers overflow for correlated keys.
+Exponents are differences inside a chunk and never positive. The inverse is merged from smaller inverses, from single
+rows on. A series would need powers, which overflow for correlated keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .chunk_factors_channel import BLOCK, channel_scores, on_diagonal
+from .chunk_factors_channel import BLOCK, channel_grams, on_diagonal
 from .common import (
     CHANNEL,
     HEAD,
@@ -25,6 +25,7 @@ from .common import (
     load_row_values,
     load_tile,
     product,
+    product_as,
     store_tile,
 )
 
@@ -41,9 +42,9 @@ def head_differences(G, GATE: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def invert(M, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + M)^-1 [C, C] of a strictly lower triangle M: pairs of blocks merged, from single rows to all.
+    """(I + M)^-1 [C, C] of a strictly lower triangle M: inverses of pairs of blocks are merged, from single rows to C.
 
-    Up to BLOCK rows the blocks of the diagonal are products of their own [BLOCK, BLOCK], not of all of [C, C].
+    Blocks of up to BLOCK rows on the diagonal are multiplied by themselves, as [BLOCK, BLOCK], and not as [C, C].
     """
     BLOCKS: tl.constexpr = C // BLOCK
     i = tl.arange(0, BLOCK)
@@ -63,7 +64,7 @@ def invert(M, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def between(i, level: tl.constexpr):
-    """[C, C]: whether row and column are the second and the first half of one block of 2^(level + 1) rows."""
+    """[C, C]: whether the row is in the second and the column in the first half of one block of 2^(level + 1) rows."""
     half = i >> level
     # mutant: blocks-merged-with-the-wrong-half
     return (half[:, None] == half[None, :] + 1) & ((half[None, :] & 1) == 0)
@@ -71,127 +72,121 @@ def between(i, level: tl.constexpr):
 
 @triton.jit
 def merge(X, L, PRECISION: tl.constexpr):
-    """From inverses X of blocks on the diagonal to those of twice the size: X - X L X, L the numbers between them."""
-    return X - product(product(X, L, tl.float32, PRECISION), X, tl.float32, PRECISION)
+    """Inverses of blocks of twice the size from inverses X of blocks on the diagonal: X - X L X, L the tile between."""
+    return X - product_as(product_as(X, L, tl.float32, PRECISION), X, tl.float32, PRECISION)
 
 
 @triton.jit
-def score_chunk(
-    p_q, p_k, p_g, p_Kt, p_Qe, p_end, at_rows, at_end, rows, head, scale, q_stride, k_stride, g_stride,
-    HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def chunk_grams(
+    inputs, factors, slot, first, rows, head, scale, BK: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr
 ):  # fmt: skip
-    """qk and kk with decay [C, C], of kk what is below the diagonal counts; 1 / |k| [C], G [C] of head decay.
+    """q k^T and k k^T with decay, [C, C] each (the latter counts below the diagonal); 1 / |k| [C]; G [C] of head decay.
 
-    Writes Kt, Qe and end of channel decay.
+    q, k and the decay of channels are loaded in [C, BK]. Kt, Qe and G_end of channel decay are stored.
     """
+    HV: tl.constexpr = DIMS.HV
+    K: tl.constexpr = DIMS.K
+    C: tl.constexpr = DIMS.C
+    at_rows = first * HV + head
+    at_key = (head // DIMS.GROUP) * K
+    p_k = inputs.k + first * inputs.k_stride + at_key
     G = 0.0
     q_norm = tl.full([C], 1.0, tl.float32)
     k_norm = tl.full([C], 1.0, tl.float32)
-    if NORMALIZE:
-        k_norm = inverse_norms(p_k, k_stride, rows, K, C, BK)
-        if READS:
-            q_norm = inverse_norms(p_q, q_stride, rows, K, C, BK)
-    qk = tl.zeros([C, C], tl.float32)
-    kk = tl.zeros([C, C], tl.float32)
+    if FLAGS.OUTPUT:
+        p_q = inputs.q + first * inputs.q_stride + at_key
+    if FLAGS.NORMALIZE:
+        k_norm = inverse_norms(p_k, inputs.k_stride, rows, K, C, BK)
+        if FLAGS.OUTPUT:
+            q_norm = inverse_norms(p_q, inputs.q_stride, rows, K, C, BK)
+    gram_qk = tl.zeros([C, C], tl.float32)
+    gram_kk = tl.zeros([C, C], tl.float32)
     for col in range(0, K, BK):
-        k = load_tile(p_k, k_stride, rows, col, K, C, BK)
+        k = load_tile(p_k, inputs.k_stride, rows, col, K, C, BK)
         q = k
-        if READS:
-            q = load_tile(p_q, q_stride, rows, col, K, C, BK)
-        if GATE == CHANNEL:
+        if FLAGS.OUTPUT:
+            q = load_tile(p_q, inputs.q_stride, rows, col, K, C, BK)
+        if FLAGS.GATE == CHANNEL:
             q, k = q.to(tl.float32), k.to(tl.float32)
-            decay = channel_decay(p_g, g_stride, rows, col, K, C, BK, WIDE)
-            more_qk, more_kk = channel_scores(q, k, decay, READS, DELTA, C, BK, DT, PRECISION)
-            qk += more_qk
-            kk += more_kk
-            end = last_row(decay, C)
+            p_g = inputs.g + first * inputs.g_stride + head * K
+            G_columns = channel_decay(p_g, inputs.g_stride, rows, col, K, C, BK, FLAGS.WIDE)
+            more_qk, more_kk = channel_grams(q, k, G_columns, C, BK, FLAGS)
+            gram_qk += more_qk
+            gram_kk += more_kk
+            G_end = last_row(G_columns, C)
             key = col + tl.arange(0, BK)
-            tl.store(p_end + at_end + key, end.to(tl.float32), mask=key < K)
-            Kt = k_norm[:, None] * k * exp_of(end[None, :] - decay)
-            store_tile(p_Kt + at_rows * K, HV * K, rows, col, Kt, K, C, BK)
-            if READS:
-                Qe = (scale * q_norm)[:, None] * q * exp_of(decay)
-                store_tile(p_Qe + at_rows * K, HV * K, rows, col, Qe, K, C, BK)
+            at_end = (slot.to(tl.int64) * HV + head) * K
+            tl.store(factors.G_end + at_end + key, G_end.to(tl.float32), mask=key < K)
+            Kt = k_norm[:, None] * k * exp_of(G_end[None, :] - G_columns)
+            store_tile(factors.Kt + at_rows * K, HV * K, rows, col, Kt, K, C, BK)
+            if FLAGS.OUTPUT:
+                Qe = (scale * q_norm)[:, None] * q * exp_of(G_columns)
+                store_tile(factors.Qe + at_rows * K, HV * K, rows, col, Qe, K, C, BK)
         else:
-            if READS:
-                qk += product(q, tl.trans(k), DT, PRECISION)
-            if DELTA:
-                kk += product(k, tl.trans(k), DT, PRECISION)
-    if GATE != CHANNEL:
-        if GATE == HEAD:
-            G = head_decay(p_g, g_stride, rows, C, WIDE)
-        D = head_differences(G, GATE, C)
-        qk *= D
-        kk *= D
-    if NORMALIZE:
-        qk *= q_norm[:, None] * k_norm[None, :]
-        kk *= k_norm[:, None] * k_norm[None, :]
-    return qk, kk, k_norm, G
+            if FLAGS.OUTPUT:
+                gram_qk += product(q, tl.trans(k), FLAGS)
+            if FLAGS.DELTA:
+                gram_kk += product(k, tl.trans(k), FLAGS)
+    if FLAGS.GATE != CHANNEL:
+        if FLAGS.GATE == HEAD:
+            G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
+        D = head_differences(G, FLAGS.GATE, C)
+        gram_qk *= D
+        gram_kk *= D
+    if FLAGS.NORMALIZE:
+        gram_qk *= q_norm[:, None] * k_norm[None, :]
+        gram_kk *= k_norm[:, None] * k_norm[None, :]
+    return gram_qk, gram_kk, k_norm, G
 
 
 @triton.jit
-def prepare_chunk(
-    p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_kk, p_W, p_U, p_Kt, p_Qe, p_end,
-    slot, first, rows, head, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr, KEEP: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def write_chunk_factors(
+    inputs, factors, slot, first, rows, head, scale,
+    BK: tl.constexpr, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Factors of the chunk of a value head from row `first` on, `rows` of them there; X and kk only when KEEP."""
+    """Store the factors of the chunk of a value head that starts at row `first`; X and kk only when SAVE."""
+    HV: tl.constexpr = DIMS.HV
+    K: tl.constexpr = DIMS.K
+    V: tl.constexpr = DIMS.V
+    C: tl.constexpr = DIMS.C
     at_rows = first * HV + head
-    p_k += first * k_stride + (head // GROUP) * K
-    if READS:
-        p_q += first * q_stride + (head // GROUP) * K
-    if GATE == HEAD:
-        p_g += first * g_stride + head
-    if GATE == CHANNEL:
-        p_g += first * g_stride + head * K
-    at_end = (slot.to(tl.int64) * HV + head) * K
-    qk, kk, k_norm, G = score_chunk(
-        p_q, p_k, p_g, p_Kt, p_Qe, p_end, at_rows, at_end, rows, head, scale, q_stride, k_stride, g_stride,
-        HV, K, C, BK, GATE, DELTA, NORMALIZE, READS, DT, PRECISION, WIDE,
-    )  # fmt: skip
-    if READS:
-        store_tile(p_P + at_rows * C, HV * C, rows, 0, scale * qk, C, C, C)
-    if DELTA:
-        b = load_row_values(p_beta + first * beta_stride + head, beta_stride, rows, C)
-        X = invert(b[:, None] * kk, C, PRECISION)
-        if KEEP:
-            store_tile(p_X + at_rows * C, HV * C, rows, 0, X, C, C, C)
-            store_tile(p_kk + at_rows * C, HV * C, rows, 0, kk, C, C, C)
+    gram_qk, gram_kk, k_norm, G = chunk_grams(inputs, factors, slot, first, rows, head, scale, BK, DIMS, FLAGS)
+    if FLAGS.OUTPUT:
+        store_tile(factors.P + at_rows * C, HV * C, rows, 0, scale * gram_qk, C, C, C)
+    if FLAGS.DELTA:
+        p_k = inputs.k + first * inputs.k_stride + (head // DIMS.GROUP) * K
+        p_v = inputs.v + first * inputs.v_stride + head * V
+        b = load_row_values(inputs.beta + first * inputs.beta_stride + head, inputs.beta_stride, rows, C)
+        X = invert(b[:, None] * gram_kk, C, FLAGS.PRECISION)
+        if SAVE:
+            store_tile(factors.X + at_rows * C, HV * C, rows, 0, X, C, C, C)
+            store_tile(factors.kk + at_rows * C, HV * C, rows, 0, gram_kk, C, C, C)
         b_norm = b * k_norm
-        if GATE == HEAD:
+        if FLAGS.GATE == HEAD:
             b_norm *= exp_of(G)
         for col in range(0, K, BK):
-            k = b_norm[:, None] * load_tile(p_k, k_stride, rows, col, K, C, BK)
-            if GATE == CHANNEL:
-                k *= exp_of(channel_decay(p_g, g_stride, rows, col, K, C, BK, WIDE))
-            store_tile(p_W + at_rows * K, HV * K, rows, col, product(X, k, DT, PRECISION), K, C, BK)
+            k = b_norm[:, None] * load_tile(p_k, inputs.k_stride, rows, col, K, C, BK)
+            if FLAGS.GATE == CHANNEL:
+                p_g = inputs.g + first * inputs.g_stride + head * K
+                k *= exp_of(channel_decay(p_g, inputs.g_stride, rows, col, K, C, BK, FLAGS.WIDE))
+            store_tile(factors.W + at_rows * K, HV * K, rows, col, product(X, k, FLAGS), K, C, BK)
         for col in range(0, V, BV):
-            v = load_tile(p_v + first * v_stride + head * V, v_stride, rows, col, V, C, BV)
-            store_tile(p_U + at_rows * V, HV * V, rows, col, product(X, b[:, None] * v, DT, PRECISION), V, C, BV)
+            v = load_tile(p_v, inputs.v_stride, rows, col, V, C, BV)
+            store_tile(factors.U + at_rows * V, HV * V, rows, col, product(X, b[:, None] * v, FLAGS), V, C, BV)
 
 
-@triton.jit(do_not_specialize=["T", "sequences"])
-def prepare_kernel(
-    p_q, p_k, p_v, p_g, p_beta, p_offsets,  # q, k [rows,H,K]  v [rows,HV,V]  g, beta: rules.py
-    p_P, p_X, p_kk, p_W, p_U, p_Kt, p_Qe,  # P, X, kk [rows,HV,C]  W, Kt, Qe [rows,HV,K]  U [rows,HV,V]
-    p_end,  # [slots,HV,K] G at the last row of the chunk, for channel decay
-    T, sequences, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr, KEEP: tl.constexpr,
-    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+@triton.jit(do_not_specialize=["sizes"])
+def chunk_factors_kernel(
+    inputs, factors, sizes,
+    BK: tl.constexpr, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (slots, HV): one chunk of one value head. Registers: two [C, C]; q, k, v go by in [C, BK] and [C, BV]."""
+    """P, W, U and their like (formulas: this file's head) of one chunk of one value head. Grid (slots, HV).
+
+    Registers hold two tiles [C, C]; q and k are loaded in [C, BK], v in [C, BV].
+    """
     slot = tl.program_id(0)
-    _, first, rows = find_chunk(slot, p_offsets, T, sequences, C, PACKED)
+    first, rows = find_chunk(slot, inputs, sizes, DIMS.C, FLAGS.PACKED)
     if rows > 0:
-        prepare_chunk(
-            p_q, p_k, p_v, p_g, p_beta, p_P, p_X, p_kk, p_W, p_U, p_Kt, p_Qe, p_end,
-            slot, first, rows, tl.program_id(1), scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-            HV, GROUP, K, V, C, BK, BV, GATE, DELTA, NORMALIZE, READS, KEEP, DT, PRECISION, WIDE,
+        write_chunk_factors(
+            inputs, factors, slot, first, rows, tl.program_id(1), sizes.scale, BK, BV, DIMS, FLAGS, SAVE
         )  # fmt: skip

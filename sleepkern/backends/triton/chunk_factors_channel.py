@@ -1,9 +1,10 @@
-"""Channel decay inside a chunk, where exp(G_i - G_j) is a number of its own for each key channel.
+"""Channel decay inside a chunk, where exp(G_i - G_j) differs from key channel to key channel.
 
 The dyadic form takes it apart with no exponent above 0: at each level rows stand in pairs of halves of 2^level rows, R
 is the last row of a pair's lower half, and exp(G_i - G_j) = exp(G_i - R) exp(R - G_j) for i in the upper half, j in the
 lower. Levels inside BLOCK rows work on blocks [B, R, ...] of the diagonal, B = C / BLOCK and R = BLOCK, whose products
-are small; those above on one block, the chunk. A level is a turn of a loop: unrolled, all levels are alive at once.
+are small; levels above work on one block, the chunk. A level is an iteration of a loop, because a compiler that
+unrolls the loop keeps the tiles of all levels alive at once.
 """
 
 from __future__ import annotations
@@ -11,87 +12,80 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import exp_of, product
+from .common import exp_of, product_as
 
 BLOCK = tl.constexpr(16)
 BLOCK_LEVELS = tl.constexpr(4)
 
 
 @triton.jit
-def channel_scores(
-    q, k, G, READS: tl.constexpr, DELTA: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, PRECISION
-):  # fmt: skip
+def channel_grams(q, k, G, C: tl.constexpr, BK: tl.constexpr, FLAGS: tl.constexpr):
     """(qk with its diagonal, kk without): lower triangles [C, C] of sum_d x_id k_jd exp(G_id - G_jd), BK channels."""
     LEVELS: tl.constexpr = 4 + C // 32 - C // 128
     B: tl.constexpr = C // BLOCK
     i = tl.arange(0, BLOCK)
     q_blocks = tl.reshape(q, [B, BLOCK, BK])
     k_blocks = tl.reshape(k, [B, BLOCK, BK])
-    qk, kk = score_levels(
-        q_blocks, k_blocks, tl.reshape(G, [B, BLOCK, BK]), 0, BLOCK_LEVELS, B, BLOCK, BK, READS, DELTA, DT, PRECISION
-    )
-    if READS:
+    qk, kk = gram_levels(q_blocks, k_blocks, tl.reshape(G, [B, BLOCK, BK]), 0, BLOCK_LEVELS, B, BLOCK, BK, FLAGS)
+    if FLAGS.OUTPUT:
         qk += tl.where((i[:, None] == i[None, :])[None], tl.sum(q_blocks * k_blocks, 2)[:, :, None], 0.0)
     qk = on_diagonal(qk, C)
     kk = on_diagonal(kk, C)
     if C > BLOCK:
-        more_qk, more_kk = score_levels(
-            q[None], k[None], G[None], BLOCK_LEVELS, LEVELS, 1, C, BK, READS, DELTA, DT, PRECISION
-        )
+        more_qk, more_kk = gram_levels(q[None], k[None], G[None], BLOCK_LEVELS, LEVELS, 1, C, BK, FLAGS)
         qk += tl.reshape(more_qk, [C, C])
         kk += tl.reshape(more_kk, [C, C])
     return qk, kk
 
 
 @triton.jit
-def score_levels(
-    q, k, G, first, last, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    READS: tl.constexpr, DELTA: tl.constexpr, DT: tl.constexpr, PRECISION,
+def gram_levels(
+    q, k, G, first, last, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, FLAGS: tl.constexpr
 ):  # fmt: skip
     """qk and kk [B, R, R] of the levels from first to before last; q, k, G [B, R, BK]."""
     qk = tl.zeros([B, R, R], tl.float32)
     kk = tl.zeros([B, R, R], tl.float32)
     for level in range(first, last):
-        e, upper, pair, _ = level_decay(G, level, B, R, BK)
+        e, upper, paired, _ = level_decay(G, level, B, R, BK)
         y = tl.permute(tl.where(upper, 0.0, k * e), (0, 2, 1))
-        if READS:
-            qk += tl.where(pair, block_product(tl.where(upper, q * e, 0.0), y, DT, PRECISION), 0.0)
-        if DELTA:
-            kk += tl.where(pair, block_product(tl.where(upper, k * e, 0.0), y, DT, PRECISION), 0.0)
+        if FLAGS.OUTPUT:
+            qk += tl.where(paired, block_product(tl.where(upper, q * e, 0.0), y, FLAGS), 0.0)
+        if FLAGS.DELTA:
+            kk += tl.where(paired, block_product(tl.where(upper, k * e, 0.0), y, FLAGS), 0.0)
     return qk, kk
 
 
 @triton.jit
 def channel_gradients(
-    q, k, G, b, p_P, p_X, stride, rows, C: tl.constexpr, BK: tl.constexpr,
-    DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, G, b, factors, at, stride, rows, C: tl.constexpr, BK: tl.constexpr, FLAGS: tl.constexpr
 ):  # fmt: skip
-    """The sums inside the chunk: those of dq, of dk and of dg, [C, BK] each; dP and dM lie at p_P and p_X.
+    """The sums inside the chunk for dq, dk and dg, [C, BK] each. dP and dM are loaded from factors.P and
+    factors.X, where value_columns has stored them, at offset `at`.
 
-    The levels above BLOCK go on from what those inside it have summed: two sets of sums would not fit in registers.
+    The levels above BLOCK continue the sums of the levels inside BLOCK: two sets of sums would not fit in registers.
     """
     LEVELS: tl.constexpr = 4 + C // 32 - C // 128
     B: tl.constexpr = C // BLOCK
     zero = tl.zeros([B, BLOCK, BK], tl.float32)
     dq, dk, dg = gradient_levels(
         tl.reshape(q, [B, BLOCK, BK]), tl.reshape(k, [B, BLOCK, BK]), tl.reshape(G, [B, BLOCK, BK]),
-        tl.reshape(b, [B, BLOCK]), zero, zero, zero, p_P, p_X, stride, rows, 0, BLOCK_LEVELS,
-        B, BLOCK, BK, DELTA, READS, DT, PRECISION,
+        tl.reshape(b, [B, BLOCK]), zero, zero, zero, factors, at, stride, rows, 0, BLOCK_LEVELS,
+        B, BLOCK, BK, FLAGS,
     )  # fmt: skip
     dq = tl.reshape(dq, [C, BK])
     dk = tl.reshape(dk, [C, BK])
     dg = tl.reshape(dg, [C, BK])
     if C > BLOCK:
         dq, dk, dg = gradient_levels(
-            q[None], k[None], G[None], b[None], dq[None], dk[None], dg[None], p_P, p_X, stride, rows,
-            BLOCK_LEVELS, LEVELS, 1, C, BK, DELTA, READS, DT, PRECISION,
+            q[None], k[None], G[None], b[None], dq[None], dk[None], dg[None], factors, at, stride, rows,
+            BLOCK_LEVELS, LEVELS, 1, C, BK, FLAGS,
         )  # fmt: skip
         dq = tl.reshape(dq, [C, BK])
         dk = tl.reshape(dk, [C, BK])
         dg = tl.reshape(dg, [C, BK])
-    if READS:
+    if FLAGS.OUTPUT:
         i = tl.arange(0, C)
-        diagonal = tl.load(p_P + i * (stride + 1), mask=i < rows, other=0.0).to(tl.float32)[:, None]
+        diagonal = tl.load(factors.P + at + i * (stride + 1), mask=i < rows, other=0.0).to(tl.float32)[:, None]
         dq += diagonal * k
         dk += diagonal * q
     return dq, dk, dg
@@ -99,59 +93,67 @@ def channel_gradients(
 
 @triton.jit
 def gradient_levels(
-    q, k, G, b, dq, dk, dg, p_P, p_X, stride, rows, first, last, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    DELTA: tl.constexpr, READS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, G, b, dq, dk, dg, factors, at, stride, rows, first, last,
+    B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dg [B, R, BK] with the levels from first to before last added.
 
-    All pairs of a level are of an upper half's row i and a lower half's row j. At a row t of the upper half those of
-    rows from t on decay, at one of the lower half those of rows before t: dg takes the sum of what they give.
+    A pair of a level is a row i of an upper half and a row j of a lower half. The decay of a row t of the upper half
+    scales the pairs with i >= t, the decay of a row t of the lower half the pairs with j < t: dg_t sums the terms of
+    these pairs.
     """
     for level in range(first, last):
-        e, upper, pair, turned = level_decay(G, level, B, R, BK)
+        e, upper, paired, paired_transposed = level_decay(G, level, B, R, BK)
         ex = tl.where(upper, e, 0.0)
         ey = tl.where(upper, 0.0, e)
-        gains = tl.zeros([B, R, BK], tl.float32)
-        if READS:
-            dP = tl.where(pair, load_blocks(p_P, stride, rows, B, R, False), 0.0)
-            of_q = ex * block_product(dP, k * ey, DT, PRECISION)
+        terms = tl.zeros([B, R, BK], tl.float32)
+        if FLAGS.OUTPUT:
+            dP = tl.where(paired, load_blocks(factors.P + at, stride, rows, B, R, False), 0.0)
+            of_q = ex * block_product(dP, k * ey, FLAGS)
             dq += of_q
-            gains += q * of_q
-            dP_turned = tl.where(turned, load_blocks(p_P, stride, rows, B, R, True), 0.0)
-            of_k = ey * block_product(dP_turned, q * ex, DT, PRECISION)
+            terms += q * of_q
+            dP_transposed = tl.where(paired_transposed, load_blocks(factors.P + at, stride, rows, B, R, True), 0.0)
+            of_k = ey * block_product(dP_transposed, q * ex, FLAGS)
             dk += of_k
-            gains += k * of_k
-        if DELTA:
-            dM = tl.where(pair, load_blocks(p_X, stride, rows, B, R, False), 0.0)
-            of_row = b[:, :, None] * (ex * block_product(dM, k * ey, DT, PRECISION))
+            terms += k * of_k
+        if FLAGS.DELTA:
+            dM = tl.where(paired, load_blocks(factors.X + at, stride, rows, B, R, False), 0.0)
+            of_row = b[:, :, None] * (ex * block_product(dM, k * ey, FLAGS))
             dk += of_row
-            gains += k * of_row
-            dM_turned = tl.where(turned, load_blocks(p_X, stride, rows, B, R, True) * b[:, None, :], 0.0)
-            of_k = ey * block_product(dM_turned, k * ex, DT, PRECISION)
+            terms += k * of_row
+            dM_transposed = tl.where(
+                paired_transposed, load_blocks(factors.X + at, stride, rows, B, R, True) * b[:, None, :], 0.0
+            )
+            of_k = ey * block_product(dM_transposed, k * ex, FLAGS)
             dk += of_k
-            gains += k * of_k
-        dg += block_product(tl.broadcast_to(crossing(level, R), [B, R, R]), gains, tl.float32, PRECISION)
+            terms += k * of_k
+        scaled = tl.broadcast_to(scaled_by_row(level, R), [B, R, R])
+        dg += block_product_as(scaled, terms, tl.float32, FLAGS.PRECISION)
     return dq, dk, dg
 
 
 @triton.jit
-def crossing(level, R: tl.constexpr):
-    """[1, R, R]: 1 where what pairs give row s of a half of one level, column, decays at row t of it, row, else 0."""
+def scaled_by_row(level, R: tl.constexpr):
+    """[1, R, R], row t, column s: 1 where the decay of t scales the terms of the pairs of s, else 0.
+
+    t and s are rows of the same half of one level.
+    """
     i = tl.arange(0, R)
     half = i >> level
     upper = (half & 1) == 1
     # mutant: pairs-of-the-wrong-rows
-    behind = i[None, :] >= i[:, None]
-    counts = (half[:, None] == half[None, :]) & (behind == upper[:, None])
+    from_row_on = i[None, :] >= i[:, None]
+    counts = (half[:, None] == half[None, :]) & (from_row_on == upper[:, None])
     return tl.where(counts, 1.0, 0.0)[None]
 
 
 @triton.jit
 def level_decay(G, level, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
-    """exp(-|G - R|) [B, R, BK] of one level, which is exp(G_i - R) in upper halves and exp(R - G_j) in lower ones;
+    """The factors of one level and their places.
 
-    whether a row is in an upper half [1, R, 1]; whether (i, j) are the upper and lower half of one pair [1, R, R]; the
-    same of (j, i).
+    Returns exp(-|G - R|) [B, R, BK], which is exp(G_i - R) in upper halves and exp(R - G_j) in lower halves; whether a
+    row is in an upper half [1, R, 1]; whether (i, j) are in the upper and lower half of one pair [1, R, R]; the
+    transpose of the latter.
     """
     i = tl.arange(0, R)
     half = i >> level
@@ -159,29 +161,35 @@ def level_decay(G, level, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
     last = ((half | 1) << level) - 1
     border = tl.gather(G, tl.broadcast_to(last[None, :, None], [B, R, BK]), 1)
     upper = (half & 1) == 1
-    pair = (half[:, None] == half[None, :] + 1) & upper[:, None]
-    turned = (half[:, None] + 1 == half[None, :]) & upper[None, :]
-    return exp_of(-tl.abs(G - border)), upper[None, :, None], pair[None], turned[None]
+    paired = (half[:, None] == half[None, :] + 1) & upper[:, None]
+    paired_transposed = (half[:, None] + 1 == half[None, :]) & upper[None, :]
+    return exp_of(-tl.abs(G - border)), upper[None, :, None], paired[None], paired_transposed[None]
 
 
 @triton.jit
-def block_product(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b of each block. Warps take a block each, so one block alone is multiplied as a plain matrix."""
+def block_product(a, b, FLAGS: tl.constexpr):
+    """a @ b of each block, in the precision of the call."""
+    return block_product_as(a, b, FLAGS.DT, FLAGS.PRECISION)
+
+
+@triton.jit
+def block_product_as(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b of each block. Each warp takes one block, so a single block is multiplied as a plain matrix."""
     if a.shape[0] == 1:
-        c = product(
+        c = product_as(
             tl.reshape(a, [a.shape[1], a.shape[2]]), tl.reshape(b, [b.shape[1], b.shape[2]]), DT, PRECISION
         )  # fmt: skip
         return c[None]
-    return product(a, b, DT, PRECISION)
+    return product_as(a, b, DT, PRECISION)
 
 
 @triton.jit
-def load_blocks(p, stride, rows, B: tl.constexpr, R: tl.constexpr, TURNED: tl.constexpr):
-    """Blocks [B, R, R] on the diagonal of a row-major matrix, each turned if TURNED; 0 beyond `rows` rows."""
+def load_blocks(p, stride, rows, B: tl.constexpr, R: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Blocks [B, R, R] on the diagonal of a row-major matrix, each transposed if TRANSPOSED; 0 beyond `rows` rows."""
     at = tl.arange(0, B)[:, None, None] * R
     i = tl.arange(0, R)[None, :, None]
     j = tl.arange(0, R)[None, None, :]
-    if TURNED:
+    if TRANSPOSED:
         return tl.load(p + (at + j) * stride + at + i, mask=at + j < rows, other=0.0)
     return tl.load(p + (at + i) * stride + at + j, mask=at + i < rows, other=0.0)
 

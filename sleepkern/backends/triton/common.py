@@ -1,12 +1,14 @@
-"""What all stages share: where a chunk lies, tiles in and out, products in one precision, decay inside a chunk.
+"""What all stages share: groups of kernel arguments, where a chunk is stored, tiles in and out, products, decay.
 
-Names in kernels: p_x is a pointer to x, x_stride the numbers from one row (token) to the next; C rows of a chunk, BK
-key columns, BV value columns, KP the power of two that holds all key columns; GATE is NONE, HEAD or CHANNEL, DT the
-type of operands. A product never takes the transpose of another product: Triton 3.4 to 3.7.0 turns that into wrong
-code on Hopper (flash-linear-attention's issue 640). Where one is wanted it goes through memory and is read back turned.
+Names in kernels: x_stride is the number of elements from one row (token) to the next; C rows of a chunk, BK key columns
+and BV value columns at a time, KP the power of two that holds all key columns; bh = sequence * HV + value head. A
+product never takes the transpose of another product: Triton 3.4 to 3.7.0 compiles that into wrong code on Hopper
+(flash-linear-attention's issue 640). A transpose that is wanted goes through memory and is loaded transposed.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,64 +16,163 @@ import triton.language as tl
 NONE = tl.constexpr(0)
 HEAD = tl.constexpr(1)
 CHANNEL = tl.constexpr(2)
-FORGET = tl.constexpr(-104.0)
-"""exp of it is 0 in float32; a log decay of -inf itself would make differences of sums into NaN."""
+MIN_LOG_DECAY = tl.constexpr(-104.0)
+"""exp(-104) is 0 in float32; a log decay of -inf itself would turn differences of sums into NaN."""
 NORM_EPS = tl.constexpr(1e-6)
 SEARCH = tl.constexpr(256)
 
 
+class Inputs(NamedTuple):
+    """Pointers to the tensors of a call, None for a tensor that the call lacks, and the strides of their rows."""
+
+    q: Any  # [rows,H,K]
+    k: Any  # [rows,H,K]
+    v: Any  # [rows,HV,V]
+    g: Any  # [rows,HV] or [rows,HV,K]
+    beta: Any  # [rows,HV]
+    offsets: Any  # [sequences + 1] when packed
+    q_stride: Any
+    k_stride: Any
+    v_stride: Any
+    g_stride: Any
+    beta_stride: Any
+
+
+class ChunkFactors(NamedTuple):
+    """Scratch that chunk_factors_kernel writes (formulas: chunk_factors.py); None where the rule has no such factor."""
+
+    P: Any  # [rows,HV,C]
+    X: Any  # [rows,HV,C], for the backward pass
+    kk: Any  # [rows,HV,C], for the backward pass
+    W: Any  # [rows,HV,K]
+    U: Any  # [rows,HV,V]
+    Kt: Any  # [rows,HV,K], channel decay
+    Qe: Any  # [rows,HV,K], channel decay
+    G_end: Any  # [slots,HV,K] float32, channel decay: G at the last row of the chunk
+
+
+class States(NamedTuple):
+    """What a state pass reads and writes; starts and Vn for the backward pass."""
+
+    initial: Any  # [sequences,HV,K,V] float32
+    final: Any  # [sequences,HV,K,V] float32
+    o: Any  # [rows,HV,V]
+    starts: Any  # [slots,HV,K,V] states at the starts of the chunks
+    Vn: Any  # [rows,HV,V]
+
+
+class StateGradients(NamedTuple):
+    """What a backward state pass reads and writes."""
+
+    do: Any  # [rows,HV,V]
+    dstate: Any  # [sequences,HV,K,V] float32
+    dinitial: Any  # [sequences,HV,K,V] float32
+    ends: Any  # [slots,HV,K,V] gradients of the states at the ends of the chunks
+    dVn: Any  # [rows,HV,V]
+    do_stride: Any
+
+
+class Gradients(NamedTuple):
+    """Contiguous gradients of the inputs, and scratch."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    dg: Any
+    dbeta: Any
+    dq_sum: Any  # [rows,H,K] float32 scratch when SUMS, else dq itself
+    dk_sum: Any  # [rows,H,K] float32 scratch when SUMS, else dk itself
+    dR: Any  # [rows,HV,V] scratch
+
+
+class Sizes(NamedTuple):
+    """Numbers of a call that no kernel is compiled for."""
+
+    T: int
+    sequences: int
+    passes: int
+    scale: float
+
+
+class Dims(NamedTuple):
+    """Compile-time sizes: value heads, value heads of a key head, widths, rows of a chunk, padded(K)."""
+
+    HV: int
+    GROUP: int
+    K: int
+    V: int
+    C: int
+    KP: int
+
+
+class Flags(NamedTuple):
+    """Compile-time switches. GATE is NONE, HEAD or CHANNEL; DT and PRECISION are those of `product`; WIDE sums log
+    decays in float64."""
+
+    GATE: int
+    DELTA: bool
+    HAS_BETA: bool
+    NORMALIZE: bool
+    OUTPUT: bool
+    PACKED: bool
+    DT: Any
+    PRECISION: str
+    WIDE: bool
+
+
 @triton.jit
-def find_chunk(slot, p_offsets, T, sequences, C: tl.constexpr, PACKED: tl.constexpr):
-    """The chunk in a slot: (its sequence, its first row, how many rows the sequence has from there on).
+def find_chunk(slot, inputs, sizes, C: tl.constexpr, PACKED: tl.constexpr):
+    """The chunk in a slot: (its first row, the number of rows that its sequence has from there on).
 
     A batch has cdiv(T, C) slots a sequence. Packed sequence s owns the slots from offset[s] // C + s on: enough for
     its chunks, found without a sum over the others, at the price of at most one slot a sequence that holds nothing
-    (rows <= 0). So the grid follows from shapes alone and no index is ever read by the host.
+    (rows <= 0). The grid therefore follows from shapes alone, and the host never reads an index.
     """
     if PACKED:
         before = 0
-        for first in range(0, sequences, SEARCH):
-            s = first + tl.arange(0, SEARCH)
-            begins = tl.load(p_offsets + s, mask=s < sequences, other=0)
-            owned = (begins // C + s <= slot) & (s < sequences)
+        for start in range(0, sizes.sequences, SEARCH):
+            s = start + tl.arange(0, SEARCH)
+            begins = tl.load(inputs.offsets + s, mask=s < sizes.sequences, other=0)
+            owned = (begins // C + s <= slot) & (s < sizes.sequences)
             before += tl.sum(owned.to(tl.int32))
         sequence = before - 1
-        begin = tl.load(p_offsets + sequence).to(tl.int64)
-        end = tl.load(p_offsets + sequence + 1).to(tl.int64)
+        begin = tl.load(inputs.offsets + sequence).to(tl.int64)
+        end = tl.load(inputs.offsets + sequence + 1).to(tl.int64)
         # mutant: slots-of-packed-sequences
         chunk = slot - (begin // C).to(tl.int32) - sequence
     else:
-        chunks = tl.cdiv(T, C)
+        chunks = tl.cdiv(sizes.T, C)
         sequence = slot // chunks
-        begin = sequence.to(tl.int64) * T
-        end = begin + T
+        begin = sequence.to(tl.int64) * sizes.T
+        end = begin + sizes.T
         chunk = slot % chunks
-    first_row = begin + chunk * C
-    return sequence, first_row, (end - first_row).to(tl.int32)
+    first = begin + chunk * C
+    return first, (end - first).to(tl.int32)
 
 
 @triton.jit
-def find_sequence(sequence, p_offsets, T, C: tl.constexpr, PACKED: tl.constexpr):
+def find_sequence(sequence, inputs, sizes, C: tl.constexpr, PACKED: tl.constexpr):
     """A sequence: (its first row, its number of rows, the slot of its first chunk)."""
     if PACKED:
-        begin = tl.load(p_offsets + sequence).to(tl.int64)
-        rows = (tl.load(p_offsets + sequence + 1).to(tl.int64) - begin).to(tl.int32)
+        begin = tl.load(inputs.offsets + sequence).to(tl.int64)
+        total = (tl.load(inputs.offsets + sequence + 1).to(tl.int64) - begin).to(tl.int32)
         slot = (begin // C).to(tl.int32) + sequence
     else:
-        begin = sequence.to(tl.int64) * T
-        rows = T
-        slot = sequence * tl.cdiv(T, C)
-    return begin, rows, slot
+        begin = sequence.to(tl.int64) * sizes.T
+        total = sizes.T
+        slot = sequence * tl.cdiv(sizes.T, C)
+    return begin, total, slot
 
 
 @triton.jit
 def find_columns(V: tl.constexpr, BV: tl.constexpr):
-    """(lane, first value column) of a program: the columns of a lane lie side by side, so that they share what they
-    read. One axis, because the second one of a grid ends at 65535.
+    """(bh, first value column) of a program. Programs of one bh are neighbours, so that they share what they load.
+
+    The grid has one axis, because the second axis of a grid ends at 65535.
     """
-    blocks: tl.constexpr = (V + BV - 1) // BV
+    tiles: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
-    return program // blocks, (program % blocks) * BV
+    return program // tiles, (program % tiles) * BV
 
 
 @triton.jit
@@ -86,7 +187,7 @@ def load_tile(p, stride, rows, col, WIDTH: tl.constexpr, R: tl.constexpr, N: tl.
 
 
 @triton.jit
-def load_turned(p, stride, rows, col, WIDTH: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+def load_transposed(p, stride, rows, col, WIDTH: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
     """[N, R], the transpose of load_tile."""
     i = tl.arange(0, R)[None, :]
     j = col + tl.arange(0, N)[:, None]
@@ -98,7 +199,7 @@ def load_turned(p, stride, rows, col, WIDTH: tl.constexpr, R: tl.constexpr, N: t
 
 @triton.jit
 def store_tile(p, stride, rows, col, x, WIDTH: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
-    """Write [R, N] where load_tile reads."""
+    """Store [R, N] where load_tile loads."""
     i = tl.arange(0, R)[:, None]
     j = col + tl.arange(0, N)[None, :]
     mask = i < rows
@@ -109,16 +210,23 @@ def store_tile(p, stride, rows, col, x, WIDTH: tl.constexpr, R: tl.constexpr, N:
 
 @triton.jit
 def load_row_values(p, stride, rows, R: tl.constexpr):
-    """[R] numbers, one a row, as float32; 0 beyond `rows`."""
+    """[R] values, one a row, as float32; 0 beyond `rows`."""
     i = tl.arange(0, R)
     return tl.load(p + i * stride, mask=i < rows, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def product(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
+def product(a, b, FLAGS: tl.constexpr):
+    """a @ b in the precision of the call."""
+    return product_as(a, b, FLAGS.DT, FLAGS.PRECISION)
+
+
+@triton.jit
+def product_as(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
     """a @ b, operands rounded to DT, sums in float32. PRECISION says how float32 operands are multiplied.
 
-    Matrix units cut off what tf32 cannot hold, which makes all products too small; so it is rounded to nearest here.
+    Matrix units cut off the bits that tf32 lacks, which makes all products too small; operands are therefore rounded
+    to nearest first.
     """
     if DT == tl.float32 and PRECISION == "tf32":
         return tl.dot(nearest_tf32(a.to(DT)), nearest_tf32(b.to(DT)), input_precision=PRECISION)
@@ -127,14 +235,14 @@ def product(a, b, DT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def nearest_tf32(x):
-    """float32 numbers with the 10 bits of mantissa that tf32 has; NaN stays NaN."""
+    """float32 values with the 10 bits of mantissa that tf32 has; NaN stays NaN."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def inverse_norms(p, stride, rows, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """1 / |x| of C rows of K numbers."""
+    """1 / |x| of C rows of K elements."""
     squares = tl.zeros([C], tl.float32)
     for col in range(0, K, BK):
         x = load_tile(p, stride, rows, col, K, C, BK).to(tl.float32)
@@ -144,12 +252,12 @@ def inverse_norms(p, stride, rows, K: tl.constexpr, C: tl.constexpr, BK: tl.cons
 
 @triton.jit
 def head_decay(p_g, stride, rows, C: tl.constexpr, WIDE: tl.constexpr):
-    """G [C], the running sum of one log decay a row; rows beyond the end keep everything. float64 when WIDE:
+    """G [C], the running sum of one log decay a row; rows beyond the end do not decay.
 
-    differences of G are small where G is large.
+    G is float64 when WIDE, because differences of G are small where G is large.
     """
     # mutant: minus-infinity-as-it-is
-    g = tl.maximum(load_row_values(p_g, stride, rows, C), FORGET)
+    g = tl.maximum(load_row_values(p_g, stride, rows, C), MIN_LOG_DECAY)
     if WIDE:
         g = g.to(tl.float64)
     return tl.cumsum(g, 0)
@@ -158,7 +266,7 @@ def head_decay(p_g, stride, rows, C: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def channel_decay(p_g, stride, rows, col, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
     """G [C, BK], the running sum of one log decay a row and key channel from col on; float64 when WIDE."""
-    g = tl.maximum(load_tile(p_g, stride, rows, col, K, C, BK).to(tl.float32), FORGET)
+    g = tl.maximum(load_tile(p_g, stride, rows, col, K, C, BK).to(tl.float32), MIN_LOG_DECAY)
     if WIDE:
         g = g.to(tl.float64)
     return tl.cumsum(g, 0)
@@ -166,7 +274,7 @@ def channel_decay(p_g, stride, rows, col, K: tl.constexpr, C: tl.constexpr, BK: 
 
 @triton.jit
 def last_row(G, C: tl.constexpr):
-    """G at the last row of the chunk: a number of [C], or [BK] of [C, BK]."""
+    """G at the last row of the chunk: a scalar of [C], or [BK] of [C, BK]."""
     last = tl.arange(0, C) == C - 1
     if len(G.shape) == 2:
         last = last[:, None]

@@ -1,10 +1,10 @@
-"""Stage 2, ingest: the state walks over the chunks, and the readouts on its way. Blind to the rule but for the gate.
+"""Stage 2, the state pass: a scan of the state over the chunks, with their outputs. Of the rule it knows only the gate.
 
-    Vn = U - W S;   O = Qe S + P Vn;   S <- Gam S + Kt^T Vn        (without delta: Vn = b v)
+    Vn = U - W S;   O = Qe S + P Vn;   S <- exp(G_C) S + Kt^T Vn        (without delta: Vn = b v)
 
 Value columns are independent: each program keeps [K, BV] of the state in registers from the first chunk to the last,
-pass after pass. Decay and normalisation are numbers a row here (Kt = diag(exp(G_C - G) / |k|) K), but for channel
-decay, whose Kt and Qe prepare has written.
+pass after pass. Decay and normalisation are one factor a row here (Kt = diag(exp(G_C - G) / |k|) K), except for channel
+decay, whose Kt and Qe chunk_factors_kernel has stored.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import triton.language as tl
 
 from .common import (
     CHANNEL,
-    FORGET,
     HEAD,
+    MIN_LOG_DECAY,
     NORM_EPS,
     exp_of,
     find_columns,
@@ -24,73 +24,80 @@ from .common import (
     last_row,
     load_row_values,
     load_tile,
-    load_turned,
+    load_transposed,
     product,
     store_tile,
 )
 
 
 @triton.jit
-def walk(
-    S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,
-    begin, total, slot, head, col, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
-    KEEP: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def scan_chunks(
+    S, inputs, factors, states, begin, total, slot, head, col, scale,
+    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """One pass of S [KP, BV] over a sequence; writes readouts when READS, chunk starts and Vn when KEEP."""
-    at_key = (head // GROUP) * K
+    """One pass of S [KP, BV] over a sequence; stores outputs when OUTPUT, states at chunk starts and Vn when SAVE.
+
+    A chunk loads W, q and k in [C, KP], U, v in [C, BV] and P in [C, C].
+    """
+    HV: tl.constexpr = DIMS.HV
+    K: tl.constexpr = DIMS.K
+    V: tl.constexpr = DIMS.V
+    C: tl.constexpr = DIMS.C
+    KP: tl.constexpr = DIMS.KP
+    at_key = (head // DIMS.GROUP) * K
     for chunk in range(tl.cdiv(total, C)):
         first = begin + chunk * C
         rows = total - chunk * C
         at_rows = first * HV + head
         at_slot = (slot + chunk).to(tl.int64) * HV + head
-        if KEEP:
-            store_tile(p_starts + at_slot * K * V, V, K, col, S, V, KP, BV)
-        if DELTA:
-            W = load_tile(p_W + at_rows * K, HV * K, rows, 0, K, C, KP)
-            U = load_tile(p_U + at_rows * V, HV * V, rows, col, V, C, BV)
+        if SAVE:
+            store_tile(states.starts + at_slot * K * V, V, K, col, S, V, KP, BV)
+        if FLAGS.DELTA:
+            W = load_tile(factors.W + at_rows * K, HV * K, rows, 0, K, C, KP)
+            U = load_tile(factors.U + at_rows * V, HV * V, rows, col, V, C, BV)
             # mutant: erases-nothing
-            Vn = U.to(tl.float32) - product(W, S, DT, PRECISION)
+            Vn = U.to(tl.float32) - product(W, S, FLAGS)
         else:
-            Vn = load_tile(p_v + first * v_stride + head * V, v_stride, rows, col, V, C, BV).to(tl.float32)
-            if HAS_BETA:
-                Vn *= load_row_values(p_beta + first * beta_stride + head, beta_stride, rows, C)[:, None]
-        if KEEP:
-            store_tile(p_Vn + at_rows * V, HV * V, rows, col, Vn, V, C, BV)
-        since = tl.full([C], scale, tl.float32)
-        until = tl.full([C], 1.0, tl.float32)
-        if GATE == HEAD:
-            G = head_decay(p_g + first * g_stride + head, g_stride, rows, C, WIDE)
-            end = last_row(G, C)
-            since *= exp_of(G)
-            until = exp_of(end - G)
-        if READS:
-            P = load_tile(p_P + at_rows * C, HV * C, rows, 0, C, C, C)
-            if GATE == CHANNEL:
-                Qe = load_tile(p_Qe + at_rows * K, HV * K, rows, 0, K, C, KP)
-                o = product(Qe, S, DT, PRECISION)
+            p_v = inputs.v + first * inputs.v_stride + head * V
+            Vn = load_tile(p_v, inputs.v_stride, rows, col, V, C, BV).to(tl.float32)
+            if FLAGS.HAS_BETA:
+                p_beta = inputs.beta + first * inputs.beta_stride + head
+                Vn *= load_row_values(p_beta, inputs.beta_stride, rows, C)[:, None]
+        if SAVE:
+            store_tile(states.Vn + at_rows * V, HV * V, rows, col, Vn, V, C, BV)
+        decay_from_start = tl.full([C], scale, tl.float32)
+        decay_to_end = tl.full([C], 1.0, tl.float32)
+        if FLAGS.GATE == HEAD:
+            G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
+            G_end = last_row(G, C)
+            decay_from_start *= exp_of(G)
+            decay_to_end = exp_of(G_end - G)
+        if OUTPUT:
+            P = load_tile(factors.P + at_rows * C, HV * C, rows, 0, C, C, C)
+            if FLAGS.GATE == CHANNEL:
+                Qe = load_tile(factors.Qe + at_rows * K, HV * K, rows, 0, K, C, KP)
+                o = product(Qe, S, FLAGS)
             else:
-                q = load_tile(p_q + first * q_stride + at_key, q_stride, rows, 0, K, C, KP)
-                if NORMALIZE:
-                    since *= inverse_norm(q, 1)
-                o = since[:, None] * product(q, S, DT, PRECISION)
-            o += product(P, Vn, DT, PRECISION)
-            store_tile(p_o + at_rows * V, HV * V, rows, col, o, V, C, BV)
-        if GATE == CHANNEL:
-            turned = load_turned(p_Kt + at_rows * K, HV * K, rows, 0, K, C, KP)
+                q = load_tile(inputs.q + first * inputs.q_stride + at_key, inputs.q_stride, rows, 0, K, C, KP)
+                if FLAGS.NORMALIZE:
+                    decay_from_start *= inverse_norm(q, 1)
+                o = decay_from_start[:, None] * product(q, S, FLAGS)
+            o += product(P, Vn, FLAGS)
+            store_tile(states.o + at_rows * V, HV * V, rows, col, o, V, C, BV)
+        if FLAGS.GATE == CHANNEL:
+            k_transposed = load_transposed(factors.Kt + at_rows * K, HV * K, rows, 0, K, C, KP)
             key = tl.arange(0, KP)
-            kept = exp_of(tl.load(p_end + at_slot * K + key, mask=key < K, other=0.0))[:, None]
+            chunk_decay = exp_of(tl.load(factors.G_end + at_slot * K + key, mask=key < K, other=0.0))[:, None]
         else:
-            turned = load_turned(p_k + first * k_stride + at_key, k_stride, rows, 0, K, C, KP)
-            if NORMALIZE:
-                until *= inverse_norm(turned, 0)
-            kept = 1.0
-            if GATE == HEAD:
-                kept = exp_of(end)
+            p_k = inputs.k + first * inputs.k_stride + at_key
+            k_transposed = load_transposed(p_k, inputs.k_stride, rows, 0, K, C, KP)
+            if FLAGS.NORMALIZE:
+                decay_to_end *= inverse_norm(k_transposed, 0)
+            chunk_decay = 1.0
+            if FLAGS.GATE == HEAD:
+                chunk_decay = exp_of(G_end)
         # mutant: state-does-not-decay
-        S = kept * S + product(turned, until[:, None] * Vn, DT, PRECISION)
+        S = chunk_decay * S + product(k_transposed, decay_to_end[:, None] * Vn, FLAGS)
     return S
 
 
@@ -102,94 +109,80 @@ def inverse_norm(x, axis: tl.constexpr):
 
 
 @triton.jit
-def window_decay(
-    p_g, p_end, begin, total, slot, head, g_stride,
-    HV: tl.constexpr, K: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """Sum of the log decay of a sequence, [KP]."""
-    key = tl.arange(0, KP)
-    G = tl.zeros([KP], tl.float32)
+def sequence_decay(inputs, factors, begin, total, slot, head, DIMS: tl.constexpr, FLAGS: tl.constexpr):
+    """The sum of the log decay of a sequence, [KP]."""
+    K: tl.constexpr = DIMS.K
+    C: tl.constexpr = DIMS.C
+    key = tl.arange(0, DIMS.KP)
+    G = tl.zeros([DIMS.KP], tl.float32)
     for chunk in range(tl.cdiv(total, C)):
-        if GATE == CHANNEL:
-            at = ((slot + chunk).to(tl.int64) * HV + head) * K
-            G += tl.load(p_end + at + key, mask=key < K, other=0.0)
-        if GATE == HEAD:
-            g = load_row_values(p_g + (begin + chunk * C) * g_stride + head, g_stride, total - chunk * C, C)
-            G += tl.sum(tl.maximum(g, FORGET), 0)
+        if FLAGS.GATE == CHANNEL:
+            at = ((slot + chunk).to(tl.int64) * DIMS.HV + head) * K
+            G += tl.load(factors.G_end + at + key, mask=key < K, other=0.0)
+        if FLAGS.GATE == HEAD:
+            p_g = inputs.g + (begin + chunk * C) * inputs.g_stride + head
+            G += tl.sum(tl.maximum(load_row_values(p_g, inputs.g_stride, total - chunk * C, C), MIN_LOG_DECAY), 0)
     return G
 
 
 @triton.jit
-def ingest_columns(
-    p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_state, p_o, p_final, p_starts, p_Vn,
-    begin, total, slot, lane, col, scale, passes, q_stride, k_stride, v_stride, g_stride, beta_stride,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
-    KEEP: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def state_pass_columns(
+    inputs, factors, states, sizes, begin, total, slot, bh, col,
+    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
+    OUTPUT: tl.constexpr, SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr,
 ):  # fmt: skip
-    """All passes of BV value columns of a lane (a sequence's value head), from state to final.
+    """All passes of BV value columns of one bh (a sequence's value head), from the initial to the final state.
 
-    Without delta the passes before the last have a closed form, S <- Gam^n S + (1 + ... + Gam^(n-1)) B, where B is one
-    walk from 0.
+    Without delta the passes before the last have a closed form, S <- D^n S + (1 + ... + D^(n-1)) B, where D is the
+    decay of the sequence and B the state after one pass from 0.
     """
-    head = lane % HV
-    at_state = lane.to(tl.int64) * K * V
+    K: tl.constexpr = DIMS.K
+    V: tl.constexpr = DIMS.V
+    KP: tl.constexpr = DIMS.KP
+    head = bh % DIMS.HV
+    at_state = bh.to(tl.int64) * K * V
     S = tl.zeros([KP, BV], tl.float32)
-    if REPLAY and not DELTA:
-        S = walk(
-            S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,
-            begin, total, slot, head, col, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-            HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, False, False, DT, PRECISION, WIDE,
-        )  # fmt: skip
-        G = window_decay(p_g, p_end, begin, total, slot, head, g_stride, HV, K, C, KP, GATE)
+    if REPLAY and not FLAGS.DELTA:
+        S = scan_chunks(
+            S, inputs, factors, states, begin, total, slot, head, col, sizes.scale, BV, DIMS, FLAGS, False, False
+        )
+        G = sequence_decay(inputs, factors, begin, total, slot, head, DIMS, FLAGS)
         powers = tl.zeros([KP], tl.float32)
-        for n in range(passes - 1):
+        for n in range(sizes.passes - 1):
             powers += tl.exp(n * G)
         S = powers[:, None] * S
         if HAS_STATE:
             # mutant: closed-form-of-one-pass-more
-            S += tl.exp((passes - 1) * G)[:, None] * load_tile(p_state + at_state, V, K, col, V, KP, BV)
+            decay = tl.exp((sizes.passes - 1) * G)
+            S += decay[:, None] * load_tile(states.initial + at_state, V, K, col, V, KP, BV)
     else:
         if HAS_STATE:
-            S = load_tile(p_state + at_state, V, K, col, V, KP, BV)
+            S = load_tile(states.initial + at_state, V, K, col, V, KP, BV)
         if REPLAY:
             # mutant: replay-starts-over
-            for _ in range(1, passes):
-                S = walk(
-                    S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,
-                    begin, total, slot, head, col, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-                    HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, False, False, DT, PRECISION, WIDE,
+            for _ in range(1, sizes.passes):
+                S = scan_chunks(
+                    S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
+                    BV, DIMS, FLAGS, False, False,
                 )  # fmt: skip
-    S = walk(
-        S, p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_o, p_starts, p_Vn,
-        begin, total, slot, head, col, scale, q_stride, k_stride, v_stride, g_stride, beta_stride,
-        HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, KEEP, DT, PRECISION, WIDE,
-    )  # fmt: skip
-    store_tile(p_final + at_state, V, K, col, S, V, KP, BV)
+    S = scan_chunks(
+        S, inputs, factors, states, begin, total, slot, head, col, sizes.scale, BV, DIMS, FLAGS, OUTPUT, SAVE
+    )
+    store_tile(states.final + at_state, V, K, col, S, V, KP, BV)
 
 
-@triton.jit(do_not_specialize=["T", "sequences", "passes"])
-def ingest_kernel(
-    p_q, p_k, p_v, p_g, p_beta, p_offsets,  # as in prepare
-    p_P, p_W, p_U, p_Kt, p_Qe, p_end,
-    p_state, p_o, p_final,  # state, final [sequences,HV,K,V] float32  o [rows,HV,V]
-    p_starts, p_Vn,  # [slots,HV,K,V] states at the starts of the chunks  [rows,HV,V]
-    T, scale, passes, q_stride, k_stride, v_stride, g_stride, beta_stride,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, HAS_BETA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
-    KEEP: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, PACKED: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+@triton.jit(do_not_specialize=["sizes"])
+def state_pass_kernel(
+    inputs, factors, states, sizes, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
+    SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * HV * cdiv(V, BV),). Registers: S [KP, BV] float32 for all chunks of all passes."""
-    lane, col = find_columns(V, BV)
-    begin, total, slot = find_sequence(lane // HV, p_offsets, T, C, PACKED)
-    ingest_columns(
-        p_q, p_k, p_v, p_g, p_beta, p_P, p_W, p_U, p_Kt, p_Qe, p_end, p_state, p_o, p_final, p_starts, p_Vn,
-        begin, total, slot, lane, col, scale, passes,
-        q_stride, k_stride, v_stride, g_stride, beta_stride,
-        HV, GROUP, K, V, C, KP, BV, GATE, DELTA, HAS_BETA, NORMALIZE, READS, KEEP, HAS_STATE, REPLAY,
-        DT, PRECISION, WIDE,
+    """All passes of the state over the chunks of its sequence. Grid (sequences * HV * cdiv(V, BV),).
+
+    Registers hold S [KP, BV] in float32 for all chunks of all passes.
+    """
+    bh, col = find_columns(DIMS.V, BV)
+    begin, total, slot = find_sequence(bh // DIMS.HV, inputs, sizes, DIMS.C, FLAGS.PACKED)
+    state_pass_columns(
+        inputs, factors, states, sizes, begin, total, slot, bh, col,
+        BV, DIMS, FLAGS, FLAGS.OUTPUT, SAVE, HAS_STATE, REPLAY,
     )  # fmt: skip

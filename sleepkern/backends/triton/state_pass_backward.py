@@ -1,6 +1,8 @@
-"""Stage 3, adjoint: the gradient of the state walks back over the chunks. The mirror of ingest, and as blind.
+"""Stage 3, the backward state pass: a scan of the state's gradient over the chunks, from the last to the first.
 
-dVn = P^T dO + Kt dS;   dS <- Gam dS + Qe^T dO - W^T dVn        (without delta: no W)
+    dVn = P^T dO + Kt dS;   dS <- exp(G_C) dS + Qe^T dO - W^T dVn        (without delta: no W)
+
+It mirrors state_pass.py, and also knows only the gate of the rule.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from .common import (
     head_decay,
     last_row,
     load_tile,
-    load_turned,
+    load_transposed,
     product,
     store_tile,
 )
@@ -25,88 +27,87 @@ from .state_pass import inverse_norm
 
 
 @triton.jit
-def walk_back(
-    dS, p_q, p_k, p_g, p_P, p_W, p_Kt, p_Qe, p_end, p_do, p_ends, p_dVn,
-    begin, total, slot, head, col, scale, q_stride, k_stride, g_stride, do_stride,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+def scan_chunks_backward(
+    inputs, factors, back, begin, total, slot, bh, col, scale,
+    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr,
 ):  # fmt: skip
-    """dS [KP, BV] from the end of a sequence to its start; writes dS at the ends of the chunks, and dVn."""
-    at_key = (head // GROUP) * K
+    """dS [KP, BV] from the end of a sequence to its start, 0 at its end unless HAS_DSTATE.
+
+    A chunk loads W, q and k in [C, KP], do in [C, BV] and P in [C, C]; it stores dS at its end, and dVn.
+    """
+    HV: tl.constexpr = DIMS.HV
+    K: tl.constexpr = DIMS.K
+    V: tl.constexpr = DIMS.V
+    C: tl.constexpr = DIMS.C
+    KP: tl.constexpr = DIMS.KP
+    head = bh % HV
+    at_key = (head // DIMS.GROUP) * K
+    at_state = bh.to(tl.int64) * K * V
+    dS = tl.zeros([KP, BV], tl.float32)
+    # mutant: backward-without-dstate
+    if HAS_DSTATE:
+        dS = load_tile(back.dstate + at_state, V, K, col, V, KP, BV)
     chunks = tl.cdiv(total, C)
-    for back in range(chunks):
-        chunk = chunks - 1 - back
+    for after in range(chunks):
+        chunk = chunks - 1 - after
         first = begin + chunk * C
         rows = total - chunk * C
         at_rows = first * HV + head
         at_slot = (slot + chunk).to(tl.int64) * HV + head
-        store_tile(p_ends + at_slot * K * V, V, K, col, dS, V, KP, BV)
+        store_tile(back.ends + at_slot * K * V, V, K, col, dS, V, KP, BV)
         # mutant: backward-without-scale
-        since = tl.full([C], scale, tl.float32)
-        until = tl.full([C], 1.0, tl.float32)
-        kept = 1.0
-        if GATE == HEAD:
-            G = head_decay(p_g + first * g_stride + head, g_stride, rows, C, WIDE)
-            end = last_row(G, C)
-            since *= exp_of(G)
-            until = exp_of(end - G)
-            kept = exp_of(end)
-        if GATE == CHANNEL:
-            Kt = load_tile(p_Kt + at_rows * K, HV * K, rows, 0, K, C, KP)
-            dVn = product(Kt, dS, DT, PRECISION)
+        decay_from_start = tl.full([C], scale, tl.float32)
+        decay_to_end = tl.full([C], 1.0, tl.float32)
+        chunk_decay = 1.0
+        if FLAGS.GATE == HEAD:
+            G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
+            G_end = last_row(G, C)
+            decay_from_start *= exp_of(G)
+            decay_to_end = exp_of(G_end - G)
+            chunk_decay = exp_of(G_end)
+        if FLAGS.GATE == CHANNEL:
+            Kt = load_tile(factors.Kt + at_rows * K, HV * K, rows, 0, K, C, KP)
+            dVn = product(Kt, dS, FLAGS)
             key = tl.arange(0, KP)
-            kept = exp_of(tl.load(p_end + at_slot * K + key, mask=key < K, other=0.0))[:, None]
+            chunk_decay = exp_of(tl.load(factors.G_end + at_slot * K + key, mask=key < K, other=0.0))[:, None]
         else:
-            k = load_tile(p_k + first * k_stride + at_key, k_stride, rows, 0, K, C, KP)
-            if NORMALIZE:
-                until *= inverse_norm(k, 1)
-            dVn = until[:, None] * product(k, dS, DT, PRECISION)
+            k = load_tile(inputs.k + first * inputs.k_stride + at_key, inputs.k_stride, rows, 0, K, C, KP)
+            if FLAGS.NORMALIZE:
+                decay_to_end *= inverse_norm(k, 1)
+            dVn = decay_to_end[:, None] * product(k, dS, FLAGS)
         # mutant: backward-does-not-decay
-        dS = kept * dS
-        if READS:
-            do = load_tile(p_do + first * do_stride + head * V, do_stride, rows, col, V, C, BV)
-            P = load_turned(p_P + at_rows * C, HV * C, rows, 0, C, C, C)
-            dVn += product(P, do, DT, PRECISION)
-            if GATE == CHANNEL:
-                Qe = load_turned(p_Qe + at_rows * K, HV * K, rows, 0, K, C, KP)
-                dS += product(Qe, do, DT, PRECISION)
+        dS = chunk_decay * dS
+        if FLAGS.OUTPUT:
+            do = load_tile(back.do + first * back.do_stride + head * V, back.do_stride, rows, col, V, C, BV)
+            P = load_transposed(factors.P + at_rows * C, HV * C, rows, 0, C, C, C)
+            dVn += product(P, do, FLAGS)
+            if FLAGS.GATE == CHANNEL:
+                Qe = load_transposed(factors.Qe + at_rows * K, HV * K, rows, 0, K, C, KP)
+                dS += product(Qe, do, FLAGS)
             else:
-                q = load_turned(p_q + first * q_stride + at_key, q_stride, rows, 0, K, C, KP)
-                if NORMALIZE:
-                    since *= inverse_norm(q, 0)
-                dS += product(q, since[:, None] * do, DT, PRECISION)
-        store_tile(p_dVn + at_rows * V, HV * V, rows, col, dVn, V, C, BV)
-        if DELTA:
-            W = load_turned(p_W + at_rows * K, HV * K, rows, 0, K, C, KP)
+                q = load_transposed(inputs.q + first * inputs.q_stride + at_key, inputs.q_stride, rows, 0, K, C, KP)
+                if FLAGS.NORMALIZE:
+                    decay_from_start *= inverse_norm(q, 0)
+                dS += product(q, decay_from_start[:, None] * do, FLAGS)
+        store_tile(back.dVn + at_rows * V, HV * V, rows, col, dVn, V, C, BV)
+        if FLAGS.DELTA:
+            W = load_transposed(factors.W + at_rows * K, HV * K, rows, 0, K, C, KP)
             # mutant: backward-without-w
-            dS -= product(W, dVn, DT, PRECISION)
-    return dS
+            dS -= product(W, dVn, FLAGS)
+    store_tile(back.dinitial + at_state, V, K, col, dS, V, KP, BV)
 
 
-@triton.jit(do_not_specialize=["T"])
-def adjoint_kernel(
-    p_q, p_k, p_g, p_offsets,  # as in prepare
-    p_P, p_W, p_Kt, p_Qe, p_end,
-    p_do, p_dstate, p_dinitial,  # [rows,HV,V]  [sequences,HV,K,V] float32, twice
-    p_ends, p_dVn,  # [slots,HV,K,V] gradients of the states at the ends of the chunks  [rows,HV,V]
-    T, scale, q_stride, k_stride, g_stride, do_stride,
-    HV: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, DELTA: tl.constexpr, NORMALIZE: tl.constexpr, READS: tl.constexpr, HAS_STATE: tl.constexpr,
-    PACKED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+@triton.jit(do_not_specialize=["sizes"])
+def state_pass_backward_kernel(
+    inputs, factors, back, sizes,
+    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences * HV * cdiv(V, BV),). Registers: dS [KP, BV] float32. HAS_STATE: p_dstate is given."""
-    lane, col = find_columns(V, BV)
-    begin, total, slot = find_sequence(lane // HV, p_offsets, T, C, PACKED)
-    at_state = lane.to(tl.int64) * K * V
-    dS = tl.zeros([KP, BV], tl.float32)
-    if HAS_STATE:
-        dS = load_tile(p_dstate + at_state, V, K, col, V, KP, BV)
-    dS = walk_back(
-        dS, p_q, p_k, p_g, p_P, p_W, p_Kt, p_Qe, p_end, p_do, p_ends, p_dVn,
-        begin, total, slot, lane % HV, col, scale, q_stride, k_stride, g_stride, do_stride,
-        HV, GROUP, K, V, C, KP, BV, GATE, DELTA, NORMALIZE, READS, DT, PRECISION, WIDE,
+    """The state's gradient, and dVn of all chunks. Grid (sequences * HV * cdiv(V, BV),).
+
+    Registers hold dS [KP, BV] in float32 for all chunks.
+    """
+    bh, col = find_columns(DIMS.V, BV)
+    begin, total, slot = find_sequence(bh // DIMS.HV, inputs, sizes, DIMS.C, FLAGS.PACKED)
+    scan_chunks_backward(
+        inputs, factors, back, begin, total, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE
     )  # fmt: skip
-    store_tile(p_dinitial + at_state, V, K, col, dS, V, KP, BV)

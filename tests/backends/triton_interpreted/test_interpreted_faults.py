@@ -58,10 +58,10 @@ FAULTS = {
     "replay-starts-over": Fault(r"range\(1,", "range(2,", options={"passes": 3}),
     "decode-without-decay": Fault(r"tl\.exp\(", "tl.exp(0 * ", shape=Shape(T=5, H=1, HV=1, K=16, V=16)),
     "backward-does-not-decay": Fault(None, rule=KDA),
-    "gradients-of-another-key-head": Fault(r" \+ key_head \* K", "", shape=Shape(T=20, H=2, HV=2, K=16, V=16)),
+    "gradients-of-another-key-head": Fault(r" \+ at_key$", "", shape=Shape(T=20, H=2, HV=2, K=16, V=16)),
     "gradient-of-the-length-is-left-in": Fault(r"\(d - .*\)", "d", options={"normalize": True}),
     "closed-form-of-one-pass-more": Fault(r"\(([\w.]+) - 1\)", r"\1", SIMPLE_GLA, options={"passes": 3}),
-    "single-chunk-without-dstate": Fault(IF, "if False:", shape=Shape(T=12, H=1, HV=1, K=16, V=16)),
+    "backward-without-dstate": Fault(IF, "if False:", shape=Shape(T=12, H=1, HV=1, K=16, V=16)),
     "minus-infinity-as-it-is": Fault(r"tl\.maximum\((.*), \w+\)", r"\1", options={"forget": True}),
 }
 

@@ -117,15 +117,12 @@ def on_device(capability: int) -> Iterator[None]:
 
 def compile_launch(one: Launch, capability: int) -> Compiled:
     """Compile for compute capability 80, 90 or 100 and look at the machine code."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for i, parameter in enumerate(one.kernel.params):
         value = one.arguments[parameter.name]
-        kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value, parameter)
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[parameter.name] = value
-        elif _divisible(value, parameter):
-            attributes[(i,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = _specialise(value, parameter, (i,), constants, attributes)
     source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
     begin = time.perf_counter()
     made = triton.compile(
@@ -152,6 +149,22 @@ def _inputs(rule: Rule, s: Shape, dtype: torch.dtype) -> Tensors:
         meta(s.sequences, s.HV, s.K, s.V, dtype=torch.float32),
         None if s.lengths is None else meta(len(s.lengths) + 1, dtype=torch.int64),
     )  # fmt: skip
+
+
+def _specialise(
+    value: Any, parameter: Any, path: tuple[int, ...], constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+) -> Any:  # fmt: skip
+    """The type of an argument, a tuple of types for a group of arguments; notes constants and divisible values."""
+    if isinstance(value, tuple) and not parameter.is_constexpr:
+        kinds = [_specialise(v, parameter, (*path, i), constants, attributes) for i, v in enumerate(value)]
+        return type(value)(*kinds)  # type: ignore[call-arg]
+    kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value, parameter)
+    if kind == "constexpr":
+        constants[path] = value
+    elif _divisible(value, parameter):
+        attributes[path] = [["tt.divisibility", 16]]
+    return kind
 
 
 def _kind(value: Any, parameter: Any) -> str:

@@ -89,7 +89,7 @@ def subjects(quick: bool) -> Iterator[Subject]:
             every, some = (tuple(c for c in chosen if c == 90) for chosen in (every, some))
         shape = Shape(T=LONG, H=16, HV=16, K=key.width, V=key.width)
         rule = KDA if key.channel else GATED_DELTA_RULE
-        shared = () if key.direction == "backward" else ("prepare_kernel",)
+        shared = () if key.direction == "backward" else ("chunk_factors_kernel",)
         yield from _of(rule, shape, key, every, without=shared)
         window = replace(shape, T=TABLE[key].chunk if key.operands == "bf16" else 16)
         yield from _of(rule, window, key, some, without=shared)
@@ -155,7 +155,7 @@ def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
         yield f"stack {made.stack} > {stack}"
     if made.tensor_memory > TENSOR_MEMORY:
         yield f"tensor memory {made.tensor_memory} > {TENSOR_MEMORY}"
-    if operands != "exact" and subject.kernel != "step_kernel" and made.tensor_instructions == 0:
+    if operands != "exact" and subject.kernel != "decode_kernel" and made.tensor_instructions == 0:
         yield "no tensor-core instruction"
     if made.transposes and subject.architecture == 90:
         yield f"{made.transposes} transposes of products"
