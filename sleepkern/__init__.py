@@ -1,5 +1,6 @@
 """Fast, correct, pleasant kernels for fast weights and sleep. Start with ops/recurrence.py."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from .ops.recurrence import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .backends.triton.plan import use_plans
     from .integrations.transformers import patch, patched, unpatch
     from .measure.bench import bench
     from .testing.verify import verify
@@ -43,7 +43,6 @@ __all__ = [
     "sleep_ingest",
     "ssd",
     "unpatch",
-    "use_plans",
     "verify",
 ]
 
@@ -53,13 +52,16 @@ _ON_FIRST_USE = {
     "patch": "integrations.transformers",
     "patched": "integrations.transformers",
     "unpatch": "integrations.transformers",
-    "use_plans": "backends.triton.plan",
     "verify": "testing.verify",
 }
 """What no call of a kernel needs, by the module that has it."""
+_MOVED = "sleepkern.use_plans is sleepkern.backends.triton.plan.use_plans"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "use_plans":
+        warnings.warn(_MOVED, DeprecationWarning, stacklevel=2)
+        return import_module(".backends.triton.plan", __name__).use_plans
     if name not in _ON_FIRST_USE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_ON_FIRST_USE[name]}", __name__), name)

@@ -9,7 +9,8 @@ import torch
 import typer
 from rich.table import Table
 
-from ..backends.triton.plan import Key, Plan, table_rows
+from ..backends.triton.plan import table_rows
+from ..backends.triton.plan_table import Key, TilePlan
 from ..measure.environment import environment
 from ..measure.tune import CHUNKS, Trial, tune
 from ..rules import RULES
@@ -23,7 +24,9 @@ TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.
 def command(
     out: Annotated[
         Path,
-        typer.Argument(parser=named_path, metavar="PATH", help="file to write; `sleepkern.use_plans(file)` reads it"),
+        typer.Argument(
+            parser=named_path, metavar="PATH", help="file to write; `backends.triton.plan.use_plans` reads it"
+        ),
     ],
     rule: Annotated[list[str] | None, typer.Option(help="once per rule", show_default=", ".join(BOTH))] = None,
     dtype: Annotated[str, typer.Option(help=", ".join(TYPES))] = "bfloat16",
@@ -37,13 +40,13 @@ def command(
     ] = None,
     seconds: Annotated[float, typer.Option(help="how long a candidate is timed")] = 0.2,
 ) -> None:
-    """Time every candidate of every stage on the device at hand; some minutes, most of them compiling."""
+    """Time every candidate of every stage on the current device; some minutes, most of them compiling."""
     for name, value, known in (("--dtype", dtype, set(TYPES)), *(("--rule", r, set(RULES)) for r in rule or ())):
         if value not in known:
             raise typer.BadParameter(f"got {value!r}; expected one of {', '.join(sorted(known))}", param_hint=name)
     check_device(device)
     writable(out, "out")
-    plans: dict[Key, Plan] = {}
+    plans: dict[Key, TilePlan] = {}
     trials: list[Trial] = []
     with progress_bar() as step:
         for name in rule or BOTH:
@@ -63,7 +66,7 @@ def command(
     finish(bool(plans))
 
 
-def _table(plans: dict[Key, Plan], trials: list[Trial]) -> Table:
+def _table(plans: dict[Key, TilePlan], trials: list[Trial]) -> Table:
     table = Table(title="fastest plans found")
     for column in ("direction", "plan", "ms", "built-in ms", "tried", "refused"):
         table.add_column(column)

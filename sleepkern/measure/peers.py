@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..backends import chunked, triton
+from ..backends.native.views import on_device_of
 from ..problems.recurrence import Tensors
 from .cases import Case, Result, gradients, run
 
@@ -239,11 +240,38 @@ def _triton(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
 
 
 def _relaunched(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
-    from ..backends.triton import launch  # imports Triton
+    """The state after all passes of one launch each, with the chunk factors computed once.
 
-    problem, tensors = case.problem(str(inputs["k"].device)), Tensors(*inputs.values())
-    operands = triton.operands_of(problem)
-    return lambda: (None, launch.relaunched(problem, tensors, operands))
+    It is the baseline of kernels that keep a replay on chip.
+    """
+    from ..backends.triton.chunk_factors import chunk_factors_kernel  # imports Triton
+    from ..backends.triton.common import States
+    from ..backends.triton.launch import Job
+    from ..backends.triton.state_pass import state_pass_kernel
+
+    problem, x = case.problem(str(inputs["k"].device)), Tensors(*inputs.values())
+    precision = triton.precision_of(problem)
+
+    def relaunched() -> Result:
+        p = problem._replace(passes=1)
+        job = Job(p, x, False, precision, "forward")
+        final = job.empty(p.sequences, p.HV, p.K, p.V, dtype=torch.float32)
+        factors, tile = job.factors(save=False), job.plan.state_pass
+        more = {"factors": factors, "REPLAY": False, "SAVE": False}
+        with on_device_of(x.k):
+            if job.has_factors:
+                grid = (job.slots, p.HV)
+                job.launch(chunk_factors_kernel, grid, job.plan.chunk_factors, **more)
+            for done in range(problem.passes):
+                state = final if done else x.state
+                states = States(state, final, None, None, None)
+                job.launch(
+                    state_pass_kernel, job.columns(tile), tile, **more,
+                    states=states, HAS_STATE=state is not None,
+                )  # fmt: skip
+        return None, final
+
+    return relaunched
 
 
 def _with_readouts_why_not(case: Case, device: str) -> str | None:

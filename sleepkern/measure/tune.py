@@ -1,8 +1,8 @@
-"""Find the fastest plan of the Triton kernels on the device at hand, stage by stage.
+"""Find the fastest plan of the Triton kernels on the current device, stage by stage.
 
 The whole call is timed while one tile varies and the others stay as found so far; then the next stage. A candidate
-that does not fit the device, or whose result is not that of the built-in plan, is left out. The outcome is rows of
-backends/triton/plan.py's table, with the device's capability in the key.
+that does not fit the device, or whose result is not that of the built-in plan, is left out. The result is plans for
+the table of backends/triton/plan_table.py, with the device's capability in the key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..backends import triton as backend
-from ..backends.triton.plan import PLAIN_HOPPER, TABLE, Direction, Key, Plan, Tile, padded
+from ..backends.triton.plan import padded
+from ..backends.triton.plan_table import PLAIN_HOPPER, TABLE, Direction, Key, Tile, TilePlan
 from ..backends.triton.ptxas import capability_of_plans
 from ..ops.recurrence import explain
 from ..rules import Rule
@@ -28,8 +29,8 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is timed, how many are done, how many there are)."""
 
 STAGES: dict[Direction, tuple[str, ...]] = {
-    "forward": ("prepare", "ingest"),
-    "backward": ("prepare", "ingest", "adjoint", "gradients"),
+    "forward": ("chunk_factors", "state_pass"),
+    "backward": ("chunk_factors", "state_pass", "state_pass_backward", "chunk_backward"),
 }
 CHUNKS = (16, 32, 64)
 COLUMNS = (16, 32, 64)
@@ -43,7 +44,7 @@ class Trial:
 
     key: Key
     stage: str
-    plan: Plan
+    plan: TilePlan
     seconds: float | None
     note: str = ""
 
@@ -56,7 +57,7 @@ def tune(
     chunks: Sequence[int] = CHUNKS,
     seconds: float = 0.2,
     progress: Progress | None = None,
-) -> tuple[dict[Key, Plan], list[Trial]]:
+) -> tuple[dict[Key, TilePlan], list[Trial]]:
     """The fastest plan found for each direction of calls of this shape, and all that was tried.
 
     Args:
@@ -70,11 +71,11 @@ def tune(
     if (reason := backend.why_not(problem)) is not None:
         raise ValueError(f"device: got {device!r}, which Triton's kernels cannot use: {reason}")
     capability = capability_of_plans(torch.cuda.get_device_capability()) if device == "cuda" else 0
-    operands = backend.operands_of(problem)
-    best: dict[Key, Plan] = {}
+    precision = backend.precision_of(problem)
+    best: dict[Key, TilePlan] = {}
     trials: list[Trial] = []
     for direction in STAGES:
-        key = Key(capability, direction, operands, rule.gate == "channel", _width(shape.K))
+        key = Key(capability, direction, precision, rule.gate == "channel", _width(shape.K))
         plan = _found(key)
         run = _runner(rule, inputs, direction)
         expected = run()
@@ -97,7 +98,7 @@ class _Search:
         self.key, self.run, self.expected, self.tolerance = key, run, expected, tolerance
         self.device, self.seconds, self.trials, self.progress = device, seconds, trials, progress
 
-    def descend(self, plan: Plan, direction: Direction) -> tuple[Plan, float]:
+    def descend(self, plan: TilePlan, direction: Direction) -> tuple[TilePlan, float]:
         """The best plan with this chunk, and its seconds (infinite where none ran)."""
         best = self._time("all", plan)
         for stage in STAGES[direction]:
@@ -112,7 +113,7 @@ class _Search:
                     plan, best = candidate, took
         return plan, best
 
-    def _time(self, stage: str, plan: Plan) -> float:
+    def _time(self, stage: str, plan: TilePlan) -> float:
         with _plan_in_table(self.key, plan):
             try:
                 worst = max(relative_error(a, b) for a, b in zip(self.run(), self.expected, strict=True))
@@ -128,22 +129,22 @@ class _Search:
         return float("inf") if trial.seconds is None else trial.seconds
 
 
-def _tiles(stage: str, key: Key, now: Tile) -> Iterator[Tile]:
-    """Candidates for a stage: all of a small grid, the present one left out. Walks hold all key columns, and have two
+def _tiles(stage: str, key: Key, current: Tile) -> Iterator[Tile]:
+    """Candidates for a stage: all of a small grid but the current one.
 
-    warps where there must be no warp-group products (ptxas.py).
+    State passes hold all key columns, and have two warps where there must be no warp-group products (ptxas.py).
     """
-    walks = stage in ("ingest", "adjoint")
-    keys = (key.width,) if walks else tuple(c for c in COLUMNS if c <= key.width)
-    loads = LOADS if walks else (1,)
-    warps = (2,) if walks and key.capability == PLAIN_HOPPER else WARPS
+    scans = stage in ("state_pass", "state_pass_backward")
+    keys = (key.width,) if scans else tuple(c for c in COLUMNS if c <= key.width)
+    loads = LOADS if scans else (1,)
+    warps = (2,) if scans and key.capability == PLAIN_HOPPER else WARPS
     for tile in product(keys, COLUMNS, warps, loads):
-        if tile != now:
+        if tile != current:
             yield Tile(*tile)
 
 
 @contextmanager
-def _plan_in_table(key: Key, plan: Plan) -> Iterator[None]:
+def _plan_in_table(key: Key, plan: TilePlan) -> Iterator[None]:
     before = TABLE.get(key)
     TABLE[key] = plan
     try:
@@ -155,7 +156,7 @@ def _plan_in_table(key: Key, plan: Plan) -> Iterator[None]:
             TABLE[key] = before
 
 
-def _found(key: Key) -> Plan:
+def _found(key: Key) -> TilePlan:
     return TABLE.get(key) or TABLE[key._replace(capability=0)]
 
 
@@ -164,7 +165,7 @@ def _width(K: int) -> int:
 
 
 def _runner(rule: Rule, inputs: dict[str, Any], direction: Direction) -> Callable[[], Sequence[Tensor]]:
-    """A call, or the gradients of one whose forward is already done; both give the tensors they make."""
+    """A call, or the gradients of one whose forward is already done; both return their tensors."""
     if direction == "forward":
 
         def forward() -> Sequence[Tensor]:

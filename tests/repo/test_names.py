@@ -29,6 +29,14 @@ def test_a_former_name_warns_and_is_the_same(name: str) -> None:
     assert found is importlib.import_module(f"sleepkern.experiments.{name}")
 
 
+def test_use_plans_warns_and_names_its_place() -> None:
+    from sleepkern.backends.triton.plan import use_plans
+
+    with pytest.warns(DeprecationWarning, match=r"sleepkern\.backends\.triton\.plan\.use_plans"):
+        assert sleepkern.use_plans is use_plans  # type: ignore[attr-defined]
+    assert "use_plans" not in sleepkern.__all__
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])  # the last of them only where a plot is drawn
 def test_the_command_line_says_what_it_needs(missing: str) -> None:
     command = "from sleepkern import cli; cli.main = lambda: __import__('matplotlib'); " * (missing == "matplotlib")

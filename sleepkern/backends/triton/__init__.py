@@ -1,7 +1,8 @@
-"""Fused Triton kernels on a GPU, forward and backward, for the whole family. Stages: prepare, ingest, adjoint,
-gradients, each a file; launch.py strings them together, plan.py says how they are cut.
+"""Fused Triton kernels on a GPU, forward and backward, for all rules.
 
-Deterministic: every number is summed by one program in a fixed order, there are no atomics.
+Each stage is one file: chunk_factors, state_pass, state_pass_backward, chunk_backward. launch.py launches them in
+order, plan.py says how they are cut. Results are deterministic: one program computes each sum in a fixed order, and
+there are no atomics.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ...problems.recurrence import Problem, RecurrenceResult, Tensors
 from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
 from ..interface import REPLAY
 from ..replay import backward as replay_backward
-from .plan import STEP_LIMIT, Operands, plan_for
+from .plan import DECODE_LIMIT, plan_for
+from .plan_table import Precision
 from .ptxas import capability_of_plans, numbers
 
 NAME = "triton"
@@ -54,8 +56,8 @@ def why_not_on(device: str) -> str | None:
     return None
 
 
-# Dynamo cannot trace Triton's switches and takes the answer for a constant. This is torch.compiler's
-# assume_constant_result, which would import Dynamo, seconds, here and now.
+# Dynamo cannot trace Triton's switches and takes the answer for a constant. torch.compiler's assume_constant_result
+# sets the same attribute, but imports Dynamo first, which takes seconds.
 why_not_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -71,65 +73,65 @@ def known_fault(version: str, capability: tuple[int, int]) -> str | None:
 
 def kernel(problem: Problem) -> str:
     """One line on the code that runs."""
-    if _stepwise(problem):
+    if _decodes(problem):
         return "Triton, token by token"
-    operands, channel = operands_of(problem), problem.rule.gate == "channel"
+    precision, channel = precision_of(problem), problem.rule.gate == "channel"
     found = capability_of_plans(_capability()) if problem.device == "cuda" else 0
-    chunk = plan_for(problem.K, problem.V, operands, channel, problem.T, "forward", found).chunk
+    chunk = plan_for(problem.K, problem.V, precision, channel, problem.T, "forward", found).chunk
     replay = f", replay by {method_of(problem)}" if problem.passes > 1 else ""
-    return f"Triton, chunks of {chunk}, {operands} products{replay}"
+    return f"Triton, chunks of {chunk}, {precision} products{replay}"
 
 
 def method_of(problem: Problem) -> str:
-    """The replay method: factors made once and `passes` walks in one launch, closed form without delta."""
+    """The replay method: chunk factors computed once and `passes` state passes in one launch; closed without delta."""
     return "wy" if problem.rule.delta else "closed"
 
 
 def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
-    """Readouts and final state of `problem.passes` passes."""
+    """Outputs and final state of `problem.passes` passes."""
     if problem.T == 0:
         return _no_tokens(problem, x)
-    return RecurrenceResult(*_launch().forward(problem, x, x.state, problem.output, operands_of(problem)))
+    return RecurrenceResult(*_launch().forward(problem, x, x.state, problem.output, precision_of(problem)))
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state."""
     if problem.passes == 1 or problem.T == 0:
-        return _one_backward(operands_of(problem), problem, x, x.state, do, dstate)
+        return _one_backward(precision_of(problem), problem, x, x.state, do, dstate)
     return replay_backward.backward(problem, x, do, dstate, None, *pieces(problem))
 
 
 def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.OneBackward]:
-    """What the gradients of a replay are put together from; sums over passes are kept in float32."""
-    operands = operands_of(problem)
-    operands = "tf32" if operands == "bf16" else operands
-    return partial(_state_after, operands), partial(_one_backward, operands)
+    """The two functions that the gradients of a replay consist of; sums over passes are float32."""
+    precision = precision_of(problem)
+    precision = "tf32" if precision == "bf16" else precision
+    return partial(_state_after, precision), partial(_one_backward, precision)
 
 
 def step(problem: Problem, x: Tensors) -> Tensor:
-    """Readouts [B,T,HV,V]; the state is updated in place, also where it is not contiguous."""
+    """Outputs [B,T,HV,V]; the state is updated in place, also where it is not contiguous."""
     assert x.state is not None
     if problem.T == 0:
         return torch.empty_like(x.v)
     state = x.state.contiguous()
-    o: Tensor = _launch().forward(problem, x, state, True, operands_of(problem), final=state)[0]
+    o: Tensor = _launch().forward(problem, x, state, True, precision_of(problem), final=state)[0]
     if state is not x.state:
         x.state.copy_(state)
     return o
 
 
-def _state_after(operands: Operands, problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
-    final: Tensor = _launch().forward(problem._replace(passes=1), x, state, False, operands)[1]
+def _state_after(precision: Precision, problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
+    final: Tensor = _launch().forward(problem._replace(passes=1), x, state, False, precision)[1]
     return final
 
 
 def _one_backward(
-    operands: Operands, problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
+    precision: Precision, problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
 ) -> list[Tensor | None]:
     if problem.T == 0:
         zeros = [None if t is None else torch.zeros_like(t) for t in x[:6]]
         return [*zeros[:5], zeros[5] if dstate is None or x.state is None else dstate.clone()]
-    grads: list[Tensor | None] = _launch().backward(problem, x._replace(state=state), state, do, dstate, operands)
+    grads: list[Tensor | None] = _launch().backward(problem, x._replace(state=state), state, do, dstate, precision)
     return grads
 
 
@@ -139,20 +141,21 @@ def _no_tokens(problem: Problem, x: Tensors) -> RecurrenceResult:
     return RecurrenceResult(torch.empty_like(x.v) if problem.output else None, state)
 
 
-def _stepwise(problem: Problem) -> bool:
-    return problem.T <= STEP_LIMIT and problem.passes == 1 and not problem.packed
+def _decodes(problem: Problem) -> bool:
+    return problem.T <= DECODE_LIMIT and problem.passes == 1 and not problem.packed
 
 
-def operands_of(problem: Problem) -> Operands:
-    """What products multiply. float32 inputs are multiplied as torch multiplies matrices: exactly, unless
+def precision_of(problem: Problem) -> Precision:
+    """What products multiply.
 
-    torch.set_float32_matmul_precision allows tf32. float16 ones take tf32 too, which holds them exactly and has room
-    for states that float16 has not.
+    float32 inputs are multiplied as torch multiplies matrices: as IEEE float32, unless
+    torch.set_float32_matmul_precision allows tf32. float16 inputs take tf32 too, which holds them exactly and has room
+    for states that float16 lacks.
     """
     if problem.dtype == torch.bfloat16:
         return "bf16"
-    exact = problem.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "exact" if exact else "tf32"
+    ieee = problem.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if ieee else "tf32"
 
 
 def _launch() -> Any:
@@ -176,5 +179,5 @@ def _interpreted() -> bool:
 
 
 def _capability() -> tuple[int, int]:
-    """Of the current device; where none is at hand (`explain` asks about one), a recent one."""
+    """The capability of the current device, or that of a recent device where there is none, for `explain`."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)

@@ -21,7 +21,8 @@ from .chunk_backward import chunk_backward_kernel
 from .chunk_factors import chunk_factors_kernel
 from .common import ChunkFactors, Dims, Flags, Gradients, Inputs, Sizes, StateGradients, States
 from .decode import decode_kernel
-from .plan import STEP_LIMIT, Direction, Operands, Plan, Tile, padded, plan_for, step_tile
+from .plan import DECODE_LIMIT, decode_tile, padded, plan_for
+from .plan_table import Direction, Precision, Tile, TilePlan
 from .ptxas import capability_of_plans
 from .single_chunk import single_chunk_backward_kernel, single_chunk_kernel
 from .state_pass import state_pass_kernel
@@ -31,59 +32,38 @@ GATES = {"none": 0, "head": 1, "channel": 2}
 
 
 def forward(
-    problem: Problem, x: Tensors, state: Tensor | None, output: bool, operands: Operands, final: Tensor | None = None
+    problem: Problem, x: Tensors, state: Tensor | None, output: bool, precision: Precision, final: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor]:
     """Outputs o (None unless output) and final state of problem.passes passes; `final` may be `state` itself."""
     p = problem
-    job = Job(problem, x, output, operands, "forward")
+    job = Job(problem, x, output, precision, "forward")
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
     if final is None:
         final = job.empty(p.sequences, p.HV, p.K, p.V, dtype=torch.float32)
     states = States(None if state is None else state.contiguous(), final, o, None, None)
     more: dict[str, Any] = {"states": states, "HAS_STATE": state is not None, "REPLAY": p.passes > 1, "SAVE": False}
     with on_device_of(x.k):
-        if p.T <= STEP_LIMIT and p.passes == 1 and not p.packed:
-            tile = step_tile(p.K, p.V)
+        if p.T <= DECODE_LIMIT and p.passes == 1 and not p.packed:
+            tile = decode_tile(p.K, p.V)
             job.launch(decode_kernel, job.columns(tile), tile, **more)
             return o, final
         more["factors"] = job.factors(save=False)
         if job.one_chunk:
             grid = (p.sequences * p.HV,)
-            job.launch(single_chunk_kernel, grid, job.plan.window, **more, HAS_FACTORS=job.has_factors)
+            job.launch(single_chunk_kernel, grid, job.plan.single_chunk, **more, HAS_FACTORS=job.has_factors)
             return o, final
         if job.has_factors:
-            job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.prepare, **more)
-        job.launch(state_pass_kernel, job.columns(job.plan.ingest), job.plan.ingest, **more)
+            job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
+        job.launch(state_pass_kernel, job.columns(job.plan.state_pass), job.plan.state_pass, **more)
     return o, final
 
 
-def relaunched(problem: Problem, x: Tensors, operands: Operands) -> Tensor:
-    """The state after problem.passes passes of a launch each, prepared once: the baseline of kernels that stay on chip.
-
-    Only `bench` takes it.
-    """
-    p = problem._replace(passes=1)
-    job = Job(p, x, False, operands, "forward")
-    final = job.empty(p.sequences, p.HV, p.K, p.V, dtype=torch.float32)
-    factors, tile = job.factors(save=False), job.plan.ingest
-    with on_device_of(x.k):
-        if job.has_factors:
-            job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.prepare, factors=factors, SAVE=False)
-        for done in range(problem.passes):
-            state = final if done else x.state
-            job.launch(
-                state_pass_kernel, job.columns(tile), tile, factors=factors,
-                states=States(state, final, None, None, None), HAS_STATE=state is not None, REPLAY=False, SAVE=False,
-            )  # fmt: skip
-    return final
-
-
 def backward(
-    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None, operands: Operands
+    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None, precision: Precision
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor."""
     p = problem
-    job = Job(problem, x, do is not None and x.q is not None, operands, "backward")
+    job = Job(problem, x, do is not None and x.q is not None, precision, "backward")
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in x[:5]]
     if not job.output and grads[0] is not None:
         grads[0].zero_()
@@ -102,33 +82,33 @@ def backward(
     }  # fmt: skip
     with on_device_of(x.k):
         if job.one_chunk:
-            job.launch(single_chunk_backward_kernel, (p.sequences * p.H,), job.plan.window, **more)
+            job.launch(single_chunk_backward_kernel, (p.sequences * p.H,), job.plan.single_chunk, **more)
         else:
-            tile, back_tile = job.plan.ingest, job.plan.adjoint
+            tile, back_tile = job.plan.state_pass, job.plan.state_pass_backward
             if job.has_factors:
-                job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.prepare, **more)
+                job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
             job.launch(state_pass_kernel, job.columns(tile), tile, **more, FLAGS=job.flags._replace(OUTPUT=False))
             job.launch(state_pass_backward_kernel, job.columns(back_tile), back_tile, **more)
-            job.launch(chunk_backward_kernel, (job.slots, p.H), job.plan.gradients, **more)
+            job.launch(chunk_backward_kernel, (job.slots, p.H), job.plan.chunk_backward, **more)
     grads = [d if d is None or t is None else d.to(t.dtype) for d, t in zip(grads, x, strict=False)]
     return [*grads, None if x.state is None else back.dinitial]
 
 
-def plan_of(problem: Problem, operands: Operands, direction: Direction) -> Plan:
+def plan_of(problem: Problem, precision: Precision, direction: Direction) -> TilePlan:
     """The plan of a problem on the current device."""
     p = problem
     found = capability_of_plans(torch.cuda.get_device_capability()) if p.device == "cuda" else 0
-    return plan_for(p.K, p.V, operands, p.rule.gate == "channel", p.T, direction, found)
+    return plan_for(p.K, p.V, precision, p.rule.gate == "channel", p.T, direction, found)
 
 
 class Job:
     """Groups of arguments and scratch of the launches of one call."""
 
-    def __init__(self, problem: Problem, x: Tensors, output: bool, operands: Operands, direction: Direction) -> None:
+    def __init__(self, problem: Problem, x: Tensors, output: bool, precision: Precision, direction: Direction) -> None:
         p, rule = problem, problem.rule
         self.problem, self.output = problem, output
-        self.type = torch.bfloat16 if operands == "bf16" else torch.float32
-        self.plan = plan_of(problem, operands, direction)
+        self.type = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.plan = plan_of(problem, precision, direction)
         chunk = self.plan.chunk
         self.slots = p.T // chunk + p.sequences if p.packed else triton.cdiv(p.T, chunk) * p.B
         self.rows = p.B * p.T
@@ -142,9 +122,9 @@ class Job:
             NORMALIZE=p.normalize,
             OUTPUT=output,
             PACKED=p.packed,
-            DT=tl.bfloat16 if operands == "bf16" else tl.float32,
-            PRECISION="ieee" if operands == "exact" else "tf32",
-            WIDE=operands == "exact",
+            DT=tl.bfloat16 if precision == "bf16" else tl.float32,
+            PRECISION="ieee" if precision == "ieee" else "tf32",
+            WIDE=precision == "ieee",
         )
         self.values = {
             "inputs": _inputs(problem, x, output),

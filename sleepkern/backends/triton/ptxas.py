@@ -1,4 +1,4 @@
-"""Whether the assembler that Triton takes can be trusted with a device, and which plans follow from it.
+"""Whether the assembler that Triton takes is sound for a device, and which plans follow from it.
 
 On Hopper ptxas before CUDA 13.3 makes wrong code of some warp-group products: registers of an operand are written anew
 while the product still reads them, descriptors of shared memory are mixed up. Which kernels it meets depends on sizes
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from .plan import PLAIN_HOPPER
+from .plan_table import PLAIN_HOPPER
 
 SOUND = (13, 3)
 """The first sound version: https://docs.nvidia.com/cuda/archive/13.3.0/cuda-toolkit-release-notes."""
@@ -39,7 +39,7 @@ def assembler() -> str:
 
 @lru_cache(maxsize=8)
 def capability_of_plans(capability: tuple[int, int]) -> int:
-    """What plans for a device are looked up by."""
+    """The capability by which the plans of a device are looked up."""
     return PLAIN_HOPPER if assembler_fault(assembler(), capability) is not None else 10 * capability[0]
 
 

@@ -12,7 +12,8 @@ from helpers.errors import errors, results
 
 import sleepkern
 from sleepkern.backends.triton import launch
-from sleepkern.backends.triton.plan import PLAIN_HOPPER, Direction, Operands, Plan, plan_for
+from sleepkern.backends.triton.plan import plan_for
+from sleepkern.backends.triton.plan_table import PLAIN_HOPPER, Direction, Precision, TilePlan
 from sleepkern.problems.recurrence import Problem
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
@@ -116,8 +117,8 @@ def test_packed_sequences_in_bfloat16(rule: Rule) -> None:
 def test_plans_of_hopper(rule: Rule, capability: int, T: int) -> None:
     """Which of two tables a Hopper takes depends on its assembler: neither is what this device would take."""
 
-    def plan_of(p: Problem, operands: Operands, direction: Direction) -> Plan:
-        return plan_for(p.K, p.V, operands, p.rule.gate == "channel", p.T, direction, capability)
+    def plan_of(p: Problem, precision: Precision, direction: Direction) -> TilePlan:
+        return plan_for(p.K, p.V, precision, p.rule.gate == "channel", p.T, direction, capability)
 
     with mock.patch.object(launch, "plan_of", plan_of):
         within(errors(rule, Shape(T=T, K=32, V=32, **ONE), torch.bfloat16), TOLERANCE[torch.bfloat16])
@@ -211,8 +212,8 @@ def test_two_runs_are_equal_bit_for_bit(rule: Rule) -> None:
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-@pytest.mark.parametrize("operands", ["bf16", "tf32", "exact"])
-def test_every_chunk_length_is_met(operands: Any) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "ieee"])
+def test_every_chunk_length_is_met(precision: Any) -> None:
     """The shapes above run chunks of 16 to 64 rows; a plan whose chunk they miss would go untested."""
-    chunks = {plan_for(32, 32, operands, channel, 150, "backward").chunk for channel in (False, True)}
+    chunks = {plan_for(32, 32, precision, channel, 150, "backward").chunk for channel in (False, True)}
     assert chunks <= {16, 32, 64}

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sleepkern
-from sleepkern.backends.triton import plan
+from sleepkern.backends.triton import plan, plan_table
 from sleepkern.measure import tune
 from sleepkern.rules import GATED_DELTA_RULE
 from sleepkern.testing import Shape
@@ -19,10 +18,10 @@ def test_tuned_plans_are_written_and_used(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(tune, "COLUMNS", (16,))
     monkeypatch.setattr(tune, "WARPS", (2, 4))
     monkeypatch.setattr(tune, "LOADS", (1,))
-    table = dict(plan.TABLE)
+    table = dict(plan_table.TABLE)
     shape = Shape(T=20, H=1, HV=1, K=16, V=16)
     best, trials = tune.tune(GATED_DELTA_RULE, shape, torch.float32, "cpu", chunks=(16, 24), seconds=0.01)
-    assert plan.TABLE == table
+    assert plan_table.TABLE == table
     assert {key.direction for key in best} == {"forward", "backward"}
     assert all(found.chunk == 16 for found in best.values())
     refused = [t for t in trials if t.seconds is None]
@@ -30,21 +29,33 @@ def test_tuned_plans_are_written_and_used(monkeypatch: pytest.MonkeyPatch, tmp_p
     file = tmp_path / "plans.json"
     file.write_text(json.dumps({"plans": plan.table_rows(best)}))
     monkeypatch.setattr(plan, "TABLE", table)
-    assert sleepkern.use_plans(file) == len(best)
+    assert plan.use_plans(file) == len(best)
     assert all(plan.TABLE[key] == found for key, found in best.items())
 
 
 def test_candidates_keep_to_what_the_assembler_can_do() -> None:
-    """Walks have products of as many rows as keys: with four warps they would be warp-group products."""
-    now = plan.Tile(128, 16, 2, 2)
-    for capability, warps in ((plan.PLAIN_HOPPER, {2}), (90, {2, 4, 8})):
-        key = plan.Key(capability, "forward", "bf16", False, 128)
-        assert {tile.warps for tile in tune._tiles("ingest", key, now)} == warps
-        assert {tile.warps for tile in tune._tiles("prepare", key, now)} == {2, 4, 8}
+    """State passes have products of as many rows as keys: with four warps they would be warp-group products."""
+    current = plan_table.Tile(128, 16, 2, 2)
+    for capability, warps in ((plan_table.PLAIN_HOPPER, {2}), (90, {2, 4, 8})):
+        key = plan_table.Key(capability, "forward", "bf16", False, 128)
+        assert {tile.warps for tile in tune._tiles("state_pass", key, current)} == warps
+        assert {tile.warps for tile in tune._tiles("chunk_factors", key, current)} == {2, 4, 8}
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "other.json"
     file.write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match=r"path: got .*other.json, which is not a table"):
-        sleepkern.use_plans(file)
+        plan.use_plans(file)
+
+
+def test_a_file_of_an_older_version_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    key = {"capability": 90, "direction": "forward", "operands": "exact", "channel": False, "width": 64}
+    tiles = {name: [16, 16, 4, 1] for name in ("prepare", "ingest", "adjoint", "gradients", "window")}
+    file = tmp_path / "plans.json"
+    file.write_text(json.dumps({"plans": [{"key": key, "plan": {"chunk": 16, **tiles}}]}))
+    monkeypatch.setattr(plan, "TABLE", {})
+    assert plan.use_plans(file) == 1
+    tile = plan_table.Tile(16, 16, 4, 1)
+    expected = plan_table.TilePlan(16, tile, tile, tile, tile, tile)
+    assert plan.TABLE == {plan_table.Key(90, "forward", "ieee", False, 64): expected}

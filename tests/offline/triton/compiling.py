@@ -23,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sleepkern.backends.triton import launch
-from sleepkern.backends.triton.plan import Direction, Operands, Plan, plan_for
+from sleepkern.backends.triton.plan import plan_for
+from sleepkern.backends.triton.plan_table import Direction, Precision, TilePlan
 from sleepkern.problems.recurrence import Problem, Tensors, describe
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape
@@ -78,7 +79,7 @@ class Compiled:
 def record(
     rule: Rule,
     shape: Shape,
-    operands: Operands,
+    precision: Precision,
     direction: Direction,
     normalize: bool = False,
     passes: int = 1,
@@ -91,15 +92,15 @@ def record(
         arguments = job.arguments(kernel, tile, **more)
         seen.append(Launch(kernel, arguments, tile.warps, tile.stages))
 
-    x = _inputs(rule, shape, torch.bfloat16 if operands == "bf16" else torch.float32)
+    x = _inputs(rule, shape, torch.bfloat16 if precision == "bf16" else torch.float32)
     problem = describe(rule, x, shape.K**-0.5, normalize, passes)
     with mock.patch.object(launch.Job, "launch", note):
         if direction == "backward":
             assert x.state is not None
             do, dstate = torch.empty_like(x.v), torch.empty_like(x.state)
-            launch.backward(problem, x, x.state, do, dstate, operands)
+            launch.backward(problem, x, x.state, do, dstate, precision)
         else:
-            launch.forward(problem, x, x.state, output, operands)
+            launch.forward(problem, x, x.state, output, precision)
     return seen
 
 
@@ -107,9 +108,9 @@ def record(
 def on_device(capability: int) -> Iterator[None]:
     """Plans are looked up as on a device of this capability."""
 
-    def plan_of(problem: Problem, operands: Operands, direction: Direction) -> Plan:
+    def plan_of(problem: Problem, precision: Precision, direction: Direction) -> TilePlan:
         p = problem
-        return plan_for(p.K, p.V, operands, p.rule.gate == "channel", p.T, direction, capability)
+        return plan_for(p.K, p.V, precision, p.rule.gate == "channel", p.T, direction, capability)
 
     with mock.patch.object(launch, "plan_of", plan_of):
         yield

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sleepkern.backends.triton.plan import PLAIN_HOPPER, TABLE, Key
+from sleepkern.backends.triton.plan_table import PLAIN_HOPPER, TABLE, Key
 from sleepkern.rules import GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from sleepkern.testing import Shape
 
@@ -40,10 +40,10 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY = 512
 LONG = 8192
 STACK = {64: 640, 128: 640, 256: 704}
-STACK_EXACT = {64: 1024, 128: 1024, 256: 8192}
+STACK_IEEE = {64: 1024, 128: 1024, 256: 8192}
 STACK_PLAIN = {64: 640, 128: 640, 256: 1408}
 """Bytes of stack a thread may spill, by width of the head. Exact products take no matrix unit and hold more at a time:
-they are there to check numbers by, not for speed. So do windows of two warps (plan.PLAIN_HOPPER)."""
+they are there to check numbers by, not for speed. So do windows of two warps (PLAIN_HOPPER)."""
 STACK_CHANNEL_BACKWARD = {64: 1024, 128: 1024, 256: 2048}
 """The same of gradients with a decay for each channel: dg is summed from pairs of tokens on both sides of each token,
 whose tiles live side by side. A difference of two sums needs fewer, and loses all digits under strong decay."""
@@ -71,7 +71,7 @@ class Subject:
         """The launch that the product would make."""
         key = self.key
         with on_device(self.capability):
-            launches = record(self.rule, self.shape, key.operands, key.direction, self.normalize, self.passes)
+            launches = record(self.rule, self.shape, key.precision, key.direction, self.normalize, self.passes)
         return next(one for one in launches if one.name == self.kernel)
 
 
@@ -82,7 +82,7 @@ def subjects(quick: bool) -> Iterator[Subject]:
     and exact products, which hold no architecture's matrix units, are compiled for sm_90 alone.
     """
     for key in TABLE:
-        if quick and (key.width != 128 or key.operands != "bf16"):
+        if quick and (key.width != 128 or key.precision != "bf16"):
             continue
         every, some = _capabilities(key)
         if quick:
@@ -91,21 +91,21 @@ def subjects(quick: bool) -> Iterator[Subject]:
         rule = KDA if key.channel else GATED_DELTA_RULE
         shared = () if key.direction == "backward" else ("chunk_factors_kernel",)
         yield from _of(rule, shape, key, every, without=shared)
-        window = replace(shape, T=TABLE[key].chunk if key.operands == "bf16" else 16)
+        window = replace(shape, T=TABLE[key].chunk if key.precision == "bf16" else 16)
         yield from _of(rule, window, key, some, without=shared)
     yield from _switches((90,) if quick else CAPABILITIES)
 
 
 def _capabilities(key: Key) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the row of a key is compiled for, and its windows. A device with a row of its own needs no other; of tf32
+    """The capabilities that the row of a key is compiled for, and those for its single chunk.
 
-    Blackwell takes what Hopper takes.
+    A device with a row of its own needs no other; in tf32 Blackwell takes what Hopper takes.
     """
     if key.capability != 0:
         return (key.capability,), (key.capability,)
-    wanted = {"bf16": CAPABILITIES, "tf32": (80, 90), "exact": (90,)}[key.operands]
+    wanted = {"bf16": CAPABILITIES, "tf32": (80, 90), "ieee": (90,)}[key.precision]
     every = tuple(c for c in wanted if key._replace(capability=c) not in TABLE)
-    return every, every if key.operands == "bf16" else tuple(c for c in every if c == 90)
+    return every, every if key.precision == "bf16" else tuple(c for c in every if c == 90)
 
 
 def _switches(step_capabilities: tuple[int, ...]) -> Iterator[Subject]:
@@ -123,11 +123,11 @@ def _of(
     rule: Rule, shape: Shape, key: Key, capabilities: tuple[int, ...] = CAPABILITIES, normalize: bool = False,
     passes: int = 1, without: tuple[str, ...] = (),
 ) -> Iterator[Subject]:  # fmt: skip
-    name = f"{rule.name} {key.direction} {key.operands} T={shape.T} K={shape.K} V={shape.V}"
+    name = f"{rule.name} {key.direction} {key.precision} T={shape.T} K={shape.K} V={shape.V}"
     name += " packed" * (shape.lengths is not None) + f" N={passes}" * (passes > 1)
     for capability in capabilities:
         with on_device(capability):
-            launches = record(rule, shape, key.operands, key.direction, normalize, passes)
+            launches = record(rule, shape, key.precision, key.direction, normalize, passes)
         for one in launches:
             if one.name not in without:
                 yield Subject(name, rule, shape, key, one.name, capability, normalize, passes)
@@ -144,10 +144,10 @@ def measure(subject: Subject) -> tuple[Subject, Compiled | None, str]:
 
 
 def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
-    operands = subject.key.operands
+    precision = subject.key.precision
     if made.shared > SHARED[subject.architecture]:
         yield f"shared memory {made.shared} > {SHARED[subject.architecture]}"
-    budget = STACK_EXACT if operands == "exact" else STACK_PLAIN if subject.capability < 0 else STACK
+    budget = STACK_IEEE if precision == "ieee" else STACK_PLAIN if subject.capability < 0 else STACK
     stack = budget[subject.key.width]
     if subject.key.channel and subject.key.direction == "backward":
         stack = max(stack, STACK_CHANNEL_BACKWARD[subject.key.width])
@@ -155,7 +155,7 @@ def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
         yield f"stack {made.stack} > {stack}"
     if made.tensor_memory > TENSOR_MEMORY:
         yield f"tensor memory {made.tensor_memory} > {TENSOR_MEMORY}"
-    if operands != "exact" and subject.kernel != "decode_kernel" and made.tensor_instructions == 0:
+    if precision != "ieee" and subject.kernel != "decode_kernel" and made.tensor_instructions == 0:
         yield "no tensor-core instruction"
     if made.transposes and subject.architecture == 90:
         yield f"{made.transposes} transposes of products"
