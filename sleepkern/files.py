@@ -72,3 +72,26 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got a damaged file ({error}); expected JSON") from error
+
+
+def report_text(content: dict[str, Any]) -> str:
+    """JSON of a report, a dict. Entries that hold lists or dicts take a line for each of their elements."""
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {_entry(value)}" for name, value in content.items()) + "\n}\n"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a report that `sleepkern bench` has written: one dict a case."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return rows
+
+
+def _entry(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(_line(element) for element in value) + "\n]"
+    if isinstance(value, dict) and any(isinstance(element, (list, dict)) for element in value.values()):
+        return "{\n" + ",\n".join(f"{json.dumps(k)}: {_line(element)}" for k, element in value.items()) + "\n}"
+    return _line(value)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)

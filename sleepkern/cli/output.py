@@ -3,7 +3,6 @@ exit status."""
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..files import write_text
+from ..files import report_text, write_text
 from ..testing.verify import Progress as Report
 
 console = Console()
@@ -44,7 +43,7 @@ def write_json(path: Path | None, content: dict[str, Any], quiet: bool = False) 
     for."""
     if path is None:
         return
-    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    write_text(path, report_text(_finite(content)))
     if not quiet:
         console.print(f"wrote {path}", soft_wrap=True)
 
