@@ -42,13 +42,17 @@ inline Rows rows(const char* name, const View& view) {
   return {reinterpret_cast<const void*>(address), stride, check_type(name, type)};
 }
 
-// What every entry point takes first: sizes and inputs.
+inline Gate check_gate(int code) {
+  check_between("gate", code, 0, 2);
+  return static_cast<Gate>(code);
+}
+
+// Sizes and inputs of a call by position.
 inline Problem describe(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H,
                         int64_t HV, int64_t K, int64_t V, uintptr_t offsets, const View& q, const View& k,
                         const View& v, const View& g, const View& beta, uintptr_t state) {
   Problem problem{};
-  check_between("gate", gate, 0, 2);
-  problem.gate = static_cast<Gate>(gate);
+  problem.gate = check_gate(gate);
   problem.delta = delta;
   problem.normalize = normalize;
   problem.scale = scale;
@@ -72,8 +76,9 @@ inline Problem describe(int gate, bool delta, bool normalize, float scale, int64
 
 bool signalled();  // whether a handler of a signal raised, whose exception the call then ends with
 
-void bind_express(pybind11::module_& m);      // plain calls, past the checks in Python
-void bind_mixer(pybind11::module_& m);        // what stands around the recurrence
+void bind_fast_path(pybind11::module_& m);    // plain calls, past the checks in Python
+void bind_recurrence(pybind11::module_& m);   // one pass, its gradients, and a replay
+void bind_mixer(pybind11::module_& m);        // short convolution and gated norm
 void bind_blocks(pybind11::module_& m);       // stacks of hybrid blocks
 void bind_cuda(pybind11::module_& m);         // the launches of csrc/cuda
 void bind_cuda_blocks(pybind11::module_& m);  // of those, the one for stacks of blocks

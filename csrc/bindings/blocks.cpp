@@ -1,7 +1,7 @@
-// A stack of blocks; sleepkern/backends/cpu/blocks.py holds the other side: a layer is a dict of sizes and addresses.
+// A stack of blocks; sleepkern/backends/cpu/blocks.py fills the fields of the call and of its layers.
 #include "common/blocks.h"
 
-#include "bindings/arguments.h"
+#include "bindings/named.h"
 #include "common/interrupt.h"
 #include "cpu/runtime/huge_pages.h"
 
@@ -11,52 +11,6 @@ namespace sleepkern {
 namespace {
 
 using Address = uintptr_t;
-
-Array floats(const Described& of, const char* name) { return {of.get<float*>(name), Type::float32}; }
-
-Weights weights(const Described& of, const char* name, const char* balance) {
-  return {of.get<float*>(name), of.get<float>(balance)};
-}
-
-Layer layer(const py::dict& values) {
-  const Described of(values);
-  Layer l{};
-  l.recurrent = of.get<bool>("recurrent");
-  l.into = weights(of, "into", "into_balance");
-  l.into_width = of.get<int64_t>("into_width");
-  l.out = weights(of, "out", "out_balance");
-  l.up = weights(of, "up", "up_balance");
-  l.down = of.get<float*>("down");
-  l.hidden = of.get<int64_t>("hidden");
-  l.mixer_eps = of.get<float>("mixer_eps");
-  l.mlp_eps = of.get<float>("mlp_eps");
-  l.H = of.get<int64_t>("H");
-  if (l.recurrent) {
-    l.HV = of.get<int64_t>("HV");
-    l.K = of.get<int64_t>("K");
-    l.V = of.get<int64_t>("V");
-    l.W = of.get<int64_t>("W");
-    l.decay_bias = of.get<float>("decay_bias");
-    l.strength = of.get<float>("strength");
-    l.taps = floats(of, "taps");
-    l.gain = floats(of, "gain");
-    l.gain_eps = of.get<float>("gain_eps");
-    l.past = of.get<float*>("past");
-    l.last = of.get<float*>("last");
-    l.state = of.get<float*>("state");
-  } else {
-    l.q_gain = of.get<float*>("q_gain");
-    l.k_gain = of.get<float*>("k_gain");
-    l.q_eps = of.get<float>("q_eps");
-    l.k_eps = of.get<float>("k_eps");
-    l.kept = of.get<int64_t>("kept");
-    l.keys = of.get<float*>("keys");
-    l.values = of.get<float*>("values");
-    l.all_keys = of.get<float*>("all_keys");
-    l.all_values = of.get<float*>("all_values");
-  }
-  return l;
-}
 
 // Sizes against each other; how much memory lies at an address is the caller's word.
 void check(const Layer& l, const Blocks& b) {
@@ -123,21 +77,9 @@ void check_matrix(int64_t n, int64_t depth, Form form) {
   check_form(form);
 }
 
-void run_blocks(int64_t B, int64_t L, int64_t d, int64_t passes, bool reinject, bool carry, Form form,
-                const std::vector<py::dict>& layers, Address h, Address changes) {
+void run_blocks(Blocks& b) {
   Interrupt interrupt(signalled);
-  Blocks b{B,
-           L,
-           d,
-           passes,
-           reinject,
-           form,
-           carry,
-           {},
-           reinterpret_cast<float*>(h),
-           reinterpret_cast<double*>(changes),
-           &interrupt};
-  for (const py::dict& one : layers) b.layers.push_back(layer(one));
+  b.interrupt = &interrupt;
   check(b);
   {
     const py::gil_scoped_release unlocked;
@@ -154,6 +96,79 @@ void run_pack(Address matrix, int64_t n, int64_t depth, Form form, Address packe
   pack_weight(reinterpret_cast<const float*>(matrix), n, depth, form, reinterpret_cast<void*>(packed));
 }
 
+// A field that is a number or a truth value, as an attribute of the same name.
+template <auto member>
+void number(py::class_<Layer>& layer, const char* name) {
+  layer.def_readwrite(name, member);
+}
+
+// A field that is a pointer, as an attribute that holds its address.
+template <auto member>
+void pointer(py::class_<Layer>& layer, const char* name) {
+  using Pointer = std::decay_t<decltype(std::declval<Layer&>().*member)>;
+  layer.def_property(
+      name, [](const Layer& l) { return reinterpret_cast<Address>(l.*member); },
+      [](Layer& l, Address address) { l.*member = reinterpret_cast<Pointer>(address); });
+}
+
+// A packed matrix, as an attribute (address, balance).
+template <auto member>
+void weights(py::class_<Layer>& layer, const char* name) {
+  layer.def_property(
+      name,
+      [](const Layer& l) { return std::pair(reinterpret_cast<Address>((l.*member).packed), (l.*member).balance); },
+      [](Layer& l, const std::pair<Address, float>& given) {
+        l.*member = {reinterpret_cast<const void*>(given.first), given.second};
+      });
+}
+
+// An array of float32, as an attribute that holds its address.
+template <auto member>
+void floats(py::class_<Layer>& layer, const char* name) {
+  layer.def_property(
+      name, [](const Layer& l) { return reinterpret_cast<Address>((l.*member).data); },
+      [](Layer& l, Address address) { l.*member = {reinterpret_cast<const void*>(address), Type::float32}; });
+}
+
+void bind_layer(py::module_& m) {
+  py::class_<Layer> layer(m, "Layer", "Sizes and addresses of one block; csrc/common/blocks.h says what each is.");
+  layer.def(py::init([] { return Layer{}; }));
+  layer.def("copy", [](const Layer& l) { return l; });
+  number<&Layer::recurrent>(layer, "recurrent");
+  weights<&Layer::into>(layer, "into");
+  number<&Layer::into_width>(layer, "into_width");
+  weights<&Layer::out>(layer, "out");
+  weights<&Layer::up>(layer, "up");
+  pointer<&Layer::down>(layer, "down");
+  number<&Layer::hidden>(layer, "hidden");
+  number<&Layer::mixer_eps>(layer, "mixer_eps");
+  number<&Layer::mlp_eps>(layer, "mlp_eps");
+  number<&Layer::H>(layer, "H");
+
+  number<&Layer::HV>(layer, "HV");
+  number<&Layer::K>(layer, "K");
+  number<&Layer::V>(layer, "V");
+  number<&Layer::W>(layer, "W");
+  number<&Layer::decay_bias>(layer, "decay_bias");
+  number<&Layer::strength>(layer, "strength");
+  floats<&Layer::taps>(layer, "taps");
+  floats<&Layer::gain>(layer, "gain");
+  number<&Layer::gain_eps>(layer, "gain_eps");
+  pointer<&Layer::past>(layer, "past");
+  pointer<&Layer::last>(layer, "last");
+  pointer<&Layer::state>(layer, "state");
+
+  pointer<&Layer::q_gain>(layer, "q_gain");
+  pointer<&Layer::k_gain>(layer, "k_gain");
+  number<&Layer::q_eps>(layer, "q_eps");
+  number<&Layer::k_eps>(layer, "k_eps");
+  number<&Layer::kept>(layer, "kept");
+  pointer<&Layer::keys>(layer, "keys");
+  pointer<&Layer::values>(layer, "values");
+  pointer<&Layer::all_keys>(layer, "all_keys");
+  pointer<&Layer::all_values>(layer, "all_values");
+}
+
 }  // namespace
 
 void bind_blocks(py::module_& m) {
@@ -161,19 +176,30 @@ void bind_blocks(py::module_& m) {
       .value("plain", Form::plain)
       .value("winograd", Form::winograd)
       .value("bfloat16", Form::bfloat16);
-  m.def("sleep_blocks", &run_blocks);
-  m.def("pack_weight", &run_pack);
-  m.def("packed_size", [](int64_t n, int64_t depth, Form form) {
-    check_matrix(n, depth, form);
-    return packed_size(n, depth, form);
-  });
+  bind_layer(m);
+  NamedFunction<Blocks, run_blocks>::bind(
+      m, "sleep_blocks",
+      {field<Blocks, &Blocks::B>("B"), field<Blocks, &Blocks::L>("L"), field<Blocks, &Blocks::d>("d"),
+       field<Blocks, &Blocks::passes>("passes"), field<Blocks, &Blocks::reinject>("reinject"),
+       field<Blocks, &Blocks::carry>("carry"), field<Blocks, &Blocks::form>("form"),
+       field<Blocks, &Blocks::layers>("layers"), field<Blocks, &Blocks::h>("h"),
+       field<Blocks, &Blocks::changes>("changes")});
+  m.def("pack_weight", &run_pack, py::arg("matrix"), py::arg("n"), py::arg("depth"), py::arg("form"),
+        py::arg("packed"));
+  m.def(
+      "packed_size",
+      [](int64_t n, int64_t depth, Form form) {
+        check_matrix(n, depth, form);
+        return packed_size(n, depth, form);
+      },
+      py::arg("n"), py::arg("depth"), py::arg("form"), "Floats that a packed matrix [n, depth] takes.");
   m.def(
       "prefer_huge_pages",
       [](Address memory, int64_t bytes) {
         check_at_least("bytes", bytes, 0);
         prefer_huge_pages(reinterpret_cast<void*>(memory), bytes);
       },
-      "Advice for memory that is about to be written whole.");
+      py::arg("memory"), py::arg("bytes"), "Advice for memory that is about to be written whole.");
   m.def("panel_width", &panel_width);
   m.def("adds_beside_products", &adds_beside_products, "Whether Form.winograd is the faster one here.");
   m.def("multiplies_pairs", &multiplies_pairs, "Whether products of the instruction set in use can take bfloat16.");

@@ -51,7 +51,7 @@ struct Range {
 };
 
 // Whether what is written where the state lies cannot change what is read as another tensor.
-bool apart(const Call& c, const Problem& p) {
+bool apart(const PlainCall& c, const Problem& p) {
   if (p.state != p.final_state) return true;
   const Range written(*c.final_state);
   for (const Tensor* t : {c.q, c.k, c.v, c.g, c.beta}) {
@@ -112,7 +112,7 @@ bool states(const Tensor& t, const Problem& p, float*& data) {
          dense(t, 0);
 }
 
-bool gates(const Call& c, Problem& p) {
+bool gates(const PlainCall& c, Problem& p) {
   if ((c.g == nullptr) != (p.gate == Gate::none) || (p.delta && !c.beta)) return false;
   const int64_t B = p.sequences, T = p.T;
   if (c.g) {
@@ -125,7 +125,7 @@ bool gates(const Call& c, Problem& p) {
 
 }  // namespace
 
-bool plain(const Call& c, Problem& p) {
+bool is_plain(const PlainCall& c, Problem& p) {
   if (c.k->dimensions != 4 || c.v->dimensions != 4) return false;
   p.gate = c.gate;
   p.delta = c.delta;

@@ -1,4 +1,4 @@
-// The express lane (sleepkern/ops/fast_path.py): a plain call recognised from its tensors, without a line of Python.
+// The fast path (sleepkern/ops/fast_path.py): a plain call recognised from its tensors, without a line of Python.
 #pragma once
 
 #include "bindings/dlpack.h"
@@ -7,7 +7,7 @@
 namespace sleepkern {
 
 // Tensors of a call, nullptr where absent; o and final_state are where the results go.
-struct Call {
+struct PlainCall {
   Gate gate;
   bool delta, normalize;
   double scale;  // NaN for K^-0.5
@@ -15,7 +15,7 @@ struct Call {
 };
 
 // Whether the call is one that every check of sleepkern/problems/recurrence.py would pass and whose tensors the CPU
-// kernels read in place; `problem` is then filled. Never says what is wrong: the long way does.
-bool plain(const Call& call, Problem& problem);
+// kernels read in place; `problem` is then filled. It never says what is wrong: the checks in Python do.
+bool is_plain(const PlainCall& call, Problem& problem);
 
 }  // namespace sleepkern

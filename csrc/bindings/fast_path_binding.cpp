@@ -1,13 +1,11 @@
-// The express lane's entry points. They take their arguments as CPython hands them over: pybind11 would spend longer on
-// the arguments than all the questions that are asked of them.
+// The entry points of the fast path. They take their arguments as CPython hands them over, because pybind11 would spend
+// longer on the arguments than all checks take.
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <exception>
-#include <new>
 
-#include "bindings/arguments.h"
 #include "bindings/fast_path.h"
+#include "bindings/named.h"
 #include "cpu/runtime/implementation.h"
 
 namespace py = pybind11;
@@ -82,7 +80,7 @@ PyObject* ordinary(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }
 
 // Whether the call was plain and is done.
-bool run_express(Gate gate, bool delta, bool normalize, double scale, PyObject* const* given) {
+bool run(Gate gate, bool delta, bool normalize, double scale, PyObject* const* given) {
   if (!exchange_api) return false;
   std::array<dlpack::Tensor, 8> views;
   std::array<const dlpack::Tensor*, 8> found{};
@@ -98,50 +96,49 @@ bool run_express(Gate gate, bool delta, bool normalize, double scale, PyObject* 
     if (!found[needed] || found[needed]->dimensions != 4) return false;
   }
   Problem problem{};
-  const Call call{gate,     delta,    normalize, scale,    found[0], found[1],
-                  found[2], found[3], found[4],  found[5], found[6], found[7]};
-  if (!plain(call, problem)) return false;
+  const PlainCall call{gate,     delta,    normalize, scale,    found[0], found[1],
+                       found[2], found[3], found[4],  found[5], found[6], found[7]};
+  if (!is_plain(call, problem)) return false;
   py::gil_scoped_release unlocked;
   forward(problem);
   return true;
 }
 
-// express(gate, delta, normalize, scale, q, k, v, g, beta, state, o, final_state): true if the call was plain and is
-// done.
-PyObject* express(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (count != 12) return wrong_count("express", 12, count);
-  try {
+// try_fast_path(gate, delta, normalize, scale, q, k, v, g, beta, state, o, final_state): true if the call was plain and
+// is done.
+PyObject* try_fast_path(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 12) return wrong_count("try_fast_path", 12, count);
+  return guarded([&]() -> PyObject* {
     const long gate = PyLong_AsLong(given[0]);
     const int delta = PyObject_IsTrue(given[1]), normalize = PyObject_IsTrue(given[2]);
     const double scale = PyFloat_AsDouble(given[3]);
     if (PyErr_Occurred()) return nullptr;
     check_between("gate", gate, 0, 2);
-    return PyBool_FromLong(run_express(static_cast<Gate>(gate), delta != 0, normalize != 0, scale, given + 4));
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+    return PyBool_FromLong(run(static_cast<Gate>(gate), delta != 0, normalize != 0, scale, given + 4));
+  });
 }
 
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+constexpr const char* ORDINARY =
+    "ordinary(grad: bool, q: object, k: object, v: object, g: object, beta: object, state: object, /) -> bool";
+constexpr const char* TRY_FAST_PATH =
+    "try_fast_path(gate: int, delta: bool, normalize: bool, scale: float, q: object, k: object, v: object, g: object, "
+    "beta: object, state: object, o: object, final_state: object, /) -> bool";
+
 PyMethodDef functions[] = {
-    {"ordinary", fast(ordinary), METH_FASTCALL, nullptr},
-    {"express", fast(express), METH_FASTCALL, nullptr},
+    {"ordinary", fast(ordinary), METH_FASTCALL, ORDINARY},
+    {"try_fast_path", fast(try_fast_path), METH_FASTCALL, TRY_FAST_PATH},
     {nullptr, nullptr, 0, nullptr},
 };
 
 }  // namespace
 
-void bind_express(py::module_& m) {
-  m.def("use_exchange_api", &use_exchange_api);
-  m.def("use_tensor_class", &use_tensor_class);
+void bind_fast_path(py::module_& m) {
+  m.def("use_exchange_api", &use_exchange_api, py::arg("capsule"));
+  m.def("use_tensor_class", &use_tensor_class, py::arg("type"));
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }
 

@@ -1,134 +1,157 @@
-// Short convolution and gated norm; sleepkern/backends/cpu/mixer.py holds the other side of each signature.
+// Short convolution and gated norm; sleepkern/backends/cpu/mixer.py fills the fields.
 #include "common/mixer_ops.h"
 
-#include "bindings/arguments.h"
+#include "bindings/named.h"
 
 namespace py = pybind11;
 
 namespace sleepkern {
 namespace {
 
-using Address = uintptr_t;
-using Typed = std::tuple<Address, int>;
+struct ConvolutionBackward : Convolution, ConvolutionGradients {};
+struct GatedNormBackward : GatedNorm, GatedNormGradients {};
 
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-Array array(const char* name, const Typed& typed) {
-  return {at(std::get<0>(typed)), check_type(name, std::get<1>(typed))};
+template <class Call>
+std::vector<Field<Call>> convolution_fields() {
+  return {field<Call, &Convolution::sequences>("sequences"),
+          field<Call, &Convolution::T>("T"),
+          field<Call, &Convolution::D>("D"),
+          field<Call, &Convolution::W>("W"),
+          field<Call, &Convolution::offsets>("offsets"),
+          field<Call, &Convolution::silu>("silu"),
+          field<Call, &Convolution::x>("x"),
+          field<Call, &Convolution::weight>("weight"),
+          field<Call, &Convolution::bias>("bias"),
+          field<Call, &Convolution::past>("past")};
 }
 
-Convolution describe(int64_t sequences, int64_t T, int64_t D, int64_t W, Address offsets, bool silu, View x,
-                     Typed weight, Typed bias, Address past) {
-  Convolution c{};
-  c.sequences = sequences;
-  c.T = T;
-  c.D = D;
-  c.W = W;
-  c.offsets = static_cast<const int64_t*>(at(offsets));
-  c.silu = silu;
-  c.x = rows("x", x);
-  c.weight = array("weight", weight);
-  c.bias = array("bias", bias);
-  c.past = at(past);
-  check_at_least("sequences", sequences, 0);
-  check_at_least("T", T, 0);
-  check_at_least("D", D, 1);
-  check_between("W", W, 1, CONVOLUTION_LIMIT);
-  check_product("sequences, T, D, W", {sequences, T, D, W});
-  check_product("sequences, D, W", {sequences, D, W});
-  check_offsets(c.offsets, sequences, T);
+void check(const Convolution& c) {
+  check_at_least("sequences", c.sequences, 0);
+  check_at_least("T", c.T, 0);
+  check_at_least("D", c.D, 1);
+  check_between("W", c.W, 1, CONVOLUTION_LIMIT);
+  check_product("sequences, T, D, W", {c.sequences, c.T, c.D, c.W});
+  check_product("sequences, D, W", {c.sequences, c.D, c.W});
+  check_offsets(c.offsets, c.sequences, c.T);
   check_rows("x", c.x, c.tokens(), true);
   check_given("weight", c.weight.data);
-  return c;
 }
 
-void run_convolve(int64_t sequences, int64_t T, int64_t D, int64_t W, Address offsets, bool silu, View x, Typed weight,
-                  Typed bias, Address past, Address y, Address last) {
-  Convolution c = describe(sequences, T, D, W, offsets, silu, x, weight, bias, past);
-  c.y = at(y);
-  c.last = at(last);
+void run_convolve(Convolution& c) {
+  check(c);
   check_given("y", c.y, c.tokens() > 0);
-  check_given("last", c.last, sequences > 0 && W > 1);
+  check_given("last", c.last, c.sequences > 0 && c.W > 1);
   py::gil_scoped_release unlocked;
   convolve(c);
 }
 
-void run_convolve_backward(int64_t sequences, int64_t T, int64_t D, int64_t W, Address offsets, bool silu, View x,
-                           Typed weight, Typed bias, Address past, View dy, Address dlast, Address dx, Address dpast,
-                           Address dweight, Address dbias) {
-  const Convolution c = describe(sequences, T, D, W, offsets, silu, x, weight, bias, past);
-  const ConvolutionGradients g{
-      rows("dy", dy), at(dlast), at(dx), at(dpast), static_cast<float*>(at(dweight)), static_cast<float*>(at(dbias))};
-  check_rows("dy", g.dy, c.tokens(), true);
-  check_given("dx", g.dx, c.tokens() > 0);
-  check_given("dweight", g.dweight);
+void run_convolve_backward(ConvolutionBackward& call) {
+  check(call);
+  check_rows("dy", call.dy, call.tokens(), true);
+  check_given("dx", call.dx, call.tokens() > 0);
+  check_given("dweight", call.dweight);
   py::gil_scoped_release unlocked;
-  convolve_backward(c, g);
+  convolve_backward(call, call);
 }
 
-void run_convolve_step(int64_t B, int64_t D, int64_t W, bool silu, View x, Typed weight, Typed bias, Address state,
-                       Address y) {
-  const ConvolutionStep s{B, D, W, silu, rows("x", x), array("weight", weight), array("bias", bias), at(state), at(y)};
-  check_at_least("B", B, 0);
-  check_at_least("D", D, 1);
-  check_between("W", W, 1, CONVOLUTION_LIMIT);
-  check_product("B, D, W", {B, D, W});
-  check_rows("x", s.x, B, true);
+void run_convolve_step(ConvolutionStep& s) {
+  check_at_least("B", s.B, 0);
+  check_at_least("D", s.D, 1);
+  check_between("W", s.W, 1, CONVOLUTION_LIMIT);
+  check_product("B, D, W", {s.B, s.D, s.W});
+  check_rows("x", s.x, s.B, true);
   check_given("weight", s.weight.data);
-  check_given("state", s.state, B > 0);
-  check_given("y", s.y, B > 0);
+  check_given("state", s.state, s.B > 0);
+  check_given("y", s.y, s.B > 0);
   py::gil_scoped_release unlocked;
   convolve_step(s);
 }
 
-GatedNorm describe(int64_t tokens, int64_t heads, int64_t V, bool silu, bool gate_first, float eps, View x, View gate,
-                   Typed weight, bool weight_heads) {
-  check_at_least("tokens", tokens, 0);
-  check_at_least("heads", heads, 1);
-  check_at_least("V", V, 1);
-  check_product("tokens, heads, V", {tokens, heads, V});
-  const GatedNorm p{
-      tokens,       heads,  V, silu, gate_first, eps, rows("x", x), rows("gate", gate), array("weight", weight),
-      weight_heads, nullptr};
-  check_rows("x", p.x, tokens, true);
-  check_rows("gate", p.gate, tokens, true);
-  check_given("weight", p.weight.data);
-  return p;
+template <class Call>
+std::vector<Field<Call>> gated_norm_fields() {
+  return {field<Call, &GatedNorm::tokens>("tokens"),
+          field<Call, &GatedNorm::heads>("heads"),
+          field<Call, &GatedNorm::V>("V"),
+          field<Call, &GatedNorm::silu>("silu"),
+          field<Call, &GatedNorm::gate_first>("gate_first"),
+          field<Call, &GatedNorm::eps>("eps"),
+          field<Call, &GatedNorm::x>("x"),
+          field<Call, &GatedNorm::gate>("gate"),
+          field<Call, &GatedNorm::weight>("weight"),
+          field<Call, &GatedNorm::weight_heads>("weight_heads")};
 }
 
-void run_gated_norm(int64_t tokens, int64_t heads, int64_t V, bool silu, bool gate_first, float eps, View x, View gate,
-                    Typed weight, bool weight_heads, Address y) {
-  GatedNorm p = describe(tokens, heads, V, silu, gate_first, eps, x, gate, weight, weight_heads);
-  p.y = at(y);
-  check_given("y", p.y, tokens > 0);
+void check(const GatedNorm& p) {
+  check_at_least("tokens", p.tokens, 0);
+  check_at_least("heads", p.heads, 1);
+  check_at_least("V", p.V, 1);
+  check_product("tokens, heads, V", {p.tokens, p.heads, p.V});
+  check_rows("x", p.x, p.tokens, true);
+  check_rows("gate", p.gate, p.tokens, true);
+  check_given("weight", p.weight.data);
+}
+
+void run_gated_norm(GatedNorm& p) {
+  check(p);
+  check_given("y", p.y, p.tokens > 0);
   py::gil_scoped_release unlocked;
   gated_norm(p);
 }
 
-void run_gated_norm_backward(int64_t tokens, int64_t heads, int64_t V, bool silu, bool gate_first, float eps, View x,
-                             View gate, Typed weight, bool weight_heads, View dy, Address dx, Address dgate,
-                             int64_t parts, Address dweight) {
-  const GatedNorm p = describe(tokens, heads, V, silu, gate_first, eps, x, gate, weight, weight_heads);
-  const GatedNormGradients g{rows("dy", dy), at(dx), at(dgate), parts, static_cast<float*>(at(dweight))};
-  check_at_least("parts", parts, 1);
-  check_product("parts, heads, V", {parts, heads, V});
-  check_rows("dy", g.dy, tokens, true);
-  check_given("dx", g.dx, tokens > 0);
-  check_given("dgate", g.dgate, tokens > 0);
-  check_given("dweight", g.dweight);
+void run_gated_norm_backward(GatedNormBackward& call) {
+  check(call);
+  check_at_least("parts", call.parts, 1);
+  check_product("parts, heads, V", {call.parts, call.heads, call.V});
+  check_rows("dy", call.dy, call.tokens, true);
+  check_given("dx", call.dx, call.tokens > 0);
+  check_given("dgate", call.dgate, call.tokens > 0);
+  check_given("dweight", call.dweight);
   py::gil_scoped_release unlocked;
-  gated_norm_backward(p, g);
+  gated_norm_backward(call, call);
+}
+
+void bind_convolution(py::module_& m) {
+  auto fields = convolution_fields<Convolution>();
+  append(fields, {field<Convolution, &Convolution::y>("y"), field<Convolution, &Convolution::last>("last")});
+  NamedFunction<Convolution, run_convolve>::bind(m, "convolve", std::move(fields));
+
+  using Backward = ConvolutionBackward;
+  auto backward_fields = convolution_fields<Backward>();
+  append(backward_fields,
+         {field<Backward, &ConvolutionGradients::dy>("dy"), field<Backward, &ConvolutionGradients::dlast>("dlast"),
+          field<Backward, &ConvolutionGradients::dx>("dx"), field<Backward, &ConvolutionGradients::dpast>("dpast"),
+          field<Backward, &ConvolutionGradients::dweight>("dweight"),
+          field<Backward, &ConvolutionGradients::dbias>("dbias")});
+  NamedFunction<Backward, run_convolve_backward>::bind(m, "convolve_backward", std::move(backward_fields));
+
+  using Step = ConvolutionStep;
+  NamedFunction<Step, run_convolve_step>::bind(
+      m, "convolve_step",
+      {field<Step, &Step::B>("B"), field<Step, &Step::D>("D"), field<Step, &Step::W>("W"),
+       field<Step, &Step::silu>("silu"), field<Step, &Step::x>("x"), field<Step, &Step::weight>("weight"),
+       field<Step, &Step::bias>("bias"), field<Step, &Step::state>("state"), field<Step, &Step::y>("y")});
+  m.attr("convolution_limit") = CONVOLUTION_LIMIT;
+}
+
+void bind_gated_norm(py::module_& m) {
+  auto fields = gated_norm_fields<GatedNorm>();
+  append(fields, {field<GatedNorm, &GatedNorm::y>("y")});
+  NamedFunction<GatedNorm, run_gated_norm>::bind(m, "gated_norm", std::move(fields));
+
+  using Backward = GatedNormBackward;
+  auto backward_fields = gated_norm_fields<Backward>();
+  append(backward_fields,
+         {field<Backward, &GatedNormGradients::dy>("dy"), field<Backward, &GatedNormGradients::dx>("dx"),
+          field<Backward, &GatedNormGradients::dgate>("dgate"), field<Backward, &GatedNormGradients::parts>("parts"),
+          field<Backward, &GatedNormGradients::dweight>("dweight")});
+  NamedFunction<Backward, run_gated_norm_backward>::bind(m, "gated_norm_backward", std::move(backward_fields));
 }
 
 }  // namespace
 
 void bind_mixer(py::module_& m) {
-  m.attr("convolution_limit") = CONVOLUTION_LIMIT;
-  m.def("convolve", &run_convolve);
-  m.def("convolve_backward", &run_convolve_backward);
-  m.def("convolve_step", &run_convolve_step);
-  m.def("gated_norm", &run_gated_norm);
-  m.def("gated_norm_backward", &run_gated_norm_backward);
+  bind_convolution(m);
+  bind_gated_norm(m);
 }
 
 }  // namespace sleepkern

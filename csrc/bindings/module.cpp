@@ -1,17 +1,12 @@
-// sleepkern._C: one m.def per entry point. Tensors arrive as (address, row stride, type code);
-// sleepkern/backends/cpu/recurrence.py holds the other side of each signature.
+// sleepkern._C: the list of what it exports.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cmath>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "bindings/arguments.h"
-#include "common/interrupt.h"
-#include "common/recurrence.h"
 #include "cpu/runtime/implementation.h"
 #include "cpu/runtime/thread_pool.h"
 #ifdef SLEEPKERN_HAS_CUDA
@@ -27,84 +22,6 @@ bool sleepkern::signalled() {
 }
 
 namespace {
-
-void run_forward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
-                 int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta, uintptr_t state,
-                 uintptr_t o, uintptr_t final_state) {
-  Problem problem =
-      describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
-  check_offsets(problem.offsets, sequences, T);
-  problem.o = reinterpret_cast<void*>(o);
-  problem.final_state = reinterpret_cast<float*>(final_state);
-  check_given("o", problem.o, problem.reads && problem.first(sequences) > 0);
-  check_given("final_state", problem.final_state, sequences > 0);
-  py::gil_scoped_release unlocked;
-  forward(problem);
-}
-
-void run_backward(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H,
-                  int64_t HV, int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta,
-                  uintptr_t state, View dout, uintptr_t dfinal, uintptr_t dq, uintptr_t dk, int key_type, uintptr_t dv,
-                  uintptr_t dg, uintptr_t dbeta, uintptr_t dstate) {
-  const Problem problem =
-      describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
-  check_offsets(problem.offsets, sequences, T);
-  auto pointer = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
-  const Gradients gradients{rows("do", dout),
-                            static_cast<const float*>(pointer(dfinal)),
-                            pointer(dq),
-                            pointer(dk),
-                            check_type("key_type", key_type),
-                            pointer(dv),
-                            pointer(dg),
-                            pointer(dbeta),
-                            static_cast<float*>(pointer(dstate))};
-  const int64_t tokens = problem.first(sequences);
-  check_rows("do", gradients.dout, tokens, problem.reads);
-  check_given("dq", gradients.dq, problem.reads && tokens > 0);
-  check_given("dk", gradients.dk, tokens > 0);
-  check_given("dv", gradients.dv, tokens > 0);
-  check_given("dg", gradients.dg, problem.gate != Gate::none && tokens > 0);
-  if (H != HV && gradients.key_type != Type::float32) refuse("key_type", std::to_string(key_type), "0 where H < HV");
-  py::gil_scoped_release unlocked;
-  backward(problem, gradients);
-}
-
-void check(const Problem& p, const Replay& r) {
-  check_between("passes", r.passes, 1, PASSES_LIMIT);
-  check_given("final_state", p.final_state, p.sequences > 0);
-  if (std::isnan(r.tol)) refuse("tol", "nan", "a number");
-  check_given("residual", r.residual, r.tol > 0 && p.sequences > 0);
-  check_given("made", r.made, r.tol > 0 && p.sequences > 0);
-  if (!r.rank) return;
-  if (p.gate == Gate::channel) refuse("rank", "channel decay", "one decay a head, or none");
-  if (r.tol > 0) refuse("tol", std::to_string(r.tol), "0 with rank, which forms no state of a pass");
-  check_between("T", p.longest(), 0, RANK_LIMIT);
-}
-
-void run_replay(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
-                int64_t K, int64_t V, uintptr_t offsets, View q, View k, View v, View g, View beta, uintptr_t state,
-                uintptr_t final_state, bool rank, int64_t passes, double tol, uintptr_t before, uintptr_t residual,
-                uintptr_t made) {
-  Problem problem =
-      describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
-  check_offsets(problem.offsets, sequences, T);
-  problem.final_state = reinterpret_cast<float*>(final_state);
-  Interrupt interrupt(signalled);
-  const Replay how{rank,
-                   passes,
-                   tol,
-                   reinterpret_cast<float*>(before),
-                   reinterpret_cast<float*>(residual),
-                   reinterpret_cast<int32_t*>(made),
-                   &interrupt};
-  check(problem, how);
-  {
-    const py::gil_scoped_release unlocked;
-    replay(problem, how);
-  }
-  if (interrupt.stop) throw py::error_already_set();
-}
 
 std::vector<std::string> isa_names() {
   std::array<const Implementation*, 8> list;
@@ -154,20 +71,17 @@ constexpr bool HAS_CUDA = false;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of sleepkern. Import torch first: the threads are torch's.";
-  bind_express(m);
-  m.def("forward", &run_forward);
-  m.def("backward", &run_backward);
-  m.def("replay", &run_replay);
-  m.attr("head_limit") = HEAD_LIMIT;
-  m.attr("rank_limit") = RANK_LIMIT;
+  bind_fast_path(m);
+  bind_recurrence(m);
   bind_mixer(m);
   bind_blocks(m);
   m.def("step_limit", [] { return STEP_LIMIT; }, "Sequences of at most this many tokens are stepped one by one.");
   m.def("isa", [] { return std::string(implementation().name); }, "The instruction set in use.");
   m.def("isas", &isa_names, "Those this machine runs, best first.");
-  m.def("set_isa", &set_isa, "Use another one, for tests and benchmarks.");
+  m.def("set_isa", &set_isa, py::arg("name"), "Use another one, for tests and benchmarks.");
   m.def("threads_source", &thread_source, "Whose threads: torch, openmp or none.");
-  m.def("peak_gflops", &peak_gflops, "GFLOP/s that one core reaches from registers, measured for some seconds.");
+  m.def("peak_gflops", &peak_gflops, py::arg("seconds"),
+        "GFLOP/s that one core reaches from registers, measured for some seconds.");
   m.attr("has_cuda") = HAS_CUDA;
   m.def("cuda_devices", &cuda_devices, "The GPUs that the CUDA run-time library sees.");
 #ifdef SLEEPKERN_HAS_CUDA

@@ -1,9 +1,9 @@
-"""The express lane: a plain call on the CPU goes to the kernel at once, past the four steps of a call.
+"""The fast path: a plain call on the CPU goes to the kernel at once, past the four steps of a call.
 
-Plain is a call that the steps would hand to the `cpu` backend unchanged: tensors on the CPU that fit each other, of at
+A call is plain if the steps would hand it to the `cpu` backend unchanged: tensors on the CPU that fit each other, of at
 most 32 bits, read in place; one pass, not packed; nothing recorded, traced, cast or debugged. The native module
-recognises it from the tensors themselves, by torch's DLPack exchange table (torch 2.10 and later), which costs a tenth
-of what the checks cost in Python. Everything else, and every error, takes the long way.
+recognises a plain call from the tensors themselves, by torch's DLPack exchange table (torch 2.10 and later), which
+costs a tenth of what the checks cost in Python. Every other call, and every error, takes the four steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..rules import RULES, Rule
 
 _api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _usable = _C is not None and _api is not None and bool(_C.use_exchange_api(_api)) and bool(_C.use_tensor_class(Tensor))
-# Names of this module, because each dot on the way to a function costs half of what the function does.
+# These are names of this module because each dot on the way to a function costs half of what the function does.
 _compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -32,17 +32,17 @@ _grad = torch.is_grad_enabled
 _inference = torch.is_inference_mode_enabled
 _empty_like = torch.empty_like
 
-_ROWS = {id(rule): rule for rule in RULES.values() if rule in cpu.SUPPORTS}
-"""The rules of the lane: rows themselves, not what equals them, so that a plain call need not compare."""
+_RULES = {id(rule): rule for rule in RULES.values() if rule in cpu.SUPPORTS}
+"""The rules of the fast path by identity: a call with an equal rule takes the four steps, so no call compares rules."""
 _order: tuple[Backend, ...] = ()
 _names: tuple[str | None, ...] = ()
-"""The order of backends, and what a call may ask for that is `cpu` in this order; None is to ask for nothing."""
+"""The order of backends, and the values of `backend` that mean `cpu` in this order; None means no choice."""
 
 
 def forward(
     rule: Rule, x: tuple[Tensor | None, ...], scale: float | None, normalize: bool, backend: str | None
 ) -> tuple[Tensor, Tensor] | None:
-    """(readouts, final state) of a plain call, None for any other. x: the fields of Tensors."""
+    """Return (o, final state) of a plain call, None for any other. x: the fields of Tensors."""
     q, k, v, g, beta, state, cu_seqlens = x
     if cu_seqlens is not None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
         return None
@@ -69,7 +69,7 @@ def step(
     normalize: bool,
     backend: str | None,
 ) -> Tensor | None:
-    """Readouts of a plain call that updates `state` in place, None for any other."""
+    """Return o of a plain call that updates `state` in place, None for any other."""
     if state is None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
         return None
     if not state.is_contiguous() or (state.is_inference() and not _inference()):
@@ -96,9 +96,9 @@ def _open(
     normalize: bool,
     backend: str | None,
 ) -> bool:
-    if not _usable or settings.DEBUG or id(rule) not in _ROWS:
+    if not _usable or settings.DEBUG or id(rule) not in _RULES:
         return False
-    if backends.BACKENDS is not _order and not _look_at_order():
+    if backends.BACKENDS is not _order and not _read_order():
         return False
     if (settings.BACKEND if backend is None else backend) not in _names:
         return False
@@ -112,13 +112,14 @@ def _open(
         or forward_ad._current_level >= 0
     ):
         return False
-    return _C.ordinary(_grad(), q, k, v, g, beta, state)  # type: ignore[no-any-return]
+    return _C.ordinary(_grad(), q, k, v, g, beta, state)
 
 
-def _look_at_order() -> bool:
-    """Make out which plain calls on the CPU are `cpu`'s: the one of that name, and the first that takes CPU tensors.
+def _read_order() -> bool:
+    """Find out which plain calls on the CPU go to `cpu`: those that name it, and those that name no backend if `cpu` is
+    the first that takes CPU tensors.
 
-    Not in a graph that is being made, which takes no plain call and should write nothing down; then False.
+    False while torch compiles a graph, which takes no plain call and records every variable that is written.
     """
     global _order, _names
     if torch.compiler.is_compiling():
@@ -132,7 +133,7 @@ def _look_at_order() -> bool:
 
 
 def _never_on_the_cpu(backend: Backend) -> bool:
-    """Whether a backend says so for all its calls; one that does not may want a plain call."""
+    """True if a backend refuses every call on the CPU; any other backend may take a plain call."""
     why_not_on = getattr(backend, "why_not_on", None)
     return why_not_on is not None and why_not_on("cpu") is not None
 
@@ -140,7 +141,7 @@ def _never_on_the_cpu(backend: Backend) -> bool:
 def _run(rule: Rule, scale: float | None, normalize: bool, *tensors: Tensor | None) -> bool:
     """tensors: q, k, v, g, beta, state, o, final state."""
     unscaled = math.nan if scale is None else scale
-    return _C.express(GATE_CODES[rule.gate], rule.delta, normalize, unscaled, *tensors)  # type: ignore[no-any-return]
+    return _C.try_fast_path(GATE_CODES[rule.gate], rule.delta, normalize, unscaled, *tensors)
 
 
-_look_at_order()  # compiled graphs hold on to what they saw here
+_read_order()  # compiled graphs guard on the values they find here

@@ -46,7 +46,7 @@ from ..dispatch import Explanation, choose, explain_problem, method_of, torch_fo
 from ..eager import untraced
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check, check_dense, check_flag, check_pool
 from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule, rule_named
-from . import fast_path as express
+from . import fast_path
 
 
 class SleepResult(NamedTuple):
@@ -204,7 +204,7 @@ def recurrent_step(
     if type(rule) is not Rule:
         rule = rule_named(rule)
     if inplace is True and state_indices is None:
-        plain = express.step(rule, q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel, backend)
+        plain = fast_path.step(rule, q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel, backend)
         if plain is not None:
             return plain, state
     x = Tensors(q, k, v, g, beta, state, None)
@@ -366,7 +366,7 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor | None]:
     if type(output_final_state) is not bool:
         check_flag("output_final_state", output_final_state)
-    plain = express.forward(rule, x, scale, normalize, backend)
+    plain = fast_path.forward(rule, x, scale, normalize, backend)
     if plain is not None:
         o, state = plain
         return o, state if output_final_state else None

@@ -20,7 +20,7 @@ from sleepkern.backends.cpu import recurrence as cpu
 from sleepkern.backends.triton.ptxas import assembler_fault
 from sleepkern.cli import app
 from sleepkern.nn import SleepLM, gated_rms_norm, short_convolution
-from sleepkern.ops import fast_path as express
+from sleepkern.ops import fast_path
 from sleepkern.problems.recurrence import Problem, RecurrenceResult, Tensors
 from sleepkern.rules import Rule
 from sleepkern.sleep import sleep_blocks
@@ -253,7 +253,7 @@ def test_a_backend_that_is_put_first_is_taken(monkeypatch: pytest.MonkeyPatch) -
     assert len(mine.calls) == 6 and sleepkern.explain(rules.KDA, **x).chosen == "cpu"
 
 
-def test_the_lane_for_plain_calls_heeds_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_path_heeds_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make_inputs(rules.KDA, Shape(T=3))
     arguments = (rules.KDA, Tensors(x["q"], x["k"], x["v"], x["g"], x["beta"], None, None), None, False)
     for order, unnamed, named in (
@@ -263,7 +263,7 @@ def test_the_lane_for_plain_calls_heeds_the_order(monkeypatch: pytest.MonkeyPatc
         ((reference,), False, False),
     ):
         monkeypatch.setattr(backends, "BACKENDS", order)
-        assert [express.forward(*arguments, name) is not None for name in (None, "cpu")] == [unnamed, named]
+        assert [fast_path.forward(*arguments, name) is not None for name in (None, "cpu")] == [unnamed, named]
 
 
 def test_wide_heads_fall_to_the_chunk_form() -> None:

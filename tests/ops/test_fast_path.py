@@ -1,4 +1,4 @@
-"""The express lane: the same bits as the long way for plain calls, and the long way for all others."""
+"""The fast path: the same bits as the four steps for plain calls, and the four steps for all others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sleepkern
-from sleepkern.ops import fast_path as express
+from sleepkern.ops import fast_path
 from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
 from sleepkern.testing import Shape, call, make_inputs
 
@@ -18,21 +18,21 @@ SHAPE = Shape(B=2, T=9, H=2, HV=4, K=24, V=37)
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the lane said to each call that came to it."""
+    """The answer of the fast path to each call."""
     answers: list[bool] = []
-    run = express._run
+    run = fast_path._run
 
     def record(*arguments: Any) -> bool:
         answers.append(run(*arguments))
         return answers[-1]
 
-    monkeypatch.setattr(express, "_run", record)
+    monkeypatch.setattr(fast_path, "_run", record)
     return answers
 
 
 def long_way(monkeypatch: pytest.MonkeyPatch, rule: Rule, x: dict[str, Any], **options: Any) -> tuple[Tensor, Any]:
     with monkeypatch.context() as patched:
-        patched.setattr(express, "_usable", False)
+        patched.setattr(fast_path, "_usable", False)
         return call(rule, x, **options)
 
 

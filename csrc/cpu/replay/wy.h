@@ -93,7 +93,7 @@ SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& 
     }
   }
   if (r.residual) r.residual[unit] = static_cast<float>(settling.residual);
-  if (r.made) r.made[unit] = static_cast<int32_t>(made);
+  if (r.passes_done) r.passes_done[unit] = static_cast<int32_t>(made);
   if (r.before) store_state(w, x.before, unit, r.before);
 }
 

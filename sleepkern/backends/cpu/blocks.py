@@ -76,47 +76,36 @@ class Packed:
         is the same: panels differ in width between instruction sets."""
         return self.asked == form and self.isa == _C.isa() and self.source.holds(blocks, layers)
 
-    def _layer(self, layer: LayerWeights) -> dict[str, Any]:
+    def _layer(self, layer: LayerWeights) -> _C.Layer:
+        """The sizes and weights of a layer; what changes from call to call is still 0."""
         hidden, mixer, into = _hidden(layer), layer.mixer, torch.cat(layer.mixer.inputs())
         up, down = _after(layer.mlp_norm, layer.up), _float(layer.down)
         # What leaves the square is to be of down's size: up takes the root of it.
         root = 2.0 ** round(self._exponent(down, _square(up) * up.shape[1] * math.sqrt(1.5)) / 2)
-        own = self._delta(mixer) if isinstance(mixer, GatedDeltaWeights) else self._attention(mixer)
-        return {
-            "recurrent": layer.recurrent,
-            "into_width": into.shape[0],
-            # In the order of their use, for each product asks for the weights behind its own.
-            **self._weight("into", _after(layer.mixer_norm, into), 1.0),
-            **self._weight("out", _float(mixer.out), _mixed_size(layer)),
-            **self._weight("up", up * root, 1.0),
-            "down": self._pack(torch.nn.functional.pad(down / root**2, (0, hidden - up.shape[0]))),
-            "hidden": hidden,
-            "mixer_eps": layer.mixer_eps,
-            "mlp_eps": layer.mlp_eps,
-            "H": mixer.heads,
-            **own,
-        }
+        packed = _C.Layer()
+        packed.recurrent, packed.H = layer.recurrent, mixer.heads
+        if isinstance(mixer, GatedDeltaWeights):
+            self._fill_delta(packed, mixer)
+        else:
+            self._fill_attention(packed, mixer)
+        packed.into_width, packed.hidden = into.shape[0], hidden
+        packed.mixer_eps, packed.mlp_eps = layer.mixer_eps, layer.mlp_eps
+        # Matrices are packed in the order of their use, because each product prefetches the weights after its own.
+        packed.into = self._weight(_after(layer.mixer_norm, into), 1.0)
+        packed.out = self._weight(_float(mixer.out), _mixed_size(layer))
+        packed.up = self._weight(up * root, 1.0)
+        packed.down = self._pack(torch.nn.functional.pad(down / root**2, (0, hidden - up.shape[0])))
+        return packed
 
-    def _delta(self, mixer: GatedDeltaWeights) -> dict[str, Any]:
-        return {
-            "HV": mixer.value_heads,
-            "K": mixer.key_width,
-            "V": mixer.value_width,
-            "W": mixer.convolution.shape[1],
-            "decay_bias": mixer.decay_bias,
-            "strength": mixer.strength,
-            "taps": self._floats(mixer.convolution),
-            "gain": self._floats(mixer.norm),
-            "gain_eps": mixer.norm_eps,
-        }
+    def _fill_delta(self, packed: _C.Layer, mixer: GatedDeltaWeights) -> None:
+        packed.HV, packed.K, packed.V = mixer.value_heads, mixer.key_width, mixer.value_width
+        packed.W, packed.taps = mixer.convolution.shape[1], self._floats(mixer.convolution)
+        packed.decay_bias, packed.strength = mixer.decay_bias, mixer.strength
+        packed.gain, packed.gain_eps = self._floats(mixer.norm), mixer.norm_eps
 
-    def _attention(self, mixer: AttentionWeights) -> dict[str, Any]:
-        return {
-            "q_gain": self._floats(mixer.q_norm),
-            "k_gain": self._floats(mixer.k_norm),
-            "q_eps": mixer.q_eps,
-            "k_eps": mixer.k_eps,
-        }
+    def _fill_attention(self, packed: _C.Layer, mixer: AttentionWeights) -> None:
+        packed.q_gain, packed.q_eps = self._floats(mixer.q_norm), mixer.q_eps
+        packed.k_gain, packed.k_eps = self._floats(mixer.k_norm), mixer.k_eps
 
     def _floats(self, t: Tensor) -> int:
         """The address of a copy that lives as long as this."""
@@ -124,10 +113,11 @@ class Packed:
         self.alive.append(kept)
         return kept.data_ptr()
 
-    def _weight(self, name: str, weight: Tensor, size: float) -> dict[str, Any]:
-        """A matrix [n, depth] for rows whose numbers are about of this size: packed over its balance, and that."""
+    def _weight(self, weight: Tensor, size: float) -> tuple[int, float]:
+        """The address of a matrix [n, depth] that is packed over its balance, and the balance; `size` is about how
+        large the elements of the rows are that it multiplies."""
         balance = 2.0 ** self._exponent(weight, size)
-        return {name: self._pack(weight / balance), f"{name}_balance": balance}
+        return self._pack(weight / balance), balance
 
     def _exponent(self, weight: Tensor, size: float) -> int:
         """The exponent of the power of two that inputs of this size are multiplied by and weights are divided by, so
@@ -153,12 +143,23 @@ class Packed:
         after: list[RecurrentState | KVState] = []
         layers, alive = [], []
         for layer, weights, state in zip(self.layers, problem.layers, states, strict=True):
-            addresses, now, read = (_recurrent if weights.recurrent else _attention)(weights, state, B, L)
-            layers.append(layer | addresses)
-            after.append(now)
+            current = layer.copy()
+            state_after, read = (_recurrent if weights.recurrent else _attention)(current, weights, state, B, L)
+            layers.append(current)
+            after.append(state_after)
             alive.append(read)
-        how = (passes, problem.reinject, problem.carry, self.form)
-        _C.sleep_blocks(B, L, d, *how, layers, h.data_ptr(), changes.data_ptr())
+        _C.sleep_blocks(
+            B=B,
+            L=L,
+            d=d,
+            passes=passes,
+            reinject=problem.reinject,
+            carry=problem.carry,
+            form=self.form,
+            layers=layers,
+            h=h.data_ptr(),
+            changes=changes.data_ptr(),
+        )
         squares = changes.sqrt()
         relative = (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float()
         return Slept(h.to(dtype), [_like(x, dtype) for x in after], relative)
@@ -253,8 +254,8 @@ def _like(x: RecurrentState | KVState, dtype: torch.dtype) -> RecurrentState | K
     return KVState(x.keys.to(dtype), x.values.to(dtype))
 
 
-def _recurrent(weights: LayerWeights, before: State, B: int, L: int) -> tuple[dict[str, int], RecurrentState, Any]:
-    """What C++ reads and writes of the state of a layer, that state after the call, and what must live meanwhile."""
+def _recurrent(layer: _C.Layer, weights: LayerWeights, before: State, B: int, L: int) -> tuple[RecurrentState, Tensor]:
+    """Fill in what C++ reads and writes of a layer's state; the state after the call, and what must live meanwhile."""
     conv, fast = weights.mixer.carried(B, 0)
     state = _room(*fast)
     if before is None:
@@ -265,23 +266,18 @@ def _recurrent(weights: LayerWeights, before: State, B: int, L: int) -> tuple[di
         past = before.conv.float().contiguous()
         state.copy_(before.state)
     last = _room(*conv)
-    addresses = {"past": past.data_ptr(), "last": last.data_ptr(), "state": state.data_ptr()}
-    return addresses, RecurrentState(last, state), past
+    layer.past, layer.last, layer.state = past.data_ptr(), last.data_ptr(), state.data_ptr()
+    return RecurrentState(last, state), past
 
 
-def _attention(weights: LayerWeights, before: State, B: int, L: int) -> tuple[dict[str, int], KVState, Any]:
+def _attention(layer: _C.Layer, weights: LayerWeights, before: State, B: int, L: int) -> tuple[KVState, KVState | None]:
     """The same as `_recurrent` for an attention layer: keys and values take the place of the state."""
     kept = None
     if before is not None:
         assert isinstance(before, KVState)
         kept = KVState(*(t.float().contiguous() for t in before))
-    tokens = 0 if kept is None else kept.keys.shape[2]
-    after = KVState(*(_room(*size) for size in weights.mixer.carried(B, tokens + L)))
-    addresses = {
-        "kept": tokens,
-        "keys": 0 if kept is None else kept.keys.data_ptr(),
-        "values": 0 if kept is None else kept.values.data_ptr(),
-        "all_keys": after.keys.data_ptr(),
-        "all_values": after.values.data_ptr(),
-    }
-    return addresses, after, kept
+        layer.kept = kept.keys.shape[2]
+        layer.keys, layer.values = kept.keys.data_ptr(), kept.values.data_ptr()
+    after = KVState(*(_room(*size) for size in weights.mixer.carried(B, layer.kept + L)))
+    layer.all_keys, layer.all_values = after.keys.data_ptr(), after.values.data_ptr()
+    return after, kept

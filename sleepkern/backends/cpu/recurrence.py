@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ...problems.recurrence import Problem, RecurrenceResult, Tensors
 from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
 from ..interface import REPLAY
 from ..native.module import _C, GATE_CODES, MISSING, TYPE_CODES
-from ..native.views import ABSENT, address, rows
+from ..native.views import ABSENT, Rows, address, rows
 from ..replay import backward as replay_backward
 from ..replay import costs
 from ..replay.methods import affine, closed, repeat, window_decay
@@ -80,29 +82,37 @@ def _replay(problem: Problem, x: Tensors, method: str) -> RecurrenceResult:
     size = (problem.sequences, problem.HV, problem.K, problem.V)
     final = x.k.new_empty(size, dtype=torch.float32)
     state = None if x.state is None else x.state.contiguous()
-    before = residual = made = None
+    before = residual = passes_done = None
     passes = problem.passes - 1 if problem.output and problem.tol is None else problem.passes
     if problem.tol is not None:
         residual = x.k.new_empty(size[:2], dtype=torch.float32)
-        made = x.k.new_empty(size[:2], dtype=torch.int32)
+        passes_done = x.k.new_empty(size[:2], dtype=torch.int32)
         before = torch.empty_like(final) if problem.output else None
-    arguments, _alive = _arguments(problem, x, state, False)
+    fields, _alive = _fields(problem, x, state, False)
     _C.replay(
-        *arguments, final.data_ptr(), method == "rank", passes, problem.tol or 0.0,
-        address(before), address(residual), address(made),
-    )  # fmt: skip
+        **fields,
+        final_state=final.data_ptr(),
+        rank=method == "rank",
+        passes=passes,
+        tol=problem.tol or 0.0,
+        before=address(before),
+        residual=address(residual),
+        passes_done=address(passes_done),
+    )
     if not problem.output:
-        return RecurrenceResult(None, final, residual, made)
+        return RecurrenceResult(None, final, residual, passes_done)
     o, last = _one_pass(problem, x, final if before is None else before, True)
-    return RecurrenceResult(o, last if before is None else final, residual, made)
+    return RecurrenceResult(o, last if before is None else final, residual, passes_done)
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state."""
     if problem.passes == 1:
         return _one_backward(problem, x, x.state, do, dstate)
-    made = None if problem.tol is None else forward(problem._replace(output=False), x._replace(q=None)).passes
-    return replay_backward.backward(problem, x, do, dstate, made, *pieces(problem))
+    passes_done = None
+    if problem.tol is not None:
+        passes_done = forward(problem._replace(output=False), x._replace(q=None)).passes
+    return replay_backward.backward(problem, x, do, dstate, passes_done, *pieces(problem))
 
 
 def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.OneBackward]:
@@ -140,8 +150,8 @@ def _one_pass(
     if final is None:
         final = x.k.new_empty((problem.sequences, problem.HV, problem.K, problem.V), dtype=torch.float32)
         state = None if state is None else state.contiguous()
-    arguments, _alive = _arguments(problem, x, state, output)
-    _C.forward(*arguments, address(o), final.data_ptr())
+    fields, _alive = _fields(problem, x, state, output)
+    _C.forward(**fields, o=address(o), final_state=final.data_ptr())
     return o, final
 
 
@@ -149,47 +159,91 @@ def _one_backward(
     problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor."""
-    reads = do is not None and x.q is not None
+    want_output = do is not None and x.q is not None
     state = None if state is None else state.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
     key_type = x.k.dtype if problem.H == problem.HV else torch.float32
-    arguments, _alive = _arguments(problem, x, state, reads)
-    do, do_view = rows(do if reads else None, problem.HV * problem.V)
+    fields, _alive = _fields(problem, x, state, want_output)
+    do, do_view = rows(do if want_output else None, problem.HV * problem.V)
 
     def like(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return None if t is None else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
-    dq, dk, dv = like(x.q if reads else None, key_type), like(x.k, key_type), like(x.v)
+    dq, dk, dv = like(x.q if want_output else None, key_type), like(x.k, key_type), like(x.v)
     dg, dbeta, dinitial = (like(t, _gate_type(t)) for t in (x.g, x.beta, state))
     _C.backward(
-        *arguments, do_view, address(dstate), address(dq), address(dk), TYPE_CODES[key_type], address(dv),
-        address(dg), address(dbeta), address(dinitial),
-    )  # fmt: skip
+        **fields,
+        do=do_view,
+        dfinal=address(dstate),
+        dq=address(dq),
+        dk=address(dk),
+        key_type=TYPE_CODES[key_type],
+        dv=address(dv),
+        dg=address(dg),
+        dbeta=address(dbeta),
+        dstate=address(dinitial),
+    )
     if dq is None and x.q is not None:
         dq = torch.zeros_like(x.q)
     grads = [dq, dk, dv, dg, dbeta, dinitial]
     return [d if d is None or t is None else d.to(t.dtype) for d, t in zip(grads, x, strict=False)]
 
 
-def _arguments(
-    problem: Problem, x: Tensors, state: Tensor | None, reads: bool
-) -> tuple[tuple[object, ...], list[Tensor | None]]:
-    """What every entry point of _C takes first, and the tensors that must live while it runs."""
+class _Fields(TypedDict):
+    """The fields that every entry point of _C takes: csrc/common/recurrence.h says what each is."""
+
+    gate: int
+    delta: bool
+    normalize: bool
+    scale: float
+    sequences: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    offsets: int
+    q: Rows
+    k: Rows
+    v: Rows
+    g: Rows
+    beta: Rows
+    state: int
+
+
+def _fields(
+    problem: Problem, x: Tensors, state: Tensor | None, want_output: bool
+) -> tuple[_Fields, list[Tensor | None]]:
+    """The fields of a call, and the tensors that must live while it runs."""
     H, HV, K, V = problem.H, problem.HV, problem.K, problem.V
     offsets = x.cu_seqlens
     if offsets is not None and not (offsets.is_cpu and offsets.dtype == torch.int64 and offsets.is_contiguous()):
         offsets = offsets.to("cpu", torch.int64).contiguous()
-    q, q_view = rows(x.q, H * K) if reads else (None, ABSENT)
+    q, q_view = rows(x.q, H * K) if want_output else (None, ABSENT)
     k, k_view = rows(x.k, H * K)
     v, v_view = rows(x.v, HV * V)
     g, g_view = rows(x.g, HV * K if problem.rule.gate == "channel" else HV)
     beta, beta_view = rows(x.beta, HV)
-    arguments = (
-        GATE_CODES[problem.rule.gate], problem.rule.delta, problem.normalize, problem.scale,
-        problem.sequences, problem.T, H, HV, K, V,
-        address(offsets), q_view, k_view, v_view, g_view, beta_view, address(state),
-    )  # fmt: skip
-    return arguments, [offsets, q, k, v, g, beta, state]
+    fields: _Fields = {
+        "gate": GATE_CODES[problem.rule.gate],
+        "delta": problem.rule.delta,
+        "normalize": problem.normalize,
+        "scale": problem.scale,
+        "sequences": problem.sequences,
+        "T": problem.T,
+        "H": H,
+        "HV": HV,
+        "K": K,
+        "V": V,
+        "offsets": address(offsets),
+        "q": q_view,
+        "k": k_view,
+        "v": v_view,
+        "g": g_view,
+        "beta": beta_view,
+        "state": address(state),
+    }
+    return fields, [offsets, q, k, v, g, beta, state]
 
 
 def _gate_type(t: Tensor | None) -> torch.dtype | None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 import torch
 
-try:
-    _C = importlib.import_module("sleepkern._C")
-    MISSING = ""
-except ImportError as error:
-    _C = None  # type: ignore[assignment]
-    MISSING = f"the compiled module sleepkern._C is not there ({error})"
+__all__ = ["GATE_CODES", "MISSING", "TYPE_CODES", "_C"]
+
+if TYPE_CHECKING:
+    import sleepkern._C as _C
+
+    MISSING: str
+else:
+    try:
+        _C = importlib.import_module("sleepkern._C")
+    except ImportError as error:
+        _C = None
+        MISSING = f"the compiled module sleepkern._C is not there ({error})"
+    else:
+        MISSING = ""
 """The sentence why there is no _C; empty where there is one."""
 
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -10,8 +10,10 @@ from torch import Tensor
 from .module import TYPE_CODES
 
 Rows = tuple[int, int, int]
-"""Address, distance of two tokens in numbers, type code."""
+"""Address, distance of two tokens in elements, type code."""
 ABSENT: Rows = (0, 0, 0)
+Array = tuple[int, int]
+"""Address, type code."""
 _HERE = nullcontext()
 
 
@@ -52,7 +54,7 @@ def rows(t: Tensor | None, width: int) -> tuple[Tensor | None, Rows]:
     return t, (t.data_ptr(), stride, TYPE_CODES[t.dtype])
 
 
-def array(t: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
+def array(t: Tensor | None) -> tuple[Tensor | None, Array]:
     """Numbers side by side: (address, type code), and the tensor that must live while _C reads them."""
     if t is None:
         return None, (0, 0)

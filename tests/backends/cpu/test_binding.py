@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -24,92 +25,146 @@ from sleepkern.testing import Shape, make_inputs, relative_error
 
 ROOM = torch.zeros(4096)
 AT = ROOM.data_ptr()
-VIEW = (AT, 8, 0)
+VIEW, ARRAY = (AT, 8, 0), (AT, 0)
 ABSENT = (0, 0, 0)
-# gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state
-PROBLEM = (1, True, False, 1.0, 1, 2, 1, 1, 8, 8, 0, VIEW, VIEW, VIEW, VIEW, VIEW, 0)
-
-
-def changed(arguments: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
-    return (*arguments[:at], value, *arguments[at + 1 :])
+PROBLEM: dict[str, Any] = {
+    "gate": 1, "delta": True, "normalize": False, "scale": 1.0, "sequences": 1, "T": 2, "H": 1, "HV": 1, "K": 8, "V": 8,
+    "offsets": 0, "q": VIEW, "k": VIEW, "v": VIEW, "g": VIEW, "beta": VIEW, "state": 0,
+}  # fmt: skip
+FORWARD = PROBLEM | {"o": AT, "final_state": AT}
+BACKWARD = PROBLEM | {
+    "do": VIEW, "dfinal": 0, "dq": AT, "dk": AT, "key_type": 0, "dv": AT, "dg": AT, "dbeta": AT, "dstate": AT,
+}  # fmt: skip
+REPLAY = PROBLEM | {
+    "final_state": AT, "rank": False, "passes": 2, "tol": 0.0, "before": 0, "residual": 0, "passes_done": 0,
+}  # fmt: skip
+CONVOLUTION = {
+    "sequences": 1, "T": 2, "D": 8, "W": 4, "offsets": 0, "silu": True, "x": VIEW, "weight": ARRAY, "bias": (0, 0),
+    "past": 0,
+}  # fmt: skip
+CONVOLVE = CONVOLUTION | {"y": AT, "last": AT}
+STEP = {
+    "B": 1, "D": 8, "W": 4, "silu": True, "x": VIEW, "weight": ARRAY, "bias": (0, 0), "state": AT, "y": AT,
+}  # fmt: skip
+NORM = {
+    "tokens": 2, "heads": 1, "V": 8, "silu": True, "gate_first": False, "eps": 1e-6, "x": VIEW, "gate": VIEW,
+    "weight": ARRAY, "weight_heads": False, "y": AT,
+}  # fmt: skip
+BLOCKS = {
+    "B": 1, "L": 1, "d": 8, "passes": 1, "reinject": False, "carry": False, "form": _C.Form.plain, "layers": [],
+    "h": AT, "changes": AT,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("at", "value", "message"),
+    ("name", "value", "message"),
     [
-        (0, 3, "gate: got 3; expected from 0 to 2"),
-        (4, -1, "sequences: got -1; expected at least 0"),
-        (5, -1, "T: got -1; expected at least 0"),
-        (6, 0, "H: got 0; expected at least 1"),
-        (7, 0, "HV: got 0; expected at least 1"),
-        (8, 0, "K: got 0; expected from 1 to 256"),
-        (9, 257, "V: got 257; expected from 1 to 256"),
-        (4, 2**62, "sequences, T, HV, K, V: got a product beyond 2^60"),
-        (12, ABSENT, "k: got address 0"),
-        (13, (AT, 8, 7), "v: got 7; expected from 0 to 2"),
-        (14, ABSENT, "g: got address 0"),
-        (15, (AT, -8, 0), "beta: got -8; expected at least 0"),
+        ("gate", 3, "gate: got 3; expected from 0 to 2"),
+        ("sequences", -1, "sequences: got -1; expected at least 0"),
+        ("T", -1, "T: got -1; expected at least 0"),
+        ("H", 0, "H: got 0; expected at least 1"),
+        ("HV", 0, "HV: got 0; expected at least 1"),
+        ("K", 0, "K: got 0; expected from 1 to 256"),
+        ("V", 257, "V: got 257; expected from 1 to 256"),
+        ("sequences", 2**62, "sequences, T, HV, K, V: got a product beyond 2^60"),
+        ("k", ABSENT, "k: got address 0"),
+        ("v", (AT, 8, 7), "v: got 7; expected from 0 to 2"),
+        ("g", ABSENT, "g: got address 0"),
+        ("beta", (AT, -8, 0), "beta: got -8; expected at least 0"),
     ],
 )
-def test_numbers_of_a_problem(at: int, value: Any, message: str) -> None:
-    backward = (VIEW, 0, AT, AT, 0, AT, AT, AT, AT)
-    for entry, rest in ((_C.forward, (AT, AT)), (_C.backward, backward), (_C.replay, (AT, False, 2, 0.0, 0, 0, 0))):
+def test_numbers_of_a_problem(name: str, value: Any, message: str) -> None:
+    for entry, fields in ((_C.forward, FORWARD), (_C.backward, BACKWARD), (_C.replay, REPLAY)):
         with pytest.raises(ValueError, match=re.escape(message)):
-            entry(*changed(PROBLEM, at, value), *rest)
+            entry(**fields | {name: value})
 
 
 @pytest.mark.parametrize("offsets", [(0, 3), (1, 2), (0, -1), (0, 2**40)])
 def test_offsets_that_are_not_those_of_the_tokens(offsets: tuple[int, int]) -> None:
     at = np.array(offsets)
     with pytest.raises(ValueError, match="cu_seqlens: got .* expected offsets that rise from 0 to 2"):
-        _C.forward(*changed(PROBLEM, 10, at.ctypes.data), AT, AT)
+        _C.forward(**FORWARD | {"offsets": at.ctypes.data})
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("entry", "fields", "message"),
     [
-        (lambda: _C.forward(*PROBLEM, 0, AT), "o: got address 0"),
-        (lambda: _C.forward(*PROBLEM, AT, 0), "final_state: got address 0"),
-        (lambda: _C.forward(*changed(PROBLEM, 7, 3)[:6], 2, *changed(PROBLEM, 7, 3)[7:], AT, AT), "HV: got 3"),
-        (lambda: _C.backward(*PROBLEM, VIEW, 0, AT, AT, 5, AT, AT, AT, AT), "key_type: got 5"),
-        (lambda: _C.backward(*PROBLEM, VIEW, 0, AT, 0, 0, AT, AT, AT, AT), "dk: got address 0"),
-        (lambda: _C.replay(*PROBLEM, AT, False, 0, 0.0, 0, 0, 0), "passes: got 0; expected from 1 to 2147483647"),
-        (lambda: _C.replay(*PROBLEM, AT, True, 2**62, 0.0, 0, 0, 0), "passes: got 4611686018427387904"),
-        (lambda: _C.replay(*PROBLEM, AT, False, 2, 0.1, 0, 0, 0), "residual: got address 0"),
-        (lambda: _C.replay(*changed(PROBLEM, 5, 70), AT, True, 2, 0.0, 0, 0, 0), "T: got 70; expected from 0 to 64"),
-        (lambda: _C.convolve(1, 2, 0, 4, 0, True, VIEW, (AT, 0), (0, 0), 0, AT, AT), "D: got 0"),
-        (lambda: _C.convolve(1, 2, 8, 9, 0, True, VIEW, (AT, 0), (0, 0), 0, AT, AT), "W: got 9; expected from 1 to 4"),
-        (lambda: _C.convolve(1, 2, 8, 4, 0, True, VIEW, (0, 0), (0, 0), 0, AT, AT), "weight: got address 0"),
-        (lambda: _C.convolve_step(1, 8, 4, True, VIEW, (AT, 0), (0, 0), 0, AT), "state: got address 0"),
-        (lambda: _C.gated_norm(2, 1, 0, True, False, 1e-6, VIEW, VIEW, (AT, 0), False, AT), "V: got 0"),
-        (lambda: _C.gated_norm(2, 1, 8, True, False, 1e-6, VIEW, ABSENT, (AT, 0), False, AT), "gate: got address 0"),
-        (lambda: _C.sleep_blocks(0, 1, 8, 1, False, False, _C.Form.plain, [], AT, AT), "B: got 0; expected at least 1"),
-        (lambda: _C.sleep_blocks(1, 1, 8, 0, False, False, _C.Form.plain, [], AT, AT), "passes: got 0"),
-        (lambda: _C.pack_weight(AT, 0, 8, _C.Form.plain, AT), "n: got 0; expected at least 1"),
-        (lambda: _C.packed_size(8, -1, _C.Form.plain), "depth: got -1; expected at least 1"),
-        (lambda: _C.peak_gflops(float("inf")), "seconds: got inf; expected from 0 to 600"),
+        ("forward", FORWARD | {"o": 0}, "o: got address 0"),
+        ("forward", FORWARD | {"final_state": 0}, "final_state: got address 0"),
+        ("forward", FORWARD | {"H": 2, "HV": 3}, "HV: got 3"),
+        ("backward", BACKWARD | {"key_type": 5}, "key_type: got 5"),
+        ("backward", BACKWARD | {"HV": 2, "key_type": 1}, "key_type: got 1; expected 0 where H < HV"),
+        ("backward", BACKWARD | {"dk": 0}, "dk: got address 0"),
+        ("backward", BACKWARD | {"do": ABSENT}, "do: got address 0"),
+        ("replay", REPLAY | {"passes": 0}, "passes: got 0; expected from 1 to 2147483647"),
+        ("replay", REPLAY | {"rank": True, "passes": 2**62}, "passes: got 4611686018427387904"),
+        ("replay", REPLAY | {"tol": 0.1}, "residual: got address 0"),
+        ("replay", REPLAY | {"tol": 0.1, "residual": AT}, "passes_done: got address 0"),
+        ("replay", REPLAY | {"tol": math.nan}, "tol: got nan"),
+        ("replay", REPLAY | {"rank": True, "T": 70}, "T: got 70; expected from 0 to 64"),
+        ("convolve", CONVOLVE | {"D": 0}, "D: got 0"),
+        ("convolve", CONVOLVE | {"W": 9}, "W: got 9; expected from 1 to 4"),
+        ("convolve", CONVOLVE | {"weight": (0, 0)}, "weight: got address 0"),
+        ("convolve", CONVOLVE | {"weight": (AT, 3)}, "weight: got 3; expected from 0 to 2"),
+        ("convolve_step", STEP | {"state": 0}, "state: got address 0"),
+        ("gated_norm", NORM | {"V": 0}, "V: got 0"),
+        ("gated_norm", NORM | {"gate": ABSENT}, "gate: got address 0"),
+        ("sleep_blocks", BLOCKS | {"B": 0}, "B: got 0; expected at least 1"),
+        ("sleep_blocks", BLOCKS | {"passes": 0}, "passes: got 0"),
+        ("sleep_blocks", BLOCKS | {"layers": [_C.Layer()]}, "hidden: got 0; expected at least 1"),
+        ("pack_weight", {"matrix": AT, "n": 0, "depth": 8, "form": _C.Form.plain, "packed": AT}, "n: got 0; expected"),
+        ("packed_size", {"n": 8, "depth": -1, "form": _C.Form.plain}, "depth: got -1; expected at least 1"),
+        ("peak_gflops", {"seconds": math.inf}, "seconds: got inf; expected from 0 to 600"),
     ],
 )
-def test_other_numbers(call: Callable[[], object], message: str) -> None:
+def test_other_numbers(entry: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        call()
+        getattr(_C, entry)(**fields)
 
 
-def test_the_express_lane_leaves_what_is_no_call() -> None:
+@pytest.mark.parametrize(
+    ("entry", "fields"),
+    [("forward", FORWARD), ("backward", BACKWARD), ("replay", REPLAY), ("convolve", CONVOLVE), ("gated_norm", NORM)],
+)
+def test_a_call_names_every_field_and_no_other(entry: str, fields: dict[str, Any]) -> None:
+    call = getattr(_C, entry)
+    for name in fields:
+        rest = {n: value for n, value in fields.items() if n != name}
+        with pytest.raises(TypeError, match=f"{entry}: no argument '{name}'"):
+            call(**rest)
+        with pytest.raises(TypeError, match=f"{entry}: got the unknown argument 'typo'"):
+            call(**rest, typo=0)
+        with pytest.raises(TypeError, match=f"{name}: got str; expected"):
+            call(**fields | {name: "head"})
+    with pytest.raises(TypeError, match=f"{entry}: takes keywords only"):
+        call(1, **fields)
+
+
+def test_a_layer_has_no_other_attributes() -> None:
+    layer = _C.Layer()
+    layer.into = (AT, 2.0)
+    assert layer.copy().into == (AT, 2.0) and layer.copy() is not layer
+    with pytest.raises(AttributeError):
+        layer.intoo = (AT, 2.0)  # type: ignore[attr-defined]
+    with pytest.raises(TypeError):
+        layer.hidden = "wide"  # type: ignore[assignment]
+
+
+def test_the_fast_path_leaves_what_is_no_call() -> None:
     x = torch.zeros(1, 2, 1, 8)
-    assert not _C.express(1, True, False, 1.0, None, None, None, None, None, None, None, None)
-    assert not _C.express(1, True, False, 1.0, x, x, x, x[..., 0], x[..., 0], None, x[0], torch.zeros(1))
+    assert not _C.try_fast_path(1, True, False, 1.0, None, None, None, None, None, None, None, None)
+    assert not _C.try_fast_path(1, True, False, 1.0, x, x, x, x[..., 0], x[..., 0], None, x[0], torch.zeros(1))
     with pytest.raises(ValueError, match="gate: got 9"):
-        _C.express(9, True, False, 1.0, x, x, x, None, x[..., 0], None, x, torch.zeros(1, 1, 8, 8))
+        _C.try_fast_path(9, True, False, 1.0, x, x, x, None, x[..., 0], None, x, torch.zeros(1, 1, 8, 8))
     assert not _C.use_exchange_api(signal_capsule())
-    for call, count in ((_C.express, 12), (_C.ordinary, 7)):
+    for call, count in ((_C.try_fast_path, 12), (_C.ordinary, 7)):
         with pytest.raises(TypeError, match=f"got 3 arguments; expected {count}"):
             call(1, 2, 3)
     with pytest.raises(TypeError):
-        _C.express("head", True, False, 1.0, x, x, x, None, x[..., 0], None, x, torch.zeros(1, 1, 8, 8))
+        _C.try_fast_path("head", True, False, 1.0, x, x, x, None, x[..., 0], None, x, torch.zeros(1, 1, 8, 8))
 
 
-def test_the_express_lane_knows_what_torch_says_of_a_tensor() -> None:
+def test_the_fast_path_knows_what_torch_says_of_a_tensor() -> None:
     """At each of the six places: what is no plain tensor, needs a gradient, or holds the opposites of its numbers."""
     x = torch.zeros(2)
     assert _C.ordinary(True, *[x] * 6) and _C.ordinary(True, x, x, x, None, None, None)

@@ -17,8 +17,9 @@ BEYOND = """
 import torch
 short, room = torch.zeros(4), torch.zeros(64)
 view = (room.data_ptr(), 8, 0)
-_C.forward(1, True, False, 1.0, 1, 2, 1, 1, 8, 8, 0, view, view, (short.data_ptr(), 8, 0), view, view, 0,
-               room.data_ptr(), room.data_ptr())
+_C.forward(gate=1, delta=True, normalize=False, scale=1.0, sequences=1, T=2, H=1, HV=1, K=8, V=8, offsets=0, q=view,
+           k=view, v=(short.data_ptr(), 8, 0), g=view, beta=view, state=0, o=room.data_ptr(),
+           final_state=room.data_ptr())
 """
 
 
