@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from ..measure import Report, bench, gpu_cases
-from ..measure.bench import Row
+from ..measure.bench import BenchRow
 from ..measure.cases import SUITES
 from .output import check_device, console, drawable, finish, named_path, progress_bar, usage, writable, write_json
 
@@ -152,7 +152,7 @@ def _heading(names: list[str]) -> str:
     return "x " + names[0].replace("transformers", "trans-\nformers").replace(" ", "\n")
 
 
-def _figures(row: Row) -> tuple[str, ...]:
+def _figures(row: BenchRow) -> tuple[str, ...]:
     if row.milliseconds is None:
         return "[red]wrong[/]", "", ""
     share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
@@ -160,7 +160,7 @@ def _figures(row: Row) -> tuple[str, ...]:
     return f"{row.milliseconds:{digits}}", "" if row.gflops is None else f"{row.gflops:.1f}", share
 
 
-def _ratio(row: Row, names: list[str]) -> str:
+def _ratio(row: BenchRow, names: list[str]) -> str:
     for peer in row.peers:
         if peer.name in names and peer.milliseconds is not None:
             return "[yellow]wrong[/]" if peer.ratio is None else f"{peer.ratio:.2f}"

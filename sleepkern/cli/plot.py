@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from ..files import replacing
 from ..measure import Report
-from ..measure.bench import Row
+from ..measure.bench import BenchRow
 
 COLORS = (
     "#9aa5b1", "#2a78b5", "#e08a1e", "#3a9d5d", "#8a63b0", "#c0504d", "#7b4f2a", "#d77fb3", "#4bb8c4", "#b3a31f",
@@ -61,7 +61,7 @@ def peak_of(report: Report) -> str:
     return "a large bfloat16 product" if gpu else "the float32 peak"
 
 
-def _speedups(panel: Any, rows: list[Row], names: list[str], bar: float) -> None:
+def _speedups(panel: Any, rows: list[BenchRow], names: list[str], bar: float) -> None:
     ratios = {(i, p.name): p.ratio for i, row in enumerate(rows) for p in row.peers if p.ratio is not None}
     drawn: set[str] = set()
     for i in range(len(rows)):
@@ -98,11 +98,11 @@ def _speedups(panel: Any, rows: list[Row], names: list[str], bar: float) -> None
     _tidy(panel)
 
 
-def _label(row: Row) -> str:
+def _label(row: BenchRow) -> str:
     return f"{row.rule}  {row.details}\n{row.milliseconds:.3g} ms"
 
 
-def _shares(panel: Any, rows: list[Row], peak: str) -> None:
+def _shares(panel: Any, rows: list[BenchRow], peak: str) -> None:
     for i, row in enumerate(rows):
         if row.share_of_peak is not None:
             panel.barh(i, 100 * row.share_of_peak, 0.9 * BAR, color=PEAK_COLOR)

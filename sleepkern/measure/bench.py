@@ -48,7 +48,7 @@ class PeerRow:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """A case. Times are per call, medians over `turns`; the rest is None when the check is red,
     share_of_peak also where no peak is known, and operations and bytes of a whole model are not
     counted."""
@@ -94,7 +94,7 @@ class Report:
     environment: dict[str, Any]
     peak_gflops: float | None
     peak_gigabytes_per_second: float | None
-    rows: tuple[Row, ...]
+    rows: tuple[BenchRow, ...]
 
     @property
     def passed(self) -> bool:
@@ -108,7 +108,7 @@ class Report:
         return list(dict.fromkeys(timed))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as a dict, ready for JSON."""
         rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
         return {
             "environment": self.environment, "peak_gflops": self.peak_gflops,
@@ -177,14 +177,14 @@ def bench_cases(
     return report
 
 
-def _row_of(case: AnyCase, quick: bool, threads: int, device: str, best: Ceilings) -> Row:
+def _row_of(case: AnyCase, quick: bool, threads: int, device: str, best: Ceilings) -> BenchRow:
     with timing.threads(threads):
         if isinstance(case, Case):
             return _measure(case, quick, threads, device, best)
         return _measure_whole(case, quick, threads, best)
 
 
-def _measure(case: Case, quick: bool, threads: int, device: str, best: Ceilings) -> Row:
+def _measure(case: Case, quick: bool, threads: int, device: str, best: Ceilings) -> BenchRow:
     ours_threads = case.threads or threads
     small = case.shortened(100 if quick else CHECKED_TOKENS)
     expected = _expected(small, device)
@@ -283,13 +283,13 @@ def _row(
     peers: dict[str, tuple[Peer, float | None, str | None]],
     best: Ceilings,
     device: str,
-) -> Row:
+) -> BenchRow:
     explained = explain_problem(case.problem(device))
     ours = times.get("ours")
     seconds = None if ours is None else ours.median
     gflops = None if seconds is None else case.flops / seconds * 1e-9
     gigabytes = None if seconds is None else case.bytes / seconds * 1e-9
-    return Row(
+    return BenchRow(
         case=case.name,
         op=case.op,
         rule=case.rule.name,
@@ -332,7 +332,7 @@ def _peer_row(
     )
 
 
-def _measure_whole(case: ModelCase | BlocksCase, quick: bool, threads: int, best: Ceilings) -> Row:
+def _measure_whole(case: ModelCase | BlocksCase, quick: bool, threads: int, best: Ceilings) -> BenchRow:
     """A whole model or stack of blocks, and peers that have to compute the same."""
     ours_threads, times = case.threads or threads, {}
     with timing.threads(ours_threads), case.quietly():
@@ -345,7 +345,7 @@ def _measure_whole(case: ModelCase | BlocksCase, quick: bool, threads: int, best
     explained = explain_problem(inside.problem())
     ours = times.get("ours")
     gflops = None if ours is None or case.flops is None else case.flops / ours.median * 1e-9
-    return Row(
+    return BenchRow(
         case=case.name,
         op=case.op,
         rule=case.rule.name,

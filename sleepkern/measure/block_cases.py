@@ -22,7 +22,7 @@ CHECKED = 3
 
 
 class Prepared(NamedTuple):
-    """What is to be timed of a case, ours first, and by how much each is wrong in what it is timed on."""
+    """The calls of a case to be timed, sleepkern's first, and the error of each on the inputs it is timed on."""
 
     calls: dict[str, Callable[[], Any]]
     errors: dict[str, float]
@@ -55,12 +55,12 @@ class BlocksCase:
 
     @property
     def tolerance(self) -> float:
-        """Of the result."""
+        """The largest error of a right result."""
         return TOLERANCE[self.dtype]
 
     @property
     def rule(self) -> Rule:
-        """Of its recurrence."""
+        """The name of its recurrence."""
         return GATED_DELTA_RULE
 
     @property
@@ -77,7 +77,7 @@ class BlocksCase:
 
     @property
     def flops(self) -> int:
-        """Of the products with weights; the rest of a pass is left out."""
+        """Operations of the products with weights; the rest of a pass is not counted."""
         d, f = self.width, 4 * self.width
         delta = (self.blocks // 2) * (5 * d * d + 2 * self.heads * d)
         attention = (self.blocks - self.blocks // 2) * 4 * d * d

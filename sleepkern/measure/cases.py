@@ -1,5 +1,4 @@
-"""What is measured: one Case per line of the bench table, grouped in suites, and the inputs of a
-case."""
+"""The cases of the bench table, one a line, grouped in suites, and the inputs of a case."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from .model_cases import ModelCase
 
 Op = Literal["forward", "train", "decode", "ingest"]
 Result = tuple[Tensor | None, Tensor | None]
-"""(readouts or None, final state or None)"""
+"""(outputs or None, final state or None)"""
 
 CACHE_BYTES = 64 << 20
 """Sets of inputs are made until they take as much, so that no cache holds them all."""

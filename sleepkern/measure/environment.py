@@ -1,5 +1,4 @@
-"""Where a number was measured: device, processor, versions, threads, date. Goes into every JSON
-file."""
+"""Where a result was measured: device, processor, versions, threads, date. Every JSON file has it."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ _PACKAGES = ("torch", "transformers", "ggml-python", "flash-linear-attention", "
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What a reader needs to repeat a measurement on `device`."""
+    """The facts that a reader needs to repeat a measurement on `device`."""
     from ..version import __version__
 
     native = native_module()
@@ -72,7 +71,7 @@ def cpu_name() -> str:
 
 
 def _assembler(device: str) -> dict[str, str]:
-    """Of a GPU, the ptxas that Triton takes: what kernels it gets depends on it (backends/triton/ptxas.py)."""
+    """The ptxas that Triton takes for a GPU; the plans of its kernels depend on it (backends/triton/ptxas.py)."""
     if torch.device(device).type != "cuda" or importlib.util.find_spec("triton") is None:
         return {}
     return {"ptxas": assembler()}

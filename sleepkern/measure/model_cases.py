@@ -62,12 +62,12 @@ class ModelCase:
 
     @property
     def rule(self) -> Rule:
-        """Of its recurrence."""
+        """The name of its recurrence."""
         return GATED_DELTA_RULE
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The type of its weights."""
         return torch.float32
 
     @property
@@ -82,7 +82,7 @@ class ModelCase:
 
     @property
     def flops(self) -> None:
-        """Of a whole model they are not counted."""
+        """None: the operations of a whole model are not counted."""
         return None
 
     def quietly(self) -> AbstractContextManager[Any]:
@@ -109,7 +109,7 @@ class Session(NamedTuple):
 
 
 def hybrid_model() -> nn.Module:
-    """What MODEL describes; the same weights each time."""
+    """The model that MODEL describes; its weights are the same each time."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     with torch.random.fork_rng(devices=[]):

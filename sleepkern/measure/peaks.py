@@ -1,4 +1,4 @@
-"""What a device can do at best, measured now: the peaks that shares are taken of."""
+"""The peaks of a device, measured: shares are relative to them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ COPIED_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Ceilings:
-    """gflops: a core's float32 multiply-adds, or a GPU's bfloat16 product of large matrices; gigabytes_per_second: a
+    """The peaks of a device, None where unknown.
 
-    GPU's copy of a large tensor, bytes read and written. None where unknown.
+    gflops is that of a core's float32 multiply-adds, or of a GPU's bfloat16 product of large matrices.
+    gigabytes_per_second counts the bytes that a GPU's copy of a large tensor reads and writes.
     """
 
     gflops: float | None
@@ -25,7 +26,7 @@ class Ceilings:
 
 
 def ceilings(device: str = "cpu", matrix: int = MATRIX, copied: int = COPIED_BYTES) -> Ceilings:
-    """Measure them: a fifth of a second on the CPU, one on a GPU. Sizes are for tests."""
+    """Measure the peaks: it takes 0.2 s on the CPU, 1 s on a GPU. Other sizes are for tests."""
     if torch.device(device).type == "cpu":
         return Ceilings(peak_gflops(), None)
     return measured(device, matrix, copied)

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from sleepkern.measure.bench import PeerRow, Report, Row
+from sleepkern.measure.bench import BenchRow, PeerRow, Report
 
 
 def bench_report(shares, peers, gigabytes=None):
@@ -12,7 +12,7 @@ def bench_report(shares, peers, gigabytes=None):
         here = peers[: len(peers) - (len(shares) - 1 - i)]
         timed = [{"name": name, "milliseconds": 2.0, "ratio": 2.0 + j, "error": 0.0, "note": None}
                  for j, name in enumerate(here)]  # fmt: skip
-        rows.append(_filled(Row, case=f"case {i}", rule="kda", milliseconds=1.0, share_of_peak=share,
+        rows.append(_filled(BenchRow, case=f"case {i}", rule="kda", milliseconds=1.0, share_of_peak=share,
                             peers=tuple(_filled(PeerRow, **peer) for peer in timed)))  # fmt: skip
     where = {"versions": {"sleepkern": "0"}, "device": "a device", "threads": 1, "date": "2026-11-23T00:00"}
     return Report(where, 100.0, gigabytes, tuple(rows))

@@ -146,7 +146,7 @@ def _decodes(problem: Problem) -> bool:
 
 
 def precision_of(problem: Problem) -> Precision:
-    """What products multiply.
+    """The precision of products.
 
     float32 inputs are multiplied as torch multiplies matrices: as IEEE float32, unless
     torch.set_float32_matmul_precision allows tf32. float16 inputs take tf32 too, which holds them exactly and has room

@@ -1,4 +1,4 @@
-"""What all stages share: groups of kernel arguments, where a chunk is stored, tiles in and out, products, decay.
+"""Code that all stages share: groups of arguments, positions of chunks, loads and stores of tiles, products, decay.
 
 Names in kernels: x_stride is the number of elements from one row (token) to the next; C rows of a chunk, BK key columns
 and BV value columns at a time, KP the power of two that holds all key columns; bh = sequence * HV + value head. A
@@ -52,7 +52,7 @@ class ChunkFactors(NamedTuple):
 
 
 class States(NamedTuple):
-    """What a state pass reads and writes; starts and Vn for the backward pass."""
+    """The tensors that a state pass loads and stores; starts and Vn are for the backward pass."""
 
     initial: Any  # [sequences,HV,K,V] float32
     final: Any  # [sequences,HV,K,V] float32
@@ -62,7 +62,7 @@ class States(NamedTuple):
 
 
 class StateGradients(NamedTuple):
-    """What a backward state pass reads and writes."""
+    """The tensors that a backward state pass loads and stores."""
 
     do: Any  # [rows,HV,V]
     dstate: Any  # [sequences,HV,K,V] float32

@@ -61,7 +61,7 @@ def use_plans(path: str | Path) -> int:
 
 
 def table_rows(plans: dict[Key, TilePlan]) -> list[dict[str, object]]:
-    """What `use_plans` reads back, ready for JSON."""
+    """The rows that `use_plans` reads back, ready for JSON."""
     return [{"key": key._asdict(), "plan": asdict(plan)} for key, plan in plans.items()]
 
 

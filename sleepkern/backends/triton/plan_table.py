@@ -44,7 +44,7 @@ class TilePlan:
 
 
 class Key(NamedTuple):
-    """What a plan is looked up by.
+    """The properties by which a plan is looked up.
 
     capability is 80 for devices of 8.x, 90 for 9.x and so on, PLAIN_HOPPER, or 0 for all devices; `channel` says
     whether each key channel has its own decay; width is the largest K of the row.
