@@ -3,7 +3,7 @@
 import pytest
 
 from sleepkern.measure import model_cases as models
-from sleepkern.measure.cases import SUITES
+from sleepkern.measure.suites import SUITES
 
 pytest.importorskip("transformers")
 

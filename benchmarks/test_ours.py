@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from sleepkern.measure.cases import Case, run, select
+from sleepkern.measure.cases import Case, run
+from sleepkern.measure.suites import select
 
 CASES = [case for case in select("all", quick=False) if isinstance(case, Case) and case.threads is None]
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..measure import Report, bench, gpu_cases
 from ..measure.bench import BenchRow
-from ..measure.cases import SUITES
+from ..measure.suites import SUITES
 from .output import check_device, console, drawable, finish, named_path, progress_bar, usage, writable, write_json
 
 SUITES_HELP = f"all, or one of {', '.join(SUITES)}; with --device cuda one of {', '.join(gpu_cases.SUITES)}"

@@ -1,4 +1,4 @@
-"""`sleepkern study`: the trainings that show what N passes are good for, and what they cost."""
+"""`sleepkern study`: trainings that show the use of N passes, and their cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..experiments.training import configuration
-from ..experiments.training.costs import adaptive, step_costs, throughput
+from ..experiments.training.costs import step_costs, sweep_tol, throughput
 from ..experiments.training.logs import Log, read_logs
 from ..experiments.training.study import N1, N4, Study, gaps, markdown, seeds_of, summary
 from ..files import write_text
@@ -62,7 +62,7 @@ def costs(
         steps = step_costs(progress)
         rates = [throughput(configuration("depo", "mini"), passes) for passes in (1, 4)]
         try:
-            settled = adaptive(trained) if trained is not None else []
+            settled = sweep_tol(trained) if trained is not None else []
         except ValueError as error:
             raise usage(error) from error
         where = environment()
@@ -74,7 +74,7 @@ def costs(
 
 
 def costs_markdown(found: dict[str, Any]) -> str:
-    """Tables of what `costs` measured."""
+    """The tables of `costs`."""
     names = ("passes", "feedback", "eviction", "checkpoint", "settled")
     first = {"feedback": "reinject", "eviction": "hard", "checkpoint": False, "settled": None}
     lines = ["| N | feedback | eviction | checkpoint | settled | ms a step | peak MB |", "|" + "---|" * 7]
@@ -94,20 +94,20 @@ def costs_markdown(found: dict[str, Any]) -> str:
 
 
 def run_study(study: Study, processes: int = 2) -> dict[str, Any]:
-    """Train what is missing, with a bar; show and write study.json, study.md and study.png."""
+    """Train the unfinished runs with progress bars; show the results, and write study.json, study.md and study.png."""
     with watching(study) as watch:
         study.run(TRAINER, processes, watch)
     found = {**summary(study), "environment": environment()}
     console.print(table(study))
     write_json(study.folder / "study.json", found)
     write_text(study.folder / "study.md", markdown(study))
-    draw_curves(read_logs([study.place(*job) for job in study.jobs()]), study.folder / "study.png")
+    draw_curves(read_logs([study.folder_of(*job) for job in study.jobs()]), study.folder / "study.png")
     return found
 
 
 @contextmanager
 def watching(study: Study) -> Iterator[Any]:
-    """A bar for each run on its way, and the function that moves them."""
+    """A context with a progress bar for each run; its value is the function that updates the bars."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         bars = [bar.add_task(f"{row.name}, seed {seed}", total=study.steps_of(row)) for row, seed in study.jobs()]
@@ -122,7 +122,7 @@ def watching(study: Study) -> Iterator[Any]:
 
 
 def table(study: Study) -> Table:
-    """Accuracy by level of every run, with chance."""
+    """A table of the accuracy by level of every run, with chance."""
     lines = [line.strip("| ").split(" | ") for line in markdown(study).splitlines()]
     shown = Table(title=f"{study.task} {study.size}: share of answers right in test problems")
     for heading in lines[0]:

@@ -1,4 +1,4 @@
-"""`sleepkern train`: a small model on a task that it has to think about."""
+"""`sleepkern train`: train a small model on a task that needs several steps of computation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..experiments.training import CONFIGURATIONS, Run, Training, configuration, placed
+from ..experiments.training import CONFIGURATIONS, Run, Training, configuration, current_placement
 from ..experiments.training.estimate import estimate
-from ..experiments.training.logs import CHECKPOINT, LOG, default_label, written
+from ..experiments.training.logs import CHECKPOINT, LOG, default_label, log_content
 from ..measure.timing import threads
 from .output import check_device, console, named_path, usage, writable, write_json
 
@@ -51,8 +51,8 @@ def command(
         given: dict[str, Any] = {"feedback": feedback, "eviction": eviction, "settled": settled}
         run = Run(configuration(task, size), passes, checkpoint=checkpoint, seed=seed, steps=steps, **given)
         with threads(cores):
-            training = Training(run, placed(device, distributed))
-            training.sleeper.session()
+            training = Training(run, current_placement(device, distributed))
+            training.sleep_module.session()
             if resume and out is not None and (out / CHECKPOINT).is_file():
                 training.load(out / CHECKPOINT)
             train(training, out, label or default_label(passes, feedback, eviction, settled))
@@ -64,25 +64,25 @@ def command(
 
 
 def train(training: Training, out: Path | None, label: str) -> None:
-    """To the end, with a bar; a log and a checkpoint after each measurement."""
+    """Train to the end with a progress bar; write a log and a checkpoint after each measurement."""
     with _bar(training, label) as bar:
 
-        def keep(now: Training) -> None:
+        def save(now: Training) -> None:
             if out is None:
                 return
             now.save(out / CHECKPOINT)
-            if now.placement.first:
-                write_json(out / LOG, written(now, label), quiet=True)
+            if now.placement.is_main:
+                write_json(out / LOG, log_content(now, label), quiet=True)
 
-        training.train(look=keep, each=bar)
-        if out is not None and training.placement.first:  # a run that was at its end already may have lost its log
-            write_json(out / LOG, written(training, label), quiet=True)
-    if training.placement.first:
+        training.train(on_eval=save, on_step=bar)
+        if out is not None and training.placement.is_main:  # a finished run may have lost its log
+            write_json(out / LOG, log_content(training, label), quiet=True)
+    if training.placement.is_main:
         console.print(accuracy_line(training))
 
 
 def accuracy_line(training: Training) -> str:
-    """The last measurement in a line."""
+    """One line with the last measurement."""
     if not training.history:
         return "not measured yet"
     last = training.history[-1]
@@ -93,7 +93,7 @@ def accuracy_line(training: Training) -> str:
 @contextmanager
 def _bar(training: Training, label: str) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = not training.placement.first
+    hidden = not training.placement.is_main
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
         row = bar.add_task(label, total=training.run.length, completed=training.done)
 
@@ -104,7 +104,7 @@ def _bar(training: Training, label: str) -> Iterator[Any]:
 
 
 def configurations_table() -> Table:
-    """Every configuration, with arithmetic on what it costs."""
+    """A table of every configuration with its estimated cost."""
     table = Table(title="what can be trained; tokens and flop are estimates by arithmetic, for N = 4")
     for heading in ("task", "size", "model", "parameters", "batch", "steps", "tokens", "PFLOP"):
         table.add_column(heading, justify="left" if heading in ("task", "size", "model") else "right")

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..dispatch import explain_problem
 from ..testing import TOLERANCE, Shape, relative_error, to_float64, type_name
 from ..testing.verify import Progress
-from . import cases, timing
+from . import cases, suites, timing
 from .block_cases import BlocksCase
 from .cases import AnyCase, Case, Result
 from .environment import environment
@@ -128,7 +128,7 @@ def bench(
     """Time a suite of cases and every peer that is installed.
 
     Args:
-        suite: all, or one of measure.cases.SUITES: forward, heads, types, rules, decode, ingest,
+        suite: all, or one of measure.suites.SUITES: forward, heads, types, rules, decode, ingest,
             train, tiny, threads, model (model_cases.py), blocks (block_cases.py).
         quick: shorter sequences and fewer turns (about a minute).
         threads: torch threads of ours and of every peer.
@@ -144,7 +144,7 @@ def bench(
     """
     if threads < 1:
         raise ValueError(f"threads: got {threads}; expected at least 1")
-    chosen = cases.select(suite, quick, device)
+    chosen = suites.select(suite, quick, device)
     return bench_cases(chosen, quick, threads, device, progress, so_far, apart)
 
 

@@ -1,8 +1,7 @@
-"""The cases of the bench table, one a line, grouped in suites, and the inputs of a case."""
+"""A case of the bench table, its inputs, and how it is run."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from ..ops import recurrence as ops
 from ..problems.recurrence import Problem
-from ..rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
+from ..rules import Rule
 from ..testing import Shape, call, make_inputs, type_name
-from . import block_cases as stacks
 from . import flops
 from .block_cases import BlocksCase
 from .model_cases import ModelCase
@@ -162,75 +160,4 @@ def gradients(inputs: dict[str, Any], forward: Any) -> Result:
     return grads["v"], grads["initial_state"]
 
 
-def _cases(op: Op, *tokens: int, rule: Rule = GATED_DELTA_RULE, H: int = 16, K: int = 128, V: int =
-128,
-           **options: Any) -> tuple[Case, ...]:  # fmt: skip
-    return tuple(Case(op, rule, Shape(T=T, H=H, HV=H, K=K, V=V), **options) for T in tokens)
-
-
-_BOTH: tuple[Op, ...] = ("forward", "train")
-_RULES = (GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA)
-
 AnyCase = Case | ModelCase | BlocksCase
-
-SUITES: dict[str, tuple[AnyCase, ...]] = {
-    "forward": _cases("forward", 512, 2048, 8192),
-    "heads": _cases("forward", 2048, K=64, V=64) + _cases("forward", 2048, K=96, V=256),
-    "types": _cases("forward", 2048, dtype=torch.bfloat16),
-    "rules": sum((_cases("forward", 2048, rule=rule) for rule in _RULES[1:]), ()),
-    "decode": _cases("decode", 1, 4, 16) + _cases("decode", 1, rule=KDA) + _cases("decode", 1, cached=True),
-    "ingest": (
-        _cases("ingest", 64, 512, passes=4)
-        + _cases("ingest", 64, 512, 2048, passes=16)
-        + _cases("ingest", 64, 512, passes=16, method="wy")
-    ),
-    "train": sum((_cases("train", 2048, rule=rule) for rule in (GATED_DELTA_RULE, KDA)), ()),
-    "tiny": tuple(
-        Case(op, GATED_DELTA_RULE, Shape(B=B, T=T, H=4, HV=4, K=64, V=64))
-        for op in _BOTH
-        for B, T in ((6, 1024), (256, 24), (256, 17))
-    ),
-    "threads": (
-        _cases("forward", 2048, threads=2) + _cases("forward", 2048, H=1, threads=2) + _cases("train", 2048, threads=2)
-    ),
-    "model": (ModelCase("read", 2048), ModelCase("generate", 2048)),
-    "blocks": stacks.CASES,
-}
-"""Suites of `bench`. H = 16 and K = V = 128 are the heads of Qwen3-Next, Kimi-Linear and OLMo-
-Hybrid."""
-
-QUICK: dict[str, tuple[AnyCase, ...]] = {
-    "forward": _cases("forward", 512, 2048),
-    "heads": _cases("forward", 1024, K=64, V=64) + _cases("forward", 512, K=96, V=256),
-    "types": _cases("forward", 1024, dtype=torch.bfloat16),
-    "rules": sum((_cases("forward", 256, rule=rule) for rule in _RULES[1:]), ()),
-    "decode": _cases("decode", 1),
-    "ingest": _cases("ingest", 64, passes=4),
-    "train": _cases("train", 512),
-    "tiny": (Case("train", GATED_DELTA_RULE, Shape(B=64, T=24, H=4, HV=4, K=64, V=64)),),
-    "threads": _cases("forward", 2048, threads=2),
-    "model": (ModelCase("read", 512), ModelCase("generate", 512)),
-    "blocks": stacks.QUICK,
-}
-"""The same suites, shortened for `demo`."""
-
-
-def select(suite: str, quick: bool, device: str = "cpu") -> tuple[AnyCase, ...]:
-    """Cases of a suite, or of all; those of a model only where transformers is installed.
-
-    Raises:
-        ValueError: an unknown suite, or of a model without transformers.
-    """
-    suites = QUICK if quick else SUITES
-    if torch.device(device).type == "cuda":
-        from . import gpu_cases
-
-        suites = gpu_cases.QUICK if quick else gpu_cases.SUITES
-    if suite != "all" and suite not in suites:
-        raise ValueError(f"suite: got {suite!r}; expected all or one of {', '.join(suites)}")
-    chosen = sum(suites.values(), ()) if suite == "all" else suites[suite]
-    if importlib.util.find_spec("transformers") is None:
-        chosen = tuple(case for case in chosen if not isinstance(case, ModelCase))
-        if not chosen:
-            raise ValueError(f"suite: got {suite!r}, for which transformers is not installed")
-    return chosen

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sleepkern import rules, settings
 from sleepkern.backends import chunked
 from sleepkern.cli import app
-from sleepkern.measure import cases
+from sleepkern.measure import suites
 from sleepkern.measure.cases import Case
 from sleepkern.testing import Shape
 
@@ -32,7 +32,7 @@ def invoke(*arguments):
 def tiny(monkeypatch):
     """verify and bench on next to nothing."""
     monkeypatch.setattr(verify_module, "QUICK_SHAPES", ("T=17",))
-    monkeypatch.setattr(cases, "QUICK", {"forward": TINY})
+    monkeypatch.setattr(suites, "QUICK", {"forward": TINY})
 
 
 @pytest.fixture
@@ -311,10 +311,10 @@ SLEEP = {
 def dropin(monkeypatch):
     for name, result in (("demo.patched_model", DROPIN), ("demo.sleeping", SLEEP)):
         module = importlib.import_module(f"sleepkern.cli.{name}")
-        function = {"demo.patched_model": "run_dropin", "demo.sleeping": "run_sleep"}[name]
+        function = {"demo.patched_model": "run_patched_model", "demo.sleeping": "run_sleep"}[name]
         monkeypatch.setattr(module, function, lambda text, progress=None, result=result: result)
     thinking = importlib.import_module("sleepkern.cli.demo.training")
-    monkeypatch.setattr(thinking, "run_thinking", lambda folder: {"passed": True})
+    monkeypatch.setattr(thinking, "run_training", lambda folder: {"passed": True})
 
 
 def test_demo_shows_all_parts_and_writes_them(tiny, dropin, tmp_path):
@@ -338,7 +338,7 @@ def test_demo_exits_1_on_a_planted_fault(tiny, dropin, fault, tmp_path):
 )
 def test_demo_exits_1_when_the_model_is_not_the_same_with_sleepkern(tiny, dropin, monkeypatch, tmp_path, found):
     module = importlib.import_module("sleepkern.cli.demo.patched_model")
-    monkeypatch.setattr(module, "run_dropin", lambda text, progress=None: {**DROPIN, **found})
+    monkeypatch.setattr(module, "run_patched_model", lambda text, progress=None: {**DROPIN, **found})
     (tmp_path / "text").write_bytes(b"words")
     result = invoke("demo", "--out", tmp_path / "out", "--text", tmp_path / "text")
     assert result.exit_code == 1

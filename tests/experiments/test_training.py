@@ -18,10 +18,19 @@ from torch.nn import functional as F
 from sleepkern import settings
 from sleepkern.cli.curves import draw_curves
 from sleepkern.cli.study import TRAINER
+from sleepkern.experiments import training as public
 from sleepkern.experiments.tasks import IGNORED, Batch, Depo
-from sleepkern.experiments.training import CONFIGURATIONS, Configuration, Run, Training, configuration, loss_of, right
+from sleepkern.experiments.training import (
+    CONFIGURATIONS,
+    Configuration,
+    Run,
+    Training,
+    configuration,
+    correct_answers,
+    loss_of,
+)
 from sleepkern.experiments.training.curriculum import Frontier
-from sleepkern.experiments.training.estimate import estimate, longer
+from sleepkern.experiments.training.estimate import compute_matched_steps, compute_ratio, estimate
 from sleepkern.experiments.training.logs import read_logs
 from sleepkern.experiments.training.optimisers import Muon, orthogonal, rate_factor, split_parameters
 from sleepkern.experiments.training.study import N1, N4, Row, Study, markdown, seeds_of, summary
@@ -32,7 +41,7 @@ FRONTIER = replace(TINY, curriculum="frontier")
 
 def state(training: Training) -> list[Tensor]:
     """Every number that a step changes."""
-    found = list(training.sleeper.state_dict().values())
+    found = list(training.sleep_module.state_dict().values())
     for part in training.optimisers.parts:
         found += [t for slots in part.state_dict()["state"].values() for t in slots.values()]
     return found
@@ -98,7 +107,7 @@ def test_loss_and_answers_by_hand() -> None:
     ignored = IGNORED
     batch = batch_of([[ignored, 1, 2, 0], [3, 3, ignored, ignored]], [[-1, 0, 0, 1], [-1, 0, -1, -1]], [[1, 2], [1, 0]])
     logits = F.one_hot(torch.tensor([[5, 1, 4, 0], [0, 3, 0, 0]]), 6).float() * 9
-    assert right(logits, batch).tolist() == [[False, True], [True, False]]
+    assert correct_answers(logits, batch).tolist() == [[False, True], [True, False]]
     rows, places = [0, 0, 0, 1, 1], [1, 2, 3, 0, 1]
     each = [-logits.log_softmax(-1)[r, p, batch.targets[r, p]] for r, p in zip(rows, places, strict=True)]
     assert float(loss_of(logits, batch)) == pytest.approx(float(sum(each)) / 5, rel=1e-6)
@@ -158,7 +167,7 @@ def test_no_steps_are_no_steps(tmp_path: Path) -> None:
 
 
 def test_muon_takes_the_matrices_of_blocks() -> None:
-    model = Training(Run(TINY)).sleeper
+    model = Training(Run(TINY)).sleep_module
     matrices, others = split_parameters(model)
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].split(".")[-2] for p in matrices} == {"qkv", "out", "up", "gate", "rates"}
@@ -176,10 +185,10 @@ def test_the_frontier_moves_when_it_is_mastered() -> None:
     frontier = Frontier((1, 2, 3))
     assert frontier.weights() == [1.0, 0.0, 0.0]
     for _ in range(30):
-        frontier.look({1: 1.0})
+        frontier.update({1: 1.0})
     assert frontier.reached == 1 and frontier.weights() == pytest.approx([0.35, 0.65, 0.0])
     for _ in range(30):
-        frontier.look({1: 1.0, 2: 0.9})
+        frontier.update({1: 1.0, 2: 0.9})
     assert frontier.reached == 1
     other = Frontier((1, 2, 3))
     other.load(frontier.state())
@@ -199,7 +208,8 @@ def test_every_configuration_runs_one_problem() -> None:
 
 def test_estimates_count_tokens_and_products() -> None:
     mini = configuration("depo", "mini")
-    assert longer(mini, 4) == pytest.approx((4 * 18 + 8) / (18 + 8))
+    assert compute_ratio(mini, 4) == pytest.approx((4 * 18 + 8) / (18 + 8))
+    assert compute_matched_steps(mini, 4, 2600) == 8000
     found = estimate(mini, 4, steps=10)
     matrices = 64 * (3 * 64 + 64) + 64 * (3 * 64 + 64 + 64 + 4) + 2 * 2 * 2 * 64 * 64
     assert found.tokens == 640 * 26
@@ -226,7 +236,7 @@ def test_two_processes_are_one(kind: str, tmp_path: Path) -> None:
     loss = training.step()
     assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-5)
     training.step()
-    weights = training.sleeper.state_dict()
+    weights = training.sleep_module.state_dict()
     assert weights.keys() == found["weights"].keys()
     for name, weight in weights.items():
         assert relative_error(found["weights"][name], weight) < 1e-4, name
@@ -242,9 +252,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     found, text = summary(study), markdown(study)
     assert [row["row"] for row in found["rows"]] == ["N=1", "N=4"] and not found["passed"]
     assert len(text.splitlines()) == 5 and "| N=4 | 0 |" in text
-    stamps = [(study.place(row, 0) / "log.json").stat().st_mtime_ns for row in (N1, N4)]
+    stamps = [(study.folder_of(row, 0) / "log.json").stat().st_mtime_ns for row in (N1, N4)]
     study.run(TRAINER)
-    assert stamps == [(study.place(row, 0) / "log.json").stat().st_mtime_ns for row in (N1, N4)]
+    assert stamps == [(study.folder_of(row, 0) / "log.json").stat().st_mtime_ns for row in (N1, N4)]
     draw_curves(read_logs([tmp_path]), tmp_path / "study.png")
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="seeds: got '0,a'; expected numbers with commas between them"):
@@ -252,3 +262,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     wrong = Row("wrong", 2, "none")
     with pytest.raises(RuntimeError, match="wrong, seed 0: got exit status 2; see"):
         Study(tmp_path, rows=(wrong,), seeds=(0,), steps=2).run(TRAINER)
+
+
+def test_names_that_were_renamed_warn() -> None:
+    for old, new in (("Sleeper", "SleepModule"), ("placed", "current_placement"), ("right", "correct_answers")):
+        with pytest.warns(DeprecationWarning, match=f"training.{old} is sleepkern.experiments.training.{new}"):
+            assert getattr(public, old) is getattr(public, new)

@@ -16,8 +16,9 @@ from sleepkern.backends.cpu import recurrence as cpu
 from sleepkern.measure import bench, bench_cases, flops, gpu_cases, peers, timing, verify
 from sleepkern.measure import cases as cases_module
 from sleepkern.measure import peaks as ceilings
-from sleepkern.measure.cases import QUICK, SUITES, Case, run, select
+from sleepkern.measure.cases import Case, run
 from sleepkern.measure.environment import native_module
+from sleepkern.measure.suites import QUICK, SUITES, select
 from sleepkern.rules import RULES
 from sleepkern.testing import Shape, relative_error
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sleepkern.cli import app
 from sleepkern.experiments.training import Run, Training
-from sleepkern.experiments.training.costs import adaptive
+from sleepkern.experiments.training.costs import sweep_tol
 from sleepkern.experiments.training.logs import read_log
 from sleepkern.experiments.training.study import N1, Study, seeds_of
 from sleepkern.files import read_json, replacing, write_text
@@ -86,7 +86,7 @@ def test_no_code_of_a_checkpoint_is_run(checkpoint: Path, tmp_path: Path) -> Non
     path = altered(checkpoint, tmp_path / "checkpoint.pt", history=[Planted(tmp_path / "ran")])
     refuses(path, "damaged checkpoint")
     with pytest.raises(ValueError, match="damaged checkpoint"):
-        adaptive(tmp_path)
+        sweep_tol(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -116,7 +116,7 @@ def test_damaged_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> No
 def test_damaged_logs(tmp_path: Path, text: str) -> None:
     """One sentence for `curves`; a study has the training behind it write the log anew."""
     study = Study(tmp_path, rows=(N1,), seeds=(0,), steps=1)
-    folder = study.place(N1, 0)
+    folder = study.folder_of(N1, 0)
     folder.mkdir(parents=True)
     (folder / "log.json").write_text(text)
     with pytest.raises(ValueError, match="log.json: got a damaged"):

@@ -28,8 +28,6 @@ FLOORS = {
     "__main__": 14,
 }  # fmt: skip
 """Of every folder and file of the package; sleepkern is its face."""
-CIRCLES: list[list[str]] = [["measure.cases", "measure.gpu_cases"]]
-"""Circles that are still to be cut."""
 NAMED_TUPLES = {"_make", "_replace", "_asdict", "_fields", "_field_defaults"}
 """Methods of typing.NamedTuple, which are public."""
 
@@ -146,7 +144,7 @@ def test_an_import_upwards_is_found(line: str, tmp_path: Path) -> None:
 
 
 def test_no_module_imports_what_imports_it() -> None:
-    assert circles(ROOT / "sleepkern") == CIRCLES
+    assert circles(ROOT / "sleepkern") == []
 
 
 def test_a_circle_is_found(tmp_path: Path) -> None:

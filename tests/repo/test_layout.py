@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -19,6 +20,31 @@ SOURCES = [
 def test_no_file_is_longer_than_400_lines() -> None:
     long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+LONG_FUNCTIONS = {
+    "sleepkern/backends/triton/chunk_backward.py chunk_backward",
+    "sleepkern/backends/triton/chunk_backward.py key_columns",
+    "sleepkern/backends/triton/chunk_factors.py chunk_grams",
+    "sleepkern/backends/triton/state_pass.py scan_chunks",
+    "sleepkern/backends/triton/state_pass_backward.py scan_chunks_backward",
+}
+"""Triton kernels of at most 80 lines, whose body is one tile's way through memory."""
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """The lines of a function without those of its docstring."""
+    text = function.body[0] if ast.get_docstring(function) is not None else None
+    return function.end_lineno - function.lineno + 1 - (text.end_lineno - text.lineno + 1 if text else 0)  # type: ignore[operator]
+
+
+def test_no_function_is_longer_than_50_lines() -> None:
+    long: dict[str, int] = {}
+    for path in (ROOT / "sleepkern").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (n := lines_of(node)) > 50:
+                long[f"{path.relative_to(ROOT)} {node.name}"] = n
+    assert set(long) == LONG_FUNCTIONS and max(long.values(), default=0) <= 80
 
 
 def test_nothing_is_left_to_do() -> None:

@@ -1,4 +1,4 @@
-"""`sleepkern demo`: right, fast, in a model, asleep, and thinking, in five to seven minutes."""
+"""`sleepkern demo`: checks, times, a patched model, a sleeping model and a training, in five to seven minutes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...measure.timing import threads
 from .. import bench as bench_command
 from .. import verify as verify_command
 from ..output import console, finish, named_path, writable, write_json
-from .patched_model import agrees
+from .patched_model import same_model
 
 
 def command(
@@ -42,32 +42,32 @@ def command(
     write_json(out / "bench.json", bench_command.to_dict(report))
     bench_command.draw(report, out / "bench.png")
     console.rule("3. In a model")
-    result = _run_dropin(text)
+    result = _show_patched_model(text)
     write_json(
-        out / "dropin.json", {"command": "dropin", "environment": environment(), "passed": agrees(result), **result}
+        out / "dropin.json", {"command": "dropin", "environment": environment(), "passed": same_model(result), **result}
     )
     console.rule("4. Asleep")
-    slept = _run_sleep(text)
+    slept = _show_sleep(text)
     write_json(out / "sleep.json", {"command": "sleep", "environment": environment(), **slept})
     console.rule("5. Does it think?")
-    thought = _run_thinking(out / "thinking")
-    finish(verify_command.passed(rows) and report.passed and agrees(result) and thought["passed"])
+    trained = _show_training(out / "thinking")
+    finish(verify_command.passed(rows) and report.passed and same_model(result) and trained["passed"])
 
 
-def _run_dropin(text: Path) -> dict[str, Any]:
-    from .patched_model import run_dropin
+def _show_patched_model(text: Path) -> dict[str, Any]:
+    from .patched_model import run_patched_model
 
     with console.status("loading transformers") as status:
-        result = run_dropin(text.read_bytes(), progress=status.update)
+        result = run_patched_model(text.read_bytes(), progress=status.update)
     console.print(result["model"])
-    console.print(dropin_table(result, text.name))
-    if not agrees(result):
+    console.print(patched_model_table(result, text.name))
+    if not same_model(result):
         console.print(f"[red]not the same model: expected the same bytes, and logits within {CLOSE:.0e}[/]")
     return result
 
 
-def dropin_table(result: dict[str, Any], source: str) -> Table:
-    """Tokens per second both ways, and how far the logits lie apart."""
+def patched_model_table(result: dict[str, Any], source: str) -> Table:
+    """Tokens a second with and without sleepkern, and the largest difference of the logits."""
     table = Table(title=f"{result['tokens']} bytes of {source}, {torch.get_num_threads()} thread(s)")
     for heading in ("", "stock", "with sleepkern", "faster"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -81,7 +81,7 @@ def dropin_table(result: dict[str, Any], source: str) -> Table:
     return table
 
 
-def _run_sleep(text: Path) -> dict[str, Any]:
+def _show_sleep(text: Path) -> dict[str, Any]:
     from .sleeping import run_sleep
 
     with console.status("building the model") as status:
@@ -90,15 +90,15 @@ def _run_sleep(text: Path) -> dict[str, Any]:
     return result
 
 
-def _run_thinking(folder: Path) -> dict[str, Any]:
-    from .training import run_thinking
+def _show_training(folder: Path) -> dict[str, Any]:
+    from .training import run_training
 
     console.print("two small models learn to follow chains x, f(x), f(f(x)), ... through what they slept over")
-    return run_thinking(folder)
+    return run_training(folder)
 
 
 def sleep_table(result: dict[str, Any], source: str) -> Table:
-    """Tokens per second and memory for each number of passes."""
+    """Tokens a second and memory for each number of passes."""
     tokens, window = result["tokens"], result["window"]
     table = Table(
         title=f"sleep over {tokens} bytes of {source}, {window} at a time, {torch.get_num_threads()} thread(s)"

@@ -1,4 +1,4 @@
-"""The drop-in at work: a Qwen3-Next-shaped model reads and writes bytes, stock and patched."""
+"""A model of Qwen3-Next's shape reads and generates bytes, with and without the patch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GENERATED = 32
 _REPEATS = 3
 
 
-def run_dropin(text: bytes, progress: Callable[[str], None] | None = None, tokens: int = 1024) -> dict[str, Any]:
+def run_patched_model(text: bytes, progress: Callable[[str], None] | None = None, tokens: int = 1024) -> dict[str, Any]:
     """Time a model with and without the patch on the same bytes, in turns, with torch's threads.
 
     Args:
@@ -57,8 +57,8 @@ def run_dropin(text: bytes, progress: Callable[[str], None] | None = None, token
     }
 
 
-def agrees(result: dict[str, Any]) -> bool:
-    """Same bytes, and logits as near as `bench` asks of the same model (CLOSE); NaN is not near."""
+def same_model(result: dict[str, Any]) -> bool:
+    """Whether the bytes are the same and the logits differ by at most CLOSE, as in `bench`; NaN differs."""
     return bool(result["same_tokens"]) and result["relative_logit_difference"] <= CLOSE
 
 

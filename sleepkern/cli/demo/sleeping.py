@@ -1,4 +1,4 @@
-"""Sleep at work: the drop-in's model sleeps over a long text, at several N, in memory that does not grow."""
+"""The model of the patch demo sleeps over a long text with several N, in memory that does not grow."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ TOKENS = 8192
 def run_sleep(
     text: bytes, progress: Callable[[str], None] | None = None, tokens: int = TOKENS, window: int = WINDOW
 ) -> dict[str, Any]:
-    """Let a model sleep over a text, at N = 1, 2 and 4, with torch's threads.
+    """A model sleeps over a text with N = 1, 2 and 4, with torch's threads.
 
     Args:
-        text: what it reads, one token a byte; repeated until there are `tokens`.
+        text: the bytes to read, one token a byte, repeated up to `tokens`.
         progress: called with a line of text before each part.
-        tokens, window: how many, and how many between two sleeps; at least two windows.
+        tokens: tokens to read, at least two windows.
+        window: tokens between two sleeps.
 
     Returns:
         tokens, window;
         rows: for each N passes, tokens_per_second, memory_bytes (of the session, after a quarter of the text and at its
             end), overhead (of a sleep over N plain forwards of the blocks on the same window, one after the other;
             median);
-        kept_bytes: what keys and values of the whole text would take.
+        kept_bytes: size of the keys and values of the whole text.
 
     Raises:
         ImportError: transformers is not installed.

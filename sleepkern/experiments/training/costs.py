@@ -1,4 +1,4 @@
-"""What sleeping costs in training: seconds and memory of a step, by passes and by the settings of a session.
+"""The cost of sleep in training: seconds and memory of a step, by passes and by the settings of a session.
 
 `python -m sleepkern.experiments.training.costs '{"passes": 4}'` measures one setting in a process of its own and
 prints JSON.
@@ -38,13 +38,13 @@ MEMORY_PROBLEMS = 256
 """Problems a step in measurements of memory: activations should outweigh the process."""
 
 
-def measured(options: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds of a step of mini-Depo on one thread, and its peak memory beyond what was there before it."""
+def measure_step(options: dict[str, Any]) -> dict[str, Any]:
+    """The median seconds of a step of mini-Depo on one thread, and the peak memory that the step adds."""
     torch.set_num_threads(1)
     training = Training(Run(replace(configuration("depo", "mini"), batch=MEMORY_PROBLEMS), **options))
     training.step()  # optimisers make their state, libraries are loaded
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident memory
     times = []
     for _ in range(STEPS):
         began = time.perf_counter()
@@ -54,20 +54,23 @@ def measured(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_costs(progress: Callable[[str, int, int], None] | None = None) -> list[dict[str, Any]]:
-    """`measured` for each of SETTINGS, in a process each; Linux only, which tells the peak of a process."""
+    """`measure_step` for each of SETTINGS, each in a process; only Linux reports the peak memory of a process."""
     rows = []
     for done, options in enumerate(SETTINGS):
         if progress is not None:
             progress(f"a step with {options}", done, len(SETTINGS))
-        place = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed pages go back at once
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+        }  # freed pages go back at once
         command = [sys.executable, "-m", "sleepkern.experiments.training.costs", json.dumps(options)]
-        found = subprocess.run(command, env=place, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(found.splitlines()[-1]))
     return rows
 
 
 def throughput(setting: Configuration, passes: int = 4, seconds: float = 20.0) -> dict[str, Any]:
-    """Tokens of problems a second in training on one thread, by the best backend and by the readable chunk form."""
+    """Tokens a second in training on one thread, with the best backend and with the readable chunk form."""
 
     def candidate(backend: str | None) -> tuple[Training, Candidate]:
         training = Training(Run(setting, passes))
@@ -85,11 +88,11 @@ def throughput(setting: Configuration, passes: int = 4, seconds: float = 20.0) -
     return {"passes": passes, "tokens_per_second": rates, "faster": ratio(found["ours"], found["chunked"])}
 
 
-def adaptive(folder: Path) -> list[dict[str, Any]]:
-    """A trained mini-Depo asked again with sleeps that end when the fast weights have settled: passes made, accuracy.
+def sweep_tol(folder: Path) -> list[dict[str, Any]]:
+    """Passes done and accuracy of a trained mini-Depo for several values of `tol`.
 
     Raises:
-        ValueError: no checkpoint there, or one that is damaged or of another model.
+        ValueError: the folder has no checkpoint, or one that is damaged or of another model.
     """
     if not (folder / CHECKPOINT).is_file():
         raise ValueError(f"trained: got {folder}; expected a folder that `train depo` has written to")
@@ -99,12 +102,12 @@ def adaptive(folder: Path) -> list[dict[str, Any]]:
     training.load(folder / CHECKPOINT)
     rows = []
     for threshold in (None, *THRESHOLDS):
-        training.sleeper.settled = threshold
+        training.sleep_module.tol = threshold
         batch = training.task.batch(training.run.configuration.problems, 0, split="test")
         with torch.no_grad():
-            reports = training.sleeper.session().ingest(batch.context).reports
-        made = statistics.fmean(len(report.changes) for report in reports)
-        rows.append({"settled": threshold, "passes_made": made, "accuracy": training.measure()})
+            reports = training.sleep_module.session().ingest(batch.context).reports
+        passes_done = statistics.fmean(len(report.changes) for report in reports)
+        rows.append({"settled": threshold, "passes_made": passes_done, "accuracy": training.measure()})
     return rows
 
 
@@ -114,4 +117,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured(json.loads(sys.argv[1]))))
+    print(json.dumps(measure_step(json.loads(sys.argv[1]))))

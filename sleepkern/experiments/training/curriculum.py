@@ -1,4 +1,4 @@
-"""Which difficulties are trained on, and when."""
+"""The levels of difficulty on which a model is trained, and their weights over time."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from typing import Any, Protocol
 
 
 class Curriculum(Protocol):
-    """Weights of a task's levels, moved by how well training goes."""
+    """The weights of a task's levels, which depend on the accuracy so far."""
 
     every: int
-    """Steps between two looks at the accuracy; 0: never."""
+    """Steps between two updates; 0: no updates."""
 
     def weights(self) -> list[float] | None:
-        """One for each level, None for equal ones."""
+        """A weight for each level, None for equal weights."""
 
-    def look(self, accuracy: dict[int, float]) -> None:
-        """Token accuracy by level, of a training batch."""
+    def update(self, accuracy: dict[int, float]) -> None:
+        """Update the weights by the token accuracy of a training batch, by level."""
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state, for a checkpoint."""
 
     def load(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """Restore the state of a checkpoint."""
 
 
 class Uniform:
-    """All levels, always."""
+    """All levels with equal weights."""
 
     every = 0
 
     def weights(self) -> list[float] | None:
         return None
 
-    def look(self, accuracy: dict[int, float]) -> None:
+    def update(self, accuracy: dict[int, float]) -> None:
         return None
 
     def state(self) -> dict[str, Any]:
@@ -43,15 +43,15 @@ class Uniform:
 
 
 class Frontier:
-    """A mixture of the levels reached so far, `share` of it at the hardest; one more when that is mastered.
+    """A mixture of the levels reached so far, `share` of it at the hardest; a mastered level adds the next one.
 
-    A hard switch to the next level would undo what was learned; a mixture does not.
+    A model that switches to the next level alone forgets the levels before; a mixture keeps them.
 
     Args:
-        levels: the easiest first.
-        share: of problems at the frontier.
-        mastered: running mean of the token accuracy at which it moves.
-        memory: of the running mean, from one look to the next.
+        levels: the levels, the easiest first.
+        share: the share of problems at the hardest level reached.
+        mastered: the running mean of the token accuracy at which the next level is added.
+        memory: the weight of the old value in the running mean.
     """
 
     every = 5
@@ -68,11 +68,11 @@ class Frontier:
         even[self.reached] += self.share
         return even
 
-    def look(self, accuracy: dict[int, float]) -> None:
-        seen = accuracy.get(self.levels[self.reached])
-        if seen is None:
+    def update(self, accuracy: dict[int, float]) -> None:
+        current = accuracy.get(self.levels[self.reached])
+        if current is None:
             return
-        self.mean = self.memory * self.mean + (1 - self.memory) * seen
+        self.mean = self.memory * self.mean + (1 - self.memory) * current
         if self.mean > self.mastered and self.reached + 1 < len(self.levels):
             self.reached, self.mean = self.reached + 1, 0.0
 
@@ -87,10 +87,10 @@ CURRICULA = ("uniform", "frontier")
 
 
 def curriculum(name: str, levels: tuple[int, ...]) -> Curriculum:
-    """By its name.
+    """The curriculum of that name.
 
     Raises:
-        ValueError: no such curriculum.
+        ValueError: an unknown name.
     """
     if name not in CURRICULA:
         raise ValueError(f"curriculum: got {name!r}; expected one of {', '.join(CURRICULA)}")

@@ -1,4 +1,4 @@
-"""What a run costs, by arithmetic; nothing here is measured."""
+"""The cost of a run, by arithmetic and without a measurement."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from .optimisers import split_parameters
 
 @dataclass(frozen=True)
 class Estimate:
-    """parameters: of the model. tokens: of all problems, each once. flop: of all steps, forward and backward.
+    """The cost of a run.
 
-    Counted are two flop a token, pass and weight of the blocks' matrices and of the head, three times for the backward;
-    attention and recurrence inside a window of these lengths add a few per cent. flop / (a device's sustained rate) is
-    a bound from below on seconds.
+    parameters  parameters of the model
+    tokens      tokens of all problems, each counted once
+    flop        operations of all steps, forward and backward
+
+    flop counts two operations a token, pass and weight of the blocks' matrices and of the head, times three with the
+    backward. Attention and recurrence in a window of these lengths add a few per cent. flop / (a device's sustained
+    rate) is a lower bound on the seconds.
     """
 
     parameters: int
@@ -23,23 +27,28 @@ class Estimate:
 
 
 def work(configuration: Configuration, passes: int) -> tuple[int, int]:
-    """(tokens of a problem, tokens that run through the blocks for it: context x passes + question)."""
+    """Tokens of a problem, and tokens that the blocks process for it: context x passes + question."""
     batch = configuration.task.batch(1, 0)
     context, question = batch.context.shape[1], batch.question.shape[1]
     return context + question, context * passes + question
 
 
-def longer(configuration: Configuration, passes: int) -> float:
-    """How many times longer one pass may train for the compute of `passes`."""
+def compute_ratio(configuration: Configuration, passes: int) -> float:
+    """The compute of a step with `passes` passes over that of a step with one pass."""
     return work(configuration, passes)[1] / work(configuration, 1)[1]
 
 
+def compute_matched_steps(configuration: Configuration, passes: int, steps: int) -> int:
+    """Steps with one pass that cost as much as `steps` steps with `passes` passes, to the nearest hundred."""
+    return round(steps * compute_ratio(configuration, passes) / 100) * 100
+
+
 def estimate(configuration: Configuration, passes: int, steps: int | None = None) -> Estimate:
-    """Of a run with `passes` passes over each window."""
+    """The cost of a run with `passes` passes over each window."""
     model = configuration.model()
     problems = configuration.batch * (configuration.steps if steps is None else steps)
-    tokens, through = work(configuration, passes)
+    tokens, processed = work(configuration, passes)
     matrices = sum(p.numel() for p in split_parameters(model)[0])
     head = model.lm_head.weight.numel() * configuration.task.question_length
     parameters = sum(p.numel() for p in model.parameters())
-    return Estimate(parameters, float(problems * tokens), 6.0 * problems * (through * matrices + head))
+    return Estimate(parameters, float(problems * tokens), 6.0 * problems * (processed * matrices + head))

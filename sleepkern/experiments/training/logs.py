@@ -1,4 +1,4 @@
-"""Logs of runs, as files that other commands read."""
+"""The logs of runs, which other commands read."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ LOG, CHECKPOINT = "log.json", "checkpoint.pt"
 
 
 class Log(NamedTuple):
-    """One run as its log tells it.
+    """The log of one run.
 
-    label      N and what else tells runs of a study apart
-    seed       of the run
-    steps      made; finished once they are those wanted
-    finished   whether it is
-    seconds    of training, without measurements
-    level_name, chance  of the task
-    history    for each measurement step, loss, seconds and accuracy by level
-    folder     where it lies
+    label       N and the other settings that tell the runs of a study apart
+    seed        seed of the run
+    steps       number of steps done
+    finished    whether all steps are done
+    seconds     seconds of training, without measurements
+    level_name  name of the task's levels
+    chance      accuracy of guessing
+    history     for each measurement step, loss, seconds and accuracy by level
+    folder      folder of the log
     """
 
     label: str
@@ -37,12 +38,12 @@ class Log(NamedTuple):
 
     @property
     def accuracy(self) -> dict[int, float]:
-        """By level, at the last measurement."""
+        """The accuracy by level at the last measurement."""
         return {int(level): share for level, share in self.history[-1]["accuracy"].items()} if self.history else {}
 
 
-def written(training: Training, label: str) -> dict[str, Any]:
-    """What goes into log.json."""
+def log_content(training: Training, label: str) -> dict[str, Any]:
+    """The content of log.json."""
     return {
         "command": "train",
         "label": label,
@@ -60,14 +61,14 @@ def written(training: Training, label: str) -> dict[str, Any]:
 
 
 def default_label(passes: int, feedback: str, eviction: str = "hard", settled: float | None = None) -> str:
-    """N=4 reinject, with what is not the default behind it."""
+    """A label such as "N=4 reinject", followed by the settings that are not the default."""
     parts = [f"N={passes}"] + ([feedback] if passes > 1 else [])
     parts += [eviction] if eviction != "hard" else []
     return " ".join(parts + ([f"settled {settled:g}"] if settled is not None else []))
 
 
 def read_log(folder: Path) -> Log | None:
-    """The run in a folder, None where there is none yet.
+    """The log in a folder, None where the folder has none.
 
     Raises:
         ValueError: the log is damaged.
@@ -87,10 +88,10 @@ def read_log(folder: Path) -> Log | None:
 
 
 def read_logs(folders: list[Path]) -> list[Log]:
-    """All runs in and below folders that have measured something.
+    """The logs with a measurement in and below these folders.
 
     Raises:
-        ValueError: there is none, or one is damaged.
+        ValueError: there is no such log, or one is damaged.
     """
     paths = sorted({path.parent for folder in folders for path in folder.rglob(LOG)})
     logs = [log for folder in paths if (log := read_log(folder)) is not None and log.history]

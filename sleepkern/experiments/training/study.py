@@ -1,4 +1,4 @@
-"""Several trainings of one configuration that differ in how they sleep, for several seeds, side by side."""
+"""A study: trainings of one configuration with several ways to sleep and several seeds, side by side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from .configurations import configuration
-from .estimate import longer
+from .estimate import compute_matched_steps
 from .logs import Log, read_log
 
 Watch = Callable[["list[Log | None]"], None]
@@ -21,7 +21,7 @@ Watch = Callable[["list[Log | None]"], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One way to sleep. like: N of the row whose compute this one gets, by training longer; None: the same steps."""
+    """One way to sleep. like: N of the row whose compute this row gets, by more steps; None: the steps of the study."""
 
     name: str
     passes: int
@@ -46,7 +46,7 @@ WANTED_GAP = 0.15
 
 @dataclass(frozen=True)
 class Study:
-    """rows x seeds of a configuration (task, size), `steps` long (default the configuration's), in a folder."""
+    """Runs of a configuration (task, size) for rows x seeds, in a folder; steps: default those of the configuration."""
 
     folder: Path
     rows: tuple[Row, ...] = ROWS
@@ -56,33 +56,37 @@ class Study:
     steps: int | None = None
 
     def jobs(self) -> list[tuple[Row, int]]:
-        """Row by row, so that an interrupted study has whole ones."""
+        """All runs row by row, so that an interrupted study has complete rows."""
         return [(row, seed) for row in self.rows for seed in self.seeds]
 
     def steps_of(self, row: Row) -> int:
-        """Of a row."""
+        """The number of steps of a row."""
         chosen = configuration(self.task, self.size)
         steps = chosen.steps if self.steps is None else self.steps
-        return steps if row.like is None else round(steps * longer(chosen, row.like) / 100) * 100
+        return steps if row.like is None else compute_matched_steps(chosen, row.like, steps)
 
-    def place(self, row: Row, seed: int) -> Path:
-        """Folder of one run."""
+    def folder_of(self, row: Row, seed: int) -> Path:
+        """The folder of one run."""
         name = "".join(c if c.isalnum() else "-" for c in row.name.replace("=", "").replace(",", ""))
         return self.folder / name / f"seed-{seed}"
 
     def log(self, row: Row, seed: int) -> Log | None:
-        """Of one run, as far as it is; None where it is damaged too, for the checkpoint beside it writes it anew."""
+        """The log of one run so far; None also for a damaged log, which the run writes again from its checkpoint."""
         try:
-            return read_log(self.place(row, seed))
+            return read_log(self.folder_of(row, seed))
         except ValueError:
             return None
 
     def run(
         self, trainer: Sequence[str], processes: int = 2, watch: Watch | None = None, interval: float = 2.0
     ) -> None:
-        """Train what is not finished, `processes` at a time, one thread each; `watch` sees the logs now and then.
+        """Train the unfinished runs, `processes` at a time, with one thread each.
 
-        trainer: the command that trains once, to which the task and options of `sleepkern train` are added.
+        Args:
+            trainer: the command of a training; the task and the options of `sleepkern train` are appended.
+            processes: trainings side by side.
+            watch: called with the logs every `interval` seconds.
+            interval: seconds between two looks at the trainings.
 
         Raises:
             RuntimeError: a training failed; its output is in its folder.
@@ -103,7 +107,7 @@ class Study:
                 raise
 
     def _train(self, trainer: Sequence[str], row: Row, seed: int, stop: threading.Event) -> None:
-        done, folder = self.log(row, seed), self.place(row, seed)
+        done, folder = self.log(row, seed), self.folder_of(row, seed)
         if stop.is_set() or (done is not None and done.finished and done.steps == self.steps_of(row)):
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,13 +134,13 @@ def share_of_hard(log: Log) -> float:
 
 
 def gaps(study: Study) -> dict[int, float]:
-    """By seed, how much more of the harder levels N=4 gets right than N=1 at the same number of steps."""
+    """By seed, the accuracy of N=4 minus that of N=1 over the harder levels, after the same number of steps."""
     pairs = {seed: (study.log(N4, seed), study.log(N1, seed)) for seed in study.seeds}
     return {seed: share_of_hard(a) - share_of_hard(b) for seed, (a, b) in pairs.items() if a and b}
 
 
 def summary(study: Study) -> dict[str, Any]:
-    """All rows and seeds, as JSON."""
+    """The results of all rows and seeds, as JSON."""
     rows = [_described(study, row, seed) for row in study.rows for seed in study.seeds]
     found = gaps(study)
     return {
@@ -161,7 +165,7 @@ def _described(study: Study, row: Row, seed: int) -> dict[str, Any] | None:
 
 
 def markdown(study: Study) -> str:
-    """A table: every row and seed, then the mean over seeds."""
+    """A table of every row and seed, with the mean over seeds."""
     logs = {row: [log for seed in study.seeds if (log := study.log(row, seed)) and log.history] for row in study.rows}
     every = [log for found in logs.values() for log in found]
     if not every:
@@ -186,10 +190,10 @@ def _shares(shares: Any) -> list[str]:
 
 
 def seeds_of(text: str) -> tuple[int, ...]:
-    """ "0,1,2" as numbers.
+    """The seeds in a text such as "0,1,2".
 
     Raises:
-        ValueError: not such a list.
+        ValueError: the text is no such list, or a number is too large.
     """
     parts: Sequence[str] = text.split(",")
     if not all(part.strip().isdigit() for part in parts):

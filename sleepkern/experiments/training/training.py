@@ -1,4 +1,4 @@
-"""One training: batches, steps, measurements, checkpoints."""
+"""A training: its batches, steps, measurements and checkpoints."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from ..tasks import IGNORED, Batch
 from .checkpoints import check_weights, damaged, read_checkpoint
 from .configurations import Configuration
 from .curriculum import curriculum
+from .distributed import Placement
 from .optimisers import Optimisers, rate_factor
-from .placement import Placement
-from .sleeper import Sleeper, loss_of, right
+from .sleep_module import SleepModule, correct_answers, loss_of
 
-Look = Callable[["Training"], None]
+Callback = Callable[["Training"], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a configuration is trained.
+    """How a configuration is trained. Logs and checkpoints store these fields by name.
 
-    passes, feedback, eviction, settled, checkpoint: of SleepSession. seed: of the weights and the problems, 0 to
-    2**63 - 1. steps: default those of the configuration.
+    passes, feedback, eviction, checkpoint: arguments of SleepSession; settled is its `tol`.
+    seed: seed of the weights and the problems, 0 to 2**63 - 1.
+    steps: number of steps, default that of the configuration.
     """
 
     configuration: Configuration
@@ -47,22 +48,22 @@ class Run:
 
     @property
     def length(self) -> int:
-        """Steps."""
+        """The number of steps."""
         return self.configuration.steps if self.steps is None else self.steps
 
     def to_dict(self) -> dict[str, Any]:
-        """For a log."""
+        """The run as JSON, for logs and checkpoints."""
         found = asdict(replace(self, steps=self.length))
         found["configuration"]["task"] |= {"name": type(self.configuration.task).__name__}
         return found
 
 
 class Training:
-    """A model on its way. Deterministic: a run that was interrupted goes on as if it had not been.
+    """A model in training. Training is deterministic: an interrupted run goes on as if it had not been interrupted.
 
     Args:
-        run: what to train.
-        placement: where; default on the CPU in this process.
+        run: the configuration and its settings.
+        placement: the device and the processes; default the CPU in this process.
     """
 
     def __init__(self, run: Run, placement: Placement | None = None) -> None:
@@ -73,12 +74,12 @@ class Training:
                 f"batch: got {run.configuration.batch}; expected a multiple of {self.placement.processes} processes"
             )
         torch.manual_seed(run.seed)
-        self.sleeper = Sleeper(
+        self.sleep_module = SleepModule(
             run.configuration.model(), self.task.window, run.passes, run.feedback, run.eviction, run.settled,
             run.checkpoint,
         )  # fmt: skip
-        self.module = self.placement.wrap(self.sleeper)
-        self.optimisers = Optimisers(self.sleeper)
+        self.module = self.placement.wrap(self.sleep_module)
+        self.optimisers = Optimisers(self.sleep_module)
         self.curriculum = curriculum(run.configuration.curriculum, self.task.levels)
         self.done = 0
         self.seconds = 0.0
@@ -86,71 +87,74 @@ class Training:
         self._tests: dict[int, Batch] = {}
 
     def step(self) -> Tensor:
-        """One step; this process' share of the loss (their mean is the loss of the batch)."""
+        """Make one step, and return the loss of this process; the mean over processes is the loss of the batch."""
         whole = self.task.batch(
             self.run.configuration.batch, self.run.seed, self.done, "train", self.curriculum.weights()
         )
         targets = int((whole.targets != IGNORED).sum())
-        batch = whole.part(self.placement.part(len(whole.context))).to(self.placement.device)
+        batch = whole.part(self.placement.shard(len(whole.context))).to(self.placement.device)
         with self.placement.precision():
             logits = self.module(batch.context, batch.question)
         loss = loss_of(logits, batch, targets) * self.placement.processes
         loss.backward()
         self.optimisers.step(rate_factor(self.done, self.run.length))
         if self.curriculum.every and self.done % self.curriculum.every == 0:
-            self.curriculum.look(self._token_accuracy(logits.detach(), batch))
+            self.curriculum.update(self._token_accuracy(logits.detach(), batch))
         self.done += 1
         return loss.detach()
 
     @torch.no_grad()
     def measure(self) -> dict[int, float]:
-        """Share of answers right in test problems, by level."""
+        """The share of correct answers to the test problems, by level."""
         size, found = self.run.configuration.batch, {}
         for level in self.task.test_levels:
             hits = torch.zeros(2, dtype=torch.int64, device=self.placement.device)
             tests = self._test(level)
             for start in range(0, len(tests.context), size):
                 rows = tests.part(slice(start, start + size))
-                batch = rows.part(self.placement.part(len(rows.context))).to(self.placement.device)
+                batch = rows.part(self.placement.shard(len(rows.context))).to(self.placement.device)
                 with self.placement.precision():
                     logits = self.module(batch.context, batch.question)
-                hits += torch.stack([right(logits, batch).sum(), (batch.level > 0).sum()])
-            got, asked = self.placement.summed(hits).tolist()
-            found[level] = got / asked
+                hits += torch.stack([correct_answers(logits, batch).sum(), (batch.level > 0).sum()])
+            correct, total = self.placement.sum_over_processes(hits).tolist()
+            found[level] = correct / total
         return found
 
-    def train(self, until: int | None = None, look: Look | None = None, each: Look | None = None) -> None:
-        """Go on to step `until` (default the end); `each` is called after every step, `look` after measurements."""
+    def train(self, until: int | None = None, on_eval: Callback | None = None, on_step: Callback | None = None) -> None:
+        """Train to step `until` (default the end).
+
+        on_step is called after every step, on_eval after every measurement.
+        """
         last = self.run.length if until is None else until
         began = time.perf_counter()
         while self.done < last:
             loss = self.step()
-            if each is not None:
-                each(self)
+            if on_step is not None:
+                on_step(self)
             if self.done % self.run.configuration.look == 0 or self.done == self.run.length:
-                lost = float(self.placement.summed(loss)) / self.placement.processes
-                self.seconds += time.perf_counter() - began  # of training alone
+                lost = float(self.placement.sum_over_processes(loss)) / self.placement.processes
+                self.seconds += time.perf_counter() - began  # without measurements
                 self.history.append(
                     {"step": self.done, "loss": lost, "seconds": self.seconds, "accuracy": self.measure()}
                 )
-                if look is not None:
-                    look(self)
+                if on_eval is not None:
+                    on_eval(self)
                 began = time.perf_counter()
         self.seconds += time.perf_counter() - began
 
     @property
     def tokens(self) -> int:
-        """Of the problems of a step, each counted once whatever N is."""
+        """The tokens of a step's problems, each counted once whatever N is."""
         lengths = self._test(self.task.test_levels[0])
         return self.run.configuration.batch * (lengths.context.shape[1] + lengths.question.shape[1])
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; any number of processes can go on from it."""
+        """Write a checkpoint, from which any number of processes can go on."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # a second of imports
 
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights, optimisers = get_state_dict(self.sleeper, self.optimisers.parts, options=whole)
-        if not self.placement.first:
+        weights, optimisers = get_state_dict(self.sleep_module, self.optimisers.parts, options=whole)
+        if not self.placement.is_main:
             return
         content = {
             "run": self.run.to_dict(),
@@ -161,30 +165,30 @@ class Training:
             "seconds": self.seconds,
             "history": self.history,
         }
-        with replacing(path) as place:
-            torch.save(content, place)
+        with replacing(path) as partial:
+            torch.save(content, partial)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint; a training that has refused one is not to be trained.
+        """Go on from a checkpoint. After an error this training is unusable.
 
         Raises:
-            ValueError: it is damaged, or of another run.
+            ValueError: the checkpoint is damaged, or of another run.
         """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         content = read_checkpoint(path)
         if content["run"] != self.run.to_dict():
-            mine = self.run.to_dict()
-            differing = sorted(name for name in mine if content["run"].get(name) != mine[name])
+            expected = self.run.to_dict()
+            differing = sorted(name for name in expected if content["run"].get(name) != expected[name])
             raise ValueError(f"{path}: got a checkpoint of a run with other {', '.join(differing)}; expected the same")
         if content["done"] > self.run.length:
             raise ValueError(f"{path}: got {content['done']} steps done; expected at most {self.run.length}")
-        check_weights(path, content, self.sleeper.state_dict())
+        check_weights(path, content, self.sleep_module.state_dict())
         try:
             self.curriculum.load(content["curriculum"])
             set_state_dict(
-                self.sleeper, self.optimisers.parts, model_state_dict=content["weights"],
+                self.sleep_module, self.optimisers.parts, model_state_dict=content["weights"],
                 optim_state_dict=content["optimisers"], options=whole,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -202,5 +206,5 @@ class Training:
         level = batch.level.gather(1, answers).where(batch.answers >= 0, 0)
         hits = logits.argmax(-1) == batch.targets
         counts = torch.stack([torch.stack([(hits & (level == n)).sum(), (level == n).sum()]) for n in self.task.levels])
-        rows = zip(self.task.levels, self.placement.summed(counts).tolist(), strict=True)
+        rows = zip(self.task.levels, self.placement.sum_over_processes(counts).tolist(), strict=True)
         return {n: got / asked for n, (got, asked) in rows if asked}

@@ -1,4 +1,4 @@
-"""The model and its session as one module, so that whatever wraps a module (DDP, FSDP2, compile) wraps all of it."""
+"""A model and its session as one module, for wrappers of modules (DDP, FSDP2, torch.compile)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...sleep.settings import Eviction, Feedback
 from ..tasks import IGNORED, Batch
 
 
-class Sleeper(nn.Module):
-    """Sleeps over the windows of a context, then answers in one pass.
+class SleepModule(nn.Module):
+    """A model that sleeps over the windows of a context, then answers in one pass.
 
     Args:
-        model: what sleeps.
-        window, passes, feedback, eviction, settled, checkpoint: of its SleepSession.
+        model: the model that sleeps.
+        window, passes, feedback, eviction, tol, checkpoint: arguments of its SleepSession.
     """
 
     def __init__(
@@ -27,34 +27,34 @@ class Sleeper(nn.Module):
         passes: int = 1,
         feedback: Feedback = "raw",
         eviction: Eviction = "hard",
-        settled: float | None = None,
+        tol: float | None = None,
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.window, self.passes = model, window, passes
         self.feedback, self.eviction = feedback, eviction
-        self.settled, self.checkpoint = settled, checkpoint
+        self.tol, self.checkpoint = tol, checkpoint
 
     def forward(self, context: Tensor, question: Tensor) -> Tensor:
-        """Logits [B,Tq,vocabulary] of what follows each token of question [B,Tq], after context [B, windows * L]."""
+        """Logits [B,Tq,vocabulary] for the tokens after each of question [B,Tq], after context [B, windows * L]."""
         return self.session().ingest(context).read(question)
 
     def session(self) -> SleepSession:
-        """A fresh one with these settings, which gradients go through wherever autograd is on."""
+        """A new session with these settings; where autograd is on, it keeps what gradients need."""
         return SleepSession(
             self.model,
             self.window,
             self.passes,
             eviction=self.eviction,
             feedback=self.feedback,
-            tol=self.settled,
+            tol=self.tol,
             checkpoint=self.checkpoint,
             differentiable=True,
         )
 
 
 def loss_of(logits: Tensor, batch: Batch, count: int | None = None) -> Tensor:
-    """Cross entropy summed over the targets, over `count` (default: how many there are)."""
+    """The cross entropy summed over the targets, divided by `count` (default: the number of targets)."""
     total = F.cross_entropy(
         logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -62,10 +62,10 @@ def loss_of(logits: Tensor, batch: Batch, count: int | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def right(logits: Tensor, batch: Batch) -> Tensor:
-    """Which answers [B,A] are right in all their tokens, each predicted after the right ones before it."""
+def correct_answers(logits: Tensor, batch: Batch) -> Tensor:
+    """Which answers [B,A] are correct in all tokens; each token is predicted after the correct tokens before it."""
     rows, most = batch.level.shape
-    place = batch.answers.where(batch.answers >= 0, most)  # what belongs to no answer goes behind them
+    index = batch.answers.where(batch.answers >= 0, most)  # tokens of no answer go into an extra column
     hits = (logits.argmax(-1) == batch.targets).to(torch.uint8)
     every = torch.ones(rows, most + 1, dtype=torch.uint8, device=hits.device)
-    return every.scatter_reduce(1, place, hits, "amin")[:, :most].bool() & (batch.level > 0)
+    return every.scatter_reduce(1, index, hits, "amin")[:, :most].bool() & (batch.level > 0)
