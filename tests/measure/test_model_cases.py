@@ -16,7 +16,7 @@ from sleepkern.measure import bench_cases
 from sleepkern.measure import block_cases as stacks
 from sleepkern.measure import model_cases as models
 from sleepkern.measure.block_cases import BlocksCase
-from sleepkern.measure.cases import QUICK, SUITES, select
+from sleepkern.measure.suites import QUICK, SUITES, select
 from sleepkern.measure.model_cases import ModelCase
 from sleepkern.nn import SleepLM
 from sleepkern.ops import recurrence as ops
