@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sleepkern.backends.cuda import blocks as cuda_blocks
 from sleepkern.backends.cuda import blocks_plan as planning
-from sleepkern.backends.cuda import recurrence as cuda
+from sleepkern.backends.cuda.device import current_device
 from sleepkern.measure import timing
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
@@ -196,7 +196,7 @@ def table_row(row: dict[str, Any]) -> str:
 
 def all_plans(size: Size, lm: SleepLM, B: int) -> Iterator[dict[str, Any]]:
     """Microseconds of four passes by every plan, and as the model has it."""
-    h, blocks, device = torch.randn(B, size.L, size.d, device="cuda").bfloat16(), lm.blocks(), cuda.device_at_hand()
+    h, blocks, device = torch.randn(B, size.L, size.d, device="cuda").bfloat16(), lm.blocks(), current_device()
     shapes = cuda_blocks.shapes_of(describe(h, blocks).layers)
     for plan in planning.plans(B, size.L, size.d, shapes, device):
         row: dict[str, Any] = {"size": size.name, "B": B, "N": 4, "plan": plan._asdict()}
@@ -218,7 +218,7 @@ def planned(size: Size, lm: SleepLM, B: int) -> str:
     """How a call is cut."""
     example = next(lm.parameters())
     shapes = cuda_blocks.shapes_of(describe(example, lm.blocks()).layers)
-    plan = cuda_blocks.plan(B, size.L, size.d, shapes, cuda.device_at_hand())
+    plan = cuda_blocks.plan(B, size.L, size.d, shapes, current_device())
     return "no plan" if plan is None else " ".join(f"{name}={value}" for name, value in plan._asdict().items())
 
 

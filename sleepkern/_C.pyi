@@ -2,7 +2,7 @@
 code), any other tensor its address; 0 stands for None. csrc/common says what each field is."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 _Rows = tuple[int, int, int]
 _Array = tuple[int, int]
@@ -256,18 +256,164 @@ def cuda_devices() -> list[dict[str, Any]]: ...
 
 # What follows exists only in a module that was built with CUDA.
 
+_Inputs = tuple[_Rows, ...]
+"""q, k, v, g, beta as (address, distance of two tokens, type code)."""
+
 cuda_chunk: int
 cuda_widest_key: int
 cuda_widest_block: int
 cuda_value_tile: int
-cuda_blocks_layers: int
 
-def cuda_replay(*arguments: Any) -> None: ...
-def cuda_powers(*arguments: Any) -> None: ...
-def cuda_adjoint(*arguments: Any) -> None: ...
-def cuda_step(*arguments: Any) -> None: ...
-def cuda_window_memory(mode: int, width: int, reads: bool, channel: bool, /) -> int: ...
-def cuda_replay_memory(mode: int, width: int, reads: bool, block: int, slots: int, /) -> int: ...
-def cuda_chain_memory(width: int, adjoint: bool, /) -> int: ...
-def cuda_blocks(call: dict[str, Any], layers: Sequence[dict[str, Any]], stream: int, /) -> None: ...
-def cuda_blocks_memory(call: dict[str, Any], layers: Sequence[dict[str, Any]], /) -> int: ...
+class CudaProblem:
+    gate: int
+    delta: bool
+    normalize: bool
+    scale: float
+    sequences: int
+    T: int
+    H: int
+    HV: int
+    K: int
+    V: int
+    def __init__(self) -> None: ...
+
+class CudaReplay:
+    problem: CudaProblem
+    mode: int
+    passes: int
+    tol: float
+    affine: bool
+    token_space: bool
+    single_chunk: bool
+    block: int
+    slots: int
+    def __init__(self) -> None: ...
+
+class CudaBlockLayer:
+    recurrent: bool
+    heads: int
+    value_heads: int
+    K: int
+    V: int
+    KP: int
+    VP: int
+    W: int
+    into: int
+    hidden: int
+    first_unit: int
+    mixer_eps: float
+    mlp_eps: float
+    taps: int
+    gain: int
+    state: int
+    past: int
+    last: int
+    continued: bool
+    decay_bias: float
+    strength: float
+    gain_eps: float
+    q_gain: int
+    k_gain: int
+    keys: int
+    values: int
+    kept: int
+    q_eps: float
+    k_eps: float
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(self, other: CudaBlockLayer, /) -> None: ...
+
+class CudaBlocks:
+    tiles: int
+    cluster: int
+    group: int
+    exchange: int
+    ring: int
+    columns: int
+    L: int
+    h: int
+    out: int
+    weights: int
+    stages: int
+    changes: int
+    type: int
+    B: int
+    d: int
+    passes: int
+    reinject: bool
+    carry: bool
+    units: int
+    def __init__(self) -> None: ...
+
+class CudaWeightOrder:
+    @property
+    def stages(self) -> list[int]: ...
+    def __init__(self, call: CudaBlocks, layers: list[CudaBlockLayer], hidden: list[int]) -> None: ...
+    def copy_indices(self, address: int, /) -> None: ...
+
+class CudaBlocksConstants:
+    MOST_LAYERS: int
+    WIDEST_MODEL: int
+    WIDEST_HEAD: int
+    LONGEST: int
+    TAPS: int
+    WARPS: int
+    TILES: tuple[int, int, int]
+    STAGE: int
+
+def cuda_replay(
+    replay: CudaReplay,
+    *,
+    inputs: _Inputs,
+    offsets: int,
+    state: int,
+    o: int,
+    final_state: int,
+    residual: int,
+    passes_done: int,
+    before_last: int,
+    tiles: int,
+    chunk_decay: int,
+    U: int,
+    queries: int,
+    stream: int,
+) -> None: ...
+def cuda_powers(
+    *,
+    heads: int,
+    K: int,
+    V: int,
+    passes: int,
+    block: int,
+    A: int,
+    states: int,
+    start: int,
+    after: int,
+    stream: int,
+) -> None: ...
+def cuda_powers_backward(
+    *,
+    heads: int,
+    K: int,
+    V: int,
+    passes: int,
+    block: int,
+    A: int,
+    states: int,
+    passes_done: int,
+    last: int,
+    dA: int,
+    dB: int,
+    dstart: int,
+    stream: int,
+) -> None: ...
+def cuda_decode(
+    problem: CudaProblem, *, inputs: _Inputs, states: int, o: int, indices: int, stride: int, stream: int
+) -> None: ...
+def cuda_single_chunk_memory(*, mode: int, K: int, output: bool, channel: bool) -> int: ...
+def cuda_multi_chunk_memory(*, mode: int, K: int, output: bool, block: int, slots: int) -> int: ...
+def cuda_powers_memory(*, K: int, backward: bool) -> int: ...
+def cuda_blocks_paired(tiles: int) -> bool: ...
+def cuda_blocks(call: CudaBlocks, layers: list[CudaBlockLayer], stream: int) -> None: ...
+def cuda_blocks_memory(call: CudaBlocks, layers: list[CudaBlockLayer]) -> int: ...

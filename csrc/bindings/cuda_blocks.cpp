@@ -1,103 +1,137 @@
-// The launch for a stack of blocks; sleepkern/backends/cuda/blocks.py holds the other side: the call and each layer are
-// dicts of sizes and addresses.
+// The launch for a stack of blocks. sleepkern/backends/cuda/blocks.py fills a struct for the call and one for each
+// layer.
 #include "bindings/arguments.h"
+#include "bindings/struct_fields.h"
 #include "cuda/blocks/api.h"
+#include "cuda/blocks/weight_order.h"
 
 namespace py = pybind11;
 
 namespace sleepkern {
 namespace {
 
-#define SLEEPKERN_READ(field) of.read(#field, to.field)
-
-// What the memory of a launch depends on.
-void read_share(const Described& of, cuda::BlockLayer& to) {
-  SLEEPKERN_READ(recurrent);
-  SLEEPKERN_READ(heads);
-  SLEEPKERN_READ(value_heads);
-  SLEEPKERN_READ(K);
-  SLEEPKERN_READ(V);
-  SLEEPKERN_READ(KP);
-  SLEEPKERN_READ(VP);
-  SLEEPKERN_READ(W);
-  SLEEPKERN_READ(into);
-  SLEEPKERN_READ(hidden);
-}
-
-void read_layer(const Described& of, cuda::BlockLayer& to) {
-  SLEEPKERN_READ(first_unit);
-  SLEEPKERN_READ(mixer_eps);
-  SLEEPKERN_READ(mlp_eps);
-  if (to.recurrent) {
-    SLEEPKERN_READ(taps);
-    SLEEPKERN_READ(gain);
-    SLEEPKERN_READ(state);
-    SLEEPKERN_READ(past);
-    SLEEPKERN_READ(last);
-    SLEEPKERN_READ(continued);
-    SLEEPKERN_READ(decay_bias);
-    SLEEPKERN_READ(strength);
-    SLEEPKERN_READ(gain_eps);
-  } else {
-    SLEEPKERN_READ(q_gain);
-    SLEEPKERN_READ(k_gain);
-    SLEEPKERN_READ(keys);
-    SLEEPKERN_READ(values);
-    SLEEPKERN_READ(kept);
-    SLEEPKERN_READ(q_eps);
-    SLEEPKERN_READ(k_eps);
-  }
-}
-
-cuda::BlocksCall read_sizes(const py::dict& values, const std::vector<py::dict>& layers) {
-  cuda::BlocksCall to{};
-  const Described of(values);
-  SLEEPKERN_READ(tiles);
-  SLEEPKERN_READ(cluster);
-  SLEEPKERN_READ(group);
-  SLEEPKERN_READ(exchange);
-  SLEEPKERN_READ(ring);
-  SLEEPKERN_READ(columns);
-  SLEEPKERN_READ(L);
+cuda::BlocksCall with_layers(const cuda::BlocksCall& call, const py::list& layers) {
+  cuda::BlocksCall whole = call;
   if (layers.size() > cuda::MOST_LAYERS) throw std::runtime_error("sleepkern: more layers than a launch takes");
-  to.depth = static_cast<int32_t>(layers.size());
-  for (int i = 0; i < to.depth; ++i) read_share(Described(layers[i]), to.layers[i]);
-  return to;
+  whole.depth = 0;
+  for (const py::handle layer : layers) whole.layers[whole.depth++] = layer.cast<const cuda::BlockLayer&>();
+  return whole;
 }
 
-cuda::BlocksCall read_call(const py::dict& values, const std::vector<py::dict>& layers) {
-  cuda::BlocksCall to = read_sizes(values, layers);
-  const Described of(values);
-  SLEEPKERN_READ(h);
-  SLEEPKERN_READ(out);
-  SLEEPKERN_READ(weights);
-  SLEEPKERN_READ(stages);
-  SLEEPKERN_READ(changes);
-  SLEEPKERN_READ(type);
-  SLEEPKERN_READ(B);
-  SLEEPKERN_READ(d);
-  SLEEPKERN_READ(passes);
-  SLEEPKERN_READ(reinject);
-  SLEEPKERN_READ(carry);
-  SLEEPKERN_READ(units);
-  for (int i = 0; i < to.depth; ++i) read_layer(Described(layers[i]), to.layers[i]);
-  return to;
-}
-
-void run_blocks(const py::dict& values, const std::vector<py::dict>& layers, uintptr_t stream) {
-  const cuda::BlocksCall call = read_call(values, layers);
+void run_blocks(const cuda::BlocksCall& call, const py::list& layers, uintptr_t stream) {
+  const cuda::BlocksCall whole = with_layers(call, layers);
   py::gil_scoped_release unlocked;
-  cuda::sleep_blocks(call, reinterpret_cast<void*>(stream));
+  cuda::sleep_blocks(whole, reinterpret_cast<void*>(stream));
+}
+
+#define SLEEPKERN_FIELD(name) bind_field(type, #name, &Struct::name)
+
+void bind_layer(py::module_& m) {
+  using Struct = cuda::BlockLayer;
+  py::class_<Struct> type(m, "CudaBlockLayer");
+  type.def(py::init([] { return Struct{}; })).def(py::init<const Struct&>());
+  SLEEPKERN_FIELD(recurrent);
+  SLEEPKERN_FIELD(heads);
+  SLEEPKERN_FIELD(value_heads);
+  SLEEPKERN_FIELD(K);
+  SLEEPKERN_FIELD(V);
+  SLEEPKERN_FIELD(KP);
+  SLEEPKERN_FIELD(VP);
+  SLEEPKERN_FIELD(W);
+  SLEEPKERN_FIELD(into);
+  SLEEPKERN_FIELD(hidden);
+  SLEEPKERN_FIELD(first_unit);
+  SLEEPKERN_FIELD(mixer_eps);
+  SLEEPKERN_FIELD(mlp_eps);
+  // gated DeltaNet
+  SLEEPKERN_FIELD(taps);
+  SLEEPKERN_FIELD(gain);
+  SLEEPKERN_FIELD(state);
+  SLEEPKERN_FIELD(past);
+  SLEEPKERN_FIELD(last);
+  SLEEPKERN_FIELD(continued);
+  SLEEPKERN_FIELD(decay_bias);
+  SLEEPKERN_FIELD(strength);
+  SLEEPKERN_FIELD(gain_eps);
+  // attention
+  SLEEPKERN_FIELD(q_gain);
+  SLEEPKERN_FIELD(k_gain);
+  SLEEPKERN_FIELD(keys);
+  SLEEPKERN_FIELD(values);
+  SLEEPKERN_FIELD(kept);
+  SLEEPKERN_FIELD(q_eps);
+  SLEEPKERN_FIELD(k_eps);
+}
+
+void bind_call(py::module_& m) {
+  using Struct = cuda::BlocksCall;
+  py::class_<Struct> type(m, "CudaBlocks");
+  type.def(py::init([] { return Struct{}; }));
+  SLEEPKERN_FIELD(tiles);
+  SLEEPKERN_FIELD(cluster);
+  SLEEPKERN_FIELD(group);
+  SLEEPKERN_FIELD(exchange);
+  SLEEPKERN_FIELD(ring);
+  SLEEPKERN_FIELD(columns);
+  SLEEPKERN_FIELD(L);
+  SLEEPKERN_FIELD(h);
+  SLEEPKERN_FIELD(out);
+  SLEEPKERN_FIELD(weights);
+  SLEEPKERN_FIELD(stages);
+  SLEEPKERN_FIELD(changes);
+  SLEEPKERN_FIELD(type);
+  SLEEPKERN_FIELD(B);
+  SLEEPKERN_FIELD(d);
+  SLEEPKERN_FIELD(passes);
+  SLEEPKERN_FIELD(reinject);
+  SLEEPKERN_FIELD(carry);
+  SLEEPKERN_FIELD(units);
+}
+
+void bind_weight_order(py::module_& m) {
+  using cuda::WeightOrder;
+  py::class_<WeightOrder>(m, "CudaWeightOrder")
+      .def(py::init([](const cuda::BlocksCall& call, const py::list& layers, const std::vector<int>& hidden) {
+             return cuda::weight_order(with_layers(call, layers), hidden);
+           }),
+           py::arg("call"), py::arg("layers"), py::arg("hidden"))
+      .def_readonly("stages", &WeightOrder::stages)
+      .def("copy_indices", [](const WeightOrder& order, uintptr_t address) {
+        auto* to = reinterpret_cast<int32_t*>(address);
+        for (const std::vector<int32_t>& stream : order.streams) to = std::copy(stream.begin(), stream.end(), to);
+      });
+}
+
+// What the plan in Python has to know of the kernels.
+void bind_constants(py::module_& m) {
+  struct Constants {};
+  py::class_<Constants> type(m, "CudaBlocksConstants");
+  type.attr("MOST_LAYERS") = cuda::MOST_LAYERS;
+  type.attr("WIDEST_MODEL") = cuda::WIDEST_MODEL;
+  type.attr("WIDEST_HEAD") = cuda::WIDEST_HEAD;
+  type.attr("LONGEST") = cuda::LONGEST;
+  type.attr("TAPS") = cuda::TAPS;
+  type.attr("WARPS") = cuda::WARPS;
+  type.attr("TILES") = py::make_tuple(cuda::TILES_OF[0], cuda::TILES_OF[1], cuda::TILES_OF[2]);
+  type.attr("STAGE") = cuda::STAGE;
 }
 
 }  // namespace
 
 void bind_cuda_blocks(py::module_& m) {
-  m.def("cuda_blocks", &run_blocks);
-  m.def("cuda_blocks_memory", [](const py::dict& values, const std::vector<py::dict>& layers) {
-    return cuda::blocks_memory(read_sizes(values, layers));
-  });
-  m.attr("cuda_blocks_layers") = cuda::MOST_LAYERS;
+  using py::arg;
+  bind_weight_order(m);
+  bind_constants(m);
+  m.def("cuda_blocks_paired", &cuda::paired, arg("tiles"), "Whether a warp multiplies by two groups at a time.");
+  bind_layer(m);
+  bind_call(m);
+  m.def("cuda_blocks", &run_blocks, arg("call"), arg("layers"), arg("stream"));
+  m.def(
+      "cuda_blocks_memory",
+      [](const cuda::BlocksCall& call, const py::list& layers) {
+        return cuda::blocks_memory(with_layers(call, layers));
+      },
+      arg("call"), arg("layers"), "Bytes of shared memory of a CTA.");
 }
 
 }  // namespace sleepkern

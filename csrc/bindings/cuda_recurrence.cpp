@@ -1,6 +1,9 @@
-// The launches of csrc/cuda; sleepkern/backends/cuda/recurrence.py holds the other side of each signature. A stream is the address
-// of a cudaStream_t, on the device that is current.
+// The launches of the recurrence in csrc/cuda; sleepkern/backends/cuda/recurrence.py fills their arguments. What a
+// problem and its plan fix is a struct, which Python makes once for a problem. Addresses are keyword arguments: setting
+// a field of a struct takes a third of a microsecond, and a launch has a dozen. A stream is the address of a
+// cudaStream_t on the current device.
 #include "bindings/arguments.h"
+#include "bindings/struct_fields.h"
 #include "cuda/recurrence/api.h"
 
 namespace py = pybind11;
@@ -9,37 +12,60 @@ namespace sleepkern {
 namespace {
 
 using Address = uintptr_t;
+using Inputs = std::tuple<View, View, View, View, View>;  // q, k, v, g, beta
 
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// One launch for a window of at most one chunk, else prepare and replay. factors: (tiles, gamma, U, queries).
-void run_replay(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
-                int64_t K, int64_t V, Address offsets, View q, View k, View v, View g, View beta, Address state,
-                Address o, Address final_state, int mode, int passes, float tol, Address residual, Address made,
-                bool affine, bool rank, Address before, int block, int slots,
-                std::tuple<Address, Address, Address, Address> factors, bool window, Address stream) {
+// The sizes and switches of a problem; the addresses of its tensors come with a launch.
+struct CudaProblem {
+  int gate;
+  bool delta, normalize;
+  float scale;
+  int64_t sequences, T, H, HV, K, V;
+
+  Problem with(const Inputs& inputs, Address offsets, Address state, Address o, Address final_state) const {
+    const auto& [q, k, v, g, beta] = inputs;
+    Problem p = describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
+    p.o = at<void>(o);
+    p.final_state = at<float>(final_state);
+    check_given("final_state", p.final_state, p.sequences > 0);
+    return p;
+  }
+};
+
+// A problem and its plan.
+struct CudaReplay {
+  CudaProblem problem;
+  int mode, passes;
+  float tol;
+  bool affine, token_space, single_chunk;
+  int block, slots;
+};
+
+// One launch for windows of one chunk, else chunk_factors and the passes.
+void run_replay(const CudaReplay& replay, const Inputs& inputs, Address offsets, Address state, Address o,
+                Address final_state, Address residual, Address passes_done, Address before_last, Address tiles,
+                Address chunk_decay, Address U, Address queries, Address stream) {
   cuda::Call call{};
-  call.p = describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
-  call.p.o = at<void>(o);
-  call.p.final_state = at<float>(final_state);
-  call.mode = mode;
-  call.passes = passes;
-  call.tol = tol;
+  call.p = replay.problem.with(inputs, offsets, state, o, final_state);
+  call.mode = replay.mode;
+  call.passes = replay.passes;
+  call.tol = replay.tol;
   call.residual = at<float>(residual);
-  call.made = at<int32_t>(made);
-  call.affine = affine;
-  call.rank = rank;
-  call.before = at<float>(before);
-  call.block = block;
-  call.value_blocks = static_cast<int>((V + block - 1) / block);
-  call.slots = slots;
-  const auto& [tiles, gamma, U, queries] = factors;
-  call.factors = {at<void>(tiles), at<float>(gamma), at<float>(U), at<void>(queries)};
+  call.made = at<int32_t>(passes_done);
+  call.affine = replay.affine;
+  call.rank = replay.token_space;
+  call.before = at<float>(before_last);
+  check_at_least("block", replay.block, 1);
+  call.block = replay.block;
+  call.value_blocks = static_cast<int>((call.p.V + replay.block - 1) / replay.block);
+  call.slots = replay.slots;
+  call.factors = {at<void>(tiles), at<float>(chunk_decay), at<float>(U), at<void>(queries)};
   py::gil_scoped_release unlocked;
-  if (window) {
+  if (replay.single_chunk) {
     cuda::window(call, at<void>(stream));
   } else {
     cuda::prepare(call, at<void>(stream));
@@ -47,7 +73,8 @@ void run_replay(int gate, bool delta, bool normalize, float scale, int64_t seque
   }
 }
 
-cuda::Chain chain(int64_t heads, int K, int V, int passes, int block, Address A, Address states) {
+cuda::Chain powers_of(int64_t heads, int K, int V, int passes, int block, Address A, Address states) {
+  check_at_least("block", block, 1);
   cuda::Chain c{};
   c.heads = heads;
   c.K = K;
@@ -62,17 +89,17 @@ cuda::Chain chain(int64_t heads, int K, int V, int passes, int block, Address A,
 
 void run_powers(int64_t heads, int K, int V, int passes, int block, Address A, Address states, Address start,
                 Address after, Address stream) {
-  cuda::Chain c = chain(heads, K, V, passes, block, A, states);
+  cuda::Chain c = powers_of(heads, K, V, passes, block, A, states);
   c.start = at<float>(start);
   c.after = at<float>(after);
   py::gil_scoped_release unlocked;
   cuda::powers(c, at<void>(stream));
 }
 
-void run_adjoint(int64_t heads, int K, int V, int passes, int block, Address A, Address states, Address made,
-                 Address last, Address dA, Address dB, Address dstart, Address stream) {
-  cuda::Chain c = chain(heads, K, V, passes, block, A, states);
-  c.made = at<int32_t>(made);
+void run_powers_backward(int64_t heads, int K, int V, int passes, int block, Address A, Address states,
+                         Address passes_done, Address last, Address dA, Address dB, Address dstart, Address stream) {
+  cuda::Chain c = powers_of(heads, K, V, passes, block, A, states);
+  c.made = at<int32_t>(passes_done);
   c.last = at<float>(last);
   c.dA = at<float>(dA);
   c.dB = at<float>(dB);
@@ -81,30 +108,73 @@ void run_adjoint(int64_t heads, int K, int V, int passes, int block, Address A, 
   cuda::adjoint(c, at<void>(stream));
 }
 
-void run_step(int gate, bool delta, bool normalize, float scale, int64_t sequences, int64_t T, int64_t H, int64_t HV,
-              int64_t K, int64_t V, View q, View k, View v, View g, View beta, Address state, Address final_state,
-              Address o, Address places, int64_t stride, Address stream) {
+// The states are updated in place.
+void run_decode(const CudaProblem& problem, const Inputs& inputs, Address states, Address o, Address indices,
+                int64_t stride, Address stream) {
   cuda::Steps steps{};
-  steps.p = describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, 0, q, k, v, g, beta, state);
-  steps.p.o = at<void>(o);
-  steps.p.final_state = at<float>(final_state);
-  steps.places = at<int64_t>(places);
+  steps.p = problem.with(inputs, 0, states, o, states);
+  steps.places = at<int64_t>(indices);
   steps.stride = stride;
   py::gil_scoped_release unlocked;
   cuda::step(steps, at<void>(stream));
 }
 
+#define SLEEPKERN_FIELD(name) bind_field(type, #name, &Struct::name)
+
+void bind_problem(py::module_& m) {
+  using Struct = CudaProblem;
+  py::class_<Struct> type(m, "CudaProblem");
+  type.def(py::init([] { return Struct{}; }));
+  SLEEPKERN_FIELD(gate);
+  SLEEPKERN_FIELD(delta);
+  SLEEPKERN_FIELD(normalize);
+  SLEEPKERN_FIELD(scale);
+  SLEEPKERN_FIELD(sequences);
+  SLEEPKERN_FIELD(T);
+  SLEEPKERN_FIELD(H);
+  SLEEPKERN_FIELD(HV);
+  SLEEPKERN_FIELD(K);
+  SLEEPKERN_FIELD(V);
+}
+
+void bind_replay(py::module_& m) {
+  using Struct = CudaReplay;
+  py::class_<Struct> type(m, "CudaReplay");
+  type.def(py::init([] { return Struct{}; }));
+  SLEEPKERN_FIELD(problem);
+  SLEEPKERN_FIELD(mode);
+  SLEEPKERN_FIELD(passes);
+  SLEEPKERN_FIELD(tol);
+  SLEEPKERN_FIELD(affine);
+  SLEEPKERN_FIELD(token_space);
+  SLEEPKERN_FIELD(single_chunk);
+  SLEEPKERN_FIELD(block);
+  SLEEPKERN_FIELD(slots);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  using py::arg;
   bind_cuda_blocks(m);
-  m.def("cuda_replay", &run_replay);
-  m.def("cuda_powers", &run_powers);
-  m.def("cuda_adjoint", &run_adjoint);
-  m.def("cuda_step", &run_step);
-  m.def("cuda_window_memory", &cuda::window_memory, "Bytes of shared memory of a block, also of prepare's.");
-  m.def("cuda_replay_memory", &cuda::replay_memory);
-  m.def("cuda_chain_memory", &cuda::chain_memory);
+  bind_problem(m);
+  bind_replay(m);
+  m.def("cuda_replay", &run_replay, arg("replay"), py::kw_only(), arg("inputs"), arg("offsets"), arg("state"), arg("o"),
+        arg("final_state"), arg("residual"), arg("passes_done"), arg("before_last"), arg("tiles"), arg("chunk_decay"),
+        arg("U"), arg("queries"), arg("stream"));
+  m.def("cuda_powers", &run_powers, py::kw_only(), arg("heads"), arg("K"), arg("V"), arg("passes"), arg("block"),
+        arg("A"), arg("states"), arg("start"), arg("after"), arg("stream"));
+  m.def("cuda_powers_backward", &run_powers_backward, py::kw_only(), arg("heads"), arg("K"), arg("V"), arg("passes"),
+        arg("block"), arg("A"), arg("states"), arg("passes_done"), arg("last"), arg("dA"), arg("dB"), arg("dstart"),
+        arg("stream"));
+  m.def("cuda_decode", &run_decode, arg("problem"), py::kw_only(), arg("inputs"), arg("states"), arg("o"),
+        arg("indices"), arg("stride"), arg("stream"));
+  m.def("cuda_single_chunk_memory", &cuda::window_memory, py::kw_only(), arg("mode"), arg("K"), arg("output"),
+        arg("channel"), "Bytes of shared memory of a CTA; chunk_factors needs the same.");
+  m.def("cuda_multi_chunk_memory", &cuda::replay_memory, py::kw_only(), arg("mode"), arg("K"), arg("output"),
+        arg("block"), arg("slots"), "Bytes of shared memory of a CTA.");
+  m.def("cuda_powers_memory", &cuda::chain_memory, py::kw_only(), arg("K"), arg("backward"),
+        "Bytes of shared memory of a CTA.");
   m.attr("cuda_chunk") = cuda::CHUNK;
   m.attr("cuda_widest_key") = cuda::WIDEST_KEY;
   m.attr("cuda_widest_block") = cuda::WIDEST_BLOCK;

@@ -105,7 +105,7 @@ class _Graph(NamedTuple):
     inputs: GraphInputs
     replay: Callable[[], None]
     outputs: GraphOutputs
-    packed: list[cuda_blocks.Packed]
+    packed: list[cuda_blocks.StreamedWeights]
     addresses: Places
 
     def current(self, session: GraphedSession) -> bool:

@@ -16,8 +16,8 @@ from sleepkern.measure import bench_cases
 from sleepkern.measure import block_cases as stacks
 from sleepkern.measure import model_cases as models
 from sleepkern.measure.block_cases import BlocksCase
-from sleepkern.measure.suites import QUICK, SUITES, select
 from sleepkern.measure.model_cases import ModelCase
+from sleepkern.measure.suites import QUICK, SUITES, select
 from sleepkern.nn import SleepLM
 from sleepkern.ops import recurrence as ops
 

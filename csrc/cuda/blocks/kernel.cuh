@@ -35,13 +35,12 @@ constexpr float REINJECT_EPS = 1.1920929e-07f;  // torch's for float32
 
 template <int TILES, int KEYS>
 struct Group {
-  static constexpr bool PAIRS = TILES < 8;  // there are registers to hold two groups while parts of others come in
   const BlocksCall& c;
   const Shared& m;
   const Place& p;
 
-  SLEEPKERN_DEVICE int own_groups() const { return c.columns / 16; }
-  SLEEPKERN_DEVICE int all_groups() const { return c.cluster * own_groups(); }
+  SLEEPKERN_DEVICE int own_groups() const { return c.own_groups(); }
+  SLEEPKERN_DEVICE int all_groups() const { return c.all_groups(); }
 
   // Of this block's tiles of 16 rows and columns: the same warp has the same one whenever this is called. Which warp
   // this is is asked each time, for want of registers.
@@ -129,12 +128,13 @@ struct Group {
   // `received`: so what is read of one exchange is read before anyone arrives at the next, and a block computes while
   // others arrive. A warp multiplies by two groups at once, both of one exchange or one each of two.
   SLEEPKERN_DEVICE void add_product(Stream& weights, const uint4* left, int steps, bool last) const {
-    const int exchanges = (own_groups() + c.exchange - 1) / c.exchange, warp = threadIdx.x >> 5;
-    const bool both = PAIRS && c.cluster * c.exchange > WARPS;
-    cluster_arrive();  // x has been read
+    const int exchanges = c.exchanges(), warp = threadIdx.x >> 5;
+    const bool both = paired(TILES) && c.cluster * c.exchange > WARPS;  // c.pairs_in_exchange(), with a constant
+    cluster_arrive();                                                   // x has been read
     for (int n = 0; n < exchanges; ++n) {
-      const bool follows = PAIRS && !both && n + 1 < exchanges;  // the second group of a warp is of the exchange after
-      const int groups = groups_of(n), others = both ? groups - WARPS : follows ? groups_of(n + 1) : 0;
+      const bool follows =
+          paired(TILES) && !both && n + 1 < exchanges;  // the second group of a warp is of the exchange after
+      const int groups = c.exchange_size(n), others = both ? groups - WARPS : follows ? c.exchange_size(n + 1) : 0;
       Products<TILES> one, other;
       if (warp < groups) multiply_groups<TILES>(weights, left, steps, warp < others, one, other);
       meet_and_receive(n - 1, exchanges);
@@ -149,12 +149,6 @@ struct Group {
     }
     meet_and_receive(exchanges - 1, exchanges);
     if (!last) publish();
-  }
-
-  // Groups of an exchange, of all owners.
-  SLEEPKERN_DEVICE int groups_of(int n) const {
-    const int rest = own_groups() - n * c.exchange;
-    return c.cluster * (rest < c.exchange ? rest : c.exchange);
   }
 
   // mutant: one-buffer-for-two-exchanges

@@ -30,12 +30,12 @@ void sleep_blocks(const BlocksCall& given, void* stream) {
   with_width(widest, [&](auto width) {
     constexpr int KEYS = decltype(width)::value;
     switch (call.tiles) {
-      case 2:
-        return launch(blocks_kernel<2, KEYS>);
-      case 5:
-        return launch(blocks_kernel<5, KEYS>);
-      case 8:
-        return launch(blocks_kernel<8, KEYS>);
+      case TILES_OF[0]:
+        return launch(blocks_kernel<TILES_OF[0], KEYS>);
+      case TILES_OF[1]:
+        return launch(blocks_kernel<TILES_OF[1], KEYS>);
+      case TILES_OF[2]:
+        return launch(blocks_kernel<TILES_OF[2], KEYS>);
       default:
         throw std::runtime_error("sleepkern: no CUDA kernel for " + std::to_string(16 * call.tiles) + " rows");
     }

@@ -4,10 +4,23 @@
 
 #include <cstdint>
 
+#include "cuda/recurrence/params.h"
+
 namespace sleepkern::cuda {
 
-constexpr int MOST_LAYERS = 24;  // a kernel's arguments have 4 KB
-constexpr int TAPS = 4;          // of a short convolution, shorter ones begin with zeros
+constexpr int MOST_LAYERS = 24;           // a kernel's arguments have 4 KB
+constexpr int TAPS = 4;                   // of a short convolution, shorter ones begin with zeros
+constexpr int WIDEST_MODEL = 512;         // d; the widest that was measured, and wider windows rarely fit on chip
+constexpr int WIDEST_HEAD = WIDEST_KEY;   // K and V; the state of a warp is in registers
+constexpr int TILES_OF[] = {2, 5, 8};     // tiles of 16 rows of a group of windows that there are kernels for
+constexpr int MOST_TILES = 8;             // accumulators of more do not fit a warp's registers
+constexpr int LONGEST = 16 * MOST_TILES;  // tokens of a window
+constexpr int FRAGMENT = 512;             // bytes of 16 x 16 weights
+constexpr int STAGE = 2 * FRAGMENT;       // bytes of one request of a warp: a step of two groups, or two of one
+
+// Whether a warp holds accumulators of two groups of 16 columns while the partial sums of others arrive: with
+// MOST_TILES it has no registers for them.
+constexpr bool paired(int tiles) { return tiles < MOST_TILES; }
 
 struct BlockLayer {
   // Gated DeltaNet
@@ -62,6 +75,16 @@ struct BlocksCall {
     const int most = cluster * exchange;
     return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
   }
+  constexpr int own_groups() const { return columns / 16; }  // of 16 columns of h, of one CTA
+  constexpr int all_groups() const { return cluster * own_groups(); }
+  constexpr int exchanges() const { return (own_groups() + exchange - 1) / exchange; }
+  // Groups of all CTAs in exchange n.
+  constexpr int exchange_size(int n) const {
+    const int rest = own_groups() - n * exchange;
+    return cluster * (rest < exchange ? rest : exchange);
+  }
+  // Whether the two groups of a warp are of one exchange, which more groups than warps take part in.
+  constexpr bool pairs_in_exchange() const { return paired(tiles) && cluster * exchange > WARPS; }
   constexpr int padded() const { return (L + 7) / 8 * 8; }  // rows of a window: those of a core begin together
   constexpr int blocks() const { return (L + 15) / 16; }    // of 16 tokens, of a window
 };

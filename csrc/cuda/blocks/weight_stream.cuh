@@ -17,8 +17,6 @@
 
 namespace sleepkern::cuda {
 
-constexpr int FRAGMENT = 512;        // bytes of 16 x 16 weights
-constexpr int STAGE = 2 * FRAGMENT;  // are asked for at a time: a step of two groups, or two of one
 // Stages of a warp that L2 has fetched, or is fetching, before they are asked for: the ring holds less than arrives
 // while memory answers, and all layers' weights may be more than L2 keeps (Depo's: 66 MB).
 constexpr int AHEAD = 16;

@@ -18,14 +18,15 @@ import building
 import torch
 from filelock import FileLock
 
-from sleepkern.backends.cuda import blocks, blocks_plan
+from sleepkern.backends.cuda import blocks, blocks_plan, blocks_weight_layout
+from sleepkern.backends.cuda import device as gpu
 from sleepkern.backends.cuda import recurrence as cuda
 
 torch.set_num_threads(1)
 
-H100 = cuda.Device((9, 0), 232448, 4)
-A100 = cuda.Device((8, 0), 166912, 4)
-"""With few multiprocessors, so that small tests have wide blocks too."""
+H100 = gpu.Device((9, 0), 232448, 4)
+A100 = gpu.Device((8, 0), 166912, 4)
+"""Devices with few multiprocessors, so that small tests have wide v-tiles too."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,17 +55,19 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
 
 @contextmanager
 def backend_on(
-    module: ModuleType, order: str = "forward", device: cuda.Device = H100, early_copies: bool = False, seed: int = 0
+    module: ModuleType, order: str = "forward", device: gpu.Device = H100, early_copies: bool = False, seed: int = 0
 ) -> Iterator[None]:
     """The CUDA backend takes CPU tensors and launches the module's kernels, in this order of threads."""
+    for cache in (cuda._sizes, cuda._replay_call, cuda._plan_on):  # they hold structs and sizes of another module
+        cache.cache_clear()
     module.set_options(order, seed, 10 * device.capability[0], early_copies)
-    launches = {name: getattr(module, name) for name in dir(module) if name.startswith("cuda_")}
-    launcher = SimpleNamespace(**launches, has_cuda=True)
+    launches = {name: getattr(module, name) for name in dir(module) if name.lower().startswith("cuda")}
+    launcher = SimpleNamespace(**launches, has_cuda=True, head_limit=module.head_limit)
     with ExitStack() as patches:
-        for one in (cuda, blocks, blocks_plan):
+        for one in (cuda, blocks, blocks_plan, blocks_weight_layout):
             patches.enter_context(mock.patch.object(one, "_C", launcher))
-        patches.enter_context(mock.patch.multiple(cuda, device_at_hand=lambda: device, why_not_on=lambda _: None))
-        tables = {"_REPLAY": cuda._replay_table(), "_WINDOW": cuda._window_table()}
+        patches.enter_context(mock.patch.multiple(gpu, current_device=lambda: device, why_not_on=lambda _: None))
+        tables = {"_MULTI_CHUNK": cuda._multi_chunk_table(), "_SINGLE_CHUNK": cuda._single_chunk_table()}
         with mock.patch.multiple(cuda, **tables):
             yield
 

@@ -6,6 +6,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(cuda_on_cpu, m) {
   sleepkern::bind_cuda(m);
+  m.attr("head_limit") = sleepkern::HEAD_LIMIT;
   m.def("set_options", [](const std::string& order, unsigned seed, int capability, bool early_copies) {
     using cuda_on_cpu::Order;
     cuda_on_cpu::options.order = order == "forward"    ? Order::forward

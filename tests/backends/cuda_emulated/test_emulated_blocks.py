@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from sleepkern.backends.cuda import blocks as cuda_blocks
 from sleepkern.backends.cuda import blocks_plan as planning
 from sleepkern.backends.cuda import recurrence as cuda
+from sleepkern.backends.cuda.device import Device
 from sleepkern.nn import SleepLM
 from sleepkern.problems.blocks import describe
 from sleepkern.sleep import SleepSession
@@ -95,11 +96,11 @@ def model(case: Case) -> SleepLM:
 
 
 @contextmanager
-def memory_as_planned(device: cuda.Device) -> Iterator[None]:
+def memory_as_planned(device: Device) -> Iterator[None]:
     """A launch asks for no more shared memory than the device has."""
     launch = planning._C.cuda_blocks
 
-    def held(call: dict[str, Any], layers: list[dict[str, Any]], stream: int) -> None:
+    def held(call: Any, layers: list[Any], stream: int) -> None:
         assert planning._C.cuda_blocks_memory(call, layers) <= device.shared_memory
         launch(call, layers, stream)
 
@@ -183,7 +184,7 @@ def test_windows_of_a_group_keep_to_themselves(on, L: int) -> None:
     """Also what is not a number."""
     case = Case(L, 32, 1, 1, B=2)
     lm, h = model(case), torch.randn(2, L, 32).bfloat16()
-    found = planning.Plan(cluster=1, group=2, tiles=5, columns=32, exchange=2, ring=2)
+    found = planning.BlocksPlan(cluster=1, group=2, tiles=5, columns=32, exchange=2, ring=2)
     with on(device=DEVICE), mock.patch.object(cuda_blocks, "plan", return_value=found):
         clean = sleep_blocks(h, lm.blocks(), passes=2, backend="cuda")
         h[1, 0] = torch.nan
@@ -220,7 +221,7 @@ def test_recordings_keep_packed_weights_and_go_with_them(on) -> None:
             session.fork().ingest(ids)
             assert recorder.count == times
         (graph,) = session.graph_cache.graphs.values()
-        kept = [ref(packed) for packed in graph.weights]
+        kept = [ref(packed) for packed in graph.packed]
         assert kept
         lm.blocks()[0].mlp.up.weight *= 2
         sleep_blocks(torch.randn(1, 8, 32).bfloat16(), lm.blocks(), backend="cuda")  # packs them anew
@@ -229,8 +230,8 @@ def test_recordings_keep_packed_weights_and_go_with_them(on) -> None:
         assert recorder.count == 2
 
 
-@pytest.mark.parametrize("device", [DEVICE, A100, cuda.Device((12, 0), 101376, 170)])
-def test_plans_fit(on, device: cuda.Device) -> None:
+@pytest.mark.parametrize("device", [DEVICE, A100, Device((12, 0), 101376, 170)])
+def test_plans_fit(on, device: Device) -> None:
     with on(device=device):
         for L, d, heads in ((1, 32, 1), (24, 256, 4), (75, 512, 8), (128, 512, 8), (128, 512, 4), (128, 96, 3)):
             blocks = model(Case(L, d, heads, 1, blocks=2)).blocks()
@@ -241,9 +242,9 @@ def test_plans_fit(on, device: cuda.Device) -> None:
                 if plan is None:
                     assert "shared memory" in why and (device != DEVICE or L == 128)
                     continue
-                assert "turns" in why if planning.slower(plan, B, device, captured=False) else why == "None"
+                assert "rounds" in why if planning.slower(plan, B, device, captured=False) else why == "None"
                 layers = [planning.share(s, plan.cluster) for s in shapes]
-                assert planning._C.cuda_blocks_memory(planning.sizes(plan) | {"L": L}, layers) <= device.shared_memory
+                assert planning._C.cuda_blocks_memory(planning.call_of(plan, L), layers) <= device.shared_memory
                 assert plan.cluster == 1 or device.capability >= (9, 0)
                 assert heads % plan.cluster == 0 and plan.group * L <= 16 * plan.tiles
 

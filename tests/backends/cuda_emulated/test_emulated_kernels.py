@@ -13,6 +13,7 @@ from helpers.errors import errors
 import sleepkern
 from benchmarks import gpu_checks
 from sleepkern.backends.cuda import recurrence as cuda
+from sleepkern.backends.cuda.device import Device
 from sleepkern.measure.cases import Case
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, RULES, SIMPLE_GLA
 from sleepkern.testing import TOLERANCE, Shape, make_inputs, relative_error, to_float64
@@ -243,8 +244,8 @@ def test_step_in_a_pool(on) -> None:
     assert torch.equal(storage, before)
 
 
-@pytest.mark.parametrize("device", [H100, A100, cuda.Device((8, 9), 101376, 8), cuda.Device((12, 0), 101376, 170)])
-def test_plans_fit(on, device: cuda.Device) -> None:
+@pytest.mark.parametrize("device", [H100, A100, Device((8, 9), 101376, 8), Device((12, 0), 101376, 170)])
+def test_plans_fit(on, device: Device) -> None:
     """Whatever is not refused fits the device's shared memory; what is refused says why."""
     cases = (
         (64, 64, 64, None, True), (128, 128, 4096, None, True), (128, 256, 48, None, False), (128, 128, 64, 1e-3, True),
@@ -260,12 +261,12 @@ def test_plans_fit(on, device: cuda.Device) -> None:
                 assert "shared memory" in why
                 continue
             mode, width = cuda._mode(problem), 64 if K <= 64 else 128
-            need = cuda._WINDOW[mode, width, reads, rule.gate == "channel"]
-            if not plan.window:
-                fixed, each = cuda._REPLAY[mode, width, reads, plan.block]
+            need = cuda._SINGLE_CHUNK[mode, width, reads, rule.gate == "channel"]
+            if not plan.single_chunk:
+                fixed, each = cuda._MULTI_CHUNK[mode, width, reads, plan.v_tile]
                 need = max(need, fixed + each * plan.slots)
             assert need <= device.shared_memory
-            assert plan.block % 16 == 0 and (tol is None or plan.block >= V)
+            assert plan.v_tile % 16 == 0 and (tol is None or plan.v_tile >= V)
 
 
 def test_refusals(on) -> None:

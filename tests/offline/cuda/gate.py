@@ -28,7 +28,7 @@ from rich.table import Table
 
 from sleepkern import _C
 from sleepkern.backends.cuda import blocks_plan as planning
-from sleepkern.backends.cuda.recurrence import Device
+from sleepkern.backends.cuda.device import Device
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -69,22 +69,21 @@ class Kernel(NamedTuple):
         """Bytes of shared memory of its smallest plan that reads out, on an architecture."""
         mode = MODES.index(self.mode) if self.mode else 0
         if self.name in ("window", "prepare"):
-            return int(_C.cuda_window_memory(mode, self.width, True, self.channel))
+            return int(_C.cuda_single_chunk_memory(mode=mode, K=self.width, output=True, channel=self.channel))
         if self.name in ("walk", "affine"):
-            return int(_C.cuda_replay_memory(mode, self.width, self.name == "walk", _C.cuda_widest_block, 1))
+            output, block = self.name == "walk", _C.cuda_widest_block
+            return int(_C.cuda_multi_chunk_memory(mode=mode, K=self.width, output=output, block=block, slots=1))
         if self.name == "blocks":
             return blocks_memory(capability, *BLOCKS[self.tiles, self.width])
-        return int(_C.cuda_chain_memory(self.width, self.name == "adjoint")) if self.name in CHAIN else 0
+        return int(_C.cuda_powers_memory(K=self.width, backward=self.name == "adjoint")) if self.name in CHAIN else 0
 
 
 def blocks_memory(capability: int, B: int, L: int, d: int, heads: int) -> int:
     """Bytes of shared memory of attention and gated DeltaNet in turns, of an MLP of factor 4."""
-    shapes = tuple(planning.Shape(r, heads, heads, d // heads, d // heads, 4, 4 * d) for r in (False, True))
+    shapes = tuple(planning.LayerShape(r, heads, heads, d // heads, d // heads, 4, 4 * d) for r in (False, True))
     plan = planning.plan(B, L, d, shapes, Device((capability // 10, 0), SHARED[capability], 132))
     assert plan is not None
-    return int(
-        _C.cuda_blocks_memory(planning.sizes(plan) | {"L": L}, [planning.share(s, plan.cluster) for s in shapes])
-    )
+    return int(_C.cuda_blocks_memory(planning.call_of(plan, L), [planning.share(s, plan.cluster) for s in shapes]))
 
 
 COLUMNS = ["kernel", "rows", "products", "K to", "decay", "sm", "registers", "stack", "shared", "mma", "instructions"]
@@ -115,7 +114,7 @@ def expected() -> Iterator[Kernel]:
         yield Kernel("adjoint", "", width)
     for width in (64, 128, 256):
         yield Kernel("step", "", width)
-    for tiles in planning.TILES:
+    for tiles in _C.CudaBlocksConstants.TILES:
         for width in WIDTHS:
             yield Kernel("blocks", "", width, tiles=tiles)
 
@@ -234,7 +233,7 @@ def main() -> int:
     found = take_apart(module)
     for kernel in expected():
         for capability in SHARED:
-            if capability < 90 and kernel.tiles > planning.TILES[0]:
+            if capability < 90 and kernel.tiles > _C.CudaBlocksConstants.TILES[0]:
                 continue
             built = found.get((kernel, capability))
             fault = "; ".join(faults(kernel, capability, built))

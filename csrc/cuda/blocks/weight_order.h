@@ -1,0 +1,192 @@
+// The order of the weights of a stack of blocks in the streams of kernel.cuh: for each warp of each CTA the fragments
+// of 16 outputs x 16 terms that it multiplies by in one pass, in whole stages (weight_stream.cuh). By the host.
+//
+// The order is given as indices into [0, w_0, w_1, ...]: a zero, then all weights of all layers, each [outputs, terms]:
+// q k v, of gated DeltaNet gate and rates, out, up, down. It depends on cluster, columns, exchange and tiles of a call,
+// but not on group and ring.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cuda/blocks/params.h"
+#include "cuda/recurrence/params.h"
+
+namespace sleepkern::cuda {
+
+struct WeightOrder {
+  std::vector<std::vector<int32_t>> streams;  // [cluster * WARPS] of indices
+  std::vector<int32_t> stages;                // [cluster * WARPS][2]: the first stage of a warp, and how many
+};
+
+// Outputs and terms of a weight in one CTA: w[o][t] has the index outputs[o] + terms[t]; a negative entry is padding.
+struct LocalWeight {
+  std::vector<int32_t> outputs, terms;
+
+  int32_t index(int o, int t) const { return outputs[o] < 0 || terms[t] < 0 ? 0 : outputs[o] + terms[t]; }
+};
+
+// What one warp multiplies by at a time: one group of 16 outputs or two, over the steps first, first + stride, ... of
+// 16 terms.
+struct WarpTask {
+  int warp, one, other;  // other: -1 means none
+  int first = 0, stride = 1;
+};
+
+// product: WARPS groups, and the WARPS groups after them, at a time.
+inline std::vector<WarpTask> product_tasks(int groups) {
+  std::vector<WarpTask> tasks;
+  for (int start = 0; start < groups; start += 2 * WARPS) {
+    for (int warp = 0; warp < WARPS && start + warp < groups; ++warp) {
+      const int other = start + warp + WARPS;
+      tasks.push_back({warp, start + warp, other < groups ? other : -1});
+    }
+  }
+  return tasks;
+}
+
+// find_rates: warps share the steps of each group.
+inline std::vector<WarpTask> rates_tasks(const BlocksCall& c, int groups) {
+  std::vector<WarpTask> tasks;
+  for (int group = 0; group < groups; ++group) {
+    for (int warp = 0; warp < c.splits(); ++warp) tasks.push_back({warp, group, -1, warp, c.splits()});
+  }
+  return tasks;
+}
+
+// The groups of 16 columns of h in exchange n, as add_product sends them: of one owner after another.
+inline std::vector<int> exchange_groups(const BlocksCall& c, int n) {
+  std::vector<int> groups;
+  for (int i = 0; i < c.exchange_size(n); ++i) {
+    groups.push_back(i % c.cluster * c.own_groups() + n * c.exchange + i / c.cluster);
+  }
+  return groups;
+}
+
+// add_product: a warp's second group is of the same exchange or of the one after it.
+inline std::vector<WarpTask> exchange_tasks(const BlocksCall& c) {
+  std::vector<WarpTask> tasks;
+  for (int n = 0; n < c.exchanges(); ++n) {
+    std::vector<int> one = exchange_groups(c, n), other;
+    if (c.pairs_in_exchange()) {
+      other.assign(one.begin() + std::min<int64_t>(WARPS, one.size()), one.end());
+      one.resize(std::min<int64_t>(WARPS, one.size()));
+    } else if (paired(c.tiles) && n + 1 < c.exchanges()) {
+      other = exchange_groups(c, ++n);
+    }
+    for (size_t warp = 0; warp < one.size(); ++warp) {
+      tasks.push_back({static_cast<int>(warp), one[warp], warp < other.size() ? other[warp] : -1});
+    }
+  }
+  return tasks;
+}
+
+// A fragment as lanes hold a right operand (arch/mma_tiles.h): lane (output % 8) * 4 + (term % 8) / 2, its words by
+// halves of the outputs, then of the terms.
+inline void append_fragment(std::vector<int32_t>& stream, const LocalWeight& w, int group, int step) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int word = 0; word < 4; ++word) {
+      const int output = 16 * group + 8 * (word >> 1) + (lane >> 2), term = 16 * step + 8 * (word & 1) + 2 * (lane & 3);
+      stream.push_back(w.index(output, term));
+      stream.push_back(w.index(output, term + 1));
+    }
+  }
+}
+
+inline void append_tasks(std::vector<int32_t>* streams, const LocalWeight& w, const std::vector<WarpTask>& tasks) {
+  constexpr size_t NUMBERS = STAGE / sizeof(uint16_t);
+  const int steps = static_cast<int>(w.terms.size()) / 16;
+  for (const WarpTask& task : tasks) {
+    std::vector<int32_t>& stream = streams[task.warp];
+    for (int step = task.first; step < steps; step += task.stride) {
+      append_fragment(stream, w, task.one, step);
+      if (task.other >= 0) append_fragment(stream, w, task.other, step);
+    }
+    stream.resize((stream.size() + NUMBERS - 1) / NUMBERS * NUMBERS);
+  }
+}
+
+// Entries `first + scale * i` for i < count, then padding up to `whole`.
+inline void append_padded(std::vector<int32_t>& to, int32_t first, int32_t scale, int count, int whole) {
+  for (int i = 0; i < whole; ++i) to.push_back(i < count ? first + scale * i : -1);
+}
+
+// One layer in one CTA. `hidden` is that of the model; `first` the index of the layer's first weight.
+class LayerOrder {
+ public:
+  LayerOrder(const BlocksCall& call, const BlockLayer& layer, int hidden, int rank, int32_t first)
+      : c(call), l(layer), hidden(hidden), rank(rank), first(first) {}
+
+  int32_t append(std::vector<int32_t>* streams) const {
+    const int keys = c.cluster * l.heads * l.K, values = c.cluster * l.value_heads * l.V;
+    const int32_t gate = first + (2 * keys + values) * c.d, rates = gate + (l.recurrent ? values * c.d : 0);
+    const int32_t out = rates + c.cluster * l.rates() * c.d, up = out + c.d * values, down = up + hidden * c.d;
+    LocalWeight into{{}, columns(1)};
+    heads(into.outputs, first, l.heads, l.K, l.KP, c.d);
+    heads(into.outputs, first + keys * c.d, l.heads, l.K, l.KP, c.d);
+    heads(into.outputs, first + 2 * keys * c.d, l.value_heads, l.V, l.VP, c.d);
+    if (l.recurrent) heads(into.outputs, gate, l.value_heads, l.V, l.VP, c.d);
+    append_tasks(streams, into, product_tasks(l.into / 16));
+    if (l.recurrent) append_tasks(streams, rates_weight(rates), rates_tasks(c, (l.rates() + 15) / 16));
+    LocalWeight mixed{columns(values), {}};
+    heads(mixed.terms, out, l.value_heads, l.V, l.VP, 1);
+    append_tasks(streams, mixed, exchange_tasks(c));
+    LocalWeight wider{{}, columns(1)}, narrower{columns(hidden), {}};
+    const int own = std::clamp(hidden - rank * l.hidden, 0, l.hidden);
+    append_padded(wider.outputs, up + rank * l.hidden * c.d, c.d, own, l.hidden);
+    append_tasks(streams, wider, product_tasks(l.hidden / 16));
+    append_padded(narrower.terms, down + rank * l.hidden, 1, own, l.hidden);
+    append_tasks(streams, narrower, exchange_tasks(c));
+    return down + c.d * hidden;
+  }
+
+ private:
+  // The columns of h of all CTAs.
+  std::vector<int32_t> columns(int32_t scale) const {
+    std::vector<int32_t> of;
+    append_padded(of, 0, scale, c.d, c.cluster * c.columns);
+    return of;
+  }
+  // This CTA's heads of a weight that begins at `start`, each padded to a multiple of 16.
+  void heads(std::vector<int32_t>& to, int32_t start, int count, int width, int padded, int32_t scale) const {
+    for (int head = 0; head < count; ++head) {
+      append_padded(to, start + (rank * count + head) * width * scale, scale, width, padded);
+    }
+  }
+  LocalWeight rates_weight(int32_t start) const {
+    LocalWeight w{{}, columns(1)};
+    const int heads = l.value_heads;
+    append_padded(w.outputs, start + rank * heads * c.d, c.d, heads, heads);
+    append_padded(w.outputs, start + (c.cluster + rank) * heads * c.d, c.d, heads, (l.rates() + 15) / 16 * 16 - heads);
+    return w;
+  }
+
+  const BlocksCall& c;
+  const BlockLayer& l;
+  int hidden, rank;
+  int32_t first;
+};
+
+// hidden: [depth] columns of each layer's MLP in the model.
+inline WeightOrder weight_order(const BlocksCall& c, const std::vector<int>& hidden) {
+  WeightOrder order;
+  order.streams.resize(c.cluster * WARPS);
+  int32_t first = 1;
+  for (int i = 0; i < c.depth; ++i) {
+    int32_t next = first;
+    for (int rank = 0; rank < c.cluster; ++rank) {
+      next = LayerOrder(c, c.layers[i], hidden.at(i), rank, first).append(order.streams.data() + rank * WARPS);
+    }
+    first = next;
+  }
+  int32_t stage = 0;
+  for (const std::vector<int32_t>& stream : order.streams) {
+    const int32_t count = static_cast<int32_t>(stream.size() * sizeof(uint16_t) / STAGE);
+    order.stages.insert(order.stages.end(), {stage, count});
+    stage += count;
+  }
+  return order;
+}
+
+}  // namespace sleepkern::cuda
