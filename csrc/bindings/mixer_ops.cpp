@@ -130,7 +130,6 @@ void bind_convolution(py::module_& m) {
       {field<Step, &Step::B>("B"), field<Step, &Step::D>("D"), field<Step, &Step::W>("W"),
        field<Step, &Step::silu>("silu"), field<Step, &Step::x>("x"), field<Step, &Step::weight>("weight"),
        field<Step, &Step::bias>("bias"), field<Step, &Step::state>("state"), field<Step, &Step::y>("y")});
-  m.attr("convolution_limit") = CONVOLUTION_LIMIT;
 }
 
 void bind_gated_norm(py::module_& m) {

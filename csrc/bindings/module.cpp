@@ -61,6 +61,24 @@ py::list cuda_devices() {
   return found;
 }
 
+void export_constants(py::module_& m) {
+  m.attr("head_limit") = HEAD_LIMIT;
+  m.attr("convolution_limit") = CONVOLUTION_LIMIT;
+  m.attr("rank_limit") = RANK_LIMIT;
+  m.attr("decode_limit") = DECODE_LIMIT;
+  m.attr("norm_eps") = NORM_EPS;
+  m.attr("min_log_decay") = MIN_LOG_DECAY;
+  py::dict types, gates;
+  types["float32"] = static_cast<int>(Type::float32);
+  types["bfloat16"] = static_cast<int>(Type::bfloat16);
+  types["float16"] = static_cast<int>(Type::float16);
+  gates["none"] = static_cast<int>(Gate::none);
+  gates["head"] = static_cast<int>(Gate::head);
+  gates["channel"] = static_cast<int>(Gate::channel);
+  m.attr("type_codes") = types;
+  m.attr("gate_codes") = gates;
+}
+
 #ifdef SLEEPKERN_HAS_CUDA
 constexpr bool HAS_CUDA = true;
 #else
@@ -71,11 +89,11 @@ constexpr bool HAS_CUDA = false;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of sleepkern. Import torch first: the threads are torch's.";
+  export_constants(m);
   bind_fast_path(m);
   bind_recurrence(m);
   bind_mixer(m);
   bind_blocks(m);
-  m.def("step_limit", [] { return STEP_LIMIT; }, "Sequences of at most this many tokens are stepped one by one.");
   m.def("isa", [] { return std::string(implementation().name); }, "The instruction set in use.");
   m.def("isas", &isa_names, "Those this machine runs, best first.");
   m.def("set_isa", &set_isa, py::arg("name"), "Use another one, for tests and benchmarks.");

@@ -114,9 +114,6 @@ void bind_recurrence(py::module_& m) {
           field<ReplayCall, &Replay::before>("before"), field<ReplayCall, &Replay::residual>("residual"),
           field<ReplayCall, &Replay::passes_done>("passes_done")});
   NamedFunction<ReplayCall, run_replay>::bind(m, "replay", std::move(replay_fields));
-
-  m.attr("head_limit") = HEAD_LIMIT;
-  m.attr("rank_limit") = RANK_LIMIT;
 }
 
 }  // namespace sleepkern

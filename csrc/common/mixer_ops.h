@@ -8,8 +8,7 @@
 
 namespace sleepkern {
 
-constexpr int64_t CONVOLUTION_LIMIT = 4;  // widest convolution of the kernels
-constexpr int64_t CHANNELS = 512;         // of a convolution at a time: with taps and four rows 20 KB
+constexpr int64_t CHANNELS = 512;  // of a convolution at a time: with taps and four rows 20 KB
 
 // z_t = bias + sum_j w_(W-1-j) x_(t-j);  y_t = silu(z_t) or z_t, each channel for itself.
 struct Convolution {

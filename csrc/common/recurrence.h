@@ -36,15 +36,12 @@ struct Problem {
 };
 
 // The same window `passes` times, state only: method wy, or rank for windows of at most RANK_LIMIT tokens.
-constexpr int64_t RANK_LIMIT = 64;
-constexpr int64_t PASSES_LIMIT = INT32_MAX;  // what passes_done can count
-
 struct Replay {
   bool rank;
   int64_t passes;
-  double tol;       // above 0: a head stops once its estimated residual is at most this; wy only
-  float* before;    // [sequences, HV, K, V] state before the last pass a head made, nullptr when not wanted
-  float* residual;  // [sequences, HV], with tol
+  double tol;            // above 0: a head stops once its estimated residual is at most this; wy only
+  float* before;         // [sequences, HV, K, V] state before the last pass a head made, nullptr when not wanted
+  float* residual;       // [sequences, HV], with tol
   int32_t* passes_done;  // [sequences, HV] passes that the head made, with tol
   Interrupt* interrupt;
 };

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace sleepkern {
+#include "common/limits.h"
 
-constexpr int64_t HEAD_LIMIT = 256;  // largest K and V of the kernels
+namespace sleepkern {
 
 enum class Gate { none, head, channel };
 enum class Type { float32, bfloat16, float16 };

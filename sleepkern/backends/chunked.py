@@ -30,7 +30,7 @@ NAME = "chunked"
 SUPPORTS = FAMILY
 OPTIONS = REPLAY
 CHUNK = 64
-FORGET = -1e4
+MIN_LOG_DECAY = -1e4
 """exp of it is 0 in every type; a log decay of -inf itself would make differences of G into NaN."""
 
 
@@ -109,7 +109,7 @@ def prepare(rule: Rule, h: Heads, scale: float) -> Factors:
         g = g[..., None]
     E, Kt, end = None, k, None
     if g is not None:
-        g = g.clamp_min(FORGET)
+        g = g.clamp_min(MIN_LOG_DECAY)
         G = g.cumsum(-2)
         E, end = G.exp(), G[..., -1:, :].transpose(-1, -2)
         Kt = k * _sum_after(g).exp()

@@ -21,9 +21,6 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// exp of it is 0 in every type; -inf itself would make differences of G into NaN.
-constexpr float FORGET = -1e4f;
-
 SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
   const Problem& p = c.p;
   const bool head_decay = p.gate == Gate::head;
@@ -33,7 +30,7 @@ SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
     w.beta[t] = !live ? 0.0f : p.beta.data ? load_scalar(c.row(p.beta, t, c.head), p.beta.type, 0) : 1.0f;
     if (live && head_decay) {
       const float g = load_scalar(c.row(p.g, t, c.head), p.g.type, 0);
-      G += g < FORGET ? FORGET : g;
+      G += g < MIN_LOG_DECAY ? MIN_LOG_DECAY : g;
     }
     w.log_decay[t] = G;
   }

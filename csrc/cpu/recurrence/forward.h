@@ -47,7 +47,7 @@ struct Turns {
     end = heads > 0 ? p.first(sequence + 1) : 0;
   }
 
-  bool chunked() const { return end - begin > STEP_LIMIT; }
+  bool chunked() const { return end - begin > DECODE_LIMIT; }
 };
 
 // What comes after `first` tokens of head h have had their turn: the same tokens of the next head, the next tokens of

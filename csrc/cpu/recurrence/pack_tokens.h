@@ -55,7 +55,7 @@ constexpr float SHRINK = 0x1p-70f;
 // What makes a row's length 1, from its square. Where the square leaves float32, the row is first multiplied by SHRINK,
 // which is exact.
 SLEEPKERN_INLINE float normalising(const Workspace& w, float* row, float& square) {
-  if (square <= std::numeric_limits<float>::max()) return 1.0f / std::sqrt(square + 1e-6f);
+  if (square <= std::numeric_limits<float>::max()) return 1.0f / std::sqrt(square + static_cast<float>(NORM_EPS));
   for (int64_t d = 0; d < w.K; d += LANES) store(row + d, load(row + d) * SHRINK);
   square = squared_length(w, row);
   return 1.0f / std::sqrt(square);

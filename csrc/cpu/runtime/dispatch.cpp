@@ -83,7 +83,7 @@ void forward(const Problem& p) {
   // With fewer heads than threads a head is cut into blocks of value columns. Each prepares the chunks for itself,
   // which is an eighth of the work at K = V = 128.
   const int64_t heads = p.sequences * p.HV, threads = thread_count();
-  const int64_t blocks = heads < threads && p.longest() > STEP_LIMIT ? (threads + heads - 1) / heads : 1;
+  const int64_t blocks = heads < threads && p.longest() > DECODE_LIMIT ? (threads + heads - 1) / heads : 1;
   over_units(p, heads * blocks, 8.0 * p.K * p.V,
              [&](int64_t begin, int64_t end) { isa.forward(p, blocks, begin, end); });
 }

@@ -9,10 +9,6 @@
 
 namespace sleepkern {
 
-// Sequences of at most this many tokens are stepped through one by one; longer ones go in chunks, which from 5 to 6
-// tokens on takes less time on AVX2 and AVX-512, K = V = 64 and 128.
-constexpr int64_t STEP_LIMIT = 5;
-
 struct Implementation {
   const char* name;
   bool (*supported)();

@@ -23,5 +23,7 @@ else:
         MISSING = ""
 """The sentence why there is no _C; empty where there is one."""
 
-TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-GATE_CODES = {"none": 0, "head": 1, "channel": 2}
+_WITHOUT_MODULE = ({"float32": 0, "bfloat16": 1, "float16": 2}, {"none": 0, "head": 1, "channel": 2})
+"""The codes of types and gates where there is no module, which alone decides them (csrc/common/types.h)."""
+_types, GATE_CODES = _WITHOUT_MODULE if _C is None else (_C.type_codes, _C.gate_codes)
+TYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in _types.items()}

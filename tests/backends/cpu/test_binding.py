@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import sleepkern
+from sleepkern.backends import chunked, torch_common
+from sleepkern.backends.native import module
 from sleepkern.backends.native.module import _C
 from sleepkern.backends.replay.methods import closed
 from sleepkern.nn import SleepLM
@@ -148,6 +150,13 @@ def test_a_layer_has_no_other_attributes() -> None:
         layer.intoo = (AT, 2.0)  # type: ignore[attr-defined]
     with pytest.raises(TypeError):
         layer.hidden = "wide"  # type: ignore[assignment]
+
+
+def test_facts_are_the_same_in_python_and_in_cpp() -> None:
+    assert module._WITHOUT_MODULE == (_C.type_codes, _C.gate_codes)
+    assert {torch.float32, torch.bfloat16, torch.float16} == set(module.TYPE_CODES)
+    assert torch_common.NORM_EPS == _C.norm_eps
+    assert chunked.MIN_LOG_DECAY == _C.min_log_decay
 
 
 def test_the_fast_path_leaves_what_is_no_call() -> None:
