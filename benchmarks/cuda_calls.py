@@ -44,14 +44,14 @@ class Call:
     passes: int | None = 3
     method: str = "auto"
     tol: float | None = None
-    readouts: bool = True
+    outputs: bool = True
 
     @property
     def name(self) -> str:
         """One line on it."""
         s, kind = self.shape, str(self.dtype).removeprefix("torch.")
         what = "step" if self.passes is None else f"N={self.passes} {self.method}"
-        rest = " tol" * (self.tol is not None) + " state only" * (not self.readouts) + " packed" * bool(s.lengths)
+        rest = " tol" * (self.tol is not None) + " state only" * (not self.outputs) + " packed" * bool(s.lengths)
         return f"{self.rule.name} {kind} T={s.T} K={s.K} V={s.V} {what}{rest}"
 
     def inputs(self, device: str, seed: int = 0) -> dict[str, Any]:
@@ -62,12 +62,12 @@ class Call:
             del x["cu_seqlens"]
             x["state"] = torch.cat([state.flip(0), state])
             x["state_indices"] = torch.arange(len(state), device=device).flip(0)
-        elif not self.readouts:
+        elif not self.outputs:
             x["q"] = None
         return x
 
     def run(self, x: dict[str, Any], backend: str = "cuda") -> tuple[Tensor | None, Tensor]:
-        """(readouts, state)."""
+        """(outputs, state)."""
         if self.passes is None:
             return sleepkern.recurrent_step(**x, rule=self.rule, backend=backend)
         method = self.method if backend == "cuda" else "auto"
@@ -99,7 +99,7 @@ def calls(small: bool = False) -> Iterator[Call]:
                 window = shape.lengths is None and shape.T <= 64
                 for method in ("wy", "affine", "rank") if window and rule.gate != "channel" else ("wy", "affine"):
                     yield Call(rule, shape, dtype, method=method)
-            yield Call(rule, SMALL[1], dtype, readouts=False)
+            yield Call(rule, SMALL[1], dtype, outputs=False)
         for shape in (SMALL[0], SMALL[1], SMALL[3]):
             for method in ("wy", "affine"):
                 yield Call(rule, shape, torch.float32, passes=30, method=method, tol=1e-3)

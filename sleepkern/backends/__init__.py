@@ -6,7 +6,7 @@ OPTIONS                                frozenset of the options of Problem it he
 why_not(problem) -> str | None         None, or the sentence why it cannot do a problem of these rules and options
 kernel(problem) -> str                 one line on the code it would run
 method_of(problem) -> str              the replay method it would take
-forward(problem, tensors) -> RecurrenceResult  readouts, final state, and how a replay ended
+forward(problem, tensors) -> RecurrenceResult  outputs, final state, and how a replay ended
 backward(problem, tensors, do, dstate) gradients of q, k, v, g, beta and the initial state
 step(problem, tensors) -> o            a few tokens, the state updated in place
 step_in_pool(problem, tensors, places) the same on states of a pool, where a backend has it

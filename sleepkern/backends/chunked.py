@@ -61,7 +61,7 @@ def kernel(problem: Problem) -> str:
 
 
 def method_of(problem: Problem) -> str:
-    """The replay method for this problem; 'auto' takes the cheapest, a walk costs 4 T K V flop by wy."""
+    """The replay method for this problem; 'auto' takes the cheapest, a state_pass costs 4 T K V flop by wy."""
     if problem.method not in ("auto", "repeat"):
         return problem.method
     if problem.method == "repeat":
@@ -161,8 +161,8 @@ def _sum_after(g: Tensor) -> Tensor:
     return behind.flip(-2).cumsum(-2).flip(-2)
 
 
-def walk(f: Factors, state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
-    """One pass over the chunks: readouts [n,HV,c*C,V] (None unless wanted) and the state behind the window."""
+def state_pass(f: Factors, state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
+    """One pass over the chunks: outputs [n,HV,c*C,V] (None unless wanted) and the state behind the window."""
     starts, writes = [], []
     for c in range(f.Kt.shape[2]):
         Vn = f.U[:, :, c] if f.W is None else f.U[:, :, c] - f.W[:, :, c] @ state
@@ -195,11 +195,11 @@ def _ingest(problem: Problem, h: Heads) -> RecurrenceResult:
     state, passes, method = h.state, problem.passes, method_of(problem)
 
     def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
-        o, state = walk(f, state, output)
+        o, state = state_pass(f, state, output)
         return (None if o is None else o[:, :, : h.v.shape[2]]), state
 
     if passes > 1 and method == "closed":
-        _, B = walk(f, torch.zeros_like(state), False)
+        _, B = state_pass(f, torch.zeros_like(state), False)
         G = None if f.G_end is None else f.G_end.sum(2)
         state, passes = closed(G, B, state, passes - 1), 1
     elif passes > 1 and method == "rank":
@@ -217,12 +217,12 @@ def _cut(t: Tensor) -> Tensor:
 
 
 def _transition(f: Factors) -> tuple[Tensor, Tensor]:
-    """(A, B) of the window, by one walk with the state [I | 0] and the values [0 | U]."""
+    """(A, B) of the window, by one state_pass with the state [I | 0] and the values [0 | U]."""
     n, HV, _, _, K = f.Kt.shape
     V = f.U.shape[-1]
     wide = torch.cat([torch.eye(K, dtype=f.U.dtype, device=f.U.device), f.U.new_zeros(K, V)], -1)
     values = torch.cat([f.U.new_zeros((*f.U.shape[:-1], K)), f.U], -1)
-    _, both = walk(f._replace(U=values), wide.expand(n, HV, K, K + V), False)
+    _, both = state_pass(f._replace(U=values), wide.expand(n, HV, K, K + V), False)
     A, B = both.split([K, V], -1)
     return A, B
 

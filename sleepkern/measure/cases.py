@@ -72,14 +72,14 @@ class Case:
         """Useful operations (flops.py)."""
         if self.op == "train":
             return flops.train_flops(self.rule, self.shape, self.passes)
-        return flops.forward_flops(self.rule, self.shape, self.passes, readouts=self.op != "ingest")
+        return flops.forward_flops(self.rule, self.shape, self.passes, outputs=self.op != "ingest")
 
     @property
     def bytes(self) -> int:
         """Bytes that must cross memory (flops.py)."""
         if self.op == "train":
             return flops.train_bytes(self.rule, self.shape, self.dtype, self.passes)
-        return flops.forward_bytes(self.rule, self.shape, self.dtype, readouts=self.op != "ingest")
+        return flops.forward_bytes(self.rule, self.shape, self.dtype, outputs=self.op != "ingest")
 
     def problem(self, device: str = "cpu") -> Problem:
         """What the checks would make of the call; `dispatch.explain_problem` says who would compute
@@ -98,7 +98,7 @@ class Case:
         return replace(self, shape=replace(s, B=min(s.B, MOST_CHECKED), T=min(tokens, s.T)))
 
     def inputs(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-        """One set of inputs; `do`, the gradient of the readouts, among them for train."""
+        """One set of inputs; `do`, the gradient of the outputs, among them for train."""
         inputs = self._drawn(seed, device)
         if self.op == "train":
             v, generator = inputs["v"], torch.Generator().manual_seed(seed)
@@ -131,7 +131,7 @@ def run(case: Case, inputs: dict[str, Any], backend: str | None = None) -> Resul
     if case.op == "forward":
         return call(case.rule, inputs, backend=backend)
     if case.op == "train":
-        return gradients(inputs, lambda x: _readouts(case, x, backend))
+        return gradients(inputs, lambda x: _outputs(case, x, backend))
     q, k, v, g, beta, state, _ = inputs.values()
     if case.op == "decode":
         return ops.recurrent_step(q, k, v, g, beta, state, rule=case.rule, backend=backend)
@@ -142,7 +142,7 @@ def run(case: Case, inputs: dict[str, Any], backend: str | None = None) -> Resul
     return None, result.final_state
 
 
-def _readouts(case: Case, inputs: dict[str, Any], backend: str | None) -> Tensor | None:
+def _outputs(case: Case, inputs: dict[str, Any], backend: str | None) -> Tensor | None:
     if case.passes == 1:
         return call(case.rule, inputs, backend=backend, output_final_state=False)[0]
     method = "auto" if backend is not None else case.method

@@ -8,8 +8,8 @@ low = c (c - 1) / 2 pairs below the diagonal and tri = c (c + 1) / 2:
     (I+M)^-1 [b v, b k E]     2 (K + V) low  delta only
     W S                       2 c K V        delta only, every pass
     Kt^T Vn                   2 c K V        every pass
-    P = Q K^T                 2 K tri        readouts, once per key head (*)
-    Qe S, P Vn                2 c K V + 2 V tri   readouts
+    P = Q K^T                 2 K tri        outputs, once per key head (*)
+    Qe S, P Vn                2 c K V + 2 V tri   outputs
 
     (*) once per value head where the gate is per channel, which then cannot be taken out of the dot
 
@@ -32,13 +32,13 @@ from ..testing import Shape
 CHUNK = 32
 
 
-def forward_flops(rule: Rule, shape: Shape, passes: int = 1, readouts: bool = True) -> int:
+def forward_flops(rule: Rule, shape: Shape, passes: int = 1, outputs: bool = True) -> int:
     """Useful operations of a forward of `passes` passes."""
     lengths = shape.lengths if shape.lengths is not None else (shape.T,)
     total = 0
     for length in lengths:
         full, rest = divmod(length, CHUNK)
-        total += full * _chunk(rule, shape, CHUNK, passes, readouts) + _chunk(rule, shape, rest, passes, readouts)
+        total += full * _chunk(rule, shape, CHUNK, passes, outputs) + _chunk(rule, shape, rest, passes, outputs)
     return total if shape.lengths is not None else shape.B * total
 
 
@@ -47,7 +47,7 @@ def train_flops(rule: Rule, shape: Shape, passes: int = 1) -> int:
     return 3 * forward_flops(rule, shape, passes)
 
 
-def forward_bytes(rule: Rule, shape: Shape, dtype: torch.dtype, readouts: bool = True) -> int:
+def forward_bytes(rule: Rule, shape: Shape, dtype: torch.dtype, outputs: bool = True) -> int:
     """Bytes that must cross memory in a forward: each input read once, o and the state written
     once.
 
@@ -56,7 +56,7 @@ def forward_bytes(rule: Rule, shape: Shape, dtype: torch.dtype, readouts: bool =
     rows, size = shape.B * shape.T, dtype.itemsize
     gate = {"none": 0, "head": 1, "channel": shape.K}[rule.gate] * shape.HV
     moved = rows * size * (shape.H * shape.K + shape.HV * shape.V + shape.HV) + rows * 4 * gate
-    if readouts:
+    if outputs:
         moved += rows * size * (shape.H * shape.K + shape.HV * shape.V)
     return moved + 2 * 4 * shape.sequences * shape.HV * shape.K * shape.V
 
@@ -72,13 +72,13 @@ def train_bytes(rule: Rule, shape: Shape, dtype: torch.dtype, passes: int = 1) -
     return 3 * forward_bytes(rule, shape, dtype) + 2 * 4 * between
 
 
-def _chunk(rule: Rule, shape: Shape, c: int, passes: int, readouts: bool) -> int:
+def _chunk(rule: Rule, shape: Shape, c: int, passes: int, outputs: bool) -> int:
     K, V = shape.K, shape.V
     low, tri, product = c * (c - 1) // 2, c * (c + 1) // 2, 2 * c * K * V
     dots = shape.HV if rule.gate == "channel" else shape.H
     count = shape.HV * product
     if rule.delta:
         count = dots * 2 * K * low + shape.HV * (2 * (K + V) * low + passes * state_pass(c, K, V))
-    if readouts:
+    if outputs:
         count += dots * 2 * K * tri + shape.HV * (product + 2 * V * tri)
     return count

@@ -218,7 +218,7 @@ def _fla(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
 
 
 # Ours in other forms, on a GPU. Of a replay: N calls; chunks prepared once by Triton, then a launch a pass; all passes
-# in one launch of Triton's. Of one pass: with readouts.
+# in one launch of Triton's. Of one pass: with outputs.
 
 
 def _pass_by_pass_why_not(case: Case, device: str) -> str | None:
@@ -274,11 +274,11 @@ def _relaunched(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
     return relaunched
 
 
-def _with_readouts_why_not(case: Case, device: str) -> str | None:
-    return None if case.op == "ingest" and case.passes == 1 else "has readouts"
+def _with_outputs_why_not(case: Case, device: str) -> str | None:
+    return None if case.op == "ingest" and case.passes == 1 else "has outputs"
 
 
-def _with_readouts(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
+def _with_outputs(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
     full = replace(case, op="forward")
     return lambda: (None, run(full, inputs)[1])
 
@@ -308,7 +308,7 @@ GPU_PEERS = (
     Peer("ours, pass by pass", _pass_by_pass_why_not, _pass_by_pass),
     Peer("ours, prepared once", _triton_why_not, _relaunched),
     Peer("ours, Triton", _triton_why_not, _triton),
-    Peer("ours, with readouts", _with_readouts_why_not, _with_readouts),
+    Peer("ours, with outputs", _with_outputs_why_not, _with_outputs),
 )
 PEERS = (
     Peer("token loop", _always, _token_loop),

@@ -66,7 +66,7 @@ class GatedDeltaNet(nn.Module):
         Each row is as if its padding were not there, wherever it stands: nothing is written for it, nothing of it is
         read, be it nan, and the convolution sees the tokens before and after it as neighbours. Its own outputs are 0.
 
-        replays: passes of the recurrence over the same keys, values and gates; readouts are those of the last.
+        replays: passes of the recurrence over the same keys, values and gates; outputs are those of the last.
 
         Raises:
             TypeError, ValueError: another x, a mask that is no tensor [B,T] of real numbers, or replays below 1.

@@ -53,7 +53,7 @@ class SleepResult(NamedTuple):
     """What `sleep_ingest` returns.
 
     final_state  [n,HV,K,V] state after the last pass
-    output       [B,T,HV,V] readouts of the last pass, None when q was not given
+    output       [B,T,HV,V] outputs of the last pass, None when q was not given
     passes       passes made: an int, or int32 [n,HV] when `tol` let heads stop early
     residual     [n,HV] estimated distance to the fixed point relative to |S|; None without `tol`
     method       how the passes were made; "auto" in a graph that leaves sizes open, which chooses as it runs
@@ -194,7 +194,7 @@ def recurrent_step(
         state: [B,HV,K,V]; with inplace=True it is updated and returned, with inplace=False left alone.
         state_indices: [B] int32 or int64, where `state` is a pool [n,HV,K,V] as serving engines keep it: row b goes on
             from state[state_indices[b]]. No index may be there twice; a negative one marks a padded row, whose
-            readouts are 0.
+            outputs are 0.
         rule: one of `sleepkern.rules`, or its name; g or beta None where the rule has none. The rest: module docstring.
 
     Returns:
@@ -278,7 +278,7 @@ def sleep_ingest(
         auto    the cheapest; rules without delta have a closed form and no loop
 
     Args:
-        q: [B,T,H,K]; readouts of the last pass are returned when it is given.
+        q: [B,T,H,K]; outputs of the last pass are returned when it is given.
         tol: stop each head early, once its estimated distance to the fixed point over |S| is at most tol.
         rule: one of `sleepkern.rules`, or its name; g or beta None where the rule has none. The rest: module docstring.
 
@@ -288,7 +288,7 @@ def sleep_ingest(
     Source: arXiv 2605.26099 runs whole blocks N times; with k and v held fixed that is this function.
     """
     x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
-    return run(rule_named(rule), x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, readouts=False)
+    return run(rule_named(rule), x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, outputs=False)
 
 
 def explain(
@@ -311,7 +311,7 @@ def explain(
     call: then `chosen` is None, and `reasons` say why.
     """
     x = _cast(Tensors(q, k, v, g, beta, initial_state, cu_seqlens))
-    problem = check(rule_named(rule), x, None, False, passes, tol, method, readouts=False)
+    problem = check(rule_named(rule), x, None, False, passes, tol, method, outputs=False)
     with on_device_of(x.k):
         if backend is not None or settings.BACKEND is not None:
             choose(problem, backend)
@@ -327,10 +327,10 @@ def run(
     passes: int = 1,
     tol: float | None = None,
     method: str = "auto",
-    readouts: bool = True,
+    outputs: bool = True,
 ) -> SleepResult:
     """Check, choose, apply, and say how the passes were made."""
-    problem, engine, out = _apply(rule, x, scale, normalize, backend, passes, tol, method, readouts)
+    problem, engine, out = _apply(rule, x, scale, normalize, backend, passes, tol, method, outputs)
     with on_device_of(x.k):
         made_by = method_of(problem, engine)
     return SleepResult(out.state, out.o, problem.passes if out.passes is None else out.passes, out.residual, made_by)
@@ -339,7 +339,7 @@ def run(
 def _apply(
     rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None, *replay: Any
 ) -> tuple[Problem, Backend, RecurrenceResult]:
-    """The one way from every public function to a kernel. replay: passes, tol, method, readouts."""
+    """The one way from every public function to a kernel. replay: passes, tol, method, outputs."""
     x = _cast(x)
     problem = check(rule, x, scale, normalize, *replay)
     engine = _choose(problem, x, backend)

@@ -34,7 +34,7 @@ class Tensors(NamedTuple):
 class RecurrenceResult(NamedTuple):
     """Result of a forward.
 
-    o         [B,T,HV,V] readouts of the last pass, in the type of v; None when q is None
+    o         [B,T,HV,V] outputs of the last pass, in the type of v; None when q is None
     state     [sequences,HV,K,V] state after the last pass
     residual  [sequences,HV] estimated distance to the fixed point over |S|; None without tol
     passes    [sequences,HV] int32, passes that each head made; None without tol
@@ -50,7 +50,7 @@ class Problem(NamedTuple):
     """Sizes and types of one call; together with the tensors it is all that a backend is given.
 
     sequences is the number of states: B, or the number of packed sequences. T counts the tokens of a row
-    of the batch (all packed tokens when packed). output says whether readouts are wanted.
+    of the batch (all packed tokens when packed). output says whether outputs are wanted.
     """
 
     rule: Rule
@@ -105,19 +105,19 @@ def check(
     passes: int = 1,
     tol: float | None = None,
     method: str = "auto",
-    readouts: bool = True,
+    outputs: bool = True,
     state_name: str = "initial_state",
 ) -> Problem:
     """Check everything that shapes, types and devices can tell; values are checked by check_values.
 
-    readouts says that q is required; state_name is what the caller's signature calls the state.
+    outputs says that q is required; state_name is what the caller's signature calls the state.
 
     Raises:
         TypeError: an argument is not a tensor, or has the wrong type.
         ValueError: a wrong shape, device or option. Messages name the argument, what it got, what it expects.
     """
     q, k, v, g, beta, state, cu_seqlens = x
-    _check_tensors(x, readouts, state_name)
+    _check_tensors(x, outputs, state_name)
     _check_key_value(q, k, v)
     scale = k.shape[3] ** -0.5 if scale is None else finite("scale", scale)
     check_flag("use_qk_l2norm_in_kernel", normalize)
@@ -209,11 +209,11 @@ def check_places(pool: Tensor, places: Tensor) -> None:
         raise ValueError(f"state_indices: got {places.tolist()}; expected every state once")
 
 
-def _check_tensors(x: Tensors, readouts: bool, state_name: str) -> None:
+def _check_tensors(x: Tensors, outputs: bool, state_name: str) -> None:
     names = ("q", "k", "v", "g", "beta", state_name, "cu_seqlens")
     device = x.k.device if isinstance(x.k, Tensor) else None
     for name, t in zip(names, x, strict=True):
-        if t is None and not (name in ("k", "v") or (name == "q" and readouts)):
+        if t is None and not (name in ("k", "v") or (name == "q" and outputs)):
             continue
         if not isinstance(t, Tensor) or t.layout != torch.strided:
             t = check_dense(name, t)

@@ -208,7 +208,7 @@ def _explain(trial: Trial, inputs: dict[str, Any]) -> Explanation:
 
 
 def _upstream(inputs: dict[str, Any], shape: Shape) -> dict[str, Tensor]:
-    """Gradients that come from above: of the readouts, in the type of v, and of the final state."""
+    """Gradients that come from above: of the outputs, in the type of v, and of the final state."""
     generator = torch.Generator().manual_seed(1)
     v = inputs["v"]
     size = (shape.sequences, shape.HV, shape.K, shape.V)

@@ -30,8 +30,8 @@ def operands(rule: Rule, **options: Any) -> list[Tensor | None]:
 @pytest.mark.parametrize("backend", ["cpu", "chunked"])
 def test_opcheck(rule: Rule, backend: str) -> None:
     tensors = [t if t is None else t.requires_grad_() for t in operands(rule)]
-    for readouts, tol in ((True, None), (False, None), (True, 1e-3)):
-        arguments = [tensors[0] if readouts else None, *tensors[1:]]
+    for outputs, tol in ((True, None), (False, None), (True, 1e-3)):
+        arguments = [tensors[0] if outputs else None, *tensors[1:]]
         options = (rule.name, backend, 0.3, True, 3 if tol else 1, tol, "auto")
         torch.library.opcheck(torch.ops.sleepkern.ingest.default, (*arguments, *options))
     plain = [t if t is None else t.detach() for t in tensors]

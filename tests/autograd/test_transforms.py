@@ -138,12 +138,12 @@ def test_by_name(backend: str) -> None:
 def test_of_many_results() -> None:
     x = make_inputs(rules.GATED_DELTA_RULE, Shape(T=3, H=1, HV=1, K=4, V=3))
 
-    def readouts(v: Tensor) -> Tensor:
+    def outputs(v: Tensor) -> Tensor:
         return sleepkern.gated_delta_rule(**{**x, "v": v})[0].flatten()
 
-    true = torch.stack([eager(lambda v, i=i: readouts(v)[i], [x["v"]])[0] for i in range(9)])
-    agree([jacrev(readouts)(x["v"])], [true])
-    agree(vjp(readouts, x["v"])[1](torch.ones(9)), [true.sum(0)])
+    true = torch.stack([eager(lambda v, i=i: outputs(v)[i], [x["v"]])[0] for i in range(9)])
+    agree([jacrev(outputs)(x["v"])], [true])
+    agree(vjp(outputs, x["v"])[1](torch.ones(9)), [true.sum(0)])
 
 
 @pytest.mark.parametrize("name", ["delta_rule", "recurrent_step", "convolution", "norm"])

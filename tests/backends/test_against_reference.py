@@ -1,4 +1,4 @@
-"""Every backend x rule x shape against the float64 reference: readouts, final state, all gradients."""
+"""Every backend x rule x shape against the float64 reference: outputs, final state, all gradients."""
 
 from __future__ import annotations
 
@@ -193,8 +193,8 @@ def test_strided_inputs(rule: Rule, backend: str) -> None:
     wide = torch.cat([x["q"].flatten(2), x["k"].flatten(2), x["v"].flatten(2)], -1)
     sliced = {n: wide[..., i * 32 : (i + 1) * 32].unflatten(-1, (2, 16)) for i, n in enumerate("qkv")}
     state = x["initial_state"].transpose(2, 3).contiguous().transpose(2, 3)
-    turned = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in x.items() if n in "qkv"}
-    for other in (sliced, turned):
+    transposed = {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in x.items() if n in "qkv"}
+    for other in (sliced, transposed):
         o, S = call(rule, {**x, **other, "initial_state": state}, backend)
         assert torch.equal(o, expected_o) and S is not None and torch.equal(S, expected_S)
     strided = state.clone(memory_format=torch.preserve_format)

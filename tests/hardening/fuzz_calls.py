@@ -81,8 +81,8 @@ class Draw:
         return {name: t if name == "cu_seqlens" and self.maybe(0.5) else self.placed(t) for name, t in made.items()}
 
     def placed(self, t: Tensor | None) -> Tensor | None:
-        """The same numbers: as they are, at an odd address, as a part of wider rows, turned, or all alike in a row."""
-        how = self.of.choice(("plain", "odd", "odd", "part", "turned", "later"))
+        """The same values: as they are, at an odd address, in wider rows, transposed, or all alike in a row."""
+        how = self.of.choice(("plain", "odd", "odd", "part", "transposed", "later"))
         if t is None or how == "plain" or t.numel() == 0:
             return t
         if how == "odd":
@@ -91,7 +91,7 @@ class Draw:
             room = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan")).to(t.dtype)
             room[..., 1:-2] = t
             return room[..., 1:-2]
-        if how == "turned" and t.ndim > 2:
+        if how == "transposed" and t.ndim > 2:
             return t.transpose(1, 2).contiguous().transpose(1, 2)
         if how == "later":
             return torch.cat([t[:1], t])[1:]

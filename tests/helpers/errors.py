@@ -18,7 +18,7 @@ def errors(
     shape: Shape,
     dtype: torch.dtype = torch.float32,
     passes: int | None = None,
-    readouts: bool = True,
+    outputs: bool = True,
     upstream: str = "both",
     normalize: bool = False,
     forget: bool = False,
@@ -31,12 +31,12 @@ def errors(
     """Relative errors of o, state and every gradient.
 
     passes: of sleep_ingest; None for the rule's own function. upstream: which gradients come from above, "o", "state"
-    or "both". readouts False leaves q out. forget: one token decays by -inf.
+    or "both". outputs False leaves q out. forget: one token decays by -inf.
     """
-    x, do, dstate = _drawn(rule, shape, dtype, readouts, upstream, normalize, forget, **inputs)
+    x, do, dstate = _drawn(rule, shape, dtype, outputs, upstream, normalize, forget, **inputs)
     options: dict[str, Any] = {"passes": passes, "normalize": normalize, "tol": tol, "gradients": gradients}
     actual = results(rule, x, backend, do, dstate, method=method, **options)
-    drawn = (rule, shape, dtype, readouts, upstream, normalize, forget, *sorted(inputs.items()))
+    drawn = (rule, shape, dtype, outputs, upstream, normalize, forget, *sorted(inputs.items()))
     expected = _expected(drawn, *options.items())
     assert actual.keys() == expected.keys()
     return {name: _error(actual[name], expected[name]) for name in expected}
@@ -46,7 +46,7 @@ def _drawn(
     rule: Rule,
     shape: Shape,
     dtype: torch.dtype,
-    readouts: bool,
+    outputs: bool,
     upstream: str,
     normalize: bool,
     forget: bool,
@@ -61,7 +61,7 @@ def _drawn(
     generator = torch.Generator().manual_seed(5)
     do = torch.randn(x["v"].shape, generator=generator).to(dtype) if upstream != "state" else None
     dstate = torch.randn(shape.sequences, shape.HV, shape.K, shape.V, generator=generator)
-    if not readouts:
+    if not outputs:
         x["q"], do = None, None
     return x, do, dstate if upstream != "o" else None
 

@@ -33,7 +33,7 @@ def _part_of_a_row(t: Tensor) -> Tensor:
     return shown
 
 
-def _turned(t: Tensor) -> Tensor:
+def _transposed(t: Tensor) -> Tensor:
     order = list(reversed(range(t.dim())))
     return t.permute(order).contiguous().permute(order)
 
@@ -49,7 +49,7 @@ RIGHT: dict[str, Callable[[Tensor], Tensor]] = {
     "offset": _offset,
     "every other": _every_other,
     "part of a row": _part_of_a_row,
-    "turned": _turned,
+    "transposed": _transposed,
     "negative": lambda t: torch._neg_view(-t),
     "of conjugates": _conjugate,
     "wrapped": lambda t: Wrapped(t.clone()),

@@ -28,14 +28,14 @@ class Attention(nn.Module):
 
     def parts(self, h: Tensor, position_embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(h).chunk(3, dim=-1))
-        return turned(q, position_embeddings), turned(k, position_embeddings), v
+        return transposed(q, position_embeddings), transposed(k, position_embeddings), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[..., -k.shape[2] :])
         return self.out(o.transpose(1, 2).flatten(-2))
 
 
-def turned(x: Tensor, angle: Tensor) -> Tensor:
+def transposed(x: Tensor, angle: Tensor) -> Tensor:
     """[B,H,T,D] by an angle [B,T]."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = angle.cos()[:, None, :, None], angle.sin()[:, None, :, None]

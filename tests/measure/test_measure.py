@@ -28,7 +28,7 @@ verify_module = importlib.import_module("sleepkern.testing.verify")
 TINY = Case("forward", rules.GATED_DELTA_RULE, Shape(T=33, H=1, HV=1, K=16, V=16))
 
 
-def brute_force(rule, shape, passes, readouts):
+def brute_force(rule, shape, passes, outputs):
     """Multiply-adds of the chunk form, one by one over the pairs of tokens, times two."""
     macs = 0
     dots = shape.HV if rule.gate == "channel" else shape.H
@@ -43,22 +43,22 @@ def brute_force(rule, shape, passes, readouts):
                     macs += shape.HV * (shape.K + shape.V) * below  # solve
                     macs += shape.HV * passes * shape.K * shape.V  # W S
                 macs += shape.HV * (passes if rule.delta else 1) * shape.K * shape.V  # Kt^T Vn
-                if readouts:
+                if outputs:
                     macs += dots * shape.K * upto  # P
                     macs += shape.HV * (shape.V * upto + shape.K * shape.V)  # P Vn, Qe S
     return 2 * macs
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize(("passes", "readouts"), [(1, True), (1, False), (4, False)])
+@pytest.mark.parametrize(("passes", "outputs"), [(1, True), (1, False), (4, False)])
 @pytest.mark.parametrize(
     "shape",
     [Shape(B=2, T=70, H=2, HV=4, K=3, V=5), Shape(H=1, HV=1, K=4, V=2, lengths=(1, 64, 0, 9))],
     ids=["batch", "packed"],
 )
-def test_flops_equal_a_brute_force_count(rule, shape, passes, readouts):
-    expected = brute_force(rule, shape, passes, readouts)
-    assert flops.forward_flops(rule, shape, passes, readouts) == expected
+def test_flops_equal_a_brute_force_count(rule, shape, passes, outputs):
+    expected = brute_force(rule, shape, passes, outputs)
+    assert flops.forward_flops(rule, shape, passes, outputs) == expected
 
 
 def test_flops_of_the_usual_head_and_of_training():
@@ -115,7 +115,7 @@ def test_threads_are_restored_after_a_failure():
 
 
 def faulty(forward, spoil):
-    """`forward` with one value of its readouts spoiled."""
+    """`forward` with one value of its outputs spoiled."""
 
     def wrapped(problem, x):
         out = forward(problem, x)
@@ -345,7 +345,7 @@ def test_ours_in_other_forms_agree():
     replay = Case("ingest", rules.KDA, Shape(T=20, H=2, HV=2, K=8, V=8), passes=3)
     once = Case("ingest", rules.KDA, Shape(T=20, H=2, HV=2, K=8, V=8))
     forward = Case("forward", rules.GATED_DELTA_RULE, Shape(T=20, H=1, HV=1, K=8, V=8))  # few operators to compile
-    forms = ((peers._pass_by_pass, replay), (peers._with_readouts, once), (peers._compiled, forward))
+    forms = ((peers._pass_by_pass, replay), (peers._with_outputs, once), (peers._compiled, forward))
     for form, case in forms:
         state = form(case, case.inputs(), 1)()[1]
         assert relative_error(state, run(case, case.inputs())[1]) < 1e-5

@@ -68,7 +68,7 @@ BAD: dict[str, tuple[type[Exception], str, Change]] = {
         r"initial_state: got shape \[1, 4, 8, 6\]; expected \[2, 4, 8, 6\]",
         lambda x: {"initial_state": x["initial_state"][:1]},
     ),
-    "state turned": (
+    "state transposed": (
         ValueError,
         r"initial_state: got shape \[2, 4, 6, 8\]; expected \[2, 4, 8, 6\]",
         lambda x: {"initial_state": x["initial_state"].transpose(2, 3)},

@@ -57,7 +57,7 @@ def data_anew(lm: SleepLM) -> None:
     out.weight.data = placed(1)
 
 
-def turned(lm: SleepLM) -> None:
+def transposed(lm: SleepLM) -> None:
     out = lm.blocks()[0].mixer.out
     out.weight.data = out.weight.data.T
 
@@ -95,7 +95,7 @@ def heads_of_others(lm: SleepLM) -> None:
 
 
 CHANGES = [
-    parameter_anew, data_anew, turned, wrapped_anew, out_of_a_vector, loaded, swapped, heads_of_others,
+    parameter_anew, data_anew, transposed, wrapped_anew, out_of_a_vector, loaded, swapped, heads_of_others,
 ]  # fmt: skip
 
 

@@ -97,10 +97,10 @@ def test_every_rule(foreign: Any, rule: Rule, backend: str, initial_state: bool)
 @pytest.mark.parametrize(
     "options", [{"method": "affine"}, {"method": "wy"}, {"tol": 1e-3}, {"method": "repeat"}], ids=str
 )
-@pytest.mark.parametrize("readouts", [False, True])
-def test_replay(foreign: Any, options: dict[str, Any], readouts: bool) -> None:
+@pytest.mark.parametrize("outputs", [False, True])
+def test_replay(foreign: Any, options: dict[str, Any], outputs: bool) -> None:
     x, leaves = leaves_of(make_inputs(rules.GATED_DELTA_RULE, Shape(T=512, H=1, HV=2, K=16, V=16)))
-    if not readouts:
+    if not outputs:
         leaves = [t for t in leaves if t is not x["q"]]
         x["q"] = None
 

@@ -77,14 +77,14 @@ def test_a_step_is_taken_in_place(rule: Rule, taken: list[bool]) -> None:
 def others() -> dict[str, dict[str, Any]]:
     """Calls that are right, but not plain."""
     x = make_inputs(GATED_DELTA_RULE, SHAPE, seed=3)
-    turned = {n: x[n].transpose(1, 2).contiguous().transpose(1, 2) for n in "qkv"}
+    transposed = {n: x[n].transpose(1, 2).contiguous().transpose(1, 2) for n in "qkv"}
     return {
         "double": make_inputs(GATED_DELTA_RULE, SHAPE, torch.float64),
         "wide heads": make_inputs(GATED_DELTA_RULE, Shape(T=3, K=300, V=8)),
         "packed": make_inputs(GATED_DELTA_RULE, Shape(K=8, V=8, lengths=(3, 4))),
         "no tokens": make_inputs(GATED_DELTA_RULE, Shape(T=0, K=8, V=8)),
-        "turned": {**x, **turned},
-        "state turned": {**x, "initial_state": x["initial_state"].transpose(2, 3).contiguous().transpose(2, 3)},
+        "transposed": {**x, **transposed},
+        "state transposed": {**x, "initial_state": x["initial_state"].transpose(2, 3).contiguous().transpose(2, 3)},
         "gates in double": {**x, "g": x["g"].double()},
         "gradient": {**x, "v": x["v"].clone().requires_grad_()},
         "parameter": {**x, "v": torch.nn.Parameter(x["v"], requires_grad=False)},

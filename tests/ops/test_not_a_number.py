@@ -58,7 +58,7 @@ def test_no_token_before_is_reached(rule: Rule, backend: str, shape: str, value:
 
 
 def test_padding_on_the_right_may_be_anything(rule: Rule) -> None:
-    """Rows of a batch padded with NaN: readouts before the padding are those of the row alone."""
+    """Rows of a batch padded with NaN: outputs before the padding are those of the row alone."""
     x = make_inputs(rule, Shape(B=2, T=60, K=16, V=16), seed=2, decay="slow")
     padded = {n: t.clone() if isinstance(t, Tensor) else t for n, t in x.items()}
     for name in ("q", "k", "v", "g", "beta"):

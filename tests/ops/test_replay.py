@@ -18,20 +18,20 @@ from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative
 SHAPE = Shape(B=2, T=40, H=1, HV=2, K=48, V=16)
 LONG = Shape(T=150, H=1, HV=2, K=16, V=16)
 PACKED = Shape(H=1, HV=2, K=16, V=8, lengths=(5, 70, 1))
-WALKS = ["one token", "T=15", "T=17", "T=65", "K=96 V=256", "grouped", "packed", "K=5 V=3"]
+STATE_PASSES = ["one token", "T=15", "T=17", "T=65", "K=96 V=256", "grouped", "packed", "K=5 V=3"]
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "slow": ({}, {}),
     "no decay": ({"decay": "zero"}, {}),
     "beta 2, correlated": ({"beta_max": 2.0, "correlation": 0.9}, {}),
     "normalised": ({}, {"use_qk_l2norm_in_kernel": True}),
-    "state only": ({}, {"readouts": False}),
+    "state only": ({}, {"outputs": False}),
     "tol": ({}, {"tol": 0.3}),
 }
 """Options of `make_inputs` and of `replay`."""
 
 
 def replay(rule: Rule, x: dict[str, Any], passes: int, **options: Any) -> sleepkern.SleepResult:
-    arguments = {n: t for n, t in x.items() if n != "q" or options.pop("readouts", True)}
+    arguments = {n: t for n, t in x.items() if n != "q" or options.pop("outputs", True)}
     return sleepkern.sleep_ingest(**arguments, passes=passes, rule=rule, **options)
 
 
@@ -63,7 +63,7 @@ def test_passes_are_calls(rule: Rule, backend: str, shape: Shape, passes: int) -
         assert r.passes == passes and r.residual is None and r.output is not None
         assert relative_error(r.final_state, S) < 2e-5, method
         assert relative_error(r.output, o) < 2e-5, method
-        state_only = replay(rule, x, passes, backend=backend, method=method, readouts=False)
+        state_only = replay(rule, x, passes, backend=backend, method=method, outputs=False)
         assert state_only.output is None
         assert relative_error(state_only.final_state, S) < 2e-5, method
 
@@ -89,7 +89,7 @@ def test_gradients_through_all_passes(rule: Rule, method: str) -> None:
 def gradients(
     rule: Rule, x: dict[str, Any], passes: int, **options: Any
 ) -> tuple[dict[str, Tensor], sleepkern.SleepResult]:
-    """Of q, k, v, g, beta and the initial state, under random gradients of readouts and final state."""
+    """Of q, k, v, g, beta and the initial state, under random gradients of outputs and final state."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if t is not None and t.is_floating_point()}
     r = replay(rule, {**x, **leaves}, passes, **options)
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def gradients(
 def test_cpu_gradients_through_all_passes(rule: Rule, setting: str) -> None:
     """Every shape, one to seven passes; over the settings each shape meets each number of passes."""
     inputs, options = SETTINGS[setting]
-    for i, name in enumerate(WALKS):
+    for i, name in enumerate(STATE_PASSES):
         shape, passes = AWKWARD_SHAPES[name], (1, 2, 7)[(i + list(SETTINGS).index(setting)) % 3]
         x = make_inputs(rule, shape, seed=i, **inputs)
         slow = shape.T > 65 and "tol" not in options  # then chunked in float64, which agrees to 1e-10, see above
@@ -197,9 +197,9 @@ def test_rank_is_as_exact_as_wy_when_keys_resemble_each_other(
     x = make_inputs(rule, shape, seed=passes, decay="slow", correlation=correlation)
     x |= {"g": 0.05 * x["g"], "beta": torch.full_like(x["beta"], 2 - 1e-5)}
     x |= {} if initial_state else {"initial_state": None}
-    truth = replay(rule, to_float64(x), passes, backend="reference", readouts=False).final_state
+    truth = replay(rule, to_float64(x), passes, backend="reference", outputs=False).final_state
     rank, wy = (
-        relative_error(replay(rule, x, passes, backend="cpu", method=m, readouts=False).final_state, truth)
+        relative_error(replay(rule, x, passes, backend="cpu", method=m, outputs=False).final_state, truth)
         for m in ("rank", "wy")
     )
     assert rank < 1.5 * wy + 1e-6
@@ -211,8 +211,8 @@ def test_rank_keeps_its_digits_where_passes_forget_nearly_all(method: str, T: in
     """The last state is a ten-thousandth of the first one and smaller, which the rank form takes from it in one sum."""
     x = make_inputs(rules.DELTA_RULE, Shape(T=T, H=1, HV=2, K=K, V=17), seed=9)
     x |= {"initial_state": 1000 * x["initial_state"], "v": 0.01 * x["v"], "beta": 0.9 + 0.1 * x["beta"]}
-    truth = replay(rules.DELTA_RULE, to_float64(x), passes, backend="reference", readouts=False).final_state
-    state = replay(rules.DELTA_RULE, x, passes, backend="cpu", method=method, readouts=False).final_state
+    truth = replay(rules.DELTA_RULE, to_float64(x), passes, backend="reference", outputs=False).final_state
+    state = replay(rules.DELTA_RULE, x, passes, backend="cpu", method=method, outputs=False).final_state
     assert relative_error(state, truth) < 2e-5
 
 

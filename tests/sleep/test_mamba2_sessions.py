@@ -78,7 +78,7 @@ def test_three_passes_are_a_loop(model: nn.Module) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("eviction", ["hard", "sliding"])
-def test_asking_changes_nothing(model: nn.Module, eviction: str) -> None:
+def test_answering_changes_nothing(model: nn.Module, eviction: str) -> None:
     """Of one token too, whose step writes in place; and generating is reading."""
     session = SleepSession(model, L, passes=2, eviction=eviction).ingest(tokens(2, 2 * L + 3))
     before, question = {name: t.clone() for name, t in session.state_dict().items()}, tokens(2, 1, seed=4)

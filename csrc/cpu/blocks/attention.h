@@ -1,7 +1,7 @@
 // Causal attention of one head over a window and what was kept before it, with q and k normalised.
 //
-// Scores are made turned, keys down and PANEL queries across: so the softmax runs over rows, all queries at once, and
-// what it leaves is the left operand of the product with the values.
+// Scores are made transposed, keys down and PANEL queries across: so the softmax runs over rows, all queries at once,
+// and what it leaves is the left operand of the product with the values.
 //
 //   s = k^T q / sqrt(D);  p = exp(s - max s);  o = p v / sum p
 #pragma once
@@ -26,7 +26,7 @@ struct AttentionArrays {
   float* row;      // [LANES][D] rows being packed
 };
 
-static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, Taker& take) {
+static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, ArenaCursor& take) {
   const int64_t below = (round_up(D, LANES) - D) * PANEL;  // the last panel
   a.queries = take(round_up(L, PANEL) * D + below);
   a.keys = take(round_up(S, PANEL) * D + below);

@@ -32,9 +32,9 @@ namespace {
 struct BlockArrays {
   float* h;         // [rows][d_padded]
   float* start;     // same: what the first pass started from
-  float* x;         // strips: normalised h, then what leaves the mixer
+  float* x;         // micro_panels: normalised h, then what leaves the mixer
   float* sums;      // [rows] pair sums of the product's x, where that is Winograd's
-  float* wide;      // rows out of `into`, then strips out of `up`
+  float* wide;      // rows out of `into`, then micro_panels out of `up`
   float* mixed;     // [rows][mixed] out of the recurrence or attention
   float* normed;    // [rows][mixed] after the gated norm
   float* conv;      // [rows][channels]
@@ -44,7 +44,7 @@ struct BlockArrays {
   int64_t rows, padded, d_padded;
 };
 
-static void lay_out(BlockArrays& a, const Blocks& b, int64_t sequences, Taker& take) {
+static void lay_out(BlockArrays& a, const Blocks& b, int64_t sequences, ArenaCursor& take) {
   int64_t wide = 0, mixed = 0, channels = 0, heads = 0, state = 0, x = b.d;
   for (const Layer& l : b.layers) {
     wide = max_of(wide, max_of(round_up(l.into_width, PANEL), round_up(l.hidden, PANEL)));
@@ -108,17 +108,17 @@ struct Group {
     });
   }
 
-  // Rows to strips, times `balance`; zeros beyond the last one. With eps: over their root mean square.
+  // Rows to micro_panels, times `balance`; zeros beyond the last one. With eps: over their root mean square.
   void pack(const float* rows, int64_t stride, int64_t n, float balance, const float* eps) const {
     E* x = reinterpret_cast<E*>(a.x);
     team.each(a.padded / ROWS, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t strip = begin; strip < end; ++strip) {
+      for (int64_t micro_panel = begin; micro_panel < end; ++micro_panel) {
         float factor[ROWS];
         for (int64_t r = 0; r < ROWS; ++r) {
-          const int64_t row = strip * ROWS + r;
+          const int64_t row = micro_panel * ROWS + r;
           factor[r] = row >= a.rows ? 0.0f : eps ? balance * rms_factor(rows + row * stride, n, *eps) : balance;
         }
-        pack_strip(rows + strip * ROWS * stride, stride, n, factor, x + strip * ROWS * steps<E>(n));
+        pack_micro_panel(rows + micro_panel * ROWS * stride, stride, n, factor, x + micro_panel * ROWS * steps<E>(n));
       }
       if constexpr (IS_WINOGRAD<E>) sum_pairs(x + begin * ROWS * n, end - begin, n, a.sums + begin * ROWS);
     });

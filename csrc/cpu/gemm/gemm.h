@@ -1,9 +1,9 @@
 // Products of activations with packed weights, by the micro-kernel of microkernel.h; E: float, Winograd, or Pair for
 // bfloat16.
 //
-// Weights lie in panels over their outputs, [n / PANEL][depth][PANEL], activations x in strips (pack_lhs.h). A panel
-// of weights stays in L2 while the strips of a group of rows pass by, and a tile takes the whole depth at once. The
-// weights after it, which follow in memory, are asked for meanwhile.
+// Weights lie in panels over their outputs, [n / PANEL][depth][PANEL], activations x in micro_panels (pack_lhs.h). A
+// panel of weights stays in L2 while the micro_panels of a group of rows pass by, and a tile takes the whole depth at
+// once. The weights after it, which follow in memory, are asked for meanwhile.
 #pragma once
 
 #include <cmath>
@@ -25,11 +25,11 @@ constexpr int64_t STRIDE = TRIPLE;
 
 template <class E>
 struct Product {
-  const E* x;                  // strips of `rows` rows
+  const E* x;                  // micro_panels of `rows` rows
   const E* weight;             // panels of `width` outputs
   int64_t rows, width, depth;  // width: of whole panels; depth: steps
-  const float* x_sums;         // [rows, up to whole strips] pair sums of x, where E is Winograd
-  void* y;                     // float, row-major; or E, in strips
+  const float* x_sums;         // [rows, up to whole micro_panels] pair sums of x, where E is Winograd
+  void* y;                     // float, row-major; or E, in micro_panels
   int64_t stride;              // of row-major y
 
   // Pair sums of the weights lie behind them.
@@ -71,27 +71,27 @@ SLEEPKERN_INLINE Vec squared_relu(Vec z) {
   return z * reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) & reinterpret_cast<BitVec>(z > Vec{}));
 }
 
-// relu(.)^2 of PANEL columns of HEIGHT rows as steps of a strip, zeros below them.
+// relu(.)^2 of PANEL columns of HEIGHT rows as steps of a micro_panel, zeros below them.
 template <class E, int HEIGHT>
-SLEEPKERN_INLINE void store_squares(TileOf<HEIGHT>& t, E* strip) {
-  float* to = reinterpret_cast<float*>(strip);
+SLEEPKERN_INLINE void store_squares(TileOf<HEIGHT>& t, E* micro_panel) {
+  float* to = reinterpret_cast<float*>(micro_panel);
   SLEEPKERN_EACH_OF(HEIGHT, r)
     SLEEPKERN_EACH_VEC(n) t.at[r][n] = squared_relu(t.at[r][n]);
   if constexpr (IS_PAIR<E>) {
     Vec rows[ROWS] = {};
     SLEEPKERN_EACH_OF(HEIGHT, r) rows[r] = reinterpret_cast<Vec>(pair_neighbours(t.at[r][0], t.at[r][1]));
-    store_turned(rows, to);
+    store_transposed(rows, to);
   } else {
     SLEEPKERN_EACH_VEC(n) {
       Vec rows[ROWS] = {};
       SLEEPKERN_EACH_OF(HEIGHT, r) rows[r] = t.at[r][n];
-      store_turned(rows, to + n * LANES * ROWS);
+      store_transposed(rows, to + n * LANES * ROWS);
     }
   }
 }
 
 // What becomes of a product: it takes the place of y or is added to it, row-major, or the squares of what is positive
-// become strips.
+// become micro_panels.
 enum class Ending { put, add, square };
 
 // Asks for what a tile is going to write, or be added to: at its end it would wait.
@@ -100,13 +100,13 @@ SLEEPKERN_INLINE void ask_for(const float* to) {
   for (int64_t i = 0; i < COUNT; i += LINE) __builtin_prefetch(to + i, 1, 3);
 }
 
-// HEIGHT rows from `row` on, the first of a strip, of panel number `panel` of the weights.
+// HEIGHT rows from `row` on, the first of a micro_panel, of panel number `panel` of the weights.
 template <Ending END, int HEIGHT, class E>
 SLEEPKERN_INLINE void multiply_tile(const Product<E>& p, int64_t panel, int64_t row, Following& following) {
   float* y = static_cast<float*>(p.y) + row * p.stride + panel * PANEL;
-  E* strip = static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * ROWS;
+  E* micro_panel = static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * ROWS;
   if constexpr (END == Ending::square) {
-    ask_for<steps<E>(PANEL) * ROWS>(reinterpret_cast<const float*>(strip));
+    ask_for<steps<E>(PANEL) * ROWS>(reinterpret_cast<const float*>(micro_panel));
   } else {
     SLEEPKERN_EACH_OF(HEIGHT, r) ask_for<PANEL>(y + r * p.stride);
   }
@@ -115,7 +115,7 @@ SLEEPKERN_INLINE void multiply_tile(const Product<E>& p, int64_t panel, int64_t 
   accumulate(t, p.x + row * p.depth, p.weight + panel * p.depth * PANEL, p.depth, following);
   if constexpr (IS_WINOGRAD<E>) add_pair_sums(t, p.x_sums + row, p.weight_sums() + panel * PANEL);
   if constexpr (END == Ending::square) {
-    store_squares(t, strip);
+    store_squares(t, micro_panel);
   } else {
     if (END == Ending::add) add(t, y, p.stride);
     store(t, y, p.stride);

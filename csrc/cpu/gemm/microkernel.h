@@ -143,13 +143,13 @@ SLEEPKERN_INLINE int64_t column_at(int64_t column, int64_t depth) {
 }
 
 // The transpose, in panels, of a matrix in panels: [columns / PANEL][depth][PANEL] to
-// [rows / PANEL][turned_depth][PANEL]. rows and columns are multiples of LANES.
-SLEEPKERN_STAGE void turn(const float* panels, int64_t depth, int64_t rows, int64_t columns, float* turned,
-                          int64_t turned_depth) {
+// [rows / PANEL][transposed_depth][PANEL]. rows and columns are multiples of LANES.
+SLEEPKERN_STAGE void turn(const float* panels, int64_t depth, int64_t rows, int64_t columns, float* transposed,
+                          int64_t transposed_depth) {
   for (int64_t c = 0; c < columns; c += LANES) {
     for (int64_t r = 0; r < rows; r += LANES) {
-      transpose(panels + column_at(c, depth) + r * PANEL, PANEL, turned + column_at(r, turned_depth) + c * PANEL,
-                PANEL);
+      transpose(panels + column_at(c, depth) + r * PANEL, PANEL,
+                transposed + column_at(r, transposed_depth) + c * PANEL, PANEL);
     }
   }
 }

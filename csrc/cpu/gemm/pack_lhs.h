@@ -1,5 +1,5 @@
-// Activations as left operands: strips over their rows, [rows / ROWS][depth][ROWS]. A tile reads one strip from its
-// first step to its last, line after line; of a panel it would want a part of every line.
+// Activations as left operands: micro_panels over their rows, [rows / ROWS][depth][ROWS]. A tile reads one micro_panel
+// from its first step to its last, line after line; of a panel it would want a part of every line.
 #pragma once
 
 #include <cstdint>
@@ -13,23 +13,23 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-typedef float Strip __attribute__((vector_size(ROWS * 4)));
-typedef float StripUnaligned __attribute__((vector_size(ROWS * 4), aligned(4), may_alias));
+typedef float MicroPanel __attribute__((vector_size(ROWS * 4)));
+typedef float MicroPanelUnaligned __attribute__((vector_size(ROWS * 4), aligned(4), may_alias));
 
 template <int FROM, int... LANE>
 SLEEPKERN_INLINE void store_lanes(float* to, Vec x, std::integer_sequence<int, LANE...>) {
-  *reinterpret_cast<StripUnaligned*>(to) = __builtin_shufflevector(x, x, (FROM + LANE)...);
+  *reinterpret_cast<MicroPanelUnaligned*>(to) = __builtin_shufflevector(x, x, (FROM + LANE)...);
 }
 
-// ROWS rows of LANES steps, as LANES steps of a strip: squares are transposed where they lie side by side.
-SLEEPKERN_INLINE void store_turned(Vec (&rows)[ROWS], float* strip) {
+// ROWS rows of LANES steps, as LANES steps of a micro_panel: squares are transposed where they lie side by side.
+SLEEPKERN_INLINE void store_transposed(Vec (&rows)[ROWS], float* micro_panel) {
   constexpr auto lanes = std::make_integer_sequence<int, ROWS>();
   transpose_step<1>(rows);
   transpose_step<2>(rows);
   if constexpr (ROWS >= 8) transpose_step<4>(rows);
   SLEEPKERN_EACH_ROW(r) {
-    store_lanes<0>(strip + r * ROWS, rows[r], lanes);
-    if constexpr (LANES > ROWS) store_lanes<LANES - ROWS>(strip + (ROWS + r) * ROWS, rows[r], lanes);
+    store_lanes<0>(micro_panel + r * ROWS, rows[r], lanes);
+    if constexpr (LANES > ROWS) store_lanes<LANES - ROWS>(micro_panel + (ROWS + r) * ROWS, rows[r], lanes);
   }
 }
 static_assert(LANES <= 2 * ROWS, "squares of a vector");
@@ -51,12 +51,13 @@ SLEEPKERN_INLINE Vec scaled_steps(const float* row, float factor) {
   }
 }
 
-// ROWS rows of n numbers, `stride` apart, each times factor[row], as a strip.
+// ROWS rows of n numbers, `stride` apart, each times factor[row], as a micro_panel.
 template <class E>
-SLEEPKERN_STAGE void pack_strip(const float* rows, int64_t stride, int64_t n, const float* factor, E* strip) {
+SLEEPKERN_STAGE void pack_micro_panel(const float* rows, int64_t stride, int64_t n, const float* factor,
+                                      E* micro_panel) {
   constexpr int64_t WIDTH = IS_PAIR<E> ? 2 * LANES : LANES;
   const int64_t depth = steps<E>(n);
-  float* to = reinterpret_cast<float*>(strip);
+  float* to = reinterpret_cast<float*>(micro_panel);
   bool all_there = true;
   for (int r = 0; r < ROWS; ++r) all_there = all_there && factor[r] != 0;
   for (int64_t d = 0, at = 0; d < depth; d += LANES, at += WIDTH) {
@@ -73,28 +74,28 @@ SLEEPKERN_STAGE void pack_strip(const float* rows, int64_t stride, int64_t n, co
       }
     }
     if (d + LANES <= depth) {
-      store_turned(block, to + d * ROWS);
+      store_transposed(block, to + d * ROWS);
     } else {
       alignas(64) float last[LANES * ROWS];
-      store_turned(block, last);
+      store_transposed(block, last);
       copy_tail(to + d * ROWS, last, (depth - d) * ROWS);
     }
   }
 }
 
-// Pair sums (winograd.h) of `count` strips. Four side by side: one alone would wait for its additions.
-SLEEPKERN_STAGE void sum_pairs(const Winograd* strips, int64_t count, int64_t depth, float* sums) {
+// Pair sums (winograd.h) of `count` micro_panels. Four side by side: one alone would wait for its additions.
+SLEEPKERN_STAGE void sum_pairs(const Winograd* micro_panels, int64_t count, int64_t depth, float* sums) {
   constexpr int TOGETHER = 4;
   for (int64_t first = 0; first < count; first += TOGETHER) {
-    Strip sum[TOGETHER] = {};
+    MicroPanel sum[TOGETHER] = {};
     const float* at[TOGETHER];
-    SLEEPKERN_EACH_OF(TOGETHER, i) at[i] = &strips[min_of(first + i, count - 1) * depth * ROWS].value;
-    const auto row = [&](int i, int64_t d) { return *reinterpret_cast<const StripUnaligned*>(at[i] + d * ROWS); };
+    SLEEPKERN_EACH_OF(TOGETHER, i) at[i] = &micro_panels[min_of(first + i, count - 1) * depth * ROWS].value;
+    const auto row = [&](int i, int64_t d) { return *reinterpret_cast<const MicroPanelUnaligned*>(at[i] + d * ROWS); };
     for (int64_t d = 0; d + TRIPLE <= depth; d += TRIPLE) {
       SLEEPKERN_EACH_OF(TOGETHER, i) sum[i] -= row(i, d + 1) * row(i, d + 2);
     }
     for (int64_t i = 0; i < min_of(TOGETHER, count - first); ++i) {
-      *reinterpret_cast<StripUnaligned*>(sums + (first + i) * ROWS) = sum[i];
+      *reinterpret_cast<MicroPanelUnaligned*>(sums + (first + i) * ROWS) = sum[i];
     }
   }
 }

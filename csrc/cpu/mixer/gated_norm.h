@@ -21,7 +21,7 @@ struct NormRows {
   int64_t row;                             // distance of the weights of two heads, 0 if they share them
 };
 
-static void lay_out(NormRows& r, const GatedNorm& p, bool backward, Taker& take) {
+static void lay_out(NormRows& r, const GatedNorm& p, bool backward, ArenaCursor& take) {
   const int64_t V = round_up(p.V, LANES), heads = p.weight_heads ? p.heads : 1;
   r.x = take(V);
   r.gate = take(V);

@@ -19,7 +19,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// Ingest a chunk as the forward does, without readouts, and keep what it writes, zero beyond count.
+// Ingest a chunk as the forward does, without outputs, and keep what it writes, zero beyond count.
 SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes, const Chunk& next) {
   Ahead ahead(state_tiles(w));
   ahead.add_inputs(next);
@@ -45,8 +45,8 @@ struct Span {
 // turn comes after its first chunk.
 SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t head,
                                       Span tokens, bool add, const Next& following) {
-  Problem without_readouts = p;
-  without_readouts.reads = false;
+  Problem without_outputs = p;
+  without_outputs.reads = false;
   const int64_t chunks = (tokens.end - tokens.begin + CHUNK - 1) / CHUNK;
   auto state = [&](int64_t n) { return a.states + n * a.state_size; };
   auto chunk = [&](const Problem& p, int64_t n) {
@@ -55,9 +55,9 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
   };
   for (int64_t n = 0; n < chunks; ++n) {
     turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(n), a.V_rows);
-    const bool last = n + 1 == chunks;  // is prepared with its readouts at once, for its adjoint comes next
-    ingest_keeping(chunk(last ? p : without_readouts, n), w, a.writes + n * a.values_size,
-                   chunk(without_readouts, n + 1));
+    const bool last = n + 1 == chunks;  // is prepared with its outputs at once, for its adjoint comes next
+    ingest_keeping(chunk(last ? p : without_outputs, n), w, a.writes + n * a.values_size,
+                   chunk(without_outputs, n + 1));
   }
   for (int64_t n = chunks - 1; n >= 0; --n) {
     const Chunk c = chunk(p, n);
@@ -72,12 +72,12 @@ SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, c
                                    Span tokens, bool add, const Next& following) {
   const int64_t length = a.segment * CHUNK, segments = max_of((tokens.end - tokens.begin + length - 1) / length, 1);
   const int64_t bytes = w.state_size * sizeof(float);
-  Problem without_readouts = p;
-  without_readouts.reads = false;
+  Problem without_outputs = p;
+  without_outputs.reads = false;
   load_state(w, p.state, unit, w.state);
   for (int64_t first = tokens.begin, s = 0; s + 1 < segments; first += CHUNK) {
     if ((first - tokens.begin) % length == 0) std::memcpy(a.marks + s * w.state_size, w.state, bytes);
-    const Chunk c(without_readouts, first, CHUNK, unit % p.HV), next(without_readouts, first + CHUNK, CHUNK, c.head);
+    const Chunk c(without_outputs, first, CHUNK, unit % p.HV), next(without_outputs, first + CHUNK, CHUNK, c.head);
     ingest_keeping(c, w, a.writes, next);
     if ((first + CHUNK - tokens.begin) % length == 0) ++s;
   }

@@ -2,8 +2,8 @@
 //
 // Where the states come from. A backward walks the chunks last to first and needs the state before each. A head's
 // sequence of n chunks is cut into segments of SEGMENT chunks, or of sqrt(n) if that is more. The states before the
-// segments are found by one walk (none for a single segment: up to 2048 tokens); then, from the last segment to the
-// first, a second walk keeps the state before each of its chunks and the values they write. So no more than
+// segments are found by one state_pass (none for a single segment: up to 2048 tokens); then, from the last segment to
+// the first, a second state_pass keeps the state before each of its chunks and the values they write. So no more than
 // max(SEGMENT, sqrt(n)) chunks and n / SEGMENT or sqrt(n) states are held by a thread: at K = V = 128 5 MB for
 // T = 2048, 6 MB at 32768, 26 MB at a million, whatever the batch.
 #pragma once
@@ -28,20 +28,20 @@ struct Adjoint {
   int64_t values_size;        // floats of a chunk's values, [V_panels][CHUNK][PANEL]
   int64_t state_size;         // floats of a state in panels
   float* marks;               // [segments] states before the segments, in panels
-  float* states;              // [segment] states before the chunks of a segment, turned
+  float* states;              // [segment] states before the chunks of a segment, transposed
   float* writes;              // [segment] Vn of its chunks, each [V_panels][CHUNK][PANEL]
 
-  float* dstate;                              // [V_panels][K_rows][PANEL]  gradient of the state behind the chunk
-  float* dstate_turned;                       // [K_panels][V_rows][PANEL]
-  float* dout;                                // [V_panels][CHUNK][PANEL]  dO
-  float* dout_turned;                         // [CHUNK / PANEL][V_rows][PANEL]
-  float* dvalues;                             // like dout: dR, of b (v - k E S)
-  float* dvalues_turned;                      // like dout_turned
-  float* writes_turned;                       // like dout_turned: Vn
-  float *scaled_dout, *scaled_dvalues;        // [CHUNK][PANEL] one panel, rows times what the state met
-  float *scores_turned, *couplings_turned;    // [CHUNK / PANEL][CHUNK][PANEL]  P, M: row i, column j
-  float *dscores, *dcouplings;                // like Workspace::scores: row j, column i
-  float *dscores_turned, *dcouplings_turned;  // row i, column j; dcouplings times b_i
+  float* dstate;                                    // [V_panels][K_rows][PANEL]  gradient of the state behind the chunk
+  float* dstate_transposed;                         // [K_panels][V_rows][PANEL]
+  float* dout;                                      // [V_panels][CHUNK][PANEL]  dO
+  float* dout_transposed;                           // [CHUNK / PANEL][V_rows][PANEL]
+  float* dvalues;                                   // like dout: dR, of b (v - k E S)
+  float* dvalues_transposed;                        // like dout_transposed
+  float* writes_transposed;                         // like dout_transposed: Vn
+  float *scaled_dout, *scaled_dvalues;              // [CHUNK][PANEL] one panel, rows times what the state met
+  float *scores_transposed, *gram_kk_transposed;    // [CHUNK / PANEL][CHUNK][PANEL]  P, M: row i, column j
+  float *dscores, *dcouplings;                      // like Workspace::scores: row j, column i
+  float *dscores_transposed, *dgram_kk_transposed;  // row i, column j; dcouplings times b_i
   float *dreaders, *dheld, *dkeys;  // [K_panels][CHUNK][PANEL]  dq; z; gradient of k by way of exp(-G), then dk
   float* dgates;                    // same: dg, for channel decay
   float* end;                       // [K_rows] Gam <S, dS> of each row of the state
@@ -52,7 +52,7 @@ struct Adjoint {
   float* row;                       // one token's gradient
 };
 
-static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t longest, Taker& take) {
+static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t longest, ArenaCursor& take) {
   const int64_t chunks = max_of((longest + CHUNK - 1) / CHUNK, 1);
   a.segment = min_of(chunks, max_of(SEGMENT, static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))))));
   a.segments = (chunks + a.segment - 1) / a.segment;
@@ -64,14 +64,14 @@ static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t lo
   a.states = take(a.segment * w.state_size);
   a.writes = take(a.segment * a.values_size);
   a.dstate = take(w.state_size);
-  a.dstate_turned = take(w.state_size);
-  for (float** values : {&a.dout, &a.dout_turned, &a.dvalues, &a.dvalues_turned, &a.writes_turned}) {
+  a.dstate_transposed = take(w.state_size);
+  for (float** values : {&a.dout, &a.dout_transposed, &a.dvalues, &a.dvalues_transposed, &a.writes_transposed}) {
     *values = take(a.values_size);
   }
   a.scaled_dout = take(CHUNK * PANEL);
   a.scaled_dvalues = take(CHUNK * PANEL);
-  for (float** gram :
-       {&a.scores_turned, &a.couplings_turned, &a.dscores, &a.dcouplings, &a.dscores_turned, &a.dcouplings_turned}) {
+  for (float** gram : {&a.scores_transposed, &a.gram_kk_transposed, &a.dscores, &a.dcouplings, &a.dscores_transposed,
+                       &a.dgram_kk_transposed}) {
     *gram = take(CHUNK * CHUNK);
   }
   for (float** keys : {&a.dreaders, &a.dheld, &a.dkeys}) *keys = take(w.K_rows * CHUNK);

@@ -37,7 +37,7 @@ struct ChunkRounding {
   double reads;                                   // sum of |read_scale q|^2, over K
   float key_length[CHUNK], reader_length[CHUNK];  // |k|^2, |q|^2, normalised if asked for
   float written[CHUNK];                           // |Kt|^2 of each token
-  float read_off[CHUNK];                          // sum of P^2 over its readers
+  float read_off[CHUNK];                          // sum of P^2 over its q_panels
 };
 
 struct Workspace {
@@ -47,23 +47,23 @@ struct Workspace {
   uint32_t left_out;               // bits of panels among them that are not
   int64_t state_size;              // floats of a state in panels
 
-  float* states;     // [GROUP][V_panels][K_rows][PANEL]
-  float* state;      // the one of the head whose turn it is
-  float* keys;       // [CHUNK / PANEL][K][PANEL]  k^T; times E per channel for channel decay
-  float* readers;    // same, of q^T
-  float* writers;    // [K_rows / PANEL][CHUNK][PANEL]  Kt = k exp(G_C - G)
-  float* couplings;  // [CHUNK / PANEL][CHUNK][PANEL]  M^T, strictly upper: row j, column i > j
-  float* scores;     // same, P^T, i >= j
-  float* decays;     // same, exp(G_i - G_j), 1 for channel decay; 0 for i < j
-  float* values;     // [CHUNK][PANEL]  b v, then Vn, of one value panel
+  float* states;    // [GROUP][V_panels][K_rows][PANEL]
+  float* state;     // the one of the head whose turn it is
+  float* keys;      // [CHUNK / PANEL][K][PANEL]  k^T; times E per channel for channel decay
+  float* q_panels;  // same, of q^T
+  float* k_tails;   // [K_rows / PANEL][CHUNK][PANEL]  Kt = k exp(G_C - G)
+  float* gram_kk;   // [CHUNK / PANEL][CHUNK][PANEL]  M^T, strictly upper: row j, column i > j
+  float* scores;    // same, P^T, i >= j
+  float* decays;    // same, exp(G_i - G_j), 1 for channel decay; 0 for i < j
+  float* values;    // [CHUNK][PANEL]  b v, then Vn, of one value panel
 
   // Where products take bfloat16: of each array of operands above its counterpart in pairs of neighbours of the depth,
-  // with half the rows. keys, readers and writers are pairs themselves then.
+  // with half the rows. keys, q_panels and k_tails are pairs themselves then.
   Pair* state_pairs;   // of `state`, at the same place among those of all heads
   Pair* states_pairs;  // [GROUP][V_panels][K_rows / 2][PANEL]
   Pair* score_pairs;   // [CHUNK / PANEL][CHUNK / 2][PANEL]
   Pair* value_pairs;   // [CHUNK / 2][PANEL]
-  Pair* write_pairs;   // same, of to_write times values; `writers` is k then
+  Pair* write_pairs;   // same, of to_write times values; `k_tails` is k then
   Rounding* rounding;  // [GROUP][V_panels]
   ChunkRounding chunk_rounding;
 
@@ -71,18 +71,18 @@ struct Workspace {
   int64_t row_size;
 
   // Channel decay only: the chunk as rows of row_size floats, and one level of the dyadic split.
-  float* gates;          // [CHUNK] rows of a = exp(g)
-  float* key_rows;       // [CHUNK] rows of k
-  float* reader_rows;    // [CHUNK] rows of q
-  float* factors;        // [CHUNK] rows of products of a
-  float* level_keys;     // like keys, scaled for the level
-  float* level_readers;  // like readers
+  float* gates;           // [CHUNK] rows of a = exp(g)
+  float* key_rows;        // [CHUNK] rows of k
+  float* reader_rows;     // [CHUNK] rows of q
+  float* factors;         // [CHUNK] rows of products of a
+  float* level_keys;      // like keys, scaled for the level
+  float* level_q_panels;  // like q_panels
 
   // For a backward only, nullptr else. Turned: the transpose of what the name says, in panels as well.
-  float* keys_turned;                         // [K_rows / PANEL][CHUNK][PANEL]
-  float* readers_turned;                      // same
+  float* keys_transposed;                     // [K_rows / PANEL][CHUNK][PANEL]
+  float* q_panels_transposed;                 // same
   float* end_keys;                            // like keys: Kt^T; with channel decay, as the next two
-  float* since_rows;                          // like keys_turned: E
+  float* since_rows;                          // like keys_transposed: E
   float* until_rows;                          // same: exp(G_C - G)
   float key_norm[CHUNK], reader_norm[CHUNK];  // what k and q are to be multiplied by to have length 1, or 1
 
@@ -103,7 +103,7 @@ struct Workspace {
 // decays, rescaled at every level, which stay in float32.
 static bool takes_pairs(const Problem& p) { return DOTS && p.k.type == Type::bfloat16 && p.gate == Gate::head; }
 
-static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) {
+static void lay_out(Workspace& w, const Problem& p, bool backward, ArenaCursor& take) {
   const bool channel = p.gate == Gate::channel;
   const int64_t token_panels = CHUNK * p.K;
   w.K = p.K;
@@ -118,9 +118,9 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   w.states = take((backward ? 1 : GROUP) * w.state_size);
   w.state = w.states;
   w.keys = take(token_panels);
-  w.readers = take(token_panels);
-  w.writers = take(w.K_rows * CHUNK);
-  w.couplings = take(CHUNK * CHUNK);
+  w.q_panels = take(token_panels);
+  w.k_tails = take(w.K_rows * CHUNK);
+  w.gram_kk = take(CHUNK * CHUNK);
   w.scores = take(CHUNK * CHUNK);
   w.decays = take(CHUNK * CHUNK);
   w.values = take(CHUNK * PANEL);
@@ -138,20 +138,20 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, Taker& take) 
   w.reader_rows = take(channel ? CHUNK * w.row_size : 0);
   w.factors = take(channel ? CHUNK * w.row_size : 0);
   w.level_keys = take(channel ? w.K_rows * CHUNK : 0);
-  w.level_readers = take(channel ? w.K_rows * CHUNK : 0);
+  w.level_q_panels = take(channel ? w.K_rows * CHUNK : 0);
   w.keep = take(w.K_rows);
-  const int64_t turned = backward ? w.K_rows * CHUNK : 0;
-  w.keys_turned = take(turned);
-  w.readers_turned = take(turned);
+  const int64_t transposed = backward ? w.K_rows * CHUNK : 0;
+  w.keys_transposed = take(transposed);
+  w.q_panels_transposed = take(transposed);
   w.end_keys = take(backward && channel ? token_panels : 0);
-  w.since_rows = take(channel ? turned : 0);
-  w.until_rows = take(channel ? turned : 0);
+  w.since_rows = take(channel ? transposed : 0);
+  w.until_rows = take(channel ? transposed : 0);
 }
 
 // Operands of the products of one value panel, E: float or Pair.
 template <class E>
 struct Operands {
-  const E *keys, *readers, *writers, *scores, *values, *writes;
+  const E *keys, *q_panels, *k_tails, *scores, *values, *writes;
   E* state;
 };
 
@@ -160,14 +160,14 @@ SLEEPKERN_INLINE Operands<E> operands(const Workspace& w, int64_t panel) {
   if constexpr (IS_PAIR<E>) {
     auto pairs = [](const float* x) { return reinterpret_cast<const Pair*>(x); };
     return {pairs(w.keys),
-            pairs(w.readers),
-            pairs(w.writers),
+            pairs(w.q_panels),
+            pairs(w.k_tails),
             w.score_pairs,
             w.value_pairs,
             w.write_pairs,
             w.state_pairs + panel * w.K_rows / 2 * PANEL};
   } else {
-    return {w.keys, w.readers, w.writers, w.scores, w.values, w.values, w.state + panel * w.K_rows * PANEL};
+    return {w.keys, w.q_panels, w.k_tails, w.scores, w.values, w.values, w.state + panel * w.K_rows * PANEL};
   }
 }
 

@@ -60,10 +60,10 @@ SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Ad
     multiply_add<1>(t, end_keys + column_at(j, w.K), dstate, w.K);
     scale_rows(t, w.to_end + j);
     if (c.p.reads) {
-      multiply_add<1>(t, a.scores_turned + column_at(j, CHUNK) + j * PANEL, dout + j * PANEL, c.count - j);
+      multiply_add<1>(t, a.scores_transposed + column_at(j, CHUNK) + j * PANEL, dout + j * PANEL, c.count - j);
     }
     if (c.p.delta) {
-      const float* M = a.couplings_turned + column_at(j, CHUNK);
+      const float* M = a.gram_kk_transposed + column_at(j, CHUNK);
       const int64_t behind = j + ROWS;
       multiply_add<-1>(t, M + behind * PANEL, dvalues + behind * PANEL, c.count - behind);
       substitute_back(t, M + j * PANEL);
@@ -73,7 +73,7 @@ SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Ad
   for (int64_t x = c.padded * PANEL; x < round_up(c.count, PANEL) * PANEL; x += LANES) store(dvalues + x, Vec{});
 }
 
-// scale dP D and dM D, and both turned, the latter times b_i; with head decay also what pairs give its gradient.
+// scale dP D and dM D, and both transposed, the latter times b_i; with head decay also what pairs give its gradient.
 SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
   const int64_t end = round_up(c.count, PANEL);
   auto finish = [&](const float* gram, float factor, bool add) {
@@ -84,20 +84,20 @@ SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adj
     };
   };
   if (c.p.reads) {
-    upper_gram<1>(a.writes_turned, a.dout_turned, a.V_rows, c.count, CHUNK, a.dscores,
+    upper_gram<1>(a.writes_transposed, a.dout_transposed, a.V_rows, c.count, CHUNK, a.dscores,
                   finish(w.scores, c.p.scale, false));
   }
   if (c.p.delta) {
-    upper_gram<-1>(a.writes_turned, a.dvalues_turned, a.V_rows, c.count, CHUNK, a.dcouplings,
-                   finish(w.couplings, 1, c.p.reads));
+    upper_gram<-1>(a.writes_transposed, a.dvalues_transposed, a.V_rows, c.count, CHUNK, a.dcouplings,
+                   finish(w.gram_kk, 1, c.p.reads));
     for (int64_t i = 0; i < c.count; ++i) a.dcouplings[column_at(i, CHUNK) + i * PANEL] = 0;
   }
-  if (c.p.reads) turn(a.dscores, CHUNK, end, end, a.dscores_turned, CHUNK);
+  if (c.p.reads) turn(a.dscores, CHUNK, end, end, a.dscores_transposed, CHUNK);
   if (!c.p.delta) return;
-  turn(a.dcouplings, CHUNK, end, end, a.dcouplings_turned, CHUNK);
+  turn(a.dcouplings, CHUNK, end, end, a.dgram_kk_transposed, CHUNK);
   for (int64_t j = 0; j < end; j += PANEL) {
     for (int64_t i = 0; i < end; ++i) {
-      float* row = a.dcouplings_turned + j * CHUNK + i * PANEL;
+      float* row = a.dgram_kk_transposed + j * CHUNK + i * PANEL;
       SLEEPKERN_EACH_VEC(n) store(row + n * LANES, load(row + n * LANES) * w.beta[i]);
     }
   }
@@ -134,20 +134,20 @@ SLEEPKERN_INLINE void gather_rows(const Tile& t, const float* x, const float* by
 }
 
 // dq, z and dk-, each over all key panels before the next: what it reads of the tokens then stays in L1.
-SLEEPKERN_STAGE void adjoint_readers(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+SLEEPKERN_STAGE void adjoint_q_panels(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
   const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
-    const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_turned + at;
+    const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_transposed + at;
     for (int64_t i = 0; i < c.padded; i += ROWS) {
       Tile t;
       clear(t);
-      multiply_add<1>(t, a.dout_turned + column_at(i, a.V_rows), S, w.V);
+      multiply_add<1>(t, a.dout_transposed + column_at(i, a.V_rows), S, w.V);
       scale_rows(t, w.read_scale + i);
       if (w.since_rows) {
         scale_by_rows(t, w.since_rows + at + i * PANEL);
       } else {
-        if (head_decay) gather_rows(t, w.readers_turned + at + i * PANEL, nullptr, a.gate_lanes + i * LANES);
+        if (head_decay) gather_rows(t, w.q_panels_transposed + at + i * PANEL, nullptr, a.gate_lanes + i * LANES);
         multiply_add<1>(t, a.dscores + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
       }
       store(t, a.dreaders + at + i * PANEL);
@@ -159,11 +159,11 @@ SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjo
   const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
-    const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_turned + at;
+    const float *S = state + panel * a.V_rows * PANEL, *k = w.keys_transposed + at;
     for (int64_t i = 0; i < c.padded; i += ROWS) {
       Tile t;
       clear(t);
-      multiply_add<-1>(t, a.dvalues_turned + column_at(i, a.V_rows), S, w.V);
+      multiply_add<-1>(t, a.dvalues_transposed + column_at(i, a.V_rows), S, w.V);
       scale_rows(t, w.since_start + i);
       if (w.since_rows) {
         scale_by_rows(t, w.since_rows + at + i * PANEL);
@@ -176,23 +176,24 @@ SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjo
   }
 }
 
-SLEEPKERN_STAGE void adjoint_writers(const Chunk& c, const Workspace& w, const Adjoint& a) {
+SLEEPKERN_STAGE void adjoint_k_tails(const Chunk& c, const Workspace& w, const Adjoint& a) {
   const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
-    const float *dS = a.dstate_turned + panel * a.V_rows * PANEL, *k = w.keys_turned + at, *q = w.readers_turned + at;
+    const float *dS = a.dstate_transposed + panel * a.V_rows * PANEL, *k = w.keys_transposed + at,
+                *q = w.q_panels_transposed + at;
     for (int64_t i = 0; i < c.padded; i += ROWS) {
       const int64_t gram = column_at(i, CHUNK) + i * PANEL;
       Tile t;
       clear(t);
-      multiply_add<1>(t, a.writes_turned + column_at(i, a.V_rows), dS, w.V);
+      multiply_add<1>(t, a.writes_transposed + column_at(i, a.V_rows), dS, w.V);
       scale_rows(t, w.to_end + i);
       if (w.until_rows) {
         scale_by_rows(t, w.until_rows + at + i * PANEL);
       } else {
         if (head_decay) gather_rows(t, k + i * PANEL, nullptr, a.write_lanes + i * LANES);
-        if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + i * PANEL, c.count - i);
-        if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + i * PANEL, c.count - i);
+        if (c.p.reads) multiply_add<1>(t, a.dscores_transposed + gram, q + i * PANEL, c.count - i);
+        if (c.p.delta) multiply_add<1>(t, a.dgram_kk_transposed + gram, k + i * PANEL, c.count - i);
       }
       store(t, a.dkeys + at + i * PANEL);
     }
@@ -219,7 +220,7 @@ SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const flo
     const int64_t at = panel * a.V_rows * PANEL;
     Vec total[VECS] = {};
     for (int64_t x = at; x < at + w.V * PANEL; x += PANEL) {
-      SLEEPKERN_EACH_VEC(n) total[n] += load(state + x + n * LANES) * load(a.dstate_turned + x + n * LANES);
+      SLEEPKERN_EACH_VEC(n) total[n] += load(state + x + n * LANES) * load(a.dstate_transposed + x + n * LANES);
     }
     SLEEPKERN_EACH_VEC(n) {
       const int64_t d = panel * PANEL + n * LANES;
@@ -240,8 +241,8 @@ SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adj
     Tile t;
     load(t, dstate + d * PANEL);
     scale_rows(t, w.keep + d);
-    if (c.p.reads) multiply_add<1>(t, w.readers_turned + left, a.scaled_dout, c.count);
-    if (c.p.delta) multiply_add<-1>(t, w.keys_turned + left, a.scaled_dvalues, c.count);
+    if (c.p.reads) multiply_add<1>(t, w.q_panels_transposed + left, a.scaled_dout, c.count);
+    if (c.p.delta) multiply_add<-1>(t, w.keys_transposed + left, a.scaled_dvalues, c.count);
     store(t, dstate + d * PANEL);
     ahead.step();
   }
@@ -254,7 +255,7 @@ struct Next {
 };
 
 // What it will read and write.
-static void foresee(const Next& next, const Workspace& w, const Gradients& out, Ahead& ahead) {
+static void plan_prefetch(const Next& next, const Workspace& w, const Gradients& out, Ahead& ahead) {
   const Chunk& c = next.chunk;
   const Problem& p = c.p;
   if (c.count <= 0) return;
@@ -269,32 +270,32 @@ static void foresee(const Next& next, const Workspace& w, const Gradients& out, 
   }
 }
 
-// All of one chunk. `state`, turned, is the one before it, `writes` its Vn; `next` comes after it: the one before it in
-// time, or another head's.
+// All of one chunk. `state`, transposed, is the one before it, `writes` its Vn; `next` comes after it: the one before
+// it in time, or another head's.
 SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
                              const float* writes, bool add, const Next& next) {
   const int64_t end = round_up(c.count, PANEL);
-  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_turned, a.V_rows);
+  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_transposed, a.V_rows);
   std::memset(a.beta_lanes, 0, CHUNK * LANES * sizeof(float));
   for (float* lanes : {a.gate_lanes, a.write_lanes, a.pair_lanes}) {
     std::memset(lanes, 0, CHUNK * LANES * sizeof(float));
   }
   if (c.p.reads) {
     load_dout(c, w, a, out.dout);
-    turn(a.dout, CHUNK, end, a.V_rows, a.dout_turned, a.V_rows);
-    turn(w.scores, CHUNK, end, end, a.scores_turned, CHUNK);
+    turn(a.dout, CHUNK, end, a.V_rows, a.dout_transposed, a.V_rows);
+    turn(w.scores, CHUNK, end, end, a.scores_transposed, CHUNK);
   }
-  if (c.p.delta) turn(w.couplings, CHUNK, end, end, a.couplings_turned, CHUNK);
+  if (c.p.delta) turn(w.gram_kk, CHUNK, end, end, a.gram_kk_transposed, CHUNK);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     adjoint_values(c, w, a, panel);
     write_dv(c, w, a, out, panel);
   }
-  if (c.p.delta) turn(a.dvalues, CHUNK, end, a.V_rows, a.dvalues_turned, a.V_rows);
-  turn(writes, CHUNK, end, a.V_rows, a.writes_turned, a.V_rows);
+  if (c.p.delta) turn(a.dvalues, CHUNK, end, a.V_rows, a.dvalues_transposed, a.V_rows);
+  turn(writes, CHUNK, end, a.V_rows, a.writes_transposed, a.V_rows);
   adjoint_grams(c, w, a);
-  if (c.p.reads) adjoint_readers(c, w, a, state);
+  if (c.p.reads) adjoint_q_panels(c, w, a, state);
   if (c.p.delta) adjoint_held(c, w, a, state);
-  adjoint_writers(c, w, a);
+  adjoint_k_tails(c, w, a);
   if (c.p.gate != Gate::none) adjoint_end(w, a, state);
   if (c.p.gate == Gate::head && (c.p.reads || c.p.delta)) gather_pairs(c, a);
   if (c.p.gate == Gate::channel) {
@@ -308,7 +309,7 @@ SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gra
   write_key_gradients(c, w, a, out, add);
   write_gate_gradients(c, w, a, out);
   Ahead ahead(state_tiles(w));
-  foresee(next, w, out, ahead);
+  plan_prefetch(next, w, out, ahead);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) adjoint_state(c, w, a, panel, ahead);
 }
 

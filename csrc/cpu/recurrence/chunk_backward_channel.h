@@ -21,13 +21,13 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// rows of k or q times the level's factors, turned.
-static void turn_decayed(const Workspace& w, const float* rows, int64_t end, float* turned) {
+// rows of k or q times the level's factors, transposed.
+static void turn_decayed(const Workspace& w, const float* rows, int64_t end, float* transposed) {
   for (int64_t t = 0; t < end; ++t) {
     for (int64_t d = 0; d < w.row_size; d += LANES) {
       store(w.rows + d, load(rows + t * w.row_size + d) * load(w.factors + t * w.row_size + d));
     }
-    pack_row(w, w.rows, t, turned);
+    pack_row(w, w.rows, t, transposed);
   }
 }
 
@@ -92,7 +92,7 @@ SLEEPKERN_STAGE void gather_gates(const Chunk& c, const Workspace& w, const Adjo
 SLEEPKERN_STAGE void adjoint_level(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t start, int64_t h,
                                    int64_t d) {
   const int64_t middle = start + h, behind = min_of(middle + h, c.padded);
-  const float *k = w.level_keys + d * CHUNK, *q = w.level_readers + d * CHUNK;
+  const float *k = w.level_keys + d * CHUNK, *q = w.level_q_panels + d * CHUNK;
   Vec gains_behind[VECS] = {}, gains_before[VECS] = {};
   for (int64_t i = behind - ROWS; i >= middle; i -= ROWS) {
     const int64_t gram = column_at(i, CHUNK) + start * PANEL;
@@ -115,8 +115,8 @@ SLEEPKERN_STAGE void adjoint_level(const Chunk& c, const Workspace& w, const Adj
     Tile t, gains;
     clear(t);
     clear(gains);
-    if (c.p.reads) multiply_add<1>(t, a.dscores_turned + gram, q + middle * PANEL, behind - middle);
-    if (c.p.delta) multiply_add<1>(t, a.dcouplings_turned + gram, k + middle * PANEL, behind - middle);
+    if (c.p.reads) multiply_add<1>(t, a.dscores_transposed + gram, q + middle * PANEL, behind - middle);
+    if (c.p.delta) multiply_add<1>(t, a.dgram_kk_transposed + gram, k + middle * PANEL, behind - middle);
     add_decayed(w, t, j, d, w.key_rows, nullptr, a.dkeys, gains);
     add_gains_before(a, gains, j, d, gains_before);
   }
@@ -162,7 +162,7 @@ SLEEPKERN_STAGE void adjoint_channel_grams(const Chunk& c, const Workspace& w, c
     if (h >= c.padded) continue;
     split_decay(w, h);
     turn_decayed(w, w.key_rows, end, w.level_keys);
-    if (c.p.reads) turn_decayed(w, w.reader_rows, end, w.level_readers);
+    if (c.p.reads) turn_decayed(w, w.reader_rows, end, w.level_q_panels);
     for (int64_t start = 0; start + h < c.padded; start += 2 * h) {
       for (int64_t d = 0; d < w.K_rows; d += PANEL) adjoint_level(c, w, a, start, h, d);
     }

@@ -1,8 +1,8 @@
 // prepare: the chunk factors, all that does not depend on the state. The only stage that knows the rule.
 //
-//   keys, readers      k^T, q^T (normalised if asked for), and times E for channel decay
-//   writers            Kt = k exp(G_C - G)
-//   couplings, scores  M_ij = b_i k_i.k_j exp(G_i - G_j), i > j;   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j
+//   keys, q_panels      k^T, q^T (normalised if asked for), and times E for channel decay
+//   k_tails            Kt = k exp(G_C - G)
+//   gram_kk, scores  M_ij = b_i k_i.k_j exp(G_i - G_j), i > j;   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j
 //
 // Exponents are sums of log decays between two tokens, never positive.
 #pragma once
@@ -85,7 +85,7 @@ SLEEPKERN_STAGE void prepare_decays(const Chunk& c, Workspace& w) {
   }
 }
 
-// Scores and couplings.
+// Scores and gram_kk.
 template <class E>
 SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
   const Operands<E> x = operands<E>(w, 0);
@@ -100,11 +100,11 @@ SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
     return decayed * load(w.gram_scale + i);
   };
   auto finish_scores = [&w](Vec x, int64_t at, int64_t i) { return x * load(w.decays + at) * load(w.score_scale + i); };
-  if (c.p.delta) upper_gram<1>(x.keys, x.keys, depth, c.count, CHUNK, w.couplings, finish);
+  if (c.p.delta) upper_gram<1>(x.keys, x.keys, depth, c.count, CHUNK, w.gram_kk, finish);
   if constexpr (IS_PAIR<E>) expect_in_state(c, w, sum(resemblance));
   if (!c.p.reads) return;
-  upper_gram<1>(x.keys, x.readers, depth, c.count, CHUNK, w.scores, finish_scores);
-  if constexpr (IS_PAIR<E>) expect_in_readouts(c, w);
+  upper_gram<1>(x.keys, x.q_panels, depth, c.count, CHUNK, w.scores, finish_scores);
+  if constexpr (IS_PAIR<E>) expect_in_outputs(c, w);
   if constexpr (IS_PAIR<E>) {
     for (int64_t i = 0; i < c.count; i += PANEL) {
       pair_rows(w.scores + i * CHUNK, min_of(i + PANEL, c.padded), w.score_pairs + i * CHUNK / 2);
@@ -129,12 +129,12 @@ SLEEPKERN_STAGE void prepare_pairs(const Chunk& c, Workspace& w) {
   for (int64_t t = 0; t < round_up(c.count, PANEL); t += LANES) {
     load_rows(c.p.k, t, w.key_norm, w.chunk_rounding.key_length);
     pack_tokens(w, w.rows, t, pairs(w.keys));
-    pack_rows(w, w.rows, t, pairs(w.writers));
+    pack_rows(w, w.rows, t, pairs(w.k_tails));
     for (float* by : {w.key_scale, w.gram_scale}) store(by + t, load(by + t) * load(w.key_norm + t));
     store(w.to_write + t, load(w.to_end + t) * load(w.key_norm + t));
     if (!c.p.reads) continue;
     load_rows(c.p.q, t, w.reader_norm, w.chunk_rounding.reader_length);
-    pack_tokens(w, w.rows, t, pairs(w.readers));
+    pack_tokens(w, w.rows, t, pairs(w.q_panels));
     for (float* by : {w.read_scale, w.score_scale}) store(by + t, load(by + t) * load(w.reader_norm + t));
   }
   prepare_decays<Pair>(c, w);
@@ -155,17 +155,17 @@ SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
   for (int64_t t = 0; t < end; t += LANES) {
     for (int l = 0; l < LANES; ++l) w.key_norm[t + l] = load_token(c, w, p.k, t + l, w.rows + l * w.row_size);
     pack_tokens(w, w.rows, t, w.keys);
-    if (w.keys_turned) pack_rows(w, w.rows, t, w.keys_turned);
+    if (w.keys_transposed) pack_rows(w, w.rows, t, w.keys_transposed);
     for (int l = 0; l < LANES; ++l) {
       float* row = w.rows + l * w.row_size;
       const Vec factor = broadcast(w.to_end[t + l]);
       for (int64_t d = 0; d < w.K_rows; d += LANES) store(row + d, load(row + d) * factor);
     }
-    pack_rows(w, w.rows, t, w.writers);
+    pack_rows(w, w.rows, t, w.k_tails);
     if (!p.reads) continue;
     for (int l = 0; l < LANES; ++l) w.reader_norm[t + l] = load_token(c, w, p.q, t + l, w.rows + l * w.row_size);
-    pack_tokens(w, w.rows, t, w.readers);
-    if (w.readers_turned) pack_rows(w, w.rows, t, w.readers_turned);
+    pack_tokens(w, w.rows, t, w.q_panels);
+    if (w.q_panels_transposed) pack_rows(w, w.rows, t, w.q_panels_transposed);
   }
   prepare_decays<float>(c, w);
   prepare_grams<float>(c, w);

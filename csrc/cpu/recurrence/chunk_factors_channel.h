@@ -36,14 +36,15 @@ static void running_decay(const Workspace& w, int64_t first, int64_t count, int6
   }
 }
 
-// Rows of k or q times the factors, to panels, and to their turned form where one is wanted.
-static void pack_decayed(const Workspace& w, const float* rows, int64_t end, float* panels, float* turned = nullptr) {
+// Rows of k or q times the factors, to panels, and to their transposed form where one is wanted.
+static void pack_decayed(const Workspace& w, const float* rows, int64_t end, float* panels,
+                         float* transposed = nullptr) {
   for (int64_t t = 0; t < end; t += LANES) {
     for (int64_t x = 0; x < LANES * w.row_size; x += LANES) {
       store(w.rows + x, load(rows + t * w.row_size + x) * load(w.factors + t * w.row_size + x));
     }
     pack_tokens(w, w.rows, t, panels);
-    for (int l = 0; turned && l < LANES; ++l) pack_row(w, w.rows + l * w.row_size, t + l, turned);
+    for (int l = 0; transposed && l < LANES; ++l) pack_row(w, w.rows + l * w.row_size, t + l, transposed);
   }
 }
 
@@ -95,7 +96,7 @@ static void base_grams(const Chunk& c, const Workspace& w, int64_t start) {
         if (c.p.delta) coupling += x * load(k + d);
         if (c.p.reads) score += x * load(q + d);
       }
-      if (c.p.delta) w.couplings[column_at(i, CHUNK) + j * PANEL] = sum(coupling);
+      if (c.p.delta) w.gram_kk[column_at(i, CHUNK) + j * PANEL] = sum(coupling);
       if (c.p.reads) w.scores[column_at(i, CHUNK) + j * PANEL] = sum(score);
     }
   }
@@ -128,14 +129,14 @@ static void prepare_channel_grams(const Chunk& c, Workspace& w) {
     if (h >= end) continue;
     split_decay(w, h);
     pack_decayed(w, w.key_rows, end, w.level_keys);
-    if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.level_readers);
+    if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.level_q_panels);
     for (int64_t start = 0; start + h < end; start += 2 * h) {
-      if (c.p.delta) level_gram(w, start, h, w.level_keys, w.couplings);
-      if (c.p.reads) level_gram(w, start, h, w.level_readers, w.scores);
+      if (c.p.delta) level_gram(w, start, h, w.level_keys, w.gram_kk);
+      if (c.p.reads) level_gram(w, start, h, w.level_q_panels, w.scores);
     }
   }
   for (int64_t start = 0; start < end; start += BASE) base_grams(c, w, start);
-  if (c.p.delta) scale_columns(w.couplings, end, w.beta, 0);
+  if (c.p.delta) scale_columns(w.gram_kk, end, w.beta, 0);
   if (c.p.reads) scale_columns(w.scores, end, nullptr, c.p.scale);
 }
 
@@ -146,8 +147,8 @@ SLEEPKERN_STAGE void prepare_channel_decay(const Chunk& c, Workspace& w) {
   running_decay(w, 0, CHUNK, 1, true);
   const float* all = w.factors + (CHUNK - 1) * w.row_size;
   for (int64_t d = 0; d < w.K_rows; d += LANES) store(w.keep + d, load(all + d));
-  pack_decayed(w, w.key_rows, end, w.keys, w.keys_turned);
-  if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.readers, w.readers_turned);
+  pack_decayed(w, w.key_rows, end, w.keys, w.keys_transposed);
+  if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.q_panels, w.q_panels_transposed);
   for (int64_t t = 0; w.since_rows && t < end; ++t) pack_row(w, w.factors + t * w.row_size, t, w.since_rows);
   running_decay(w, CHUNK - 1, CHUNK, -1, false);
   for (int64_t t = 0; t < end; ++t) {
@@ -156,7 +157,7 @@ SLEEPKERN_STAGE void prepare_channel_decay(const Chunk& c, Workspace& w) {
     for (int64_t d = 0; d < w.row_size; d += LANES) {
       store(row + d, load(row + d) * load(w.key_rows + t * w.row_size + d));
     }
-    pack_row(w, row, t, w.writers);
+    pack_row(w, row, t, w.k_tails);
   }
   for (int64_t t = 0; w.end_keys && t < end; t += LANES) pack_tokens(w, w.factors + t * w.row_size, t, w.end_keys);
 }

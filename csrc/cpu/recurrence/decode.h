@@ -122,7 +122,7 @@ SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* 
   if (p.gate == Gate::channel) load_row(c.row(p.g, t, c.head * p.K), p.g.type, p.K, decay);
   const float g = p.gate == Gate::head ? load_scalar(c.row(p.g, t, c.head), p.g.type, 0) : 0.0f;
   Vec qk{};
-  float *decayed_k = w.keys, *decayed_q = w.readers;
+  float *decayed_k = w.keys, *decayed_q = w.q_panels;
   for (int64_t d = 0; d < p.K; d += LANES) {
     const Vec a = exp_nonpositive(load(decay + d) + g);
     store(decay + d, a);
@@ -132,7 +132,7 @@ SLEEPKERN_STAGE void step_token(const Chunk& c, Workspace& w, int64_t t, float* 
   }
   load_row(c.row(p.v, t, c.head * p.V), p.v.type, p.V, v);
   const float b = p.beta.data ? load_scalar(c.row(p.beta, t, c.head), p.beta.type, 0) : 1.0f;
-  step_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, p, state, v, w.couplings, w.scores, w.writers);
+  step_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, p, state, v, w.gram_kk, w.scores, w.k_tails);
   if (p.reads) store_row(v, p.v.type, p.V, static_cast<char*>(p.o) + ((c.first + t) * p.HV + c.head) * p.V * size);
 }
 

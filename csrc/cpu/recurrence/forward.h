@@ -52,8 +52,8 @@ struct Turns {
 
 // What comes after `first` tokens of head h have had their turn: the same tokens of the next head, the next tokens of
 // the first, or what `following` starts with.
-static Ahead foresee(const Problem& p, const Workspace& w, const Turns& now, const Turns& following, int64_t first,
-                     int64_t h) {
+static Ahead plan_prefetch(const Problem& p, const Workspace& w, const Turns& now, const Turns& following,
+                           int64_t first, int64_t h) {
   Ahead ahead(state_tiles(w));
   const bool last_head = h + 1 == now.heads, last = last_head && first + CHUNK >= now.end;
   if (last && !following.chunked()) return ahead;
@@ -78,7 +78,7 @@ SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns
   for (int64_t first = now.begin; first < now.end; first += CHUNK) {
     for (int64_t h = 0; h < now.heads; ++h) {
       const Chunk chunk(p, first, min_of(CHUNK, now.end - first), (now.unit + h) % p.HV);
-      Ahead ahead = foresee(p, w, now, following, first, h);
+      Ahead ahead = plan_prefetch(p, w, now, following, first, h);
       w.state = w.states + h * w.state_size;
       w.left_out = left_out[h];
       if (w.left_out == every_panel(w)) continue;
@@ -93,7 +93,7 @@ SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns
       prepare<E>(chunk, w);
       ingest<E>(chunk, w, ahead);
       if (first + CHUNK >= now.end) {
-        if (IS_PAIR<E> && p.reads) judge_readouts(w);
+        if (IS_PAIR<E> && p.reads) judge_outputs(w);
         store_state(w, w.state, now.unit + h, p.final_state);
       }
       left_out[h] = w.left_out;

@@ -86,36 +86,36 @@ SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t
 SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t t, Pair* panels) {
   const int64_t depth = steps<Pair>(w.K);
   Pair* columns = panels + column_at(t, depth);
-  alignas(64) float block[LANES * LANES], turned[LANES * LANES];  // of bits; a transpose moves them as they are
+  alignas(64) float block[LANES * LANES], transposed[LANES * LANES];  // of bits; a transpose moves them as they are
   for (int64_t d = 0; d < depth; d += LANES) {
     for (int l = 0; l < LANES; ++l) {
       store(block + l * LANES, reinterpret_cast<Vec>(load_pairs(rows + l * w.row_size + 2 * d)));
     }
-    transpose(block, LANES, turned, LANES);
+    transpose(block, LANES, transposed, LANES);
     for (int64_t c = 0; c < min_of(LANES, depth - d); ++c) {
-      store(columns + (d + c) * PANEL, reinterpret_cast<BitVec>(load(turned + c * LANES)));
+      store(columns + (d + c) * PANEL, reinterpret_cast<BitVec>(load(transposed + c * LANES)));
     }
   }
 }
 
-// Token t's row to the turned form, [K_rows / PANEL][CHUNK][PANEL].
-SLEEPKERN_INLINE void pack_row(const Workspace& w, const float* row, int64_t t, float* turned) {
+// Token t's row to the transposed form, [K_rows / PANEL][CHUNK][PANEL].
+SLEEPKERN_INLINE void pack_row(const Workspace& w, const float* row, int64_t t, float* transposed) {
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    float* to = turned + d * CHUNK + t * PANEL;
+    float* to = transposed + d * CHUNK + t * PANEL;
     SLEEPKERN_EACH_VEC(n) store(to + n * LANES, load(row + d + n * LANES));
   }
 }
 
 // LANES rows, from token t on.
-SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, float* turned) {
-  for (int l = 0; l < LANES; ++l) pack_row(w, rows + l * w.row_size, t + l, turned);
+SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, float* transposed) {
+  for (int l = 0; l < LANES; ++l) pack_row(w, rows + l * w.row_size, t + l, transposed);
 }
 
-SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, Pair* turned) {
+SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, Pair* transposed) {
   for (int l = 0; l < LANES; l += 2) {
     const float* row = rows + l * w.row_size;
     for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-      Pair* to = turned + d * CHUNK / 2 + (t + l) / 2 * PANEL;
+      Pair* to = transposed + d * CHUNK / 2 + (t + l) / 2 * PANEL;
       SLEEPKERN_EACH_VEC(n) {
         const float* at = row + d + n * LANES;
         store(to + n * LANES, interleave(load(at), load(at + w.row_size)));

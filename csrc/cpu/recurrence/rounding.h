@@ -50,7 +50,7 @@ SLEEPKERN_STAGE void expect_in_state(const Chunk& c, Workspace& w, double resemb
   r.turns = c.p.delta ? kept * (moved < 2 ? moved : 2) : 0;
 }
 
-SLEEPKERN_STAGE void expect_in_readouts(const Chunk& c, Workspace& w) {
+SLEEPKERN_STAGE void expect_in_outputs(const Chunk& c, Workspace& w) {
   ChunkRounding& r = w.chunk_rounding;
   double reads = 0;
   for (int64_t t = 0; t < c.count; ++t) {
@@ -71,13 +71,13 @@ SLEEPKERN_STAGE void expect_in_readouts(const Chunk& c, Workspace& w) {
 }
 
 struct Written {
-  float by_state, by_readouts;  // sums of |Vn_t|^2 times `written` and `read_off`
+  float by_state, by_outputs;  // sums of |Vn_t|^2 times `written` and `read_off`
 };
 
-// The values of a panel to pairs, as they are for readouts and times to_write for the state.
+// The values of a panel to pairs, as they are for outputs and times to_write for the state.
 SLEEPKERN_STAGE Written pair_values(const Chunk& c, const Workspace& w) {
   const ChunkRounding& r = w.chunk_rounding;
-  Vec by_state{}, by_readouts{};
+  Vec by_state{}, by_outputs{};
   for (int64_t t = 0; t < c.padded; t += 2) {
     SLEEPKERN_EACH_VEC(n) {
       const Vec low = load(w.values + t * PANEL + n * LANES), high = load(w.values + (t + 1) * PANEL + n * LANES);
@@ -87,10 +87,10 @@ SLEEPKERN_STAGE Written pair_values(const Chunk& c, const Workspace& w) {
       by_state += low_square * r.written[t] + high_square * r.written[t + 1];
       if (!c.p.reads) continue;
       store(w.value_pairs + at, interleave(low, high));
-      by_readouts += low_square * r.read_off[t] + high_square * r.read_off[t + 1];
+      by_outputs += low_square * r.read_off[t] + high_square * r.read_off[t + 1];
     }
   }
-  return {sum(by_state), sum(by_readouts)};
+  return {sum(by_state), sum(by_outputs)};
 }
 
 static Rounding before_any(double state) { return {state, 0, ROUNDING_LIMIT * ROUNDING_LIMIT * state, 0, 0}; }
@@ -99,22 +99,22 @@ static Rounding before_any(double state) { return {state, 0, ROUNDING_LIMIT * RO
 static void expect(Workspace& w, int64_t panel, const Written& written, double output, double state) {
   const ChunkRounding& r = w.chunk_rounding;
   Rounding& x = w.rounding[panel];
-  const double turned = r.turns * x.state, off = written.by_readouts;
+  const double transposed = r.turns * x.state, off = written.by_outputs;
   const double error =
-      r.reads * (x.state_error + MEAN_SQUARE_ROUNDING * (x.state + turned)) + 2 * MEAN_SQUARE_ROUNDING * off;
+      r.reads * (x.state_error + MEAN_SQUARE_ROUNDING * (x.state + transposed)) + 2 * MEAN_SQUARE_ROUNDING * off;
   if (std::isfinite(output + error)) {  // a token that is not a number says nothing about those before it
     x.output += output;
     x.output_error += error;
   }
-  const double made = MEAN_SQUARE_ROUNDING * (turned + written.by_state);
+  const double made = MEAN_SQUARE_ROUNDING * (transposed + written.by_state);
   x.state_error = r.keeps * x.state_error + made;
   x.kept_error = r.keeps * x.kept_error + made;
   x.state = state;
   if (rounds_too_much(x.kept_error, x.state)) w.left_out |= uint32_t{1} << panel;
 }
 
-// The same at the end of a sequence, for its readouts.
-static void judge_readouts(Workspace& w) {
+// The same at the end of a sequence, for its outputs.
+static void judge_outputs(Workspace& w) {
   for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
     const Rounding& x = w.rounding[panel];
     if (rounds_too_much(x.output_error, x.output)) w.left_out |= uint32_t{1} << panel;

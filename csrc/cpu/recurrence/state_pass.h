@@ -46,7 +46,7 @@ SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const Ope
       const Vec by = broadcast(w.key_scale[i + r]);
       SLEEPKERN_EACH_VEC(n) t.at[r][n] = load(w.values + (i + r) * PANEL + n * LANES) - t.at[r][n] * by;
     }
-    const float* M = w.couplings + column_at(i, CHUNK);
+    const float* M = w.gram_kk + column_at(i, CHUNK);
     multiply_add<-1>(t, M, w.values, i);
     substitute(t, M + i * PANEL);
     store(t, w.values + i * PANEL);
@@ -54,8 +54,8 @@ SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const Ope
 }
 
 // The first `count` rows of a tile to o, tokens from `token` on.
-SLEEPKERN_INLINE void store_readouts(const Chunk& c, const Tile& t, int64_t token, int64_t count, int64_t first,
-                                     int64_t width) {
+SLEEPKERN_INLINE void store_outputs(const Chunk& c, const Tile& t, int64_t token, int64_t count, int64_t first,
+                                    int64_t width) {
   const Problem& p = c.p;
   const int64_t stride = p.HV * p.V, at = (c.first + token) * stride + c.head * p.V + first;
   if (p.v.type == Type::float32 && width == PANEL) {
@@ -83,7 +83,7 @@ SLEEPKERN_STAGE float read_out(const Chunk& c, const Workspace& w, const Operand
   for (int64_t i = 0; i < c.padded; i += ROWS) {
     Tile t;
     clear(t);
-    multiply_add<1>(t, x.readers + column_at(i, depth), x.state, depth);
+    multiply_add<1>(t, x.q_panels + column_at(i, depth), x.state, depth);
     scale_rows(t, w.read_scale + i);
     const E* scores = x.scores + column_at(i, scores_depth);
     multiply_add<1>(t, scores, x.values, steps<E>(i));
@@ -92,7 +92,7 @@ SLEEPKERN_STAGE float read_out(const Chunk& c, const Workspace& w, const Operand
       SLEEPKERN_EACH_ROW(r)
         SLEEPKERN_EACH_VEC(n) squares += t.at[r][n] * t.at[r][n];
     }
-    store_readouts(c, t, i, min_of(ROWS, c.count - i), first, width);
+    store_outputs(c, t, i, min_of(ROWS, c.count - i), first, width);
   }
   return IS_PAIR<E> ? sum(squares) : 0;
 }
@@ -107,7 +107,7 @@ SLEEPKERN_STAGE float update_state(const Chunk& c, const Workspace& w, const Ope
     load(t, state + d * PANEL);
     // mutant: state-without-decay
     scale_rows(t, w.keep + d);
-    multiply_add<1>(t, x.writers + column_at(d, steps<E>(CHUNK)), x.writes, steps<E>(c.count));
+    multiply_add<1>(t, x.k_tails + column_at(d, steps<E>(CHUNK)), x.writes, steps<E>(c.count));
     ahead.step();
     store(t, state + d * PANEL);
     if constexpr (IS_PAIR<E>) {

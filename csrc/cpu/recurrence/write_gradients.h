@@ -34,12 +34,12 @@ SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const Adjoint&
 
 // One token's dq or dk to the caller: back through the normalisation x = norm * raw, added to what an earlier value
 // head of the same key head left.
-SLEEPKERN_INLINE void write_key_gradient(const Chunk& c, const Workspace& w, const Adjoint& a, const float* turned,
+SLEEPKERN_INLINE void write_key_gradient(const Chunk& c, const Workspace& w, const Adjoint& a, const float* transposed,
                                          const float* x, int64_t stride, float norm, int64_t t, const Gradients& out,
                                          void* to, bool add) {
   Vec along{};
   for (int64_t d = 0; d < w.K_rows; d += LANES) {
-    const Vec dx = load(turned + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL);
+    const Vec dx = load(transposed + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL);
     store(a.row + d, dx);
     if (c.p.normalize) along += dx * load(x + d / PANEL * stride + d % PANEL);
   }
@@ -61,8 +61,8 @@ struct Tokens {
   int64_t token, panel;
 
   explicit Tokens(const Workspace& w)
-      : k(w.since_rows ? w.key_rows : w.keys_turned),
-        q(w.since_rows ? w.reader_rows : w.readers_turned),
+      : k(w.since_rows ? w.key_rows : w.keys_transposed),
+        q(w.since_rows ? w.reader_rows : w.q_panels_transposed),
         token(w.since_rows ? w.row_size : PANEL),
         panel(w.since_rows ? PANEL : CHUNK * PANEL) {}
 };

@@ -31,7 +31,7 @@ static_assert(RANK_LIMIT == REPLAY_BLOCK, "rank form is that of one block");
 struct Factors {
   int64_t rows;    // tokens, rounded up to whole tiles
   float* W;        // [REPLAY_BLOCK / PANEL][K_rows][PANEL]  W^T
-  float* writers;  // [K_panels][REPLAY_BLOCK][PANEL]  Kt
+  float* k_tails;  // [K_panels][REPLAY_BLOCK][PANEL]  Kt
   float* U;        // [V_panels][REPLAY_BLOCK][PANEL]
   float* keep;     // [K_rows] Gam
 };
@@ -41,7 +41,7 @@ struct Window {
   float* factors;              // [blocks][block_size]
   float* W;                    // [K_panels][REPLAY_BLOCK][PANEL]  W of the block in the making
   float* carried;              // [CHUNK / PANEL][CHUNK][PANEL]  X^T
-  float* first_writers;        // [CHUNK / PANEL][K_rows][PANEL]  Kt_1^T
+  float* first_k_tails;        // [CHUNK / PANEL][K_rows][PANEL]  Kt_1^T
   float* values;               // [REPLAY_BLOCK][PANEL]
   float* before;               // a state in panels, for tol
 };
@@ -50,19 +50,19 @@ static Factors factors_of(const Window& x, const Workspace& w, int64_t block, in
   Factors f;
   f.rows = round_up(tokens, ROWS);
   f.W = x.factors + block * x.block_size;
-  f.writers = f.W + REPLAY_BLOCK * w.K_rows;
-  f.U = f.writers + REPLAY_BLOCK * w.K_rows;
+  f.k_tails = f.W + REPLAY_BLOCK * w.K_rows;
+  f.U = f.k_tails + REPLAY_BLOCK * w.K_rows;
   f.keep = f.U + REPLAY_BLOCK * w.V_panels * PANEL;
   return f;
 }
 
-static void lay_out(Window& x, const Workspace& w, int64_t longest, Taker& take) {
+static void lay_out(Window& x, const Workspace& w, int64_t longest, ArenaCursor& take) {
   x.blocks = max_of((longest + REPLAY_BLOCK - 1) / REPLAY_BLOCK, 1);
   x.block_size = REPLAY_BLOCK * (2 * w.K_rows + w.V_panels * PANEL) + w.K_rows;
   x.factors = take(x.blocks * x.block_size);
   x.W = take(REPLAY_BLOCK * w.K_rows);
   x.carried = take(CHUNK * CHUNK);
-  x.first_writers = take(CHUNK * w.K_rows);
+  x.first_k_tails = take(CHUNK * w.K_rows);
   x.values = take(REPLAY_BLOCK * PANEL);
   x.before = take(w.state_size);
 }
@@ -70,7 +70,7 @@ static void lay_out(Window& x, const Workspace& w, int64_t longest, Taker& take)
 // (I + M)^-1 of one panel of rows, in place.
 SLEEPKERN_STAGE void solve(const Chunk& c, const Workspace& w, float* rows) {
   for (int64_t i = 0; i < c.padded; i += ROWS) {
-    const float* M = w.couplings + column_at(i, CHUNK);
+    const float* M = w.gram_kk + column_at(i, CHUNK);
     Tile t;
     load(t, rows + i * PANEL);
     multiply_add<-1>(t, M, rows, i);
@@ -90,10 +90,10 @@ SLEEPKERN_STAGE void make_factors(const Chunk& c, Workspace& w, const Window& x,
     if (c.p.delta) solve(c, w, U);
   }
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    std::memcpy(f.writers + d * REPLAY_BLOCK + at * PANEL, w.writers + d * CHUNK, bytes);
+    std::memcpy(f.k_tails + d * REPLAY_BLOCK + at * PANEL, w.k_tails + d * CHUNK, bytes);
     if (!c.p.delta) continue;
     float* W = x.W + d * REPLAY_BLOCK + at * PANEL;
-    scale_tokens(c, w.keys_turned + d * CHUNK, w.key_scale, W);
+    scale_tokens(c, w.keys_transposed + d * CHUNK, w.key_scale, W);
     solve(c, w, W);
   }
 }
@@ -118,24 +118,24 @@ SLEEPKERN_STAGE void merge(const Chunk& c, const Workspace& w, const Window& x, 
         SLEEPKERN_EACH_VEC(n) store(x.W + d * REPLAY_BLOCK + (CHUNK + t) * PANEL + n * LANES, Vec{});
       }
     }
-    turn(f.writers, REPLAY_BLOCK, CHUNK, w.K_rows, x.first_writers, w.K_rows);
+    turn(f.k_tails, REPLAY_BLOCK, CHUNK, w.K_rows, x.first_k_tails, w.K_rows);
     turn(x.W + CHUNK * PANEL, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);  // f.W is free until the block is done
     for (int64_t i = 0; i < end; i += PANEL) {
       for (int64_t j = 0; j < CHUNK; j += ROWS) {
         Tile t;
         clear(t);
-        multiply_add<1>(t, x.first_writers + column_at(j, w.K_rows), f.W + i * w.K_rows, w.K);
+        multiply_add<1>(t, x.first_k_tails + column_at(j, w.K_rows), f.W + i * w.K_rows, w.K);
         store(t, x.carried + i * CHUNK + j * PANEL);
       }
     }
     for (int64_t panel = 0; panel < w.V_panels; ++panel) take_in(c, x, f.U + panel * REPLAY_BLOCK * PANEL);
   }
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    float *W = x.W + d * REPLAY_BLOCK, *writers = f.writers + d * REPLAY_BLOCK;
+    float *W = x.W + d * REPLAY_BLOCK, *k_tails = f.k_tails + d * REPLAY_BLOCK;
     SLEEPKERN_EACH_VEC(n) {
       const Vec first = load(f.keep + d + n * LANES), second = load(w.keep + d + n * LANES);
       for (int64_t t = 0; t < CHUNK; ++t) {
-        float* row = writers + t * PANEL + n * LANES;
+        float* row = k_tails + t * PANEL + n * LANES;
         store(row, load(row) * second);
       }
       for (int64_t t = CHUNK; c.p.delta && t < CHUNK + c.padded; ++t) {

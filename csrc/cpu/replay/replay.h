@@ -18,7 +18,7 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 // The first block of a head, and its states.
-static void foresee(const Problem& p, int64_t unit, Ahead& ahead) {
+static void plan_prefetch(const Problem& p, int64_t unit, Ahead& ahead) {
   const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
   ahead.add_inputs(Chunk(p, first, min_of(tokens, REPLAY_BLOCK), unit % p.HV));
   if (p.state) ahead.add_state(p, p.state, unit);
@@ -42,7 +42,7 @@ void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end)
     const bool in_rows = r.rank && tokens > 0;
     const int64_t blocks = (tokens + REPLAY_BLOCK - 1) / REPLAY_BLOCK;
     Ahead ahead(state_tiles(w) * (in_rows ? 1 : min_of(r.passes, PASSES_AHEAD) * blocks));
-    if (unit + 1 < end) foresee(p, unit + 1, ahead);
+    if (unit + 1 < end) plan_prefetch(p, unit + 1, ahead);
     bool by_passes = !in_rows;
     if (in_rows) {
       const double before = p.state ? distance(w.state, nullptr, w.state_size) : 0;

@@ -38,15 +38,15 @@ constexpr int64_t UNBALANCED_PASSES = 4;  // up to so many lose less than the fa
 
 // Square matrices over the block's rows, [REPLAY_BLOCK / PANEL][REPLAY_BLOCK][PANEL], and rows of one value panel.
 struct Rank {
-  float* Z;  // turned (row j, column i), as left operands are
-  float *R, *R_turned;
-  float *Z_stride, *Z_doubled;    // Z_m, turned and not
-  float *G, *C;                   // not turned, while they are made
-  float *G_turned, *C_turned;     // as left operands
-  float *held, *next;             // [REPLAY_BLOCK][PANEL]  H, the next Y
-  float *values, *stride_values;  // Y; G U
-  float* stride_held;             // C H
-  float* keep;                    // [K_rows]  gamma^N
+  float* Z;  // transposed (row j, column i), as left operands are
+  float *R, *R_transposed;
+  float *Z_stride, *Z_doubled;         // Z_m, transposed and not
+  float *G, *C;                        // not transposed, while they are made
+  float *G_transposed, *C_transposed;  // as left operands
+  float *held, *next;                  // [REPLAY_BLOCK][PANEL]  H, the next Y
+  float *values, *stride_values;       // Y; G U
+  float* stride_held;                  // C H
+  float* keep;                         // [K_rows]  gamma^N
 };
 
 // What a step needs; a step is one pass, or as many as a stride has.
@@ -55,8 +55,9 @@ struct RankStep {
   const float *Z, *U, *H;
 };
 
-static void lay_out(Rank& x, const Workspace& w, Taker& take) {
-  for (float** square : {&x.Z, &x.R, &x.R_turned, &x.Z_stride, &x.Z_doubled, &x.G, &x.C, &x.G_turned, &x.C_turned}) {
+static void lay_out(Rank& x, const Workspace& w, ArenaCursor& take) {
+  for (float** square :
+       {&x.Z, &x.R, &x.R_transposed, &x.Z_stride, &x.Z_doubled, &x.G, &x.C, &x.G_transposed, &x.C_transposed}) {
     *square = take(REPLAY_BLOCK * REPLAY_BLOCK);
   }
   for (float** rows : {&x.held, &x.next, &x.values, &x.stride_values, &x.stride_held}) {
@@ -79,7 +80,7 @@ static int64_t cheapest_stride(int64_t passes, int64_t rows, int64_t columns) {
   return best;
 }
 
-// out = by X - Z X for one panel X of columns; Z turned.
+// out = by X - Z X for one panel X of columns; Z transposed.
 SLEEPKERN_STAGE void advance(const Factors& f, const float* Z, float by, const float* X, float* out) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
@@ -149,7 +150,7 @@ SLEEPKERN_STAGE void multiply_by_factor(const Factors& f, const Rank& x, float* 
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
     clear(t);
-    multiply_add<1>(t, x.R_turned + column_at(i, REPLAY_BLOCK) + i * PANEL, rows + i * PANEL, f.rows - i);
+    multiply_add<1>(t, x.R_transposed + column_at(i, REPLAY_BLOCK) + i * PANEL, rows + i * PANEL, f.rows - i);
     store(t, rows + i * PANEL);
   }
 }
@@ -174,10 +175,10 @@ SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Ran
   const int64_t end = round_up(tokens, PANEL), rows = round_up(f.rows, LANES);
   alignas(64) float inverse_diagonal[REPLAY_BLOCK] = {};
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    float* writers = f.writers + d * REPLAY_BLOCK;
-    for (int64_t at = f.rows * PANEL; at < end * PANEL; at += LANES) store(writers + at, Vec{});
+    float* k_tails = f.k_tails + d * REPLAY_BLOCK;
+    for (int64_t at = f.rows * PANEL; at < end * PANEL; at += LANES) store(k_tails + at, Vec{});
   }
-  turn(f.writers, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);  // W is made anew below
+  turn(f.k_tails, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);  // W is made anew below
   upper_gram<1>(f.W, f.W, w.K_rows, tokens, REPLAY_BLOCK, x.R, [](Vec g, int64_t, int64_t) { return g; });
   float largest = 0;
   for (int64_t i = 0; i < tokens; ++i) largest = std::fmax(largest, x.R[column_at(i, REPLAY_BLOCK) + i * PANEL]);
@@ -186,20 +187,20 @@ SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Ran
     diagonal = i < tokens ? diagonal + LITTLE * largest : 1.0f;
   }
   factor(f, x, inverse_diagonal);
-  turn(x.R, REPLAY_BLOCK, rows, end, x.R_turned, REPLAY_BLOCK);
+  turn(x.R, REPLAY_BLOCK, rows, end, x.R_transposed, REPLAY_BLOCK);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) multiply_by_factor(f, x, f.U + panel * REPLAY_BLOCK * PANEL);
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
     multiply_by_factor(f, x, window.W + d * REPLAY_BLOCK);
-    divide_by_factor(f, x, inverse_diagonal, f.writers + d * REPLAY_BLOCK);
+    divide_by_factor(f, x, inverse_diagonal, f.k_tails + d * REPLAY_BLOCK);
   }
   turn(window.W, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);
 }
 
-// Z of the block, turned; rows up to a whole vector are zero.
+// Z of the block, transposed; rows up to a whole vector are zero.
 SLEEPKERN_STAGE void prepare_rank(const Workspace& w, const Window& window, const Rank& x, const Factors& f,
                                   int64_t tokens) {
   const int64_t end = round_up(tokens, PANEL);
-  turn(f.writers, REPLAY_BLOCK, round_up(tokens, LANES), w.K_rows, window.W, w.K_rows);
+  turn(f.k_tails, REPLAY_BLOCK, round_up(tokens, LANES), w.K_rows, window.W, w.K_rows);
   for (int64_t i = 0; i < end; i += PANEL) {
     float* Z = x.Z + i * REPLAY_BLOCK;
     for (int64_t j = 0; j < f.rows; j += ROWS) {
@@ -246,8 +247,8 @@ SLEEPKERN_STAGE void prepare_stride(const Rank& x, const Factors& f, int64_t str
     replace(x.G, Z, 1 + gamma);
     replace(x.C, Z, 2 * gamma);
   }
-  turn(x.G, REPLAY_BLOCK, rows, end, x.G_turned, REPLAY_BLOCK);
-  turn(x.C, REPLAY_BLOCK, rows, end, x.C_turned, REPLAY_BLOCK);
+  turn(x.G, REPLAY_BLOCK, rows, end, x.G_transposed, REPLAY_BLOCK);
+  turn(x.C, REPLAY_BLOCK, rows, end, x.C_transposed, REPLAY_BLOCK);
 }
 
 // next = gamma Y + U + reach H - Z Y; `first` where Y is zero.
@@ -297,8 +298,8 @@ SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factor
   };
   const RankStep one{f.keep[0], x.Z, U, x.held};
   if (stride > 1) {
-    multiply_rows(f, x.G_turned, U, x.stride_values);
-    multiply_rows(f, x.C_turned, x.held, x.stride_held);
+    multiply_rows(f, x.G_transposed, U, x.stride_values);
+    multiply_rows(f, x.C_transposed, x.held, x.stride_held);
     float gamma = one.gamma;
     for (int64_t n = 1; n < stride; n *= 2) gamma *= gamma;
     make({gamma, x.Z_stride, x.stride_values, x.stride_held}, stride);

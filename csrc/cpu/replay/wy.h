@@ -34,7 +34,7 @@ SLEEPKERN_STAGE void write_state(const Workspace& w, const Factors& f, const flo
     Tile t;
     load(t, state + d * PANEL);
     scale_rows(t, keep + d);
-    multiply_add<1>(t, f.writers + column_at(d, REPLAY_BLOCK), values, f.rows);
+    multiply_add<1>(t, f.k_tails + column_at(d, REPLAY_BLOCK), values, f.rows);
     ahead.step();
     store(t, state + d * PANEL);
   }
@@ -55,7 +55,7 @@ static double distance(const float* a, const float* b, int64_t n) {
 
 // Whether a head may stop: what is left to its fixed point, by the ratio of its last two steps, see
 // backends/replay/methods.py.
-struct Settling {
+struct ConvergenceTest {
   double previous = 0, residual = INFINITY;
 
   bool settled(double step, double size, double tol) {
@@ -71,7 +71,7 @@ struct Settling {
 // `r.passes` passes, or fewer with tol.
 SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& r, int64_t unit, int64_t tokens,
                                    bool delta, Ahead& ahead) {
-  Settling settling;
+  ConvergenceTest converging;
   int64_t made = 0;
   for (bool done = false; made < r.passes && !done && !stops(r.interrupt); ++made) {
     if (r.tol > 0) std::memcpy(x.before, w.state, w.state_size * sizeof(float));
@@ -87,12 +87,12 @@ SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& 
     if (r.tol <= 0) continue;
     const double step = distance(w.state, x.before, w.state_size);
     if (made == 0) {
-      settling.previous = step;
+      converging.previous = step;
     } else {
-      done = settling.settled(step, distance(w.state, nullptr, w.state_size), r.tol);
+      done = converging.settled(step, distance(w.state, nullptr, w.state_size), r.tol);
     }
   }
-  if (r.residual) r.residual[unit] = static_cast<float>(settling.residual);
+  if (r.residual) r.residual[unit] = static_cast<float>(converging.residual);
   if (r.passes_done) r.passes_done[unit] = static_cast<int32_t>(made);
   if (r.before) store_state(w, x.before, unit, r.before);
 }

@@ -12,7 +12,7 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 // Hands out arrays of a block of memory, each on its own cache line. Without memory it only counts.
-struct Taker {
+struct ArenaCursor {
   float* memory;
   int64_t used = 0;
 
@@ -33,8 +33,8 @@ static float* allocate(int64_t floats) {
   return static_cast<float*>(memory);
 }
 
-// The thread's own T, laid out by lay_out(T&, args..., Taker&); the memory grows to the largest problem seen and stays
-// for the next call.
+// The thread's own T, laid out by lay_out(T&, args..., ArenaCursor&); the memory grows to the largest problem seen and
+// stays for the next call.
 template <class T, class... Args>
 static T& thread_local_arrays(const Args&... args) {
   struct Owner {
@@ -44,7 +44,7 @@ static T& thread_local_arrays(const Args&... args) {
     ~Owner() { std::free(memory); }
   };
   static thread_local Owner owner;
-  Taker count{nullptr};
+  ArenaCursor count{nullptr};
   lay_out(owner.arrays, args..., count);
   if (count.used > owner.capacity) {
     std::free(owner.memory);
@@ -53,7 +53,7 @@ static T& thread_local_arrays(const Args&... args) {
     owner.memory = allocate(count.used);
     owner.capacity = count.used;
   }
-  Taker take{owner.memory};
+  ArenaCursor take{owner.memory};
   lay_out(owner.arrays, args..., take);
   return owner.arrays;
 }

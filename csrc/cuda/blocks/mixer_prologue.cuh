@@ -171,7 +171,7 @@ SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, co
   const int groups = l.VP / 16, tasks = p.windows * l.value_heads * groups;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
     const Divided of = divided(task, groups), window = divided(of.quotient, l.value_heads);
-    walk_over<KEYS>(c, l, p, m, pass, window.quotient, window.rest, 16 * of.rest);
+    state_pass_over<KEYS>(c, l, p, m, pass, window.quotient, window.rest, 16 * of.rest);
   }
   block_barrier();
   gated_norm(c, l, p, m);

@@ -198,8 +198,8 @@ struct StateTile {
 
 // 16 value columns from v0 on of value head `head` over window w.
 template <int KEYS>
-SLEEPKERN_DEVICE void walk_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass,
-                                int w, int head, int v0) {
+SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m,
+                                      int pass, int w, int head, int v0) {
   const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
   const int q_at = l.key_head(head) * l.KP, k_at = l.heads * l.KP + q_at;
   const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;

@@ -51,13 +51,13 @@ struct Stream {
     next = slot = parity = 0;
     ring = rings + warp * c.ring * STAGE;
     arrivals = all + warp * c.ring;
-    foresee(-AHEAD, AHEAD + c.ring);
+    plan_prefetch(-AHEAD, AHEAD + c.ring);
     for (int s = 0; s < c.ring; ++s) ask(s);
   }
 
   // Into L2 what comes AHEAD stages after the next `stages`; but for what begins a pass.
-  SLEEPKERN_DEVICE void foresee(int stages) const { foresee(next, stages); }
-  SLEEPKERN_DEVICE void foresee(int place, int stages) const {
+  SLEEPKERN_DEVICE void plan_prefetch(int stages) const { plan_prefetch(next, stages); }
+  SLEEPKERN_DEVICE void plan_prefetch(int place, int stages) const {
     const int first = place + AHEAD, most = count - first;
     // mutant: prefetch-beyond-the-last-weights
     warp_prefetch(from + static_cast<int64_t>(first) * STAGE, (stages < most ? stages : most) * STAGE);
@@ -108,7 +108,7 @@ SLEEPKERN_DEVICE void multiply_step(Products<TILES>& acc, const uint4* left, con
 template <int TILES>
 SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int steps, bool two, Products<TILES>& one,
                                       Products<TILES>& other, int first = 0, int stride = 1) {
-  weights.foresee(two ? steps : (steps + 1) / 2);  // or fewer, where others have some of the steps
+  weights.plan_prefetch(two ? steps : (steps + 1) / 2);  // or fewer, where others have some of the steps
   left += lane_of_warp();
 #pragma unroll
   for (int m = 0; m < TILES; ++m) {

@@ -48,7 +48,7 @@ template <Mode MODE, int KP, bool CHANNEL>
 struct ChunkMemory {
   Arena arena;
   Number<MODE>*keys, *W;
-  float *gamma, *sums;  // decay of the chunk; room for settles
+  float *gamma, *sums;  // decay of the chunk; room for converged
   Workspace<MODE, KP, CHANNEL> scratch;
   Number<MODE>* P;
 

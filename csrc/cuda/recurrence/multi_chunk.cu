@@ -29,13 +29,14 @@ void prepare(const Call& call, void* stream) {
 void replay(const Call& call, void* stream) {
   const Grid grid{call.p.sequences * call.p.HV * call.value_blocks, 1};
   const int K = static_cast<int>(call.p.K);
-  const auto walk = [&](const Call& c) {
+  const auto state_pass = [&](const Call& c) {
     const int64_t shared = replay_memory(c.mode, K, c.p.reads, c.block, c.slots);
     with_kernel(c.mode, K, [&](auto m, auto width) {
-      run("walk", walk_kernel<decltype(m)::value, decltype(width)::value>, grid, THREADS, shared, c, stream);
+      run("state_pass", state_pass_kernel<decltype(m)::value, decltype(width)::value>, grid, THREADS, shared, c,
+          stream);
     });
   };
-  if (!call.affine) return walk(call);
+  if (!call.affine) return state_pass(call);
   if (call.passes > (call.p.reads && !call.stops() ? 1 : 0)) {
     const int64_t shared = replay_memory(call.mode, K, false, call.block, call.slots);
     with_kernel(call.mode, K, [&](auto m, auto width) {
@@ -47,7 +48,7 @@ void replay(const Call& call, void* stream) {
   last.passes = 1;
   last.residual = nullptr;
   if (call.passes > 1 || call.stops()) last.p.state = call.before;
-  walk(last);
+  state_pass(last);
 }
 
 }  // namespace sleepkern::cuda

@@ -2,12 +2,14 @@
 // makes the passes, with the factors in shared memory.
 //
 //   prepare:       blockIdx.x = slot of a chunk, blockIdx.y = head
-//   walk, affine:  blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of it
+//   state_pass, affine:  blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of
+//   it
 //
-// walk    A window of at most `slots` chunks is loaded once and stays for all passes; the chunks of a longer one stream
+// state_pass    A window of at most `slots` chunks is loaded once and stays for all passes; the chunks of a longer one
+// stream
 //         through the slots in every pass.
 // affine  One pass makes S_1 and, from the identity and values 0, the columns of A, 16 a warp. Then d = S_1 - S_0,
-//         d <- A d, S <- S + d, with A [K][K] in the place of the first slot. Readouts take a launch of walk.
+//         d <- A d, S <- S + d, with A [K][K] in the place of the first slot. Readouts take a launch of state_pass.
 //
 // Shared memory, a slot: -W and Kt (16 K each at K = 128 in bf16), the decay, U (4 K every 16 columns); Qe and P of one
 // chunk where something is read. Registers: S^T KP / 2, Vn^T 32, and A or d another KP / 2.
@@ -236,7 +238,7 @@ SLEEPKERN_DEVICE ReplayMemory<MODE, KP> replay_memory(const Call& c, bool reads)
 // All passes by wy.
 template <Mode MODE, int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
-walk_kernel(const Call c) {
+state_pass_kernel(const Call c) {
   const Problem& p = c.p;
   const Lane lane(c);
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), warp = threadIdx.x >> 5;
@@ -273,7 +275,7 @@ walk_kernel(const Call c) {
     if (read) break;
     if (stops) {
       const float step = square_step<KP>(S, final, K, V, lane.seen);
-      if (settles(c, lane.index, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
+      if (converged(c, lane.index, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
         if (!p.reads) break;
         last = made;  // it is made again: from the state before it, not counted twice
       }
@@ -284,8 +286,8 @@ walk_kernel(const Call c) {
   if (lane.active) store_state<KP>(S, final, K, V, lane.column);
 }
 
-// All passes by affine, but not their readouts: where there are any, walk_kernel makes the last pass, from the state
-// before it, which this one leaves in call.before.
+// All passes by affine, but not their outputs: where there are any, state_pass_kernel makes the last pass, from the
+// state before it, which this one leaves in call.before.
 template <Mode MODE, int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
 affine_kernel(const Call c) {
@@ -343,7 +345,7 @@ affine_kernel(const Call c) {
   int made = 1;
 #pragma unroll 1
   for (;; ++made) {
-    if (stops && settles(c, lane.index, m.sums, made, square_sum<KP>(d), square_sum<KP>(S))) break;
+    if (stops && converged(c, lane.index, m.sums, made, square_sum<KP>(d), square_sum<KP>(S))) break;
     if (made == passes) break;
     if (PARKED) store_state<KP>(S, final, K, V, lane.seen);
     if (lane.active) transform<MODE, KP>(d, A);
@@ -354,7 +356,7 @@ affine_kernel(const Call c) {
       for (int i = 0; i < 4; ++i) S[n][i] += d[n][i];
     }
   }
-  const float back = stops && p.reads ? 1.0f : 0.0f;  // the last pass is made again, with its readouts
+  const float back = stops && p.reads ? 1.0f : 0.0f;  // the last pass is made again, with its outputs
 #pragma unroll
   for (int n = 0; n < KP / 8; ++n) {
 #pragma unroll

@@ -31,7 +31,7 @@ struct Call {
   float* residual;  // [sequences, HV], nullptr without tol
   int32_t* made;    // [sequences, HV] passes made, with tol
   bool affine, rank;
-  float* before;     // [sequences, HV, K, V] with affine and readouts: the state before the last pass
+  float* before;     // [sequences, HV, K, V] with affine and outputs: the state before the last pass
   int block;         // value columns of a block, a multiple of 16
   int value_blocks;  // blocks across V
   int slots;         // chunks that shared memory holds

@@ -161,7 +161,7 @@ window_kernel(const Call c) {
     if (read) break;
     if (stops) {
       const float step = square_step<KP>(S, state(p.final_state), K, V, column);
-      if (settles(c, lane, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
+      if (converged(c, lane, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
         if (!p.reads) break;
         last = made;  // it is made again: from the state before it, not counted twice
       }

@@ -182,7 +182,7 @@ SLEEPKERN_DEVICE float square_sum(const State<KP>& S) {
 // Whether a head may stop after pass number `made`, whose step and state have these sums of squares (0 from warps
 // without columns): |d| r / (1 - r) <= tol |S|, r = |d| / |d before|. All threads of the block come to the same answer.
 // sums has room for two numbers a warp and, so that no register holds it through a pass, for two of |d|, in turns.
-SLEEPKERN_DEVICE bool settles(const Call& c, int64_t lane, float* sums, int made, float step, float state) {
+SLEEPKERN_DEVICE bool converged(const Call& c, int64_t lane, float* sums, int made, float step, float state) {
   for (int mask = 16; mask > 0; mask /= 2) {
     step += shuffle_xor(step, mask);
     state += shuffle_xor(state, mask);

@@ -28,7 +28,7 @@ SLEEPKERN_BOTH int64_t slots_of(const Problem& p) {
 
 SLEEPKERN_BOTH int groups_of(const Problem& p) { return static_cast<int>((p.V + 15) / 16); }
 
-constexpr int SUMS = 2 * WARPS + 2;  // numbers that settles (state_pass.cuh) keeps in shared memory
+constexpr int SUMS = 2 * WARPS + 2;  // numbers that converged (state_pass.cuh) keeps in shared memory
 constexpr float NORM_EPS = 1e-6f;    // q, k normalisation: x / sqrt(|x|^2 + eps)
 
 SLEEPKERN_DEVICE float load_one(const void* data, Type type, int64_t i) {

@@ -1,13 +1,14 @@
 // The passes of a replay as powers of its transition, forward and backward: S_(n+1) = A S_n + B, both in one launch.
 //
 //   powers   d = S_1 - S_0; S_(n+1) = S_n + d; d <- A d        keeps S_0 ... S_(N-1), K V numbers each
-//   adjoint  dB += lam; dA += lam S_n^T; lam <- A^T lam        for n = N-2 ... 0, from lam = gradient of S_(N-1)
+//   adjoint  dB += dstate; dA += dstate S_n^T; dstate <- A^T dstate        for n = N-2 ... 0, from dstate = gradient of
+//   S_(N-1)
 //
 //   blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of it
 //
-// A is in shared memory for all passes (64 K at K = 128). Powers: S and d in registers, KP / 2 each. Adjoint: lam in
-// registers, and 16 rows of dA a warp, which sum over value columns and so pass through shared memory: lam and S_n, 64
-// columns at a time (32 K each). Value blocks give dA in parts; the parts are added outside, in order.
+// A is in shared memory for all passes (64 K at K = 128). Powers: S and d in registers, KP / 2 each. Adjoint: dstate in
+// registers, and 16 rows of dA a warp, which sum over value columns and so pass through shared memory: dstate and S_n,
+// 64 columns at a time (32 K each). Value blocks give dA in parts; the parts are added outside, in order.
 #pragma once
 
 #include "cuda/arch/mma_tiles.h"
@@ -86,8 +87,8 @@ adjoint_kernel(const Chain c) {
   // mutant: transition-not-transposed
   load_square<KP>(A, c.A + head * c.K * c.K, c.K, true);
   float* dB = c.dB + head * size;
-  State<KP> lam, dA;
-  load_state<KP>(lam, c.last + head * size, c.K, c.V, active ? column : c.V);
+  State<KP> dstate, dA;
+  load_state<KP>(dstate, c.last + head * size, c.K, c.V, active ? column : c.V);
   clear(dA);
   bool first_pass = true;
 #pragma unroll 1
@@ -100,7 +101,7 @@ adjoint_kernel(const Chain c) {
 #pragma unroll
         for (int t = 0; t < KP / 8; ++t) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) put<FULL>(L, COLUMNS, column_of(t, i), v0 + row_of(i), lam[t][i]);
+          for (int i = 0; i < 4; ++i) put<FULL>(L, COLUMNS, column_of(t, i), v0 + row_of(i), dstate[t][i]);
         }
       }
       for (int e = threadIdx.x; e < KP * COLUMNS; e += THREADS) {
@@ -116,12 +117,13 @@ adjoint_kernel(const Chain c) {
         for (int step = 0; step < COLUMNS / STEP<FULL>; ++step) multiply<FULL>(dA, left.load(warp, step), right, step);
       }
       if (active && v0 >= 0 && v0 < COLUMNS) {
-        add_state<KP>(lam, dB, first_pass, c.K, c.V, column);
+        add_state<KP>(dstate, dB, first_pass, c.K, c.V, column);
         const TransposedReader<FULL, COLUMNS, false> left(L);
         const RightReader<FULL, KP> right(A);
-        clear(lam);
+        clear(dstate);
 #pragma unroll 1
-        for (int step = 0; step < KP / STEP<FULL>; ++step) multiply<FULL>(lam, left.load(v0 / 16, step), right, step);
+        for (int step = 0; step < KP / STEP<FULL>; ++step)
+          multiply<FULL>(dstate, left.load(v0 / 16, step), right, step);
       }
     }
     first_pass = false;
@@ -131,7 +133,7 @@ adjoint_kernel(const Chain c) {
     clear(zero);
     store_state<KP>(zero, dB, c.K, c.V, column);
   }
-  if (active) store_state<KP>(lam, c.dstart + head * size, c.K, c.V, column);
+  if (active) store_state<KP>(dstate, c.dstart + head * size, c.K, c.V, column);
   float* out = c.dA + (part * c.heads + head) * c.K * c.K;
 #pragma unroll
   for (int t = 0; t < KP / 8; ++t) {

@@ -78,7 +78,7 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
 
 
 def _replay(problem: Problem, x: Tensors, method: str) -> RecurrenceResult:
-    """Passes over factors that are made once; readouts by an ordinary pass from the state before the last."""
+    """Passes over factors that are made once; outputs by an ordinary pass from the state before the last."""
     size = (problem.sequences, problem.HV, problem.K, problem.V)
     final = x.k.new_empty(size, dtype=torch.float32)
     state = None if x.state is None else x.state.contiguous()

@@ -1,9 +1,9 @@
 """Gradients through N passes over the same window, from one backward over the window each or from two in all.
 
-Pass N, with the readouts, is an ordinary backward from S_(N-1); it leaves lam, the gradient of S_(N-1). The passes
+Pass N, with the outputs, is an ordinary backward from S_(N-1); it leaves dstate, the gradient of S_(N-1). The passes
 before it see only the state, S_(n+1) = A S_n + B, and are gone through
 
-    walk     by a backward of the window from each S_n: lam_n comes out as the gradient of the state
+    state_pass     by a backward of the window from each S_n: lam_n comes out as the gradient of the state
     affine   by dA = sum lam_(n+1) S_n^T, dB = sum lam_(n+1), lam_n = A^T lam_(n+1), and then two backwards of the
              window: from the identity with values 0 (whose final state is A) and from 0 (whose final state is B)
     closed   by the derivative of the closed form, and the backward from 0
@@ -28,7 +28,7 @@ Gradients = list[Tensor | None]
 OnePass = Callable[[Problem, Tensors, Tensor | None], Tensor]
 """(problem, tensors, state or None for 0) -> next state"""
 OneBackward = Callable[[Problem, Tensors, Tensor | None, Tensor | None, Tensor | None], Gradients]
-"""(problem, tensors, state, gradient of the readouts or None, of the final state or None) -> gradients of one pass"""
+"""(problem, tensors, state, gradient of the outputs or None, of the final state or None) -> gradients of one pass"""
 
 
 class Chain(NamedTuple):
@@ -53,14 +53,14 @@ def powers(A: Tensor, start: Tensor, after: Tensor, passes: int) -> Tensor:
 
 def adjoint(A: Tensor, states: Tensor, last: Tensor, made: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """lam_n = A^T lam_(n+1), dA = sum lam_(n+1) S_n^T, dB = sum lam_(n+1); a head takes part in the passes it made."""
-    lam, dA, dB = last, torch.zeros_like(A), torch.zeros_like(last)
+    dstate, dA, dB = last, torch.zeros_like(A), torch.zeros_like(last)
     for n in range(states.shape[0] - 2, -1, -1):
-        seen = lam if made is None else lam * active(made, n)
+        seen = dstate if made is None else dstate * active(made, n)
         dA += seen @ states[n].transpose(-1, -2)
         dB += seen
         back = A.transpose(-1, -2) @ seen
-        lam = back if made is None else torch.where(active(made, n) > 0, back, lam)
-    return dA, dB, lam
+        dstate = back if made is None else torch.where(active(made, n) > 0, back, dstate)
+    return dA, dB, dstate
 
 
 def active(made: Tensor, n: int) -> Tensor:
@@ -124,10 +124,12 @@ class _Replay:
         if A is not None:
             return self._affine(A, states, grads)
         for n in range(self.problem.passes - 2, -1, -1):
-            lam = grads[5]
-            assert lam is not None
+            dstate = grads[5]
+            assert dstate is not None
             taking = None if self.made is None else active(self.made, n)
-            before = self.one_backward(self.problem, self.x, states[n], None, lam if taking is None else lam * taking)
+            before = self.one_backward(
+                self.problem, self.x, states[n], None, dstate if taking is None else dstate * taking
+            )
             grads = _add(grads, before, taking)
         return grads
 
@@ -170,9 +172,9 @@ class _Replay:
         return torch.stack(states)
 
     def _affine(self, A: Tensor, states: Tensor, grads: Gradients) -> Gradients:
-        lam = grads[5]
-        assert lam is not None
-        dA, dB, dstart = self.chain.adjoint(A, states, lam, self.made)
+        dstate = grads[5]
+        assert dstate is not None
+        dA, dB, dstart = self.chain.adjoint(A, states, dstate, self.made)
         problem, x, identity = self._identity()
         through_A = self.one_backward(problem, x, identity, None, dA)
         through_A[2] = None  # of the zero values

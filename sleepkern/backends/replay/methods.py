@@ -17,7 +17,7 @@ from ... import transforms
 from ...problems.recurrence import Problem, RecurrenceResult, Tensors
 
 OnePass = Callable[[Tensor, bool], tuple[Tensor | None, Tensor]]
-"""(state, want readouts) -> (readouts or None, next state)"""
+"""(state, want outputs) -> (outputs or None, next state)"""
 
 
 def repeat(one_pass: OnePass, state: Tensor, passes: int, tol: float | None, output: bool) -> RecurrenceResult:

@@ -21,12 +21,12 @@ def orders(count: int, length: int, randomness: torch.Generator) -> Tensor:
 
 
 def rotated(cycles: Tensor) -> Tensor:
-    """Cycles [n,m] of non-negative numbers, -1 behind the shorter ones, turned so that the smallest comes first."""
+    """Cycles [n,m] of non-negative numbers, -1 behind the shorter ones, transposed so that the smallest comes first."""
     lengths = (cycles >= 0).sum(1, keepdim=True)
     smallest = cycles.where(cycles >= 0, cycles.max() + 1).argmin(1, keepdim=True)
     places = torch.arange(cycles.shape[1]).expand_as(cycles)
-    turned = cycles.gather(1, (places + smallest) % lengths)
-    return turned.where(places < lengths, -1)
+    transposed = cycles.gather(1, (places + smallest) % lengths)
+    return transposed.where(places < lengths, -1)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def restore_isa() -> Iterator[None]:
 
 
 def gradients(rule: Rule, x: dict[str, Any]) -> Results:
-    """Of one pass, under the sine of readouts and final state."""
+    """Of one pass, under the sine of outputs and final state."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if t is not None and t.is_floating_point()}
     o, S = call(rule, {**x, **leaves}, "cpu")
     assert S is not None
@@ -99,7 +99,7 @@ def test_two_threads_give_the_same_bits(rule: Rule) -> None:
 
 
 def test_gradients_do_not_depend_on_the_call_before(rule: Rule) -> None:
-    """State alone after readouts: what the pairs of tokens left in the thread's arrays is none of its own."""
+    """State alone after outputs: what the pairs of tokens left in the thread's arrays is none of its own."""
     x = make_inputs(rule, Shape(T=40, H=1, HV=1, K=16, V=16), seed=6)
     results: list[list[Tensor]] = []
     for scale in (1.0, 100.0):
@@ -273,7 +273,7 @@ for method in ("wy", "rank", "affine"):
     state = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend="cpu", method=method).final_state
     wrong += [method] if not relative_error(state, expected) < 2e-5 else []
 x = make_inputs(rule, Shape(T=60, H=1, HV=1, K=32, V=128), seed=5, decay="slow") | {"initial_state": None}
-del x["q"]  # no readouts: 24 passes are whole strides, no single one forgets what those got wrong
+del x["q"]  # no outputs: 24 passes are whole strides, no single one forgets what those got wrong
 one, two = (sleepkern.sleep_ingest(**x, passes=24, rule=rule, backend="cpu", method=m) for m in ("rank", "affine"))
 wrong += ["strides"] if not relative_error(one.final_state, two.final_state) < 2e-5 else []
 u, weight = torch.randn(1, 9, 8, requires_grad=True), torch.randn(8, 4)

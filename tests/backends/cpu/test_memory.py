@@ -78,6 +78,6 @@ def test_a_long_backward_does_not_store_its_states(rule: Rule) -> None:
 def test_a_backward_through_passes_does_not_store_their_activations(rule: Rule) -> None:
     """8 passes. Measured: 23 MB with head decay and 29 MB with channel decay, at 32 passes 24 and 30 MB.
 
-    One pass's states before its chunks take 8 MB, and so do q, k, v and readouts: kept for every pass, 64 MB each.
+    One pass's states before its chunks take 8 MB, and so do q, k, v and outputs: kept for every pass, 64 MB each.
     """
     assert extra(rule, 4096, 8) < 40 * MB

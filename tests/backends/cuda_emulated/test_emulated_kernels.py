@@ -82,10 +82,10 @@ def test_replay_of_narrow_types(on, shape: str, rule, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("readouts", [True, False])
+@pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("method", ["wy", "affine", "rank"])
 @pytest.mark.parametrize("passes", [1, 2, 7])
-def test_methods(on, method: str, passes: int, readouts: bool, dtype: torch.dtype) -> None:
+def test_methods(on, method: str, passes: int, outputs: bool, dtype: torch.dtype) -> None:
     """tol so small that no head stops makes even one pass a replay."""
     shape = Shape(T=40 if method == "rank" else 150, H=1, HV=2, K=48, V=40)
     tol = 1e-30 if passes == 1 and method != "rank" else None
@@ -93,7 +93,7 @@ def test_methods(on, method: str, passes: int, readouts: bool, dtype: torch.dtyp
         pytest.skip("one pass by rank is not a replay")
     with on():
         found = errors(
-            GATED_DELTA_RULE, shape, dtype, passes=passes, method=method, tol=tol, readouts=readouts, backend="cuda"
+            GATED_DELTA_RULE, shape, dtype, passes=passes, method=method, tol=tol, outputs=outputs, backend="cuda"
         )
     assert max(found.values()) <= TOLERANCE[dtype], found
 
@@ -103,7 +103,7 @@ def test_methods(on, method: str, passes: int, readouts: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("T", [60, 100])
 def test_decays(on, rule, decay, T: int) -> None:
     with on():
-        found = errors(rule, Shape(T=T, **ONE, K=32, V=32), decay=decay, passes=3, readouts=True, backend="cuda")
+        found = errors(rule, Shape(T=T, **ONE, K=32, V=32), decay=decay, passes=3, outputs=True, backend="cuda")
     assert max(found[n] for n in ("o", "state")) <= TOLERANCE[torch.float32], found
 
 
@@ -124,12 +124,12 @@ def test_hard_keys(on, rule, T: int) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda o: o["order"])
-@pytest.mark.parametrize("readouts", [True, False])
+@pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("method", ["wy", "affine"])
 @pytest.mark.parametrize("shape", ["T=63", "T=65", "packed"])
-def test_tol_stops_each_head(on, shape: str, method: str, readouts: bool, order: dict[str, Any]) -> None:
+def test_tol_stops_each_head(on, shape: str, method: str, outputs: bool, order: dict[str, Any]) -> None:
     x = make_inputs(GATED_DELTA_RULE, SHAPES[shape])
-    if not readouts:
+    if not outputs:
         x["q"] = None
     options: dict[str, Any] = {"passes": 40, "tol": 1e-3}
     with on(**order):
@@ -138,7 +138,7 @@ def test_tol_stops_each_head(on, shape: str, method: str, readouts: bool, order:
     assert torch.equal(made.passes, expected.passes)
     assert relative_error(made.final_state, expected.final_state) <= TOLERANCE[torch.float32]
     torch.testing.assert_close(made.residual, expected.residual.float(), rtol=1e-2, atol=1e-6)
-    if readouts:
+    if outputs:
         assert relative_error(made.output, expected.output) <= TOLERANCE[torch.float32]
 
 
@@ -204,7 +204,7 @@ def test_step(on, rule, dtype: torch.dtype, shape: Shape) -> None:
 
 
 def test_states_as_they_lie(on) -> None:
-    """A few tokens from a turned state; in place too, but not into one memory for all rows."""
+    """A few tokens from a transposed state; in place too, but not into one memory for all rows."""
     x = make_inputs(GATED_DELTA_RULE, Shape(B=2, T=4, H=1, HV=2, K=32, V=32))
     x.pop("cu_seqlens")
     state = x.pop("initial_state").transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""Every kernel, every rule, against the float64 reference: readouts, states and all gradients, at awkward shapes."""
+"""Every kernel, every rule, against the float64 reference: outputs, states and all gradients, at awkward shapes."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "extreme": {"decay": "extreme"},
     "beta 2, correlated": {"beta_max": 2.0, "correlation": 0.9},
     "from zero": {"initial_state": False},
-    "only readouts": {"upstream": "o"},
+    "only outputs": {"upstream": "o"},
     "only the state": {"upstream": "state"},
-    "state only": {"readouts": False},
+    "state only": {"outputs": False},
     "normalised": {"normalize": True},
     "minus infinity": {"forget": True},
 }
 REPLAYS: dict[str, tuple[Shape, dict[str, Any]]] = {
     "1": (Shape(T=18, K=16, V=16, **ONE), {"passes": 1}),
     "2, packed": (Shape(K=16, V=16, **ONE, lengths=(3, 0, 20)), {"passes": 2}),
-    "2, state only": (Shape(K=16, V=16, **ONE, lengths=(3, 0, 20)), {"passes": 2, "readouts": False}),
+    "2, state only": (Shape(K=16, V=16, **ONE, lengths=(3, 0, 20)), {"passes": 2, "outputs": False}),
     "7": (Shape(T=18, H=1, HV=2, K=16, V=16), {"passes": 7}),
 }
 
@@ -159,7 +159,7 @@ def test_steps_in_place(rule: Rule, T: int) -> None:
 
 @ALL
 def test_slices_of_one_projection_are_read_in_place(rule: Rule) -> None:
-    """q, k, v, g and beta side by side, and a turned state: bit for bit what contiguous tensors give."""
+    """q, k, v, g and beta side by side, and a transposed state: bit for bit what contiguous tensors give."""
     shape = Shape(B=2, T=20, K=16, V=16, **ONE)
     x = make_inputs(rule, shape, seed=7)
     do, dstate = torch.randn(x["v"].shape), torch.randn(2, 1, 16, 16)
