@@ -15,6 +15,8 @@ import pytest
 from building import CSRC, build, run_tests
 from mutants import BLOCKS, MUTANTS, OVERRUNS, RECURRENCE, anchors, mutated
 
+pytestmark = pytest.mark.mutation
+
 QUICK = ("state-does-not-decay", "no-barrier-before-v-is-read", "no-barrier-before-the-mixer")
 SANITIZED = (
     "pool or (test_chain and 100) or (test_step and 200 and float16) or (test_replay and random and (15 or packed))"

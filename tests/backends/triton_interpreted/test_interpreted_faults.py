@@ -21,6 +21,8 @@ from sleepkern.backends import triton as backend
 from sleepkern.rules import GATED_DELTA_RULE, KDA, SIMPLE_GLA, Rule
 from sleepkern.testing import TOLERANCE, Shape
 
+pytestmark = pytest.mark.mutation
+
 FOLDER = Path(backend.__file__).parent
 ANCHOR = re.compile(r"^ *# mutant: (.+)\n", re.MULTILINE)
 
