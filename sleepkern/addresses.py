@@ -91,7 +91,7 @@ def _overlaps_itself(t: Tensor) -> bool:
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    """Whether tensors whose ranges meet have a byte in common."""
+    """Tells whether tensors whose ranges meet have a byte in common."""
     return bool(_bytes_of(b, _marked(a, b), min(a.data_ptr(), b.data_ptr())).any())
 
 

@@ -138,7 +138,7 @@ def backend_named(name: str, source: str = "backend") -> Backend:
 
 
 def requested(name: str) -> bool:
-    """Whether SLEEPKERN_BACKEND leaves a call to the backend of that name: it says nothing, or that.
+    """Tells whether SLEEPKERN_BACKEND leaves a call to the backend of that name: it says nothing, or that.
 
     Where it says another name, a family of calls without a backend of that name takes its torch form.
 

@@ -1,4 +1,4 @@
-"""Whether anybody but torch's kernels looks at a call: autograd, a graph capture, a mode, a transform, a subclass."""
+"""Who looks at a call beside torch's kernels: autograd, a graph capture, a mode, a transform, a subclass."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def unrecorded(*tensors: Tensor | None) -> bool:
 
 
 def native_on_cpu(types: Container[torch.dtype], *tensors: Tensor | None) -> bool:
-    """Whether native code may read these tensors as they are: unrecorded, on the CPU, at strides, of one of the types.
+    """Tells whether native code may read these tensors: unrecorded, on the CPU, at strides, of one of the types.
 
     The answer is no for an argument that is not a tensor.
     """

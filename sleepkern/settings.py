@@ -17,7 +17,7 @@ DEBUG: bool = os.environ.get("SLEEPKERN_DEBUG", "0") not in ("", "0")
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """As if SLEEPKERN_BACKEND said `name`, in all threads."""
+    """Behave as if SLEEPKERN_BACKEND said `name`, in all threads."""
     global BACKEND
     before, BACKEND = BACKEND, name
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class RecurrentState(NamedTuple):
-    """Of a layer with a recurrence.
+    """What a layer with a recurrence carries.
 
     conv   [B,W-1,channels] the last inputs of its short convolution
     state  [B,HV,K,V] the fast weight

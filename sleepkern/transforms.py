@@ -14,17 +14,17 @@ _GRAD, _JVP = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
 
 
 def active() -> bool:
-    """Whether any transform is at work, vmap included."""
+    """Tells whether any transform is at work, vmap included."""
     return _functorch.peek_interpreter_stack() is not None
 
 
 def differentiating() -> bool:
-    """Whether one of the transforms at work differentiates, in reverse or in forward mode."""
+    """Tells whether one of the transforms at work differentiates, in reverse or in forward mode."""
     return active() and bool({_GRAD, _JVP} & _kinds())
 
 
 def reversing() -> bool:
-    """Whether one of the transforms at work differentiates in reverse mode; forward mode may be around it or in it."""
+    """Tells whether an active transform differentiates in reverse mode; forward mode may be around it or in it."""
     return active() and _GRAD in _kinds()
 
 

@@ -144,7 +144,7 @@ def _with_weights(block: Any, named: _Named, *arguments: Any) -> Any:
 
 
 def _names(blocks: Sequence[Any]) -> list[dict[str, int]]:
-    """For each block by name the places of its parameters among all."""
+    """Gives for each block, by name, the positions of its parameters among all."""
     places = {p: i for i, p in enumerate(_parameters(blocks))}
     return [{name: places[p] for name, p in block.named_parameters()} for block in blocks]
 

@@ -159,7 +159,7 @@ def _by_torch(problem: Problem, engine: Backend, x: Tensors) -> RecurrenceResult
 
 
 def wants_grad(x: Tensors) -> bool:
-    """Whether autograd would record a call with these tensors."""
+    """Tells whether autograd would record a call with these tensors."""
     if not torch.is_grad_enabled():
         return False
     for t in x:  # a generator takes as long again
@@ -303,7 +303,7 @@ def _step(
 
 
 def _step_of_negative(q: Tensor, k: Tensor, v: Tensor, g: Any, beta: Any, state: Tensor, *rest: Any) -> Tensor:
-    """Where a tensor has torch's negative bit, which says that memory holds the numbers' opposites."""
+    """The kernel for tensors with torch's negative bit, which says that memory holds the opposites of the values."""
     read = [t.resolve_neg() if isinstance(t, Tensor) else t for t in (q, k, v, g, beta, state, *rest)]
     o: Tensor = torch.ops.sleepkern.step.default(*read)
     if read[5] is not state:

@@ -156,7 +156,7 @@ def decayed_gram(x: Tensor, y: Tensor, g: Tensor | None) -> Tensor:
 
 
 def _sum_after(g: Tensor) -> Tensor:
-    """At each row the sum of the rows behind it, added up from the end."""
+    """The sum of the rows after each row, added up from the end."""
     behind = F.pad(g[..., 1:, :], (0, 0, 0, 1))
     return behind.flip(-2).cumsum(-2).flip(-2)
 

@@ -76,7 +76,7 @@ class BlocksBackend(Protocol):
 
     @property
     def RECORDED(self) -> bool:
-        """Whether torch records what it does, so that gradients need nothing else."""
+        """Tells whether torch records what it does, so that gradients need nothing else."""
 
     def why_not(self, problem: BlockProblem, /) -> str | None:
         """None, or the sentence why it cannot run layers that it supports."""
@@ -101,7 +101,7 @@ class MixerBackend(Protocol):
 
     @property
     def RECORDED(self) -> bool:
-        """Whether torch records what it does, so that gradients need nothing else."""
+        """Tells whether torch records what it does, so that gradients need nothing else."""
 
     def why_not(self, problem: MixerProblem, /) -> str | None:
         """None, or the sentence why it cannot run a problem of a kind that it supports."""

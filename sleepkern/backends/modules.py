@@ -33,7 +33,7 @@ def kernel(problem: BlockProblem) -> str:
 
 
 def run(problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequence[State]) -> Slept:
-    """On any device, for any type."""
+    """Run the blocks on any device, for any type."""
     made = passes_of(blocks, h, states, problem.passes, problem.reinject, problem.carry)
     return Slept(*made)  # type: ignore[arg-type]
 
@@ -81,7 +81,7 @@ def one_pass(blocks: Sequence[Callable[..., Any]], h: Tensor, before: list[State
 def passes_of(
     blocks: Sequence[Callable[..., Any]], h: Tensor, states: Sequence[State], passes: int, reinject: bool, carry: bool
 ) -> tuple[Tensor, list[State], Tensor]:
-    """As `repeat`, of blocks that are called with h and their state; on any device, and recorded by autograd."""
+    """Does the same as `repeat` with blocks that are called with h and their state; autograd records it."""
 
     def once(h: Tensor, before: list[State]) -> tuple[Tensor, list[State], Tensor]:
         h, after = one_pass(blocks, h, before)

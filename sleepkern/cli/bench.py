@@ -66,7 +66,7 @@ def run(
 
 
 def to_dict(report: Report) -> dict[str, Any]:
-    """For JSON."""
+    """The report for JSON."""
     return {"command": "bench", **report.to_dict()}
 
 

@@ -24,7 +24,7 @@ PEAK_COLOR = "#39424e"
 GROUP = 0.8
 """Height of the bars of a case together; cases are 1 apart."""
 BAR = 0.26
-"""Of one bar at most."""
+"""The greatest height of one bar."""
 TICKS = (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 
 

@@ -70,7 +70,7 @@ def passed(rows: list[Row], backends: list[str] | None = None) -> bool:
 
 
 def to_dict(rows: list[Row], device: str, backends: list[str] | None = None) -> dict[str, Any]:
-    """For JSON; backends: those that were asked for by name."""
+    """The result for JSON; backends: those that were requested by name."""
     return {
         "command": "verify",
         "environment": environment(device),

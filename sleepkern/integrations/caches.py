@@ -17,7 +17,7 @@ NAMES = ("past_key_values", "cache", "cache_params", "past_key_value")
 
 
 def is_cache(x: Any) -> bool:
-    """Whether x is a cache of transformers, or has layers and is updated like one."""
+    """Tells whether x is a cache of transformers, or has layers and is updated like one."""
     known = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
     alike = isinstance(getattr(x, "layers", None), list) and callable(getattr(x, "update", None))
     return alike or isinstance(x, known)

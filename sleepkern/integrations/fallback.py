@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def use_original(reason: str | None) -> bool:
-    """Whether a call goes to the original: for this reason, or for forward mode. The debug log gets the reason."""
+    """Tells whether a call goes to the original: for this reason or forward mode. The debug log gets the reason."""
     reason = reason or _forward_mode_reason()
     if reason is not None and not torch.compiler.is_compiling():
         logger.debug("left to the original function: %s", reason)
@@ -40,5 +40,5 @@ def _forward_mode_reason() -> str | None:
 
 
 def _has_kernel(device: str) -> bool:
-    """Whether sleepkern has kernels for a type of device; the portable backends would slow a GPU model down."""
+    """Tells whether sleepkern has kernels for a type of device; the portable backends would slow a GPU model down."""
     return device == "cpu" or triton.why_not_on(device) is None

@@ -16,7 +16,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""From the original callable to its replacement, which falls back to the original."""
+"""Maps the original callable to its replacement, which falls back to the original."""
 
 
 @dataclass(frozen=True)

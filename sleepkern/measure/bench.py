@@ -75,7 +75,7 @@ class BenchRow:
 
     @property
     def passed(self) -> bool:
-        """Whether the check of the result is green."""
+        """Tells whether the check of the result is green."""
         return self.error <= self.tolerance
 
     @property
@@ -98,7 +98,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every case is green."""
+        """Tells whether every case is green."""
         return all(row.passed for row in self.rows)
 
     @property

@@ -84,7 +84,7 @@ class BlocksCase:
         return 2 * self.timed_tokens * (delta + attention + self.blocks * 2 * d * f)
 
     def quietly(self) -> AbstractContextManager[Any]:
-        """Without gradients."""
+        """Run the case without gradients."""
         return torch.no_grad()
 
     def prepare(self, quick: bool) -> Prepared:
@@ -114,7 +114,7 @@ class BlocksCase:
 
 
 _RULE_110, _DEPO = ("rule 110", 24, 256, 4, 4), ("depo", 75, 512, 8, 10)
-"""Of the paper."""
+"""The stacks of the paper."""
 
 
 def _cases(*batches: tuple[int, ...], **options: Any) -> tuple[BlocksCase, ...]:

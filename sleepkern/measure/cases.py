@@ -23,7 +23,7 @@ Result = tuple[Tensor | None, Tensor | None]
 CACHE_BYTES = 64 << 20
 """Sets of inputs are made until they take as much, so that no cache holds them all."""
 MOST_SETS = 64
-"""But at most so many, of which those of a tiny case do stay in a cache."""
+"""The most sets of inputs; those of a tiny case do stay in a cache."""
 MOST_CHECKED = 4
 """Sequences of a case whose result is checked."""
 MOST_DRAWN = 1024

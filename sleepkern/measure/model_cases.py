@@ -86,7 +86,7 @@ class ModelCase:
         return None
 
     def quietly(self) -> AbstractContextManager[Any]:
-        """Without transformers' advice."""
+        """Silence the advice of transformers."""
         return quiet_transformers()
 
     def prepare(self, quick: bool) -> Prepared:
@@ -213,7 +213,7 @@ def _session(model: nn.Module, ids: Tensor, generated: int) -> Session:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its advice, once a function, to install packages for speed."""
+    """Silence the advice of transformers to install packages for speed, which comes once a function."""
     from transformers.utils import logging as advice
 
     before = advice.get_verbosity()

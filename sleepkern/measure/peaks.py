@@ -33,7 +33,7 @@ def ceilings(device: str = "cpu", matrix: int = MATRIX, copied: int = COPIED_BYT
 
 
 def measured(device: str, matrix: int, copied: int) -> Ceilings:
-    """By torch's own product and copy."""
+    """Measure by torch's own product and copy."""
     a, b = (torch.randn(matrix, matrix, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(copied, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)

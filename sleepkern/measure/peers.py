@@ -316,4 +316,4 @@ PEERS = (
     Peer("ggml", _ggml_why_not, _ggml),
     Peer("fla", _fla_why_not, _fla),
 )
-"""In the order of the table's columns."""
+"""The peers in the order of the table's columns."""

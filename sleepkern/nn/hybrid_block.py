@@ -18,7 +18,7 @@ from .unmodified import Parts, is_tuple_of_ints, why_not_as_made
 from .window_attention import WindowAttention
 
 _EPS: float = torch.finfo(torch.float32).eps
-"""Of a norm that leaves the choice to torch."""
+"""Eps of a norm that leaves the choice to torch."""
 
 
 class MLP(nn.Module):
@@ -45,7 +45,7 @@ class HybridBlock(nn.Module):
 
     @property
     def recurrent(self) -> bool:
-        """Whether its memory is a fast weight; attention's is keys and values."""
+        """Tells whether its memory is a fast weight; attention's is keys and values."""
         return isinstance(self.mixer, GatedDeltaNet)
 
     def forward(
@@ -95,7 +95,7 @@ _PARTS: Parts = {
 
 
 def _attention(m: Any) -> AttentionWeights | str:
-    """Of a WindowAttention that is as its class made it."""
+    """The weights of a WindowAttention that nobody has modified."""
     parts = m._modules
     q_norm, k_norm = parts["q_norm"], parts["k_norm"]
     if not _of_its_weight(q_norm) or not _of_its_weight(k_norm):
@@ -105,7 +105,7 @@ def _attention(m: Any) -> AttentionWeights | str:
 
 
 def _gated_delta(m: Any) -> GatedDeltaWeights | str:
-    """Of a GatedDeltaNet that is as its class made it."""
+    """The weights of a GatedDeltaNet that nobody has modified."""
     parts = m._modules
     sizes = H, HV, K, V = m.heads, m.value_heads, m.key_width, m.value_width
     if not all(type(n) is int for n in sizes) or not is_tuple_of_ints(m.split, (H * K, H * K, HV * V)):
@@ -126,5 +126,5 @@ def _eps(norm: Any) -> float:
 
 
 def _of_its_weight(norm: Any) -> bool:
-    """Whether a norm is over as many numbers as it has gains."""
+    """Tells whether a norm is over as many numbers as it has gains."""
     return is_tuple_of_ints(norm.normalized_shape, _weight(norm).shape)

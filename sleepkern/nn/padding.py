@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Padding:
-    """Where it is: mask [B,T] has 0 for it.
+    """The positions of padding: mask [B,T] has 0 for it.
 
     Raises:
         TypeError: a mask that is no tensor of real numbers.

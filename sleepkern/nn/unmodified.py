@@ -1,4 +1,4 @@
-"""Whether a module is as its class made it, so that its weights and numbers say all of what it does.
+"""Tells whether a module is as its class made it, so that its weights and numbers say all of what it does.
 
 This is asked at every call, so it reads the dictionaries of modules: `__getattr__` of torch's takes most of the time.
 """
@@ -40,7 +40,7 @@ def why_not_as_made(module: nn.Module, kinds: Parts) -> str | None:
 
 
 def is_tuple_of_ints(found: Any, expected: tuple[int, ...]) -> bool:
-    """Whether it is this one; 8.0 equals 8, but torch does not take it."""
+    """Tells whether it is this one; 8.0 equals 8, but torch does not take it."""
     return type(found) is tuple and found == expected and all(type(n) is int for n in found)
 
 

@@ -67,7 +67,7 @@ def sleep_blocks(
 
 
 def _signs_to_change(h: Tensor, states: Sequence[State]) -> bool:
-    """Whether a tensor has the opposites of its numbers in memory; in a graph torch's own operators heed that."""
+    """Tells whether a tensor has the opposites of its numbers in memory; in a graph torch's own operators heed that."""
     return not torch.compiler.is_compiling() and any(t.is_neg() for t in (h, *tensors_of(states)))
 
 

@@ -145,7 +145,7 @@ def gated_rms_norm(
 
 
 def _direct(backend: str | None, *tensors: Tensor | None) -> bool:
-    """Whether a call with these tensors is the C++ backend's, and torch's dispatcher need not see it."""
+    """Tells whether a call with these tensors is the C++ backend's, and torch's dispatcher need not see it."""
     name = settings.BACKEND if backend is None else backend
     if _C is None or (name is not None and name != cpu_mixer.NAME) or backends.MIXER_BACKENDS[0] is not cpu_mixer:
         return False

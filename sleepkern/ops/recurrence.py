@@ -376,7 +376,7 @@ def _one_pass(
 
 
 def _cast(x: Tensors) -> Tensors:
-    """Under autocast q, k and v take its type, as a matrix product's operands would: float64 does not, nor do gates and
+    """Cast q, k and v to the type of autocast, as a matrix product's operands would: float64 does not, nor do gates and
     state."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return x

@@ -16,7 +16,7 @@ from .layer_weights import Block, LayerWeights, layers_of, readable
 
 MOST_PASSES = 2**31 - 1
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of h, for which there are kernels."""
+"""The types of h for which there are kernels."""
 
 
 class Slept(NamedTuple):
@@ -62,7 +62,7 @@ def describe(
     reinject: bool = False,
     carry: bool = False,
 ) -> BlockProblem:
-    """Of arguments that were checked. h: of another number of dimensions than 3, an example of its device and type.
+    """Describe checked arguments. An h without 3 dimensions is an example of its device and type.
 
     Raises:
         TypeError, ValueError: sizes of h, blocks and states that do not fit each other, or memory that was freed.

@@ -56,7 +56,7 @@ class AttentionWeights(NamedTuple):
         return [self.qkv]
 
     def shapes(self, d: int) -> list[Size] | None:
-        """Of the weights in their order for h of this width; None where sizes do not fit each other or it."""
+        """Sizes of the weights in their order for h of this width; None where sizes do not fit each other or it."""
         H = self.heads
         return None if d % H else [(3 * d, d), (d // H,), (d // H,), (d, d)]
 
@@ -111,7 +111,7 @@ class GatedDeltaWeights(NamedTuple):
         return [self.qkv, self.gate, self.rates]
 
     def shapes(self, d: int) -> list[Size] | None:
-        """Of the weights in their order for h of this width; None where sizes do not fit each other or it."""
+        """Sizes of the weights in their order for h of this width; None where sizes do not fit each other or it."""
         H, HV, K, V = self[:4]
         channels, values, W = 2 * H * K + HV * V, HV * V, self.convolution.shape[1:2]
         if HV % H or len(W) != 1 or 0 in W:
@@ -146,7 +146,7 @@ class LayerWeights(NamedTuple):
 
     @property
     def recurrent(self) -> bool:
-        """Whether the layer carries a RecurrentState, else a KVState."""
+        """Tells whether the layer carries a RecurrentState, else a KVState."""
         return type(self.mixer) is GatedDeltaWeights
 
     @property
@@ -165,7 +165,7 @@ class LayerWeights(NamedTuple):
         return (*self.mixer[first:], *self[_FIRST[LayerWeights] :])  # type: ignore[arg-type]
 
     def names(self) -> tuple[str, ...]:
-        """Of `tensors`."""
+        """The names of `tensors`, in their order."""
         first = _FIRST[type(self.mixer)]
         return (*self.mixer._fields[first:], *self._fields[_FIRST[LayerWeights] :])
 
@@ -175,7 +175,7 @@ _FIRST: dict[type, int] = {
     GatedDeltaWeights: GatedDeltaWeights._fields.index("qkv"),
     LayerWeights: LayerWeights._fields.index("mixer_norm"),
 }
-"""Where the weights begin, which stand behind the numbers."""
+"""The index of the first weight; the numbers come before."""
 
 
 @runtime_checkable
@@ -188,7 +188,7 @@ class Block(Protocol):
 
     @property
     def recurrent(self) -> bool:
-        """Whether it carries a RecurrentState, else a KVState."""
+        """Tells whether it carries a RecurrentState, else a KVState."""
 
     def __call__(self, h: Tensor, state: Any, /) -> tuple[Tensor, Any]:
         """h [B,L,d] and what it carries, None for nothing, to both after it."""
@@ -219,7 +219,7 @@ def layers_of(blocks: Sequence[Any], h: Tensor | None = None) -> tuple[LayerWeig
 
 
 def readable(t: Tensor) -> bool:
-    """Whether numbers lie at a tensor's address as they are.
+    """Tells whether numbers lie at a tensor's address as they are.
 
     Raises:
         ValueError: there is no memory at all, which ends torch's own operators, too.

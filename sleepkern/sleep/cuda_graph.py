@@ -109,7 +109,7 @@ class _Graph(NamedTuple):
     addresses: Places
 
     def current(self, session: GraphedSession) -> bool:
-        """Whether the session's model still has its weights where the graph reads them."""
+        """Tells whether the session's model still has its weights where the graph reads them."""
         return self.addresses.hold(_weights(session)) and all(packed.current() for packed in self.packed)
 
 

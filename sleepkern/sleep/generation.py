@@ -11,7 +11,7 @@ from torch import Tensor
 from .generation_options import GenerationOptions, resolve_options
 
 Open = Callable[[Tensor, int, Tensor | None], tuple[Tensor, list[Any]]]
-"""From ids [B,T], the number of tokens of this call before them, and a mask: the results of `ModelAdapter.open`."""
+"""Maps ids [B,T], the number of tokens of this call before them, and a mask: the results of `ModelAdapter.open`."""
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def resolve_options(model: Any, options: dict[str, Any], prompt: int) -> Generat
 
 
 def _does_nothing(name: str, x: Any) -> bool:
-    """Whether an option has the value that turns it off."""
+    """Tells whether an option has the value that turns it off."""
     return not isinstance(x, Tensor) and (
         x is False or (name in _OFF_AT_ONE and x == 1) or (name not in _OFF_AT_ONE and x == 0)
     )

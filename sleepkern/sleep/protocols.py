@@ -50,7 +50,7 @@ class ModelAdapter(Protocol):
     """The blocks of a language model, to be run one by one; docs/models.md says how to write an adapter."""
 
     replays: bool
-    """Whether a block takes `replays`, the passes of its recurrence over the same keys, values and gates."""
+    """Tells whether a block takes `replays`, the passes of its recurrence over the same keys, values and gates."""
 
     def __len__(self) -> int:
         """The number of blocks."""

@@ -156,7 +156,7 @@ def products(precision: str) -> Iterator[None]:
 
 
 def variant_applies(rule: Rule, variant: str) -> bool:
-    """Whether the variant is another problem than the first one: decay needs a gate."""
+    """Tells whether the variant is another problem than the first one: decay needs a gate."""
     return "decay" not in VARIANTS[variant] or rule.gate != "none"
 
 

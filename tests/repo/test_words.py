@@ -67,6 +67,20 @@ def test_docs(path: Path) -> None:
     assert [phrase for phrase in PHRASES if re.search(phrase, text)] == []
 
 
+NO_SUBJECT = re.compile(r'"""(Of|And|But|With|From|By|As|So|Where|Then|In|On|For|To|At|Under|Without|Whether) ')
+
+
+def test_docstrings_have_a_subject_or_a_verb() -> None:
+    """A docstring that begins with a preposition continues a sentence that is not there."""
+    allowed = {
+        "sleepkern/integrations/transformers/packing.py",
+        "sleepkern/measure/environment.py",
+    }  # "Where X is: ..."
+    sources = (ROOT / "sleepkern").rglob("*.py")
+    found = {str(path.relative_to(ROOT)) for path in sources if NO_SUBJECT.search(path.read_text())}
+    assert found <= allowed
+
+
 def test_an_offender_is_found() -> None:
     code = "k_turned = load(x)  # walk\nname.strip()\nclass Taker: ...\nasksFor = 'readout'\n"
     assert set(offenders(code, r"#.*")) == {"k_turned", "Taker", "asksFor"}

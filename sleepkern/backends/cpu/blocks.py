@@ -51,7 +51,7 @@ def kernel(problem: BlockProblem) -> str:
 
 
 def run(problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequence[State]) -> Slept:
-    """In float32 but for products with weights; results in the types that modules leave."""
+    """Compute in float32 but for products with weights; results have the types that modules give."""
     return packed(blocks, problem.layers, h.dtype).run(problem, h, states)
 
 
@@ -187,7 +187,7 @@ def multiplies_bfloat16(dtype: torch.dtype) -> bool:
 
 
 def form_for(dtype: torch.dtype) -> Any:
-    """In which form products with weights take their operands for h of this type, of `_C.Form`."""
+    """The form in which products with weights take their operands for h of this type, of `_C.Form`."""
     if multiplies_bfloat16(dtype):
         return _C.Form.bfloat16
     return _C.Form.winograd if _C.adds_beside_products() else _C.Form.plain

@@ -169,11 +169,11 @@ class StreamedWeights:
         self.stream = torch.cat([weights[0].new_zeros(1), *weights]).index_select(0, self.order.indices)
 
     def holds(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> bool:
-        """Whether these weights were packed from these blocks, whose weights have not changed."""
+        """Tells whether these weights were packed from these blocks, whose weights have not changed."""
         return not self.forgotten and self.source.holds(blocks, layers)
 
     def current(self) -> bool:
-        """Whether the blocks still exist and have the weights that were packed."""
+        """Tells whether the blocks still exist and have the weights that were packed."""
         return not self.forgotten and self.source.current()
 
     def _layer(self, weights: LayerWeights, s: LayerShape) -> CudaBlockLayer:

@@ -18,7 +18,7 @@ from .blocks_plan import TILE, BlocksPlan, LayerShape, call_of, share, up
 
 
 class Order(NamedTuple):
-    """Where the elements of the streams of all warps come from.
+    """The sources of the elements in the streams of all warps.
 
     indices  [n] int32 into [0, w_0, w_1, ...], a zero and then all weights of the stack: fragments of 16 outputs x 16
              terms, warp after warp, CTA after CTA

@@ -244,7 +244,7 @@ def _decode_in_place(problem: Problem, x: Tensors, indices: Tensor | None) -> Te
 
 
 def _dense_states(state: Tensor) -> bool:
-    """Whether each state is contiguous and no two of them overlap."""
+    """Tells whether each state is contiguous and no two of them overlap."""
     n, HV, K, V = state.shape
     return n > 0 and state[0].is_contiguous() and (n == 1 or state.stride(0) >= HV * K * V)
 

@@ -1,4 +1,4 @@
-"""Whether tensors are still the ones that something was made of, known without keeping them alive.
+"""Tells whether tensors are still the ones that something was made of, known without keeping them alive.
 
 An address does not say it: a new tensor may get that of one that is gone. A count of writes alone does not, for that of
 a new parameter starts at 0, on the same memory too.
@@ -19,7 +19,7 @@ from ...problems.layer_weights import LayerWeights, layers_of
 
 
 class Contents:
-    """Of ordinary tensors: where they lie, and what torch has counted of writes to them.
+    """The addresses of ordinary tensors, and the writes to them that torch has counted.
 
     It counts no writes by way of `.data`, of numpy, or of another process.
     """
@@ -31,7 +31,7 @@ class Contents:
         self._counters = [_counter(t) for t in tensors]
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these tensors lie there, and nobody has written to them since."""
+        """Tells whether these tensors lie there, and nobody has written to them since."""
         if [t._version for t in tensors] != self._writes or [c._version for c in self._counters] != self._writes:
             return False
         return [_place(t) for t in tensors] == self._places
@@ -46,21 +46,21 @@ class Source:
         self._weights = Contents([weight for layer in layers for weight in layer.tensors()])
 
     def holds(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> bool:
-        """Whether these are the blocks, with the weights and numbers that they had, as far as torch counts writes."""
+        """Tells whether these are the blocks with the weights and numbers they had, as far as torch counts writes."""
         if len(blocks) != len(self._blocks) or any(r() is not b for r, b in zip(self._blocks, blocks, strict=True)):
             return False
         weights = [weight for layer in layers for weight in layer.tensors()]
         return self._weights.hold(weights) and [layer.numbers() for layer in layers] == self._numbers
 
     def current(self) -> bool:
-        """Whether the blocks are still there, with the weights and numbers they had."""
+        """Tells whether the blocks are still there, with the weights and numbers they had."""
         blocks = [block for r in self._blocks if (block := r()) is not None]
         layers = layers_of(blocks)
         return not isinstance(layers, str) and self.holds(blocks, layers)
 
 
 class Places:
-    """Of any tensors: where they lie, that is in whose memory, and as which view of it. What is in there may change."""
+    """The addresses of any tensors: whose memory they view, and how. The values may change."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         inner = list(_inner(tensors))
@@ -68,7 +68,7 @@ class Places:
         self._places = [_place(t) for t in inner]
 
     def hold(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether these tensors lie there."""
+        """Tells whether these tensors lie there."""
         return [_place(t) for t in _inner(tensors)] == self._places
 
 

@@ -35,7 +35,7 @@ def stream_of(t: Tensor) -> int:
 
 
 def address(t: Tensor | None) -> int:
-    """Of the first number, 0 for None."""
+    """The address of the first element, 0 for None."""
     return 0 if t is None else t.data_ptr()
 
 

@@ -24,7 +24,7 @@ from . import costs
 from .methods import closed, window_decay
 
 Gradients = list[Tensor | None]
-"""Of q, k, v, g, beta, state."""
+"""Gradients of q, k, v, g, beta and the state."""
 OnePass = Callable[[Problem, Tensors, Tensor | None], Tensor]
 """(problem, tensors, state or None for 0) -> next state"""
 OneBackward = Callable[[Problem, Tensors, Tensor | None, Tensor | None, Tensor | None], Gradients]

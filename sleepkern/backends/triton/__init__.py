@@ -172,7 +172,7 @@ def _installed() -> bool:
 
 @lru_cache(maxsize=1)
 def _interpreted() -> bool:
-    """Whether TRITON_INTERPRET makes kernels run on the CPU, for tests."""
+    """Tells whether TRITON_INTERPRET makes kernels run on the CPU, for tests."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

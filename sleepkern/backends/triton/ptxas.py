@@ -1,4 +1,4 @@
-"""Whether the assembler that Triton takes is sound for a device, and which plans follow from it.
+"""Tells whether the assembler that Triton takes is sound for a device, and which plans follow from it.
 
 On Hopper ptxas before CUDA 13.3 makes wrong code of some warp-group products: registers of an operand are written anew
 while the product still reads them, descriptors of shared memory are mixed up. Which kernels it meets depends on sizes

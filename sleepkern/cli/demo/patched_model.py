@@ -58,7 +58,7 @@ def run_patched_model(text: bytes, progress: Callable[[str], None] | None = None
 
 
 def same_model(result: dict[str, Any]) -> bool:
-    """Whether the bytes are the same and the logits differ by at most CLOSE, as in `bench`; NaN differs."""
+    """Tells whether the bytes are the same and the logits differ by at most CLOSE, as in `bench`; NaN differs."""
     return bool(result["same_tokens"]) and result["relative_logit_difference"] <= CLOSE
 
 

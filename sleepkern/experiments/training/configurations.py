@@ -78,7 +78,7 @@ CONFIGURATIONS: dict[str, dict[str, Configuration]] = {
 
 
 def configuration(task: str, size: str) -> Configuration:
-    """Of the table.
+    """A configuration of the table.
 
     Raises:
         ValueError: not in it.

@@ -59,7 +59,7 @@ class Placement:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Tells whether this process writes files and prints."""
         return self.rank == 0
 
 

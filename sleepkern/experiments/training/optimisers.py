@@ -29,7 +29,7 @@ def _is_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def parts_of(model: nn.Module) -> dict[Tensor, list[int]]:
-    """Of matrices that hold several side by side, one product instead of several: the rows of each."""
+    """The rows of each matrix in a parameter that holds several side by side, which one product multiplies."""
     found: dict[Tensor, list[int]] = {}
     for module in model.modules():
         if isinstance(module, WindowAttention):
@@ -118,5 +118,5 @@ class Optimisers:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Of step 0 .. steps-1: a rise, a plain, a linear fall."""
+    """The factor of the rate at step 0 .. steps-1: a rise, a plain, a linear fall."""
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / max(1.0, DECAY * steps))

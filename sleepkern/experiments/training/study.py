@@ -134,7 +134,7 @@ def share_of_hard(log: Log) -> float:
 
 
 def gaps(study: Study) -> dict[int, float]:
-    """By seed, the accuracy of N=4 minus that of N=1 over the harder levels, after the same number of steps."""
+    """Gives by seed the accuracy of N=4 minus that of N=1 over the harder levels, after the same number of steps."""
     pairs = {seed: (study.log(N4, seed), study.log(N1, seed)) for seed in study.seeds}
     return {seed: share_of_hard(a) - share_of_hard(b) for seed, (a, b) in pairs.items() if a and b}
 

@@ -148,7 +148,7 @@ def _reason_for_fla(replacement: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 def _verifier(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
-    """Whether sleepkern can compute a call, and why not, in the form that fla's dispatcher expects."""
+    """Tells whether sleepkern can compute a call, and why not, in the form that fla's dispatcher expects."""
     reason = why_not(function, *args, **kwargs)
     return reason is None, reason
 

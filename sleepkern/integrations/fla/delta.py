@@ -71,7 +71,7 @@ def fused_recurrent_gated_delta_rule(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_gated_delta_rule; gk [B,T,HV,K] is a log decay per channel, beside g or alone."""
+    """The same as chunk_gated_delta_rule; gk [B,T,HV,K] is a log decay per channel, beside g or alone."""
     if gk is not None:
         if use_gate_in_kernel and g is not None:
             g = head_gate(g, A_log, dt_bias)
@@ -112,7 +112,7 @@ def chunk_kda(
     dt_bias: Tensor | None = None,
     **options: Any,
 ) -> Result:
-    """As chunk_gated_delta_rule with g [B,T,HV,K].
+    """The same as chunk_gated_delta_rule with g [B,T,HV,K].
 
     use_gate_in_kernel: the log decay is -exp(A_log) softplus(g + dt_bias), or with lower_bound
     lower_bound sigmoid(exp(A_log) (g + dt_bias)).
@@ -146,7 +146,7 @@ def fused_recurrent_kda(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_kda."""
+    """The same as chunk_kda."""
     return chunk_kda(
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, use_gate_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound=lower_bound, state_v_first=state_v_first,
@@ -185,7 +185,7 @@ def fused_recurrent_delta_rule(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_delta_rule."""
+    """The same as chunk_delta_rule."""
     return chunk_delta_rule(
         q, k, v, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, **options
     )
@@ -200,7 +200,7 @@ def parallel_delta_rule(
     output_attentions: bool = False,
     **options: Any,
 ) -> Result:
-    """As chunk_delta_rule without states, to (o, None): attention scores are not made, and refused."""
+    """The same as chunk_delta_rule without states, to (o, None): attention scores are not made, and refused."""
     return chunk_delta_rule(q, k, v, beta, scale, output_attentions=output_attentions, **options)
 
 

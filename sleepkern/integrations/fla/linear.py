@@ -54,7 +54,7 @@ def fused_recurrent_simple_gla(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_simple_gla."""
+    """The same as chunk_simple_gla."""
     options["reverse"] = reverse
     return chunk_simple_gla(
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options
@@ -94,7 +94,7 @@ def fused_recurrent_gla(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_gla, its g by the name gk."""
+    """The same as chunk_gla, its g by the name gk."""
     options |= {"gv": gv, "reverse": reverse}
     return chunk_gla(q, k, v, gk, scale, initial_state, output_final_state, state_v_first, cu_seqlens, **options)
 
@@ -111,7 +111,7 @@ def fused_chunk_simple_gla(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_simple_gla."""
+    """The same as chunk_simple_gla."""
     return chunk_simple_gla(
         q, k, v, g, g_gamma, scale, initial_state, output_final_state, cu_seqlens=cu_seqlens, **options
     )
@@ -127,7 +127,7 @@ def parallel_simple_gla(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_simple_gla without states, to (o, None): attention scores are not made, and refused."""
+    """The same as chunk_simple_gla without states, to (o, None): attention scores are not made, and refused."""
     return chunk_simple_gla(
         q, k, v, g, scale=scale, cu_seqlens=cu_seqlens, output_attentions=output_attentions, **options
     )
@@ -162,7 +162,7 @@ def fused_recurrent_retention(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_retention."""
+    """The same as chunk_retention."""
     options |= {"reverse": reverse, "state_v_first": state_v_first}
     return chunk_retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, **options)
 
@@ -176,7 +176,7 @@ def parallel_retention(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_retention without states, to (o, None): attention scores are not made, and refused."""
+    """The same as chunk_retention without states, to (o, None): attention scores are not made, and refused."""
     options["output_attentions"] = output_attentions
     return chunk_retention(q, k, v, scale, cu_seqlens=cu_seqlens, **options)
 
@@ -214,7 +214,7 @@ def fused_recurrent_lightning_attn(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> Result:
-    """As chunk_lightning_attn."""
+    """The same as chunk_lightning_attn."""
     options["reverse"] = reverse
     return chunk_lightning_attn(
         q, k, v, layer_idx, num_layers, scale, initial_state, output_final_state, cu_seqlens, **options
@@ -263,7 +263,7 @@ def fused_recurrent_linear_attn(
     cu_seqlens: Offsets = None,
     **options: Any,
 ) -> tuple[Tensor, State]:
-    """As chunk_linear_attn."""
+    """The same as chunk_linear_attn."""
     options["reverse"] = reverse
     return chunk_linear_attn(q, k, v, scale, initial_state, output_final_state, normalize, cu_seqlens, **options)
 

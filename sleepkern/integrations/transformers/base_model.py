@@ -49,7 +49,7 @@ def _bound(make: Make, method: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)  # signatures take long, and a server may patch for each request
 def _reads_text(model: type) -> bool:
-    """Whether a base model embeds tokens; in a model of several media, an inner model does."""
+    """Tells whether a base model embeds tokens; in a model of several media, an inner model does."""
     taken = inspect.signature(model.forward).parameters if "forward" in vars(model) else {}  # type: ignore[attr-defined]
     return "inputs_embeds" in taken and not any(name.startswith("pixel_values") for name in taken)
 

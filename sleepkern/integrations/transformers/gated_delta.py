@@ -99,7 +99,7 @@ def _step(rule: Rule, call: _One) -> tuple[Tensor, Tensor | None]:
 
 
 def _may_write_state(call: _One) -> bool:
-    """Whether the state may be updated in place, which saves the decode step a copy of it.
+    """Tells whether the state may be updated in place, which saves the decode step a copy of it.
 
     Only for the buffer of a transformers cache: the layer copies the returned state into that very
     buffer next (then a copy onto itself, which torch leaves out). The cache marks its buffers as

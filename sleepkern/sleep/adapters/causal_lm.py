@@ -45,7 +45,7 @@ class CausalLMAdapter(ABC):
     """The blocks of a causal language model. A subclass defines `memory`, a LayerCache that has the model's `cache`."""
 
     tuples = False
-    """Whether the model expects tuples from its layers."""
+    """Tells whether the model expects tuples from its layers."""
     replays = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -209,7 +209,7 @@ def _shallow_copy(base: nn.Module, instead: dict[str, nn.Module]) -> nn.Module |
 
 
 def _can_rebind(x: Any, base: nn.Module) -> bool:
-    """Whether `_rebound` replaces every reference of a callable to the module."""
+    """Tells whether `_rebound` replaces every reference of a callable to the module."""
     if isinstance(x, partial):
         return _can_rebind(x.func, base)
     if isinstance(x, MethodType):
@@ -255,7 +255,7 @@ def _tensor(out: Any) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same tensor in memory, though a hook may have wrapped one of them."""
+    """Tells whether both are the same tensor in memory, though a hook may have wrapped one of them."""
     return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr())
 
 

@@ -134,7 +134,7 @@ def _check_layers(model: nn.Module, layers: list[Any]) -> None:
 
 
 def _makes_new_states(block: nn.Module) -> bool:
-    """Whether the mixers of a block return a new state each time; unknown mixers may write into the old state."""
+    """Tells whether the mixers of a block return a new state each time; unknown mixers may write into the old state."""
     files = (sys.modules.get(type(x).__module__) for x in block.modules())
     return any(hasattr(file, name) for file in files for name in _MAKES_NEW)
 
