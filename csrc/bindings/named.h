@@ -2,7 +2,7 @@
 // call.
 //
 // CPython hands over names and values as two arrays. pybind11 would copy them into a dict and make a string of each
-// name, which costs 3 us for the 19 arguments of `forward`; this takes less than pybind11 takes for positions.
+// name, which takes some microseconds for the 19 arguments of `forward`. Positions would be 0.2 us faster than this.
 #pragma once
 
 #include <pybind11/pybind11.h>
