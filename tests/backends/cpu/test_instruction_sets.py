@@ -244,6 +244,7 @@ def test_mixers_and_blocks_of_avx512(avx512: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.hardening
 @pytest.mark.mutation
 def test_verify_finds_a_broken_kernel(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A state that is not decayed: the kernel runs, and `verify` ends red."""
@@ -305,6 +306,7 @@ MUTATIONS = (
 )
 
 
+@pytest.mark.hardening
 @pytest.mark.mutation
 def test_broken_gradients_and_replay_are_found(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Every mutation is found: a gate whose gradient forgets the state at the chunk's end; a gate whose gradient adds a

@@ -74,7 +74,9 @@ def test_every_anchor_has_its_fault() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a fault may make infinities and NaN
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [name if i % 4 == 0 else pytest.param(name, marks=pytest.mark.hardening) for i, name in enumerate(FAULTS)]
+)
 def test_a_planted_fault_is_seen(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     sound = max(errors(fault.rule, fault.shape, fault.dtype, **fault.options).values())
