@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from transformers import DynamicCache
 
-from sleepkern.cli.demo.patched_model import run_dropin
+from sleepkern.cli.demo.patched_model import run_patched_model
 from sleepkern.integrations.transformers import patch, unpatch
 from sleepkern.testing import relative_error
 
@@ -290,10 +290,10 @@ def test_what_cannot_be_done_goes_to_the_original(
 @pytest.mark.since("5.16")
 def test_dropin_of_the_demo() -> None:
     lines: list[str] = []
-    result = run_dropin(bytes(range(256)), lines.append, tokens=100)
+    result = run_patched_model(bytes(range(256)), lines.append, tokens=100)
     assert result["tokens"] == 100 and result["same_tokens"] and lines
     assert 0 < result["relative_logit_difference"] < 1e-4
     for what in ("read_tokens_per_second", "generate_tokens_per_second"):
         assert result[what].keys() == {"stock", "patched"} and min(result[what].values()) > 0
     with pytest.raises(ValueError, match="text: got 0 bytes"):
-        run_dropin(b"")
+        run_patched_model(b"")

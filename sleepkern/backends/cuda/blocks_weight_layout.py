@@ -34,9 +34,9 @@ def order(d: int, shapes: tuple[LayerShape, ...], device: torch.device, p: Block
     call = call_of(p, 0)
     call.d = d
     found = _C.CudaWeightOrder(call, [share(s, p.cluster) for s in shapes], [s.hidden for s in shapes])
-    stages = torch.tensor(found.stages, dtype=torch.int32).view(-1, 2)
+    stages = torch.tensor(found.stages, dtype=torch.int32, device="cpu").view(-1, 2)
     elements = _C.CudaBlocksConstants.STAGE // torch.bfloat16.itemsize
-    indices = torch.empty(int(stages[:, 1].sum()) * elements, dtype=torch.int32)
+    indices = torch.empty(int(stages[:, 1].sum()) * elements, dtype=torch.int32, device="cpu")
     found.copy_indices(indices.data_ptr())
     return Order(indices.to(device), stages.to(device))
 

@@ -27,6 +27,8 @@ from .device import Device
 NAME = "cuda"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
 OPTIONS = REPLAY
+why_not_on = gpu.why_not_on
+"""The fast path asks it whether the backend takes tensors of the CPU (backends/interface.py)."""
 DECODE_LIMIT = 8
 """Most tokens of a decode, which takes them one after the other; more of them are faster in chunks."""
 ORDINARY: tuple[Ordinary, ...] = (triton, cpu, chunked)
