@@ -186,7 +186,7 @@ def _unless_left_out(refused: Callable[[_R, _P], str | None]) -> Callable[[_R, _
 
     def refused_unnamed(candidate: _R, problem: _P) -> str | None:
         if not candidate.RECORDED and not requested(candidate.NAME):
-            return "SLEEPKERN_BACKEND asks for another backend"
+            return "SLEEPKERN_BACKEND requests another backend"
         return refused(candidate, problem)
 
     return refused_unnamed

@@ -69,7 +69,7 @@ def test_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wide.chosen == "modules" and wide.reasons["cpu"] == "short convolutions of at most 4 tokens"
     monkeypatch.setattr(settings, "BACKEND", "chunked")
     told = explain_blocks(H, blocks)
-    assert told.chosen == "modules" and told.reasons["cpu"] == "SLEEPKERN_BACKEND asks for another backend"
+    assert told.chosen == "modules" and told.reasons["cpu"] == "SLEEPKERN_BACKEND requests another backend"
     assert explain_blocks(H, blocks, "cpu").chosen == "cpu"  # an argument comes before the environment
     for wrong in (None, torch.zeros(3, 4)):
         with pytest.raises((TypeError, ValueError), match="^h: got"):

@@ -96,7 +96,7 @@ def test_a_setting_that_a_family_has_no_backend_for_leaves_it_to_torch(monkeypat
             others()
             assert ran == ([] if setting in ("chunked", "reference") else ["convolve", "gated_norm", "run"])
         monkeypatch.setattr(settings, "BACKEND", "triton")  # not cuda and not cpu, the devices that there are
-        assert why_not(h, blocks) == "SLEEPKERN_BACKEND asks for another backend"
+        assert why_not(h, blocks) == "SLEEPKERN_BACKEND requests another backend"
 
 
 def test_a_setting_that_no_family_knows_is_refused_by_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_gradients_through_all_passes(rule: Rule, method: str) -> None:
 def gradients(
     rule: Rule, x: dict[str, Any], passes: int, **options: Any
 ) -> tuple[dict[str, Tensor], sleepkern.SleepResult]:
-    """Of q, k, v, g, beta and the initial state, under random gradients of outputs and final state."""
+    """Gradients of q, k, v, g, beta and the initial state, under random gradients of outputs and final state."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if t is not None and t.is_floating_point()}
     r = replay(rule, {**x, **leaves}, passes, **options)
     generator = torch.Generator().manual_seed(0)

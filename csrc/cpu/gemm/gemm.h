@@ -3,7 +3,7 @@
 //
 // Weights lie in panels over their outputs, [n / PANEL][depth][PANEL], activations x in micro_panels (pack_lhs.h). A
 // panel of weights stays in L2 while the micro_panels of a group of rows pass by, and a tile takes the whole depth at
-// once. The weights after it, which follow in memory, are asked for meanwhile.
+// once. The weights after it, which follow in memory, are prefetched during the product.
 #pragma once
 
 #include <cmath>

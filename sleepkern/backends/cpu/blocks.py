@@ -255,7 +255,7 @@ def _like(x: RecurrentState | KVState, dtype: torch.dtype) -> RecurrentState | K
 
 
 def _recurrent(layer: _C.Layer, weights: LayerWeights, before: State, B: int, L: int) -> tuple[RecurrentState, Tensor]:
-    """Fill in what C++ reads and writes of a layer's state; the state after the call, and what must live meanwhile."""
+    """Fill in the state of a layer; returns the state after the call, and the tensors that must live until then."""
     conv, fast = weights.mixer.carried(B, 0)
     state = _room(*fast)
     if before is None:

@@ -20,7 +20,7 @@ _HERE = nullcontext()
 def on_device_of(t: Tensor) -> AbstractContextManager[object]:
     """The device of a tensor as the current one, which plans are made for and to which launches go.
 
-    Entering it costs more than asking. A graph that is being compiled is of one device, and fakes are of none.
+    Entering a device costs more than comparing it. A graph that is being compiled has one device, and fakes have none.
     """
     if torch.compiler.is_compiling():
         return nullcontext()

@@ -35,7 +35,7 @@ def restore_isa() -> Iterator[None]:
 
 
 def gradients(rule: Rule, x: dict[str, Any]) -> Results:
-    """Of one pass, under the sine of outputs and final state."""
+    """Gradients of one pass, under the sine of outputs and final state."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if t is not None and t.is_floating_point()}
     o, S = call(rule, {**x, **leaves}, "cpu")
     assert S is not None

@@ -82,7 +82,7 @@ def run_tests(
 
 
 def _reaches(csrc: Path, source: Path, file: Path) -> bool:
-    """Whether a source includes a file of csrc, directly or through another one."""
+    """Tells whether a source includes a file of csrc, directly or through another one."""
     seen, waiting = set(), [source]
     while waiting:
         path = waiting.pop()
