@@ -131,7 +131,8 @@ void floats(py::class_<Layer>& layer, const char* name) {
 }
 
 void bind_layer(py::module_& m) {
-  py::class_<Layer> layer(m, "Layer", "Sizes and addresses of one block; csrc/common/blocks.h says what each is.");
+  py::class_<Layer> layer(m, "Layer", py::module_local(),
+                          "Sizes and addresses of one block; csrc/common/blocks.h says what each is.");
   layer.def(py::init([] { return Layer{}; }));
   layer.def("copy", [](const Layer& l) { return l; });
   number<&Layer::recurrent>(layer, "recurrent");

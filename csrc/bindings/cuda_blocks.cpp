@@ -28,7 +28,7 @@ void run_blocks(const cuda::BlocksCall& call, const py::list& layers, uintptr_t 
 
 void bind_layer(py::module_& m) {
   using Struct = cuda::BlockLayer;
-  py::class_<Struct> type(m, "CudaBlockLayer");
+  py::class_<Struct> type(m, "CudaBlockLayer", py::module_local());
   type.def(py::init([] { return Struct{}; })).def(py::init<const Struct&>());
   SLEEPKERN_FIELD(recurrent);
   SLEEPKERN_FIELD(heads);
@@ -65,7 +65,7 @@ void bind_layer(py::module_& m) {
 
 void bind_call(py::module_& m) {
   using Struct = cuda::BlocksCall;
-  py::class_<Struct> type(m, "CudaBlocks");
+  py::class_<Struct> type(m, "CudaBlocks", py::module_local());
   type.def(py::init([] { return Struct{}; }));
   SLEEPKERN_FIELD(tiles);
   SLEEPKERN_FIELD(cluster);
@@ -90,7 +90,7 @@ void bind_call(py::module_& m) {
 
 void bind_weight_order(py::module_& m) {
   using cuda::WeightOrder;
-  py::class_<WeightOrder>(m, "CudaWeightOrder")
+  py::class_<WeightOrder>(m, "CudaWeightOrder", py::module_local())
       .def(py::init([](const cuda::BlocksCall& call, const py::list& layers, const std::vector<int>& hidden) {
              return cuda::weight_order(with_layers(call, layers), hidden);
            }),
@@ -105,7 +105,7 @@ void bind_weight_order(py::module_& m) {
 // What the plan in Python has to know of the kernels.
 void bind_constants(py::module_& m) {
   struct Constants {};
-  py::class_<Constants> type(m, "CudaBlocksConstants");
+  py::class_<Constants> type(m, "CudaBlocksConstants", py::module_local());
   type.attr("MOST_LAYERS") = cuda::MOST_LAYERS;
   type.attr("WIDEST_MODEL") = cuda::WIDEST_MODEL;
   type.attr("WIDEST_HEAD") = cuda::WIDEST_HEAD;

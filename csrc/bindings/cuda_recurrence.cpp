@@ -123,7 +123,7 @@ void run_decode(const CudaProblem& problem, const Inputs& inputs, Address states
 
 void bind_problem(py::module_& m) {
   using Struct = CudaProblem;
-  py::class_<Struct> type(m, "CudaProblem");
+  py::class_<Struct> type(m, "CudaProblem", py::module_local());
   type.def(py::init([] { return Struct{}; }));
   SLEEPKERN_FIELD(gate);
   SLEEPKERN_FIELD(delta);
@@ -139,7 +139,7 @@ void bind_problem(py::module_& m) {
 
 void bind_replay(py::module_& m) {
   using Struct = CudaReplay;
-  py::class_<Struct> type(m, "CudaReplay");
+  py::class_<Struct> type(m, "CudaReplay", py::module_local());
   type.def(py::init([] { return Struct{}; }));
   SLEEPKERN_FIELD(problem);
   SLEEPKERN_FIELD(mode);
