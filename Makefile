@@ -8,6 +8,8 @@
 #   make test-cpu, test-triton, test-cuda-emulated, test-sleep, test-integrations, test-offline
 #                   one part of make test each; test-mutation: all faults planted in kernels are found
 #   make bench      the full benchmark table and plot, into out/bench
+#   make wheel      dist/*.whl for this Python, for systems from glibc 2.28 on
+#   make wheel-check  installs that wheel into clean environments without a compiler, and tries it; TORCHES="2.13.0 ..."
 #   make lint       ruff, mypy, clang-format
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
 #   make clean      remove what make made
@@ -21,7 +23,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
-.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench lint gpu-check $(PARTS:%=gpu-%) clean help
+TORCHES ?= $(patsubst torch==%,%,$(TORCH))
+
+.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench wheel wheel-check lint gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -108,11 +112,32 @@ bench: $(VENV)/built
 	$(BIN)/python -m sleepkern bench --json out/bench/bench.json --plot out/bench/bench.png
 	$(PYTEST) benchmarks --benchmark-only --benchmark-json=out/bench/pytest-benchmark.json
 
+# The wheel is built from the source distribution, in a folder of its own, so it shows that this holds all it needs.
+WHEEL := build/wheel
+wheel: $(VENV)/wheel-tools/installed
+	rm -rf $(WHEEL) dist
+	$(BIN)/python setup.py --quiet sdist --dist-dir $(WHEEL)
+	tar -xf $(WHEEL)/*.tar.gz -C $(WHEEL)
+	@echo "Compiling the wheel: five to ten minutes with CUDA, one without"
+	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="$$CMAKE_ARGS -DSLEEPKERN_PORTABLE=ON" $(BIN)/python -m pip wheel --quiet \
+	  --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir $(WHEEL) $(WHEEL)/sleepkern-*/
+	PATH="$(CURDIR)/$(VENV)/wheel-tools/bin:$$PATH" PYTHONPATH=$(VENV)/wheel-tools $(BIN)/python -m auditwheel repair \
+	  --plat manylinux_2_28_$$(uname -m) --exclude libgomp.so.1 --wheel-dir dist $(WHEEL)/*.whl
+
+wheel-check:
+	ls dist/*.whl >/dev/null 2>&1 || $(MAKE) --no-print-directory wheel
+	$(BIN)/python packaging/wheel_check.py dist/*.whl $(TORCHES:%=--torch %)
+
+$(VENV)/wheel-tools/installed: requirements-wheel.txt $(VENV)/installed
+	rm -rf $(VENV)/wheel-tools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(VENV)/wheel-tools -r requirements-wheel.txt
+	touch $@
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/backends/cuda_emulated/*.h tests/backends/cuda_emulated/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/backends/cuda_emulated/*.h tests/backends/cuda_emulated/*.cpp packaging/*.cpp)
 
 # Torch comes first and pinned: without it other packages would pull a build with gigabytes of CUDA.
 $(VENV)/installed: requirements.txt requirements-fla.txt

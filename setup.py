@@ -1,4 +1,4 @@
-"""Hands the build of sleepkern._C to CMake; everything else stands in pyproject.toml."""
+"""Hands the build of sleepkern._C to CMake; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """One configure and one incremental build; extra CMake options from CMAKE_ARGS."""
+    """One configure and one incremental build; extra CMake options from CMAKE_ARGS.
+
+    -DSLEEPKERN_NATIVE=OFF among them leaves the module out: a package of Python alone.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         cmake, ninja = tool("cmake"), tool("ninja")
@@ -46,7 +49,8 @@ def run(command: list[str]) -> None:
     if status:
         raise SystemExit(
             f"sleepkern._C: building it failed (exit status {status} of cmake; its message stands above). It needs a "
-            "C++17 compiler, such as g++ or clang++; without _C the package runs from its source folder, by torch alone"
+            "C++17 compiler, such as g++ or clang++; CMAKE_ARGS=-DSLEEPKERN_NATIVE=OFF installs the package by torch "
+            "alone, without _C and several times slower"
         )
 
 
@@ -59,7 +63,12 @@ def tool(name: str) -> str:
 
 
 def missing(name: str) -> str:
-    return f"sleepkern._C: building it needs {name}, which is not here; `pip install {name}` brings it"
+    return (
+        f"sleepkern._C: building it needs {name}, which is not here; `pip install {name}` brings it, and "
+        "CMAKE_ARGS=-DSLEEPKERN_NATIVE=OFF installs the package without _C, by torch alone"
+    )
 
 
-setup(ext_modules=[Extension("sleepkern._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+native = "-DSLEEPKERN_NATIVE=OFF" not in shlex.split(os.environ.get("CMAKE_ARGS", ""))
+extensions = [Extension("sleepkern._C", sources=[])] if native else []
+setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

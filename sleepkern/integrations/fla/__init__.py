@@ -62,39 +62,45 @@ from .linear import (
     parallel_simple_gla,
 )
 
+__all__ = [
+    "FUNCTIONS",
+    "Result",
+    "register",
+    "replacement_of",
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "chunk_gdn",
+    "chunk_gla",
+    "chunk_kda",
+    "chunk_lightning_attn",
+    "chunk_linear_attn",
+    "chunk_retention",
+    "chunk_simple_gla",
+    "fused_chunk_delta_rule",
+    "fused_chunk_gla",
+    "fused_chunk_linear_attn",
+    "fused_chunk_retention",
+    "fused_chunk_simple_gla",
+    "fused_gdn_gate",
+    "fused_kda_gate",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gdn",
+    "fused_recurrent_gla",
+    "fused_recurrent_kda",
+    "fused_recurrent_lightning_attn",
+    "fused_recurrent_linear_attn",
+    "fused_recurrent_retention",
+    "fused_recurrent_simple_gla",
+    "parallel_delta_rule",
+    "parallel_retention",
+    "parallel_simple_gla",
+]
+
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "chunk_delta_rule": chunk_delta_rule,
-    "chunk_gated_delta_rule": chunk_gated_delta_rule,
-    "chunk_gdn": chunk_gdn,
-    "chunk_gla": chunk_gla,
-    "chunk_kda": chunk_kda,
-    "chunk_lightning_attn": chunk_lightning_attn,
-    "chunk_linear_attn": chunk_linear_attn,
-    "chunk_retention": chunk_retention,
-    "chunk_simple_gla": chunk_simple_gla,
-    "fused_chunk_delta_rule": fused_chunk_delta_rule,
-    "fused_chunk_gla": fused_chunk_gla,
-    "fused_chunk_linear_attn": fused_chunk_linear_attn,
-    "fused_chunk_retention": fused_chunk_retention,
-    "fused_chunk_simple_gla": fused_chunk_simple_gla,
-    "fused_gdn_gate": fused_gdn_gate,
-    "fused_kda_gate": fused_kda_gate,
-    "fused_recurrent_delta_rule": fused_recurrent_delta_rule,
-    "fused_recurrent_gated_delta_rule": fused_recurrent_gated_delta_rule,
-    "fused_recurrent_gdn": fused_recurrent_gdn,
-    "fused_recurrent_gla": fused_recurrent_gla,
-    "fused_recurrent_kda": fused_recurrent_kda,
-    "fused_recurrent_lightning_attn": fused_recurrent_lightning_attn,
-    "fused_recurrent_linear_attn": fused_recurrent_linear_attn,
-    "fused_recurrent_retention": fused_recurrent_retention,
-    "fused_recurrent_simple_gla": fused_recurrent_simple_gla,
-    "parallel_delta_rule": parallel_delta_rule,
-    "parallel_retention": parallel_retention,
-    "parallel_simple_gla": parallel_simple_gla,
+    name: globals()[name] for name in __all__ if name not in ("FUNCTIONS", "Result", "register", "replacement_of")
 }
 """sleepkern's functions by fla's names."""
-
-__all__ = ["FUNCTIONS", "Result", "register", "replacement_of", *sorted(FUNCTIONS)]  # noqa: PLE0604
 
 
 def register() -> None:

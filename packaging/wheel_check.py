@@ -1,0 +1,66 @@
+"""Installs a wheel as a user would, and tries it: in a clean environment, outside of the tree, without a compiler.
+
+    python packaging/wheel_check.py dist/sleepkern-*.whl --torch 2.13.0 --torch 2.14.1
+
+For each version of torch: pip install, the smoke test, the command line, the short form of verify, the user's script
+run and checked by mypy --strict. Exit status 1 when one of them fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MYPY = ["mypy==2.4.1", "typing_extensions"]
+
+
+def run(name: str, command: list[str], folder: Path, environment: dict[str, str], shown: int = 1) -> None:
+    """A step, whose last lines are shown; all of its output if it fails."""
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode:
+        sys.exit("\n".join([*lines, f"wheel_check: {name} failed with exit status {done.returncode}"]))
+    print(f"  {name}, {time.perf_counter() - start:.0f} s", *lines[-shown:] if shown else (), sep="\n    ", flush=True)
+
+
+def check(wheel: Path, torch: str, folder: Path) -> None:
+    """All steps with one version of torch."""
+    print(f"{wheel.name} with torch {torch} on Python {sys.version.split()[0]}", flush=True)
+    venv.create(folder / "env", with_pip=True, symlinks=True)
+    programs = folder / "env" / "bin"
+    python = str(programs / "python")
+    # pip finds what the machine has been told about indexes; nothing else of the environment reaches the wheel.
+    kept = {
+        name: value for name, value in os.environ.items() if name.startswith(("PIP_", "HTTP", "http")) or name == "HOME"
+    }
+    environment = kept | {"PATH": str(programs), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    install = [python, "-m", "pip", "install", "--quiet"]
+    run("install torch", [*install, f"torch=={torch}"], folder, environment, shown=0)
+    run("install the wheel", [*install, f"{wheel.resolve()}[cli]", *MYPY], folder, environment, shown=0)
+    run("smoke test", [python, str(HERE / "smoke.py")], folder, environment)
+    run("version", ["sleepkern", "--version"], folder, environment)
+    run("verify, short form", ["sleepkern", "verify", "--quick", "--backend", "cpu"], folder, environment, shown=4)
+    run("user's script", [python, str(HERE / "user_script.py")], folder, environment, shown=0)
+    run("mypy --strict", [python, "-m", "mypy", "--strict", str(HERE / "user_script.py")], folder, environment)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--torch", action="append", help="a version to try; may be repeated")
+    options = parser.parse_args()
+    for version in options.torch or ["2.13.0"]:
+        with tempfile.TemporaryDirectory(prefix="sleepkern-wheel-") as folder:
+            check(options.wheel, version, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
