@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import sleepkern
-from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, KDA, RULES, Rule
-from sleepkern.testing import TOLERANCE, Shape, make_inputs, relative_error, to_float64
+from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, KDA, Rule
+from sleepkern.testing import TOLERANCE, Shape, make_inputs, relative_error, rules_of, to_float64
 
 WINDOWS = (
     Shape(B=2, T=1, H=1, HV=1, K=16, V=16),
@@ -103,6 +103,6 @@ def calls(small: bool = False) -> Iterator[Call]:
         for shape in (SMALL[0], SMALL[1], SMALL[3]):
             for method in ("wy", "affine"):
                 yield Call(rule, shape, torch.float32, passes=30, method=method, tol=1e-3)
-    for rule in RULES.values():
+    for rule in rules_of("cuda").values():
         for shape in STEPS:
             yield Call(rule, shape, torch.bfloat16, passes=None)

@@ -27,10 +27,10 @@ from sleepkern.backends.cuda import recurrence as cuda
 from sleepkern.measure.environment import environment
 from sleepkern.nn import SleepLM
 from sleepkern.problems.blocks import describe
-from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
+from sleepkern.rules import GATED_DELTA_RULE, KDA, Rule
 from sleepkern.sleep import SleepSession
 from sleepkern.sleep.settings import Eviction
-from sleepkern.testing import Shape, call, make_inputs, relative_error
+from sleepkern.testing import Shape, call, make_inputs, relative_error, rules_of
 
 from .cuda_calls import LONG, STEPS, WINDOWS, Call, calls
 from .gpu_verify import ALONE
@@ -85,7 +85,7 @@ def cuda_backward_launches(device: str) -> None:
 LAUNCHES: dict[str, Callable[[str], None]] = {
     "cuda": cuda_launches,
     "cuda-backward": cuda_backward_launches,
-    **{f"triton-{rule.name}": partial(triton_launches, rule) for rule in RULES.values()},
+    **{f"triton-{rule.name}": partial(triton_launches, rule) for rule in rules_of("triton").values()},
 }
 """In parts, because nearly all of the time is compiling, on one core each."""
 

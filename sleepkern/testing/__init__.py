@@ -1,7 +1,19 @@
 """Inputs, the error measure and tolerances, shared by tests, `verify` and benchmarks."""
 
-from .inputs import AWKWARD_SHAPES, TOLERANCE, Decay, Shape, call, make_inputs, relative_error, to_float64, type_name
+from .inputs import (
+    AWKWARD_SHAPES,
+    TOLERANCE,
+    Decay,
+    Shape,
+    call,
+    make_inputs,
+    relative_error,
+    rules_of,
+    to_float64,
+    type_name,
+)
 
 __all__ = [
-    "AWKWARD_SHAPES", "TOLERANCE", "Decay", "Shape", "call", "make_inputs", "relative_error", "to_float64", "type_name",
+    "AWKWARD_SHAPES", "TOLERANCE", "Decay", "Shape", "call", "make_inputs", "relative_error", "rules_of", "to_float64",
+    "type_name",
 ]  # fmt: skip

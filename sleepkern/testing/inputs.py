@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..dispatch import backend_named
 from ..ops import recurrence as ops
-from ..rules import Rule
+from ..rules import RULES, Rule
 
 Decay = Literal["slow", "zero", "strong", "extreme", "mixed"]
 
@@ -129,6 +130,12 @@ def call(
     options = {"output_final_state": True, **options}
     result: tuple[Tensor, Tensor | None] = getattr(ops, rule.name)(**arguments, backend=backend, **options)
     return result
+
+
+def rules_of(*backends: str) -> dict[str, Rule]:
+    """The rows of RULES that every one of these backends declares in its SUPPORTS, by name."""
+    declared = [backend_named(name).SUPPORTS for name in backends]
+    return {name: rule for name, rule in RULES.items() if all(rule in supports for supports in declared)}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

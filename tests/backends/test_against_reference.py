@@ -210,6 +210,7 @@ def test_a_slice_of_a_projection_is_read_in_place() -> None:
     assert kept is q and address == q.data_ptr() and stride == 96
 
 
+@pytest.mark.computed_by("cpu")
 def test_mixed_gate_types(rule: Rule) -> None:
     """q, k, v, beta in bfloat16 with g in float32, bfloat16 or float64, as models hand them over."""
     x = make_inputs(rule, Shape(T=70, K=32, V=32), torch.bfloat16, seed=8)

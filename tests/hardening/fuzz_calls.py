@@ -34,7 +34,7 @@ from sleepkern.nn.short_convolution import short_convolution_step
 from sleepkern.ops import recurrence as ops
 from sleepkern.rules import RULES, Rule
 from sleepkern.sleep.blocks import one_by_one, sleep_blocks
-from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, to_float64
+from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, rules_of, to_float64
 from tests.helpers import build as native
 
 KERNEL_TESTS = [
@@ -179,7 +179,7 @@ def steps(d: Draw) -> None:
 
 
 def ingestions(d: Draw) -> None:
-    rule, shape = d.of.choice(list(RULES.values())), d.shape()
+    rule, shape = d.of.choice(list(rules_of("cpu").values())), d.shape()
     x, gradients = d.inputs(rule, shape), d.maybe(0.3)
     if d.maybe(0.3):
         x["q"] = None

@@ -28,6 +28,7 @@ from sleepkern.sleep.blocks import why_not
 from sleepkern.testing import Shape, call, make_inputs, relative_error
 
 
+@pytest.mark.computed_by("cpu")
 def test_native_code_comes_first(rule: Rule) -> None:
     x = make_inputs(rule, Shape(T=10))
     told = sleepkern.explain(rule, **x)

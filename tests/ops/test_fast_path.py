@@ -50,6 +50,7 @@ def variants(x: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.computed_by("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_plain_calls_give_the_same_bits(
     rule: Rule, dtype: torch.dtype, taken: list[bool], monkeypatch: pytest.MonkeyPatch
@@ -64,6 +65,7 @@ def test_plain_calls_give_the_same_bits(
             assert o.dtype == dtype and o.is_contiguous()
 
 
+@pytest.mark.computed_by("cpu")
 def test_a_step_is_taken_in_place(rule: Rule, taken: list[bool]) -> None:
     x = make_inputs(rule, SHAPE, seed=2)
     expected_o, expected_S = call(rule, x)

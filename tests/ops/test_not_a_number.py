@@ -57,6 +57,7 @@ def test_no_token_before_is_reached(rule: Rule, backend: str, shape: str, value:
     check_reach(rule, make_inputs(rule, sizes, seed=1, decay="slow"), backend, token, value)
 
 
+@pytest.mark.computed_by("cpu")
 def test_padding_on_the_right_may_be_anything(rule: Rule) -> None:
     """Rows of a batch padded with NaN: outputs before the padding are those of the row alone."""
     x = make_inputs(rule, Shape(B=2, T=60, K=16, V=16), seed=2, decay="slow")
@@ -69,6 +70,7 @@ def test_padding_on_the_right_may_be_anything(rule: Rule) -> None:
         assert torch.equal(o[0, :37], clean[0, :37]) and torch.equal(o[1], clean[1]), backend
 
 
+@pytest.mark.computed_by("cpu")
 def test_nothing_stays_behind(rule: Rule) -> None:
     """The next call finds no NaN in memory that a thread keeps, also where it has fewer tokens and channels."""
     spoiled = make_inputs(rule, Shape(T=64, K=64, V=64), seed=3)

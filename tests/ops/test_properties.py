@@ -24,7 +24,7 @@ from sleepkern.ops import recurrence as ops
 from sleepkern.rules import RULES
 from sleepkern.sleep import sleep_blocks
 from sleepkern.state import KVState, RecurrentState
-from sleepkern.testing import Shape, make_inputs
+from sleepkern.testing import Shape, make_inputs, rules_of
 
 Function = Callable[..., Any]
 Arguments = dict[str, Any]
@@ -44,9 +44,10 @@ def rule_calls(draw: st.DrawFn) -> tuple[Function, Arguments, tuple[str, ...]]:
     rule = RULES[draw(st.sampled_from(list(RULES)))]
     shape = draw(st.one_of(SIZES, PACKED))
     x = make_inputs(rule, shape, draw(st.sampled_from(FLOATS)), initial_state=draw(st.booleans()))
+    able = [None, *(name for name in ("cpu", "chunked") if rule.name in rules_of(name))]
     options = {
         "use_qk_l2norm_in_kernel": draw(st.booleans()),
-        "backend": draw(st.sampled_from((None, "cpu", "chunked"))),
+        "backend": draw(st.sampled_from(able)),
     }
     if x["q"].dtype == torch.float64 and options["backend"] == "cpu":
         options["backend"] = None

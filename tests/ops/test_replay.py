@@ -99,6 +99,7 @@ def gradients(
     return {n: t.grad for n, t in leaves.items() if t.grad is not None}, r
 
 
+@pytest.mark.computed_by("cpu")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cpu_gradients_through_all_passes(rule: Rule, setting: str) -> None:
     """Every shape, one to seven passes; over the settings each shape meets each number of passes."""
@@ -117,6 +118,7 @@ def test_cpu_gradients_through_all_passes(rule: Rule, setting: str) -> None:
             assert error < 2e-5, f"{n}, {name}, {passes} passes"
 
 
+@pytest.mark.computed_by("cpu")
 def test_ways_back_through_the_passes_agree(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way is taken where it costs the least, and gives what every other one would have given."""
     find = replay_backward._Replay._method

@@ -54,6 +54,7 @@ def replays(rule: Rule, x: dict[str, Any], T: int) -> Results:
     return results
 
 
+@pytest.mark.computed_by("cpu")
 @pytest.mark.usefixtures("restore_isa")
 def test_instruction_sets_and_threads_agree(rule: Rule) -> None:
     for shape in SHAPES:
@@ -71,6 +72,7 @@ def test_instruction_sets_and_threads_agree(rule: Rule) -> None:
             assert relative_error(S, expected_S) < 1e-6
 
 
+@pytest.mark.computed_by("cpu")
 @pytest.mark.usefixtures("restore_isa")
 @pytest.mark.parametrize("shape", ADJOINT_SHAPES, ids=str)
 def test_instruction_sets_and_threads_agree_on_gradients_and_replay(rule: Rule, shape: Shape) -> None:
@@ -87,6 +89,7 @@ def test_instruction_sets_and_threads_agree_on_gradients_and_replay(rule: Rule, 
                 assert relative_error(value, first[name][0]) < tolerance, (name, isa, threads)
 
 
+@pytest.mark.computed_by("cpu")
 @pytest.mark.usefixtures("restore_isa")
 def test_two_threads_give_the_same_bits(rule: Rule) -> None:
     x = make_inputs(rule, Shape(B=2, T=100, H=2, HV=4), seed=2)
@@ -98,6 +101,7 @@ def test_two_threads_give_the_same_bits(rule: Rule) -> None:
         assert one is not None and two is not None and torch.equal(one, two)
 
 
+@pytest.mark.computed_by("cpu")
 def test_gradients_do_not_depend_on_the_call_before(rule: Rule) -> None:
     """State alone after outputs: what the pairs of tokens left in the thread's arrays is none of its own."""
     x = make_inputs(rule, Shape(T=40, H=1, HV=1, K=16, V=16), seed=6)
@@ -129,8 +133,7 @@ def test_threads_are_torchs_own() -> None:
 AVX512_AGREES = """
 import sleepkern
 from sleepkern.backends import cpu
-from sleepkern.rules import RULES
-from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error, rules_of, to_float64
 assert _C.isas()[:2] == ["avx512bf16", "avx512"], _C.isas()
 shapes = {**AWKWARD_SHAPES, "wide": Shape(T=200, H=1, HV=2, K=128, V=128)}
 shapes |= {f"T={T}": Shape(T=T, H=1, HV=2, K=48, V=40) for T in (20, 50)}
@@ -146,7 +149,7 @@ def results(rule, x, T):
         found |= {"o " + method: (r.output, 1e-6), "S " + method: (r.final_state, 1e-6)}
     return found
 
-for rule in RULES.values():
+for rule in rules_of("cpu").values():
     for name, shape in shapes.items():
         for decay, threads in (("mixed", 1), ("mixed", 2), ("slow", 1)):
             x = make_inputs(rule, shape, seed=3, decay=decay)
@@ -160,7 +163,7 @@ for rule in RULES.values():
                 assert error < tolerance, (rule.name, name, decay, what, error)
 
 # Products of bfloat16, which only inputs of that type take.
-for rule in RULES.values():
+for rule in rules_of("cpu").values():
     for name, shape in shapes.items():
         for options in ({}, {"decay": "slow"}, {"decay": "slow", "beta_max": 2.0, "correlation": 0.9}):
             x = make_inputs(rule, shape, torch.bfloat16, seed=3, **options)

@@ -177,6 +177,7 @@ def test_chain(on, K: int, blocks: int) -> None:
         assert max(map(relative_error, got, expected)) <= 2e-6
 
 
+@pytest.mark.computed_by("cuda")
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda r: r.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(

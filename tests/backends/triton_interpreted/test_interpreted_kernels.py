@@ -15,9 +15,10 @@ from sleepkern.backends.triton import launch
 from sleepkern.backends.triton.plan import plan_for
 from sleepkern.backends.triton.plan_table import PLAIN_HOPPER, Direction, Precision, TilePlan
 from sleepkern.problems.recurrence import Problem
-from sleepkern.rules import GATED_DELTA_RULE, KDA, RULES, Rule
-from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.rules import GATED_DELTA_RULE, KDA, Rule
+from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, relative_error, rules_of, to_float64
 
+RULES = rules_of("triton")
 ALL = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 TF32 = 2e-3
 ONE = {"H": 1, "HV": 1}
