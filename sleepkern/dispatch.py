@@ -39,6 +39,7 @@ _P = TypeVar("_P")
 class Explanation:
     """What a call would take, and why not the others.
 
+    problem  the checked call: its rule, sizes, types and options
     chosen   name of the backend, None when every one refuses
     kernel   one line on the code it runs
     reasons  for each backend in order of preference: None (it could) or the sentence why not

@@ -19,9 +19,11 @@ class GatedDeltaNet(nn.Module):
 
     Args:
         width: d of the residual stream.
-        heads: H, of keys. value_heads: HV, a multiple of H, default H.
-        key_width, value_width: K and V of a head, default width / heads, which then has to be whole, and K.
-        convolution: width of the short convolution of q, k and v.
+        heads: H, the number of key heads.
+        value_heads: HV, the number of value heads, a multiple of H, default H.
+        key_width: K of a head, default width / heads, which then has to be whole.
+        value_width: V of a head, default K.
+        convolution: width of the short convolution of q, k and v, in tokens.
         decay_bias: added before the sigmoid of the decay: 4 keeps .982 of the state a token at the start, which has to
             last for window x passes tokens.
         negative: write strengths to 2 instead of 1, so that the transition may have negative eigenvalues.

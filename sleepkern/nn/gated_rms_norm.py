@@ -11,7 +11,12 @@ __all__ = ["GatedRMSNorm", "gated_rms_norm"]
 
 
 class GatedRMSNorm(nn.Module):
-    """`gated_rms_norm` with a weight of its own, norm first, silu."""
+    """y = w r x silu(gate), r = (mean x^2 + eps)^-1/2: `gated_rms_norm` with a weight of its own, norm first.
+
+    Args:
+        width: V, the last dimension of x.
+        eps: added to the mean of squares.
+    """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()

@@ -22,7 +22,15 @@ _EPS: float = torch.finfo(torch.float32).eps
 
 
 class MLP(nn.Module):
-    """out relu(up x)^2."""
+    """out relu(up x)^2.
+
+    Args:
+        width: d of the residual stream.
+        factor: the inner width over d.
+
+    Raises:
+        TypeError, ValueError: a size that is not a whole number from 1 on.
+    """
 
     def __init__(self, width: int, factor: int = 4) -> None:
         super().__init__()
@@ -36,7 +44,16 @@ class MLP(nn.Module):
 
 
 class HybridBlock(nn.Module):
-    """h <- h + mixer(norm h); h <- h + MLP(norm h)."""
+    """h <- h + mixer(norm h); h <- h + MLP(norm h).
+
+    Args:
+        width: d of the residual stream.
+        mixer: a GatedDeltaNet or WindowAttention of the same width.
+        factor: the inner width of the MLP over d.
+
+    Raises:
+        TypeError, ValueError: a size that is not a whole number from 1 on.
+    """
 
     def __init__(self, width: int, mixer: GatedDeltaNet | WindowAttention, factor: int = 4) -> None:
         super().__init__()

@@ -14,8 +14,8 @@ class ShortConvolution(nn.Module):
     """`short_convolution` with weights of its own, silu, without bias.
 
     Args:
-        channels: D.
-        width: W, tokens that an output sees.
+        channels: D, the number of channels, each with weights of its own.
+        width: W, the tokens that an output sees: its own and the W - 1 before.
     """
 
     def __init__(self, channels: int, width: int = 4) -> None:

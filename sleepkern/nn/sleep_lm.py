@@ -26,14 +26,19 @@ class SleepLM(nn.Module):
     decides which tokens they see.
 
     Args:
-        vocabulary: tokens.
-        width: d. heads: of every mixer. blocks: how many.
-        window: longest window.
+        vocabulary: the number of tokens.
+        width: d of the residual stream.
+        heads: heads of every mixer.
+        blocks: the number of blocks.
+        window: tokens of the longest window.
         pattern: repeated over the blocks, "A" attention, "G" gated DeltaNet.
-        factor: of the MLP.
+        factor: the inner width of each MLP over d.
         mixer: further arguments of GatedDeltaNet.
         kinds: an id token + vocabulary * kind is the token with something said of it, out of so many; the embeddings of
             both add up. Only tokens are predicted.
+
+    Raises:
+        TypeError, ValueError: a size that is not a whole number from 1 on, or a pattern without "G".
     """
 
     def __init__(

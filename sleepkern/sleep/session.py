@@ -183,7 +183,14 @@ class SleepSession(PassLoop):
         """Logits [B,T,vocabulary] of tokens after all that was ingested, in one pass; the session does not change.
 
         A session of one row answers as many questions as ids has rows. Questions of one length run together without
-        their padding, at which logits are 0. Arguments and errors are those of `ingest`; a row needs a token.
+        their padding, at which logits are 0.
+
+        Args:
+            ids: integers [B,T], or a mapping with input_ids (and attention_mask), as tokenizers of transformers give.
+            attention_mask: [B,T], 0 where a row is padded, on the left of its text, else 1; a row needs a token.
+
+        Raises:
+            TypeError, ValueError: other ids or another mask, also tokens that the model does not know.
         """
         text = self._question(ids, attention_mask)
         out: Tensor | None = None
@@ -199,20 +206,25 @@ class SleepSession(PassLoop):
 
     @torch.no_grad()
     def generate(self, ids: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        """ids [B,T] and the tokens that follow them after the ingested text, in one pass.
+        """ids [B,T] and the tokens that follow them after the ingested text, in one pass; the session does not change.
 
-        options are those of transformers' `generate`, beams too, and the model's generation_config holds; they count
-        and see ids alone. SleepLM and CausalLMAdapter have max_new_tokens, max_length, min_new_tokens, min_length,
-        eos_token_id, pad_token_id, do_sample, temperature, top_k, top_p and generation_config. With
-        return_dict_in_generate the result is transformers' own, and its `sequences` are the tokens. The session does
-        not change, so that one text can answer many questions, also in threads on forks of the session.
+        One text can answer many questions, also in threads on forks of the session. A session of one row answers as
+        many questions as ids has rows. Questions of one length run together, the shortest first, and answers are filled
+        with pad_token_id up to the longest. Questions of several lengths allow no streamer and no
+        return_dict_in_generate.
 
-        A session of one row answers as many questions as ids has rows. Questions of one length run together, the
-        shortest first, and answers are filled with pad_token_id up to the longest. Questions of several lengths allow
-        no streamer and no return_dict_in_generate.
+        Args:
+            ids: integers [B,T], T at least 1, or a mapping with input_ids (and attention_mask).
+            attention_mask: [B,T], 0 where a row is padded, on the left of its text, else 1.
+            options: those of transformers' `generate`, beams too; they count and see ids alone, and the model's
+                generation_config holds. SleepLM and CausalLMAdapter have max_new_tokens, max_length, min_new_tokens,
+                min_length, eos_token_id, pad_token_id, do_sample, temperature, top_k, top_p and generation_config.
+
+        Returns:
+            Tokens [B,T + new]; with return_dict_in_generate transformers' own result, whose `sequences` they are.
 
         Raises:
-            TypeError, ValueError: those of `ingest`; no token; an option that a session cannot follow.
+            TypeError, ValueError: other ids or another mask, no token, or an option that a session cannot follow.
         """
         text = self._question(ids, attention_mask)
         if text.ids.shape[1] == 0:
@@ -247,6 +259,9 @@ class SleepSession(PassLoop):
         """Go on from copies of a `state_dict` of a session with the same model and settings.
 
         The model runs over one token, to find the shapes of its states.
+
+        Args:
+            state: what `state_dict` of such a session returned: tensors by name, on any device.
 
         Raises:
             TypeError, ValueError: names, sizes, types or a position that this session cannot go on from; the session is

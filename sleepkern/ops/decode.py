@@ -1,0 +1,112 @@
+"""Step 1 of a call, PUBLIC: a few tokens on a state that is updated in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import transforms
+from ..addresses import check_memory
+from ..autograd import recurrence as autograd
+from ..eager import untraced
+from ..problems.recurrence import Tensors, check, check_dense, check_flag, check_pool
+from ..rules import GATED_DELTA_RULE, Rule, rule_named
+from . import fast_path
+from .call import cast, engine_for
+
+
+def recurrent_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    rule: Rule | str = GATED_DELTA_RULE,
+    inplace: bool = True,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    backend: str | None = None,
+    state_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Decode: a few tokens of any rule, on a state that is updated in place.
+
+        S_t = (I - b k k^T)^[delta] diag(a) S_(t-1) + b k v^T,   a = exp(g);   o_t = scale S_t^T q
+
+    Args:
+        q: [B,T,H,K] queries: float32, bfloat16, float16 or float64, one type for q, k and v; T is usually 1.
+        k: [B,T,H,K] keys.
+        v: [B,T,HV,V] values; HV is a multiple of H, and value head j reads key head j // (HV // H).
+        g: log decay, at most 0, of any float type: [B,T,HV], [B,T,HV,K] where the rule decays by key channel, None
+            where it does not decay.
+        beta: [B,T,HV] factor of the write, of any float type; None for 1, where the rule has no delta.
+        state: [B,HV,K,V] float32, or float64 for float64 inputs; or a pool [n,HV,K,V] of states, of which state_indices
+            name B.
+        rule: one of `sleepkern.rules`, or its name: "gated_delta_rule", "kda", "delta_rule", "simple_gla" or "gla".
+        inplace: whether `state` itself is updated and returned; else it stays as it is, and a new state is returned.
+        scale: factor of the output, default K ** -0.5.
+        use_qk_l2norm_in_kernel: use q / |q| and k / |k|, with 1e-6 added under the root; on a GPU for lengths below
+            1e19.
+        backend: "cuda", "cpu", "triton", "chunked" or "reference", default the first of these that can;
+            `sleepkern.explain` says which.
+        state_indices: [B] int32 or int64: row b goes on from state[state_indices[b]], as serving engines keep states.
+            Each index may occur once; a negative one marks a padded row, whose outputs are 0.
+
+    Returns:
+        o [B,T,HV,V] in the type of v, and the state after the tokens, in the shape of `state`. Both are differentiable;
+        where a gradient is wanted, an in-place update is recorded as a copy into `state`.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a shape, device, index or option that does not fit, a log decay above 0 (on a GPU with
+            SLEEPKERN_DEBUG=1), a state that overlaps itself or another argument, or a backend that cannot do this call.
+            The state is then as it was.
+    """
+    if type(rule) is not Rule:
+        rule = rule_named(rule)
+    if inplace is True and state_indices is None:
+        plain = fast_path.step(rule, q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel, backend)
+        if plain is not None:
+            return plain, state
+    x = Tensors(q, k, v, g, beta, state, None)
+    check_flag("inplace", inplace)
+    if state_indices is not None:
+        return _step_in_pool(rule, x, state_indices, inplace, scale, use_qk_l2norm_in_kernel, backend)
+    x = cast(x)
+    check_dense("state", state)
+    problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
+    engine = engine_for(problem, x, backend)
+    if inplace and not (autograd.wants_grad(x) or transforms.active()):
+        return autograd.step(problem, engine, x), state
+    if inplace:  # what is saved for the gradient must not be the buffer that is about to be overwritten
+        autograd.check_update(x)
+        if untraced(state):
+            check_memory(("state",), (state,))
+        x = x._replace(state=state.clone())
+    out = autograd.ingest(problem, engine, x)
+    assert out.o is not None
+    return out.o, state.copy_(out.state) if inplace else out.state
+
+
+def _step_in_pool(
+    rule: Rule, x: Tensors, places: Tensor, inplace: bool, scale: float | None, normalize: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """recurrent_step on states that lie in a pool."""
+    x = cast(x)
+    pool = x.state
+    problem = check(rule, x._replace(state=None), scale, normalize)
+    check_pool(problem, pool, places)
+    assert pool is not None
+    if untraced(pool, places):
+        check_memory(("state", "state_indices"), (pool, places))
+    engine = engine_for(problem, x, backend)
+    pool = pool if inplace else pool.clone()
+    if not (autograd.wants_grad(x) or transforms.active()):
+        return autograd.step(problem, engine, x._replace(state=pool), places), pool
+    if inplace:
+        autograd.check_update(x, places)
+    present = places >= 0
+    out = autograd.ingest(problem, engine, x._replace(state=pool[places.clamp_min(0)]))
+    assert out.o is not None
+    o = torch.where(present[:, None, None, None], out.o, 0)
+    return o, pool.index_copy_(0, places[present].long(), out.state[present])
