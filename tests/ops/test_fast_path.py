@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.bad_inputs import RULE, BadInput, refused_calls
 from torch import Tensor
 
 import sleepkern
@@ -109,6 +110,42 @@ def test_modes_and_other_backends_take_the_long_way(taken: list[bool]) -> None:
         assert call(GATED_DELTA_RULE, x)[0].dtype == torch.bfloat16
     call(GATED_DELTA_RULE, x, "chunked")
     assert taken == []
+
+
+BAD_CALLS = refused_calls()
+
+
+@pytest.mark.parametrize(("bad", "x"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_input_gets_the_sentence_of_the_long_way(
+    bad: BadInput, x: dict[str, Any], taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++ takes none of the calls that the checks in Python refuse, so that each gets its sentence from there."""
+    tensors = [x[n] for n in ("q", "k", "v", "g", "beta", "initial_state")]
+    assert fast_path.forward(RULE, (*tensors, x["cu_seqlens"]), None, False, None) is None
+    with pytest.raises(bad.error, match=f"^{bad.message}") as short:
+        call(RULE, x)
+    with pytest.raises(bad.error) as long:
+        long_way(monkeypatch, RULE, x)
+    assert str(short.value) == str(long.value)
+    assert True not in taken
+
+
+@pytest.mark.parametrize(("bad", "x"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_bad_step_gets_the_sentence_of_the_long_way(
+    bad: BadInput, x: dict[str, Any], taken: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if x.pop("cu_seqlens") is not None:
+        pytest.skip("a step has no packed sequences")
+    state = x.pop("initial_state")
+    before = state.clone()
+    sentences = []
+    for usable in (fast_path._usable, False):
+        monkeypatch.setattr(fast_path, "_usable", usable)
+        with pytest.raises(bad.error, match=f"^{bad.message.replace('initial_state', 'state')}") as caught:
+            sleepkern.recurrent_step(**x, state=state, rule=RULE)
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1] and True not in taken
+    assert torch.equal(state, before)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=str)
