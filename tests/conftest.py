@@ -11,7 +11,7 @@ import torch
 from sleepkern.rules import RULES, Rule
 from sleepkern.testing import rules_of
 
-pytest_plugins = ["helpers.versions"]
+pytest_plugins = ["helpers.instruction_sets", "helpers.versions"]
 
 # `make test` takes the first; --hypothesis-profile=full the second.
 hypothesis.settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True, database=None)

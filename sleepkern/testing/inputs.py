@@ -14,14 +14,6 @@ from ..rules import RULES, Rule
 
 Decay = Literal["slow", "zero", "strong", "extreme", "mixed"]
 
-TOLERANCE: dict[torch.dtype, float] = {
-    torch.float64: 1e-10,
-    torch.float32: 2e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
-"""Largest relative error in norm against the float64 reference on the same (rounded) inputs, by input type."""
-
 
 @dataclass(frozen=True)
 class Shape:

@@ -22,7 +22,8 @@ from ..backends import BACKENDS
 from ..dispatch import Explanation, backend_named
 from ..ops import recurrence as ops
 from ..rules import RULES, Rule
-from .inputs import AWKWARD_SHAPES, TOLERANCE, Shape, call, make_inputs, to_float64, type_name
+from .inputs import AWKWARD_SHAPES, Shape, call, make_inputs, to_float64, type_name
+from .tolerances import TOLERANCE
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is running, how many are done, how many there are)."""

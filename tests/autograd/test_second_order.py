@@ -13,7 +13,7 @@ import sleepkern
 from sleepkern.backends import reference
 from sleepkern.problems.recurrence import Tensors, describe
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, RULES, SIMPLE_GLA, Rule
-from sleepkern.testing import Shape, make_inputs, relative_error, to_float64
+from sleepkern.testing import BLOCK_GRADIENTS, SAME_GRADIENTS, Shape, make_inputs, relative_error, to_float64
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 
@@ -44,7 +44,7 @@ def test_gradients_of_gradients(rule: Rule, passes: int) -> None:
         assert o is not None
         results.append(penalised(o, S, list(leaves.values())))
     for ours, true in zip(*results, strict=True):
-        assert relative_error(ours, true) < 1e-4
+        assert relative_error(ours, true) < BLOCK_GRADIENTS
 
 
 def test_one_tensor_as_two_inputs() -> None:
@@ -55,7 +55,7 @@ def test_one_tensor_as_two_inputs() -> None:
         o, _ = sleepkern.gated_delta_rule(**(x | {"q": k, "k": k}))
         return torch.autograd.grad(o.square().sum(), k, create_graph=create_graph)[0]
 
-    assert relative_error(grad(True), grad(False).double()) < 1e-5
+    assert relative_error(grad(True), grad(False).double()) < SAME_GRADIENTS
 
 
 def test_forward_mode_is_refused() -> None:

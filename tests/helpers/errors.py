@@ -118,4 +118,10 @@ def results(
     return {name: t.detach() for name, t in made.items() if t is not None}
 
 
+def gradients(rule: Rule, x: dict[str, Any], backend: str, do: Tensor, dstate: Tensor) -> dict[str, Tensor]:
+    """The gradients of all tensors of a call with outputs, by name."""
+    found = results(rule, x, backend, do, dstate)
+    return {name: t for name, t in found.items() if name in NAMES}
+
+
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sleepkern.nn import GatedDeltaNet, GatedRMSNorm, HybridBlock, ShortConvolution, SleepLM, WindowAttention
 from sleepkern.sleep import InsertedMixer, RecurrentState, SleepSession
-from sleepkern.testing import relative_error
+from sleepkern.testing import BLOCK_GRADIENTS, relative_error
 
 CLOSE = 1e-5
 L = 12
@@ -250,7 +250,7 @@ def test_a_row_is_as_if_its_padding_were_not_there(kind: Any, padded: str, conti
         expected = torch.cat(rows)
         assert got.shape == expected.shape and relative_error(got, expected.double()) < CLOSE
     for a, *b in zip(gradients, *(grads for _, grads in alone), strict=True):
-        assert relative_error(a, sum(b).double()) < 1e-4  # type: ignore[union-attr]
+        assert relative_error(a, sum(b).double()) < BLOCK_GRADIENTS  # type: ignore[union-attr]
 
 
 def test_attention_does_not_see_padding() -> None:
@@ -299,7 +299,7 @@ def test_gradients_with_and_without_checkpoints() -> None:
         exact = gradients(torch.float64, False, eviction)
         for checkpoint in (False, True):
             found = gradients(torch.float32, checkpoint, eviction)
-            assert max(map(relative_error, found, exact)) < 1e-4
+            assert max(map(relative_error, found, exact)) < BLOCK_GRADIENTS
 
 
 def test_starts_near_the_identity_and_learns() -> None:

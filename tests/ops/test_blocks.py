@@ -20,14 +20,7 @@ from sleepkern.nn import HybridBlock
 from sleepkern.sleep import SleepSession, forget_packed, sleep_blocks
 from sleepkern.sleep.blocks import why_not
 from sleepkern.state import KVState, RecurrentState
-from sleepkern.testing import relative_error
-
-
-@pytest.fixture
-def restore_isa() -> Iterator[None]:
-    name = _C.isa()
-    yield
-    _C.set_isa(name)
+from sleepkern.testing import BLOCK_GRADIENTS, BLOCKS, BLOCKS_BF16, IN_PIECES, MATTERS, SAME_SUMS, relative_error
 
 
 @pytest.mark.parametrize("continued", [False, True], ids=["from nothing", "continued"])
@@ -44,8 +37,8 @@ def test_equals_the_modules(size: str, pattern: str, continued: bool) -> None:
             ours = sleep_blocks(h, lm.blocks(), states, options[2], options[0], options[1])  # type: ignore[arg-type]
             true = by_hand(h.double(), exact.blocks(), as_type(states, torch.float64), options[2], *options[:2])
         for a, b in zip(all_of(ours), all_of(true), strict=True):
-            assert relative_error(a, b) < 1e-5 or b.numel() == 0
-        assert torch.allclose(ours.changes.double(), true.changes, rtol=1e-5)
+            assert relative_error(a, b) < BLOCKS or b.numel() == 0
+        assert torch.allclose(ours.changes.double(), true.changes, rtol=BLOCKS)
 
 
 @pytest.mark.usefixtures("restore_isa")
@@ -62,8 +55,8 @@ def test_instruction_sets_threads_and_groups_agree() -> None:
                     results.append(sleep_blocks(h, lm.blocks(), passes=3))
         for other in results[1:]:
             for a, b in zip(all_of(other), all_of(results[0]), strict=True):
-                assert relative_error(a, b.double()) < 2e-6
-            assert torch.allclose(other.changes, results[0].changes, rtol=1e-5)
+                assert relative_error(a, b.double()) < IN_PIECES
+            assert torch.allclose(other.changes, results[0].changes, rtol=BLOCKS)
 
 
 def test_changed_weights_are_packed_anew() -> None:
@@ -73,17 +66,17 @@ def test_changed_weights_are_packed_anew() -> None:
         for parameter in lm.parameters():
             parameter.mul_(1.1)
         second = sleep_blocks(h, lm.blocks()).h
-        assert relative_error(second, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < 1e-5
-        assert relative_error(first, second.double()) > 1e-2
+        assert relative_error(second, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < BLOCKS
+        assert relative_error(first, second.double()) > BLOCKS_BF16
         lm.blocks()[1].mixer.decay_bias = -3.0  # type: ignore[assignment]
         third = sleep_blocks(h, lm.blocks()).h
-        assert relative_error(third, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < 1e-5
+        assert relative_error(third, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < BLOCKS
         for parameter in lm.parameters():
             parameter.data.mul_(1.1)
         assert torch.equal(sleep_blocks(h, lm.blocks()).h, third)  # torch does not count that
         forget_packed(lm.blocks())
         fourth = sleep_blocks(h, lm.blocks()).h
-        assert relative_error(fourth, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < 1e-5
+        assert relative_error(fourth, by_hand(h, lm.blocks(), [None] * 3, 1, "raw", "rewind").h.double()) < BLOCKS
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "checkpointed"])
@@ -110,14 +103,14 @@ def test_a_session_is_one_call_where_it_may(
     other, expected, expected_grads = slept()
     with torch.set_grad_enabled(grad):
         assert "so that the test sees both" in other.explain()
-    assert relative_error(logits, expected.double()) < 1e-5
+    assert relative_error(logits, expected.double()) < BLOCKS
     for a, b in zip(session.reports, other.reports, strict=True):
-        assert torch.allclose(a.changes, b.changes, rtol=1e-4)
+        assert torch.allclose(a.changes, b.changes, rtol=BLOCK_GRADIENTS)
     found, wanted = session.state_dict(), other.state_dict()
     assert found.keys() == wanted.keys()
-    assert all(relative_error(found[name], wanted[name].double()) < 1e-5 for name in wanted if "." in name)
+    assert all(relative_error(found[name], wanted[name].double()) < BLOCKS for name in wanted if "." in name)
     assert len(grads) == len(expected_grads)
-    assert all(relative_error(a, b.double()) < 1e-4 for a, b in zip(grads, expected_grads, strict=True))
+    assert all(relative_error(a, b.double()) < BLOCK_GRADIENTS for a, b in zip(grads, expected_grads, strict=True))
 
 
 def test_a_session_says_why_it_is_not_one_call() -> None:
@@ -141,7 +134,7 @@ def test_half_types(size: str, dtype: torch.dtype) -> None:
             true = by_hand(h.double(), exact.blocks(), [None] * 3, options[2], *options[:2])
         assert ours.h.dtype == dtype
         for a, b in zip(all_of(ours), all_of(true), strict=True):
-            assert relative_error(a, b) < 1e-2
+            assert relative_error(a, b) < BLOCKS_BF16
 
 
 @pytest.fixture
@@ -163,7 +156,7 @@ def test_float32_multiplies_in_bfloat16_where_that_is_allowed() -> None:
                 torch.set_float32_matmul_precision(precision)
                 error = relative_error(sleep_blocks(h, lm.blocks(), passes=2).h, true.h)
                 allowed = precision == "medium" and isa == "avx512bf16"
-                assert 1e-4 < error < 1e-2 if allowed else error < 1e-5, (isa, precision)
+                assert MATTERS / 10 < error < BLOCKS_BF16 if allowed else error < BLOCKS, (isa, precision)
 
 
 def test_what_is_not_ours_runs_by_the_modules() -> None:
@@ -174,7 +167,7 @@ def test_what_is_not_ours_runs_by_the_modules() -> None:
         ours = sleep_blocks(h, lm.blocks(), passes=2, feedback="reinject")
         true = by_hand(h, lm.blocks(), [None] * 3, 2, "reinject", "rewind")
     for a, b in zip(all_of(ours), all_of(true), strict=True):
-        assert relative_error(a, b.double()) < 1e-6
+        assert relative_error(a, b.double()) < SAME_SUMS
     narrow = model(24, 2, {})
     assert "float64" in str(why_not(h.double(), narrow.blocks()))
     handle = narrow.blocks()[0].mlp.register_forward_hook(lambda *_: None)
@@ -231,7 +224,7 @@ def test_changed_blocks_run_by_themselves(change: Callable[[HybridBlock], None])
         ours = sleep_blocks(h, lm.blocks(), passes=2)
         true = by_hand(h, lm.blocks(), [None] * 3, 2, "raw", "rewind")
     for a, b in zip(all_of(ours), all_of(true), strict=True):
-        assert relative_error(a, b.double()) < 1e-6
+        assert relative_error(a, b.double()) < SAME_SUMS
 
 
 def test_packed_weights_go_with_their_blocks() -> None:

@@ -20,7 +20,7 @@ from sleepkern.problems.layer_weights import AttentionWeights, GatedDeltaWeights
 from sleepkern.sleep import explain_blocks, sleep_blocks
 from sleepkern.sleep.blocks import one_by_one, why_not
 from sleepkern.state import KVState
-from sleepkern.testing import relative_error
+from sleepkern.testing import BLOCK_GRADIENTS, BLOCKS, SAME_SUMS, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
 H = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))
@@ -35,7 +35,7 @@ def test_backends_by_name() -> None:
     assert torch.equal(by_name["modules"].h, one_by_one(H, blocks, 2, feedback="reinject").h)
     assert torch.equal(by_name["cpu"].h, sleep_blocks(H, blocks, passes=2, feedback="reinject").h)
     for a, b in zip(*(all_of(slept) for slept in by_name.values()), strict=True):
-        assert 0 < relative_error(a, b.double()) < 1e-5
+        assert 0 < relative_error(a, b.double()) < BLOCKS
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ def test_a_graph_is_made_of_the_modules() -> None:
         return sleep_blocks(h, blocks, passes=2, feedback="reinject").h
 
     compiled = torch.compile(slept, fullgraph=True, backend="eager")
-    assert relative_error(compiled(H), one_by_one(H, blocks, 2, feedback="reinject").h.double()) < 1e-6
+    assert relative_error(compiled(H), one_by_one(H, blocks, 2, feedback="reinject").h.double()) < SAME_SUMS
 
 
 class Counting:
@@ -170,14 +170,14 @@ def test_blocks_of_other_models_hand_out_their_weights() -> None:
         for options in ({}, {"states": states, "passes": 3, "feedback": "reinject"}):
             ours, true = sleep_blocks(H, mixed, **options), sleep_blocks(H, mixed, **options, backend="modules")  # type: ignore[arg-type]
             for a, b in zip(all_of(ours), all_of(true), strict=True):
-                assert relative_error(a, b.double()) < 1e-5
+                assert relative_error(a, b.double()) < BLOCKS
     parameters = [p for block in mixed for p in block.parameters()]
     grads = [
         torch.autograd.grad(sleep_blocks(H, mixed, passes=2, backend=name).h.square().sum(), parameters)
         for name in ("cpu", "modules")
     ]
     for a, b in zip(*grads, strict=True):
-        assert relative_error(a, b.double()) < 1e-4
+        assert relative_error(a, b.double()) < BLOCK_GRADIENTS
 
 
 def changed(**values: Any) -> Callable[[LayerWeights], Any]:

@@ -8,7 +8,7 @@ from helpers.backends import HERE
 
 import sleepkern
 from sleepkern.rules import GATED_DELTA_RULE
-from sleepkern.testing import Shape, make_inputs, relative_error
+from sleepkern.testing import SAME_GRADIENTS, Shape, make_inputs, relative_error
 
 
 def inputs(rows: int = 3) -> dict[str, torch.Tensor]:
@@ -27,8 +27,8 @@ def test_rows_go_on_from_their_states(backend: str, inplace: bool) -> None:
     o_expected, picked = sleepkern.recurrent_step(**x, state=picked, backend="reference")
     assert (S is pool) == inplace
     assert torch.equal(pool, before) or inplace
-    assert relative_error(o[[0, 2]], o_expected[[0, 2]]) <= 1e-5 and not o[1].any()
-    assert relative_error(S[[4, 1]], picked[[0, 2]]) <= 1e-5
+    assert relative_error(o[[0, 2]], o_expected[[0, 2]]) <= SAME_GRADIENTS and not o[1].any()
+    assert relative_error(S[[4, 1]], picked[[0, 2]]) <= SAME_GRADIENTS
     assert torch.equal(S[[0, 2, 3]], before[[0, 2, 3]])
 
 
@@ -39,7 +39,7 @@ def test_gradients_reach_the_pool() -> None:
     picked = pool.detach()[[3, 0]].requires_grad_()
     o, S = sleepkern.recurrent_step(**x, state=picked, inplace=False, backend="reference")
     (o.sum() + S.sum()).backward()
-    assert relative_error(pool.grad[[3, 0]], picked.grad) <= 1e-5
+    assert relative_error(pool.grad[[3, 0]], picked.grad) <= SAME_GRADIENTS
     assert torch.equal(pool.grad[[1, 2]], torch.ones_like(pool.grad[[1, 2]]))
 
 

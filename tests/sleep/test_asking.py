@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.hf_models import CLOSE, build, retrofitted, tokens
-from test_adapters import jet
-from test_cuda_graph import sleep_lm
+from helpers.sleep_models import jet, sleep_lm
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 

@@ -8,66 +8,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.hf_models import build, retrofitted, tokens
+from helpers.recorder import Recorder
+from helpers.sleep_models import sleep_lm
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from sleepkern.nn import SleepLM
 from sleepkern.sleep import SleepSession
-from sleepkern.sleep.cuda_graph import CudaRecorder, GraphCache, GraphOutputs
-from sleepkern.testing import relative_error
+from sleepkern.sleep.cuda_graph import CudaRecorder, GraphCache
+from sleepkern.testing import BLOCKS, MATTERS, SAME_SUMS, SESSION_STATES, relative_error
 
 L = 16
-WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
-"""Operators for which a host would wait for its device, which no graph can hold."""
-
-
-class Tape(TorchDispatchMode):
-    """Operators in the order in which they ran, with the very tensors and numbers that they had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in WAITS, f"{func} waits for the device"
-        out = func(*args, **(kwargs or {}))
-        self.entries.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        """Once more, results into the same memory."""
-        for func, args, kwargs, out in self.entries:
-            given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-            if func._schema.is_mutable or any(storage(t) not in given for t in made):
-                again = tree_leaves(func(*args, **kwargs))
-                for old, new in zip(made, (t for t in again if isinstance(t, Tensor)), strict=True):
-                    if storage(old) not in given:  # a view of what was given has its memory
-                        old.copy_(new)
-
-
-def storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
-
-
-class Recorder:
-    """Records on the CPU. What Python knew while it recorded is frozen, as in a graph."""
-
-    device = "cpu"
-
-    def __init__(self) -> None:
-        self.tapes: list[Tape] = []
-
-    def record(self, run: Callable[[], GraphOutputs]) -> tuple[Callable[[], None], GraphOutputs]:
-        run()
-        self.tapes.append(Tape())
-        with self.tapes[-1] as tape:
-            made = run()
-        for t in tree_leaves(made):
-            if isinstance(t, Tensor):
-                t.fill_(torch.nan)  # recording computes nothing on a device
-        return tape.replay, made
 
 
 def captured(model: nn.Module, **options: Any) -> tuple[SleepSession, Recorder]:
@@ -75,13 +24,6 @@ def captured(model: nn.Module, **options: Any) -> tuple[SleepSession, Recorder]:
     assert session.graph_cache is not None and isinstance(session.graph_cache.recorder, CudaRecorder)
     session.graph_cache = GraphCache(recorder)
     return session, recorder
-
-
-def sleep_lm() -> nn.Module:
-    torch.manual_seed(0)
-    model = SleepLM(64, width=32, blocks=4, window=L)
-    nn.init.normal_(model.lm_head.weight)
-    return model
 
 
 MODELS = {"SleepLM": sleep_lm, "qwen3_next": lambda: build("qwen3_5"), "retrofit": lambda: retrofitted(decay_bias=1.0)}
@@ -101,13 +43,13 @@ def test_replays_are_sleeps(made: Callable[[], nn.Module], eviction: str) -> Non
         plain.ingest(ids)
         expected, found = plain.state_dict(), session.state_dict()
         assert found.keys() == expected.keys() and session.position == plain.position
-        assert max(relative_error(found[name], expected[name]) for name in expected if "." in name) < 3e-6
+        assert max(relative_error(found[name], expected[name]) for name in expected if "." in name) < SESSION_STATES
     assert len(recorder.tapes) == 2  # the first window, which follows nothing, and all others
     for one, other in zip(session.reports, plain.reports, strict=True):
         assert (one.first, one.tokens) == (other.first, other.tokens) and one.changes.shape == (3,)
-        assert relative_error(one.changes, other.changes) < 1e-5
+        assert relative_error(one.changes, other.changes) < BLOCKS
     question = tokens(2, 5, seed=4)
-    assert relative_error(session.read(question), plain.read(question)) < 1e-5
+    assert relative_error(session.read(question), plain.read(question)) < BLOCKS
     state = session.state_dict()
     session.fork().ingest(tokens(2, L, seed=9))
     assert all(
@@ -131,7 +73,7 @@ def test_the_stand_in_sees_what_a_graph_would_freeze(monkeypatch: pytest.MonkeyP
             state = session.ingest(ids).state_dict()
         return max(relative_error(state[name], plain[name]) for name in plain if "." in name)
 
-    assert error(lambda self, run, ids, mask, first: run(self, ids, mask, first)) < 1e-6
+    assert error(lambda self, run, ids, mask, first: run(self, ids, mask, first)) < SAME_SUMS
 
     def position_of_python(self: SleepSession, run: Any, ids: Tensor, mask: Any, first: Any) -> Tensor:
         return run(self, ids, mask, self.position)
@@ -140,7 +82,7 @@ def test_the_stand_in_sees_what_a_graph_would_freeze(monkeypatch: pytest.MonkeyP
         self.memory.set_fast(outside[-1].memory.fast())
         return run(self, ids, mask, first)
 
-    assert error(position_of_python) > 1e-3 and error(state_past_the_buffers) > 1e-3
+    assert error(position_of_python) > MATTERS and error(state_past_the_buffers) > MATTERS
     with pytest.raises(AssertionError, match="waits for the device"):
         error(lambda self, run, ids, mask, first: run(self, ids, torch.ones_like(ids), first))
 
@@ -157,7 +99,7 @@ def test_weights_elsewhere_are_recorded_anew() -> None:
         model.load_state_dict({name: t.clone() for name, t in others.items()}, assign=assign)
         found = session.fork().ingest(ids).state_dict()
         expected = SleepSession(model, L, passes=2).ingest(ids).state_dict()
-        assert max(relative_error(found[name], expected[name]) for name in expected if "." in name) < 3e-6
+        assert max(relative_error(found[name], expected[name]) for name in expected if "." in name) < SESSION_STATES
         assert len(recorder.tapes) == recordings + more
         model.load_state_dict({name: t / 1.1 for name, t in others.items()})
 

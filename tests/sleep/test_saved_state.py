@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.hf_models import build, retrofitted, tokens
+from helpers.sleep_models import ouro, sleep_lm
 from safetensors.torch import load_file, save_file
-from test_adapters import ouro
-from test_cuda_graph import sleep_lm
 from torch import Tensor
 
 from sleepkern.integrations.transformers import patch

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.hf_models import CLOSE, build, retrofitted, tokens
+from helpers.recorder import Recorder
 from helpers.remote_models import JetForCausalLM
-from test_adapters import jet, ouro
-from test_cuda_graph import Recorder, sleep_lm
+from helpers.sleep_models import jet, ouro, sleep_lm
 from torch import Tensor, nn
 
 from sleepkern.integrations.transformers import patch

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.hf_models import OWN_SIZES, SIZES, build, tokens
-from test_cuda_graph import sleep_lm
+from helpers.sleep_models import sleep_lm
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration

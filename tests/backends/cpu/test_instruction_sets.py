@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 import sleepkern
 from sleepkern.backends.native.module import _C
 from sleepkern.rules import Rule
-from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error
+from sleepkern.testing import AWKWARD_SHAPES, SAME_GRADIENTS, SAME_SUMS, Shape, call, make_inputs, relative_error
 
 Results = dict[str, tuple[Tensor, float]]
 """Tensors by name, each with how far it may be from another machine code's."""
@@ -27,20 +26,13 @@ ADJOINT_SHAPES = [
 ]
 
 
-@pytest.fixture
-def restore_isa() -> Iterator[None]:
-    before = _C.isa()
-    yield
-    _C.set_isa(before)
-
-
 def gradients(rule: Rule, x: dict[str, Any]) -> Results:
     """Gradients of one pass, under the sine of outputs and final state."""
     leaves = {n: t.detach().clone().requires_grad_() for n, t in x.items() if t is not None and t.is_floating_point()}
     o, S = call(rule, {**x, **leaves}, "cpu")
     assert S is not None
     (o.sin().sum() + S.sin().sum()).backward()
-    return {"d" + n: (t.grad, 1e-5) for n, t in leaves.items() if t.grad is not None}
+    return {"d" + n: (t.grad, SAME_GRADIENTS) for n, t in leaves.items() if t.grad is not None}
 
 
 def replays(rule: Rule, x: dict[str, Any], T: int) -> Results:
@@ -50,7 +42,7 @@ def replays(rule: Rule, x: dict[str, Any], T: int) -> Results:
         for tol in (None, 0.3) if method != "rank" else (None,):
             r = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend="cpu", method=method, tol=tol)
             assert r.output is not None
-            results |= {f"o {method} {tol}": (r.output, 1e-6), f"S {method} {tol}": (r.final_state, 1e-6)}
+            results |= {f"o {method} {tol}": (r.output, SAME_SUMS), f"S {method} {tol}": (r.final_state, SAME_SUMS)}
     return results
 
 
@@ -68,8 +60,8 @@ def test_instruction_sets_and_threads_agree(rule: Rule) -> None:
         expected_o, expected_S = results[0]
         for o, S in results[1:]:
             assert S is not None and expected_S is not None
-            assert relative_error(o, expected_o) < 1e-6
-            assert relative_error(S, expected_S) < 1e-6
+            assert relative_error(o, expected_o) < SAME_SUMS
+            assert relative_error(S, expected_S) < SAME_SUMS
 
 
 @pytest.mark.computed_by("cpu")
@@ -133,7 +125,8 @@ def test_threads_are_torchs_own() -> None:
 AVX512_AGREES = """
 import sleepkern
 from sleepkern.backends import cpu
-from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error, rules_of, to_float64
+from sleepkern.testing import AWKWARD_SHAPES, SAME_GRADIENTS, SAME_SUMS, TOLERANCE, Shape, call, make_inputs
+from sleepkern.testing import relative_error, rules_of, to_float64
 assert _C.isas()[:2] == ["avx512bf16", "avx512"], _C.isas()
 shapes = {**AWKWARD_SHAPES, "wide": Shape(T=200, H=1, HV=2, K=128, V=128)}
 shapes |= {f"T={T}": Shape(T=T, H=1, HV=2, K=48, V=40) for T in (20, 50)}
@@ -142,11 +135,11 @@ def results(rule, x, T):
     leaves = {n: t.detach().requires_grad_() for n, t in x.items() if t is not None and t.is_floating_point()}
     o, S = call(rule, {**x, **leaves}, "cpu")
     (o.sin().sum() + S.sin().sum()).backward()
-    found = {"o": (o, 1e-6), "S": (S, 1e-6)}
-    found |= {"d" + n: (t.grad, 1e-5) for n, t in leaves.items() if t.grad is not None}
+    found = {"o": (o, SAME_SUMS), "S": (S, SAME_SUMS)}
+    found |= {"d" + n: (t.grad, SAME_GRADIENTS) for n, t in leaves.items() if t.grad is not None}
     for method in ("wy", "rank") if rule.gate != "channel" and T <= _C.rank_limit else ("wy",):
         r = sleepkern.sleep_ingest(**x, passes=3, rule=rule, backend="cpu", method=method)
-        found |= {"o " + method: (r.output, 1e-6), "S " + method: (r.final_state, 1e-6)}
+        found |= {"o " + method: (r.output, SAME_SUMS), "S " + method: (r.final_state, SAME_SUMS)}
     return found
 
 for rule in rules_of("cpu").values():
@@ -172,7 +165,7 @@ for rule in rules_of("cpu").values():
                 _C.set_isa(isa)
                 found[isa] = call(rule, x, "cpu")
                 for got, true in zip(found[isa], truth):
-                    assert relative_error(got, true) < 1e-2, (rule.name, name, options, isa)
+                    assert relative_error(got, true) < TOLERANCE[torch.bfloat16], (rule.name, name, options, isa)
             longest = shape.T if shape.lengths is None else max(shape.lengths)
             differ = relative_error(found["avx512bf16"][1], found["avx512"][1]) > 1e-4
             taken = rule.gate == "head" and longest > _C.decode_limit
