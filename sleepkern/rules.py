@@ -12,6 +12,10 @@ Chunk factors (chunk-local, G the running sum of g):
 
     E = exp(G)   Gam = exp(G_C)   Kt = k exp(G_C - G)   Qe = scale q E   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j
     M_ij = b_i k_i.k_j exp(G_i - G_j), i > j   U = (I+M)^-1 b v   W = (I+M)^-1 b k E   Vn = U - W S
+
+Slots: chunk c of row s of a batch has the slot s * ceil(T / C) + c. Chunk c of the packed sequence s, which starts at
+row offset[s], has the slot offset[s] // C + s + c. No two chunks share a slot, and T // C + n slots are enough, so that
+a grid follows from shapes alone; at most one slot a sequence stays empty.
 """
 
 from __future__ import annotations
