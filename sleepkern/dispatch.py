@@ -10,7 +10,7 @@ import torch
 
 from . import backends, settings
 from .backends import chunked, reference
-from .backends.interface import Backend, BlocksBackend, MixerBackend, blocks_refusal, mixer_refusal, refusal
+from .backends.interface import BlocksBackend, MixerBackend, RecurrenceBackend, blocks_refusal, mixer_refusal, refusal
 from .problems.blocks import BlockProblem
 from .problems.mixer import MixerProblem
 from .problems.recurrence import Problem
@@ -84,7 +84,7 @@ def _lines(name: str, chosen: str | None, kernel: str, reasons: dict[str, str | 
     return lines
 
 
-def choose(problem: Problem, backend: str | None = None) -> Backend:
+def choose(problem: Problem, backend: str | None = None) -> RecurrenceBackend:
     """The backend for this problem: the requested one (argument, then SLEEPKERN_BACKEND), or the best that can.
 
     Raises:
@@ -133,7 +133,7 @@ def explain_blocks_problem(problem: BlockProblem, backend: str | None = None) ->
     return BlocksExplanation(problem, *_explain(backends.BLOCK_BACKENDS, refused, problem, backend))
 
 
-def backend_named(name: str, source: str = "backend") -> Backend:
+def backend_named(name: str, source: str = "backend") -> RecurrenceBackend:
     """The backend of that name; ValueError with the known names, and who gave this one, otherwise."""
     return _named(backends.BACKENDS, name, source)
 
@@ -237,12 +237,12 @@ def _explain(
     return None, "-", reasons
 
 
-def method_of(problem: Problem, engine: Backend) -> str:
+def method_of(problem: Problem, engine: RecurrenceBackend) -> str:
     """The replay method that the backend takes; the one asked for where a graph leaves sizes open, which decide."""
     return problem.method if _open_sizes(problem) else engine.method_of(problem)
 
 
-def torch_form(problem: Problem, engine: Backend | None = None) -> Backend:
+def torch_form(problem: Problem, engine: RecurrenceBackend | None = None) -> RecurrenceBackend:
     """The backend whose operators torch can differentiate as often as wanted: `engine` if it is one, else the best.
 
     Raises:

@@ -11,7 +11,7 @@ backward always come from the same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..addresses import check_memory, check_written, mark_written
-from ..backends.interface import Backend
+from ..backends.interface import RecurrenceBackend, StepsInPool
 from ..backends.native.views import on_device_of
 from ..backends.torch_common import differentiable, step_in_pool
 from ..dispatch import choose, torch_form
@@ -51,7 +51,7 @@ _library.define(
 _library.define(f"step({_INPUTS}Tensor(a!) state, {_OPTIONS}, Tensor? places=None) -> Tensor")
 
 
-def ingest(problem: Problem, engine: Backend, x: Tensors) -> RecurrenceResult:
+def ingest(problem: Problem, engine: RecurrenceBackend, x: Tensors) -> RecurrenceResult:
     """Readouts and final state: straight to the backend where nothing is to be recorded, else by the operator.
 
     Under transforms that differentiate, `engine` is a torch form, whose own operators are recorded.
@@ -78,7 +78,7 @@ def ingest(problem: Problem, engine: Backend, x: Tensors) -> RecurrenceResult:
     return RecurrenceResult(o if problem.output else None, state, residual, passes)
 
 
-def step(problem: Problem, engine: Backend, x: Tensors, places: Tensor | None = None) -> Tensor:
+def step(problem: Problem, engine: RecurrenceBackend, x: Tensors, places: Tensor | None = None) -> Tensor:
     """Readouts [B,T,HV,V]; x.state is updated in place, with places [B] where they say that the states of a pool lie.
 
     Not differentiable: callers take `ingest` then.
@@ -112,7 +112,7 @@ def _row(rule: Rule) -> str:
 _row._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo compares objects by identity
 
 
-def _checked_forward(problem: Problem, engine: Backend, x: Tensors) -> RecurrenceResult:
+def _checked_forward(problem: Problem, engine: RecurrenceBackend, x: Tensors) -> RecurrenceResult:
     check_values(problem, x)
     if problem.B == 0:
         return _of_no_sequence(problem, x)
@@ -133,7 +133,7 @@ def _of_no_sequence(problem: Problem, x: Tensors) -> RecurrenceResult:
     )
 
 
-def _checked_step(problem: Problem, engine: Backend, x: Tensors, places: Tensor | None) -> Tensor:
+def _checked_step(problem: Problem, engine: RecurrenceBackend, x: Tensors, places: Tensor | None) -> Tensor:
     check_values(problem, x, "state")
     assert x.state is not None
     if not x.state.is_meta:
@@ -148,11 +148,17 @@ def _checked_step(problem: Problem, engine: Backend, x: Tensors, places: Tensor 
     with on_device_of(x.k):
         if places is None:
             return engine.step(problem, x)
-        own: Callable[[Problem, Tensors, Tensor], Tensor] | None = getattr(engine, "step_in_pool", None)
-        return step_in_pool(problem, x, places, engine.step) if own is None else own(problem, x, places)
+        own = _pool_stepper(engine)
+        return step_in_pool(problem, x, places, engine.step) if own is None else own.step_in_pool(problem, x, places)
 
 
-def _by_torch(problem: Problem, engine: Backend, x: Tensors) -> RecurrenceResult:
+@lru_cache(16)
+def _pool_stepper(engine: RecurrenceBackend) -> StepsInPool | None:
+    """The backend if it steps in a pool by itself; kept, because to compare with a protocol takes microseconds."""
+    return engine if isinstance(engine, StepsInPool) else None
+
+
+def _by_torch(problem: Problem, engine: RecurrenceBackend, x: Tensors) -> RecurrenceResult:
     if not torch.compiler.is_compiling():
         check_values(problem, x)
     return engine.forward(problem, x)
@@ -181,7 +187,7 @@ def _checked(
     method: str = "auto",
     places: Tensor | None = None,
     state_name: str = "initial_state",
-) -> tuple[Problem, Backend]:
+) -> tuple[Problem, RecurrenceBackend]:
     """The problem and the backend of an operator's call, which may be anybody's: all that `ops` checks.
 
     Raises:

@@ -9,8 +9,12 @@ method_of(problem) -> str              the replay method it would take
 forward(problem, tensors) -> RecurrenceResult  outputs, final state, and how a replay ended
 backward(problem, tensors, do, dstate) gradients of q, k, v, g, beta and the initial state
 step(problem, tensors) -> o            a few tokens, the state updated in place
-step_in_pool(problem, tensors, places) the same on states of a pool, where a backend has it
-pieces(problem)                        one pass and its gradients, where replays of other backends take them
+
+Words that a backend may have besides, each with a protocol of its own in interface.py:
+
+step_in_pool(problem, tensors, indices) the same on states of a pool (StepsInPool)
+why_not_on(device) -> str | None        why nothing can run on a type of device (NamesDevices)
+pieces(problem)                         one pass and its gradients, which replays of other backends take (Ordinary)
 
 A new backend is such an object in BACKENDS, before those that it is better than.
 """
@@ -21,9 +25,9 @@ from .cpu import mixer as cpu_mixer
 from .cpu import recurrence as cpu
 from .cuda import blocks as cuda_blocks
 from .cuda import recurrence as cuda
-from .interface import Backend, BlocksBackend, MixerBackend
+from .interface import BlocksBackend, MixerBackend, RecurrenceBackend
 
-BACKENDS: tuple[Backend, ...] = (cuda, cpu, triton, chunked, reference)
+BACKENDS: tuple[RecurrenceBackend, ...] = (cuda, cpu, triton, chunked, reference)
 """Best first; `choose` takes the first that does not refuse. Another tuple in this place counts from the next call."""
 BLOCK_BACKENDS: tuple[BlocksBackend, ...] = (cuda_blocks, cpu_blocks, modules)
 """The same for the passes of a stack of blocks (`sleep_blocks`): objects with the words of `BlocksBackend`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,8 +21,8 @@ _PLAIN = tuple(Problem._field_defaults.items())
 """Each option of Problem and the value that changes nothing."""
 
 
-class Backend(Protocol):
-    """The words of backends/__init__.py that every backend has."""
+class RecurrenceBackend(Protocol):
+    """What computes a recurrence: the words that every such backend has."""
 
     @property
     def NAME(self) -> str:
@@ -56,7 +57,23 @@ class Backend(Protocol):
         """Readouts of a few tokens, x.state updated in place."""
 
 
-class Ordinary(Backend, Protocol):
+@runtime_checkable
+class StepsInPool(Protocol):
+    """A backend that also decodes on states of a pool; for any other, the states are copied out and back."""
+
+    def step_in_pool(self, problem: Problem, x: Tensors, indices: Tensor, /) -> Tensor:
+        """Outputs of a few tokens; x.state is the pool [n,HV,K,V], and row b updates x.state[indices[b]]."""
+
+
+@runtime_checkable
+class NamesDevices(Protocol):
+    """A backend that can say for a type of device alone that it refuses every call there."""
+
+    def why_not_on(self, device: str, /) -> str | None:
+        """None, or the sentence why nothing can run on this type of device ("cpu", "cuda")."""
+
+
+class Ordinary(RecurrenceBackend, Protocol):
     """A backend whose passes other backends put the gradients of a replay together from."""
 
     def pieces(self, problem: Problem, /) -> tuple[OnePass, OneBackward]:
@@ -130,7 +147,7 @@ class MixerBackend(Protocol):
         """y of the shape [B,T,H,V] or [B,T,V] of x."""
 
 
-def refusal(backend: Backend, problem: Problem) -> str | None:
+def refusal(backend: RecurrenceBackend, problem: Problem) -> str | None:
     """None where the backend does the problem, else the sentence why not.
 
     What the backend never heard of, a rule or an option, is not left to its own judgement.
@@ -164,3 +181,11 @@ def _has(rules: frozenset[Rule], rule: Rule) -> bool:
 
 
 _has._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo compares objects in sets by identity
+
+
+def __getattr__(name: str) -> Any:
+    """The former name of RecurrenceBackend."""
+    if name != "Backend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.Backend is {__name__}.RecurrenceBackend", DeprecationWarning, stacklevel=2)
+    return RecurrenceBackend

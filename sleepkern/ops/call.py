@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import settings, transforms
 from ..autograd import recurrence as autograd
-from ..backends.interface import Backend
+from ..backends.interface import RecurrenceBackend
 from ..backends.native.views import on_device_of
 from ..dispatch import Explanation, choose, explain_problem, method_of, torch_form
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check, check_flag
@@ -99,7 +99,7 @@ def run(
 
 def apply(
     rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None, *replay: Any
-) -> tuple[Problem, Backend, RecurrenceResult]:
+) -> tuple[Problem, RecurrenceBackend, RecurrenceResult]:
     """The one way from every public function to a kernel. replay: passes, tol, method, outputs."""
     x = cast(x)
     problem = check(rule, x, scale, normalize, *replay)
@@ -107,7 +107,7 @@ def apply(
     return problem, engine, autograd.ingest(problem, engine, x)
 
 
-def engine_for(problem: Problem, x: Tensors, backend: str | None) -> Backend:
+def engine_for(problem: Problem, x: Tensors, backend: str | None) -> RecurrenceBackend:
     """The backend that computes: the one that is chosen, or torch's operators where a transform wants their rules."""
     if x.k.is_cuda:
         with on_device_of(x.k):

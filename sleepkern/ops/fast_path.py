@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from .. import backends, settings
 from ..addresses import mark_written
 from ..backends.cpu import recurrence as cpu
-from ..backends.interface import Backend
+from ..backends.interface import NamesDevices, RecurrenceBackend
 from ..backends.native.module import _C, GATE_CODES
 from ..rules import RULES, Rule
 
@@ -34,7 +34,7 @@ _empty_like = torch.empty_like
 
 _RULES = {id(rule): rule for rule in RULES.values() if rule in cpu.SUPPORTS}
 """The rules of the fast path by identity: a call with an equal rule takes the four steps, so no call compares rules."""
-_order: tuple[Backend, ...] = ()
+_order: tuple[RecurrenceBackend, ...] = ()
 _names: tuple[str | None, ...] = ()
 """The order of backends, and the values of `backend` that mean `cpu` in this order; None means no choice."""
 
@@ -132,10 +132,9 @@ def _read_order() -> bool:
     return True
 
 
-def _never_on_the_cpu(backend: Backend) -> bool:
+def _never_on_the_cpu(backend: RecurrenceBackend) -> bool:
     """True if a backend refuses every call on the CPU; any other backend may take a plain call."""
-    why_not_on = getattr(backend, "why_not_on", None)
-    return why_not_on is not None and why_not_on("cpu") is not None
+    return isinstance(backend, NamesDevices) and backend.why_not_on("cpu") is not None
 
 
 def _run(rule: Rule, scale: float | None, normalize: bool, *tensors: Tensor | None) -> bool:
