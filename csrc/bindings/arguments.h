@@ -1,4 +1,4 @@
-// What the bindings share: tensors arrive as (address, row stride, type code), addresses as numbers.
+// Arguments of the bindings: a tensor is (address, row stride, type code), an address is an integer.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@ namespace sleepkern {
 
 using View = std::tuple<uintptr_t, int64_t, int>;
 
-// A dict of sizes and addresses; what it does not name raises KeyError.
+// A dict of sizes and addresses; a missing name raises KeyError.
 class Described {
  public:
   explicit Described(const pybind11::dict& values) : values_(values) {}
@@ -74,13 +74,13 @@ inline Problem describe(int gate, bool delta, bool normalize, float scale, int64
   return problem;
 }
 
-bool signalled();  // whether a handler of a signal raised, whose exception the call then ends with
+bool signalled();  // whether a handler of a signal raised an exception; the call then ends with it
 
-void bind_fast_path(pybind11::module_& m);    // plain calls, past the checks in Python
+void bind_fast_path(pybind11::module_& m);    // plain calls, without the checks in Python
 void bind_recurrence(pybind11::module_& m);   // one pass, its gradients, and a replay
 void bind_mixer(pybind11::module_& m);        // short convolution and gated norm
 void bind_blocks(pybind11::module_& m);       // stacks of hybrid blocks
 void bind_cuda(pybind11::module_& m);         // the launches of csrc/cuda
-void bind_cuda_blocks(pybind11::module_& m);  // of those, the one for stacks of blocks
+void bind_cuda_blocks(pybind11::module_& m);  // the launch for stacks of blocks
 
 }  // namespace sleepkern

@@ -12,7 +12,7 @@ namespace {
 
 using Address = uintptr_t;
 
-// Sizes against each other; how much memory lies at an address is the caller's word.
+// Checks sizes against each other; the size of the memory at an address is the caller's responsibility.
 void check(const Layer& l, const Blocks& b) {
   check_at_least("hidden", l.hidden, 1);
   check_product("hidden, d", {l.hidden, b.d});
@@ -96,13 +96,13 @@ void run_pack(Address matrix, int64_t n, int64_t depth, Form form, Address packe
   pack_weight(reinterpret_cast<const float*>(matrix), n, depth, form, reinterpret_cast<void*>(packed));
 }
 
-// A field that is a number or a truth value, as an attribute of the same name.
+// Binds a field that is a number or a bool.
 template <auto member>
 void number(py::class_<Layer>& layer, const char* name) {
   layer.def_readwrite(name, member);
 }
 
-// A field that is a pointer, as an attribute that holds its address.
+// Binds a field that is a pointer, as an attribute that holds its address.
 template <auto member>
 void pointer(py::class_<Layer>& layer, const char* name) {
   using Pointer = std::decay_t<decltype(std::declval<Layer&>().*member)>;
@@ -111,7 +111,7 @@ void pointer(py::class_<Layer>& layer, const char* name) {
       [](Layer& l, Address address) { l.*member = reinterpret_cast<Pointer>(address); });
 }
 
-// A packed matrix, as an attribute (address, balance).
+// Binds a packed matrix, as an attribute (address, balance).
 template <auto member>
 void weights(py::class_<Layer>& layer, const char* name) {
   layer.def_property(
@@ -122,7 +122,7 @@ void weights(py::class_<Layer>& layer, const char* name) {
       });
 }
 
-// An array of float32, as an attribute that holds its address.
+// Binds an array of float32, as an attribute that holds its address.
 template <auto member>
 void floats(py::class_<Layer>& layer, const char* name) {
   layer.def_property(

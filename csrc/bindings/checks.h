@@ -1,5 +1,5 @@
-// What every entry point of the module checks of the numbers that it is given: sizes, type codes, strides, and that
-// addresses it needs are there. What lies at an address is the caller's word. Each failure is one sentence.
+// The checks of every entry point of the module: sizes, type codes, strides, and that needed addresses are not 0. The
+// memory at an address is the caller's responsibility. Each failure is one sentence.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -29,7 +29,7 @@ inline void check_given(const char* name, const void* address, bool needed = tru
   if (needed && !address) refuse(name, "address 0", "the address of a tensor");
 }
 
-// Sizes whose product is the number of elements of some tensor, in bytes that an address can reach.
+// Checks that a tensor of these sizes has a number of bytes that an address can reach.
 inline void check_product(const char* names, std::initializer_list<int64_t> sizes) {
   int64_t product = 8;
   for (int64_t size : sizes) {
@@ -42,7 +42,7 @@ inline Type check_type(const char* name, int code) {
   return static_cast<Type>(code);
 }
 
-// `needed`: tokens of it will be read.
+// `needed`: tokens of the tensor will be read.
 inline void check_rows(const char* name, const Rows& x, int64_t tokens, bool needed) {
   check_given(name, x.data, needed && tokens > 0);
   if (!x.data) return;
@@ -50,7 +50,7 @@ inline void check_rows(const char* name, const Rows& x, int64_t tokens, bool nee
   check_product(name, {tokens, x.stride});
 }
 
-// Offsets, in the CPU's memory, rise from 0 to the number of tokens.
+// Checks that offsets, in the CPU's memory, rise from 0 to the number of tokens.
 inline void check_offsets(const int64_t* offsets, int64_t sequences, int64_t tokens) {
   if (!offsets) return;
   int64_t before = 0;

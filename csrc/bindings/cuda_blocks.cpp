@@ -102,7 +102,7 @@ void bind_weight_order(py::module_& m) {
       });
 }
 
-// What the plan in Python has to know of the kernels.
+// The kernels' constants that the plan in Python uses.
 void bind_constants(py::module_& m) {
   struct Constants {};
   py::class_<Constants> type(m, "CudaBlocksConstants", py::module_local());

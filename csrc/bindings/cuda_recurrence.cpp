@@ -1,7 +1,7 @@
-// The launches of the recurrence in csrc/cuda; sleepkern/backends/cuda/recurrence.py fills their arguments. What a
-// problem and its plan fix is a struct, which Python makes once for a problem. Addresses are keyword arguments: setting
-// a field of a struct takes a third of a microsecond, and a launch has a dozen. A stream is the address of a
-// cudaStream_t on the current device.
+// The launches of the recurrence in csrc/cuda; sleepkern/backends/cuda/recurrence.py fills their arguments. The values
+// that a problem and its plan fix are in a struct, which Python makes once for a problem. Addresses are keyword
+// arguments: setting a field of a struct takes a third of a microsecond, and a launch has a dozen. A stream is the
+// address of a cudaStream_t on the current device.
 #include "bindings/arguments.h"
 #include "bindings/struct_fields.h"
 #include "cuda/recurrence/api.h"

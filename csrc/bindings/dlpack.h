@@ -1,5 +1,5 @@
-// What this module uses of DLPack 1.x (dmlc/dlpack, dlpack.h): the layout of a tensor, and the table of functions by
-// which a framework hands out its tensors without a copy and without a call into Python.
+// The part of DLPack 1.x (dmlc/dlpack, dlpack.h) that this module uses: the layout of a tensor, and the table of
+// functions by which a framework exports its tensors without a copy and without a call into Python.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct ExchangeApi {
   uint32_t major, minor;
   ExchangeApi* previous;
   void *allocate, *export_owned, *import_owned;
-  // Fills a view that is valid as long as the tensor is; 0, or -1 with a Python exception.
+  // Fills a view that is valid as long as the tensor is. Returns 0, or -1 with a Python exception.
   int (*view)(void* py_tensor, Tensor* out);
   void* current_stream;
 };

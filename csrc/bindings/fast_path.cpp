@@ -26,7 +26,7 @@ bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   return true;
 }
 
-// Whether dimensions from `first` on lie without gaps.
+// Whether dimensions from `first` on are contiguous.
 bool dense(const Tensor& t, int first) {
   int64_t expected = 1;
   for (int d = t.dimensions - 1; d >= first; --d) {
@@ -38,7 +38,7 @@ bool dense(const Tensor& t, int first) {
 
 const char* address(const Tensor& t) { return static_cast<const char*>(t.data) + t.offset; }
 
-// First byte, and the one behind the last, of a tensor that is not empty.
+// The first byte of a tensor that is not empty, and the byte after its last.
 struct Range {
   const char *begin, *end;
 
@@ -50,7 +50,7 @@ struct Range {
   bool meets(const Range& other) const { return begin < other.end && other.begin < end; }
 };
 
-// Whether what is written where the state lies cannot change what is read as another tensor.
+// Whether writes to the state's memory cannot change another tensor of the call.
 bool apart(const PlainCall& c, const Problem& p) {
   if (p.state != p.final_state) return true;
   const Range written(*c.final_state);
@@ -60,11 +60,11 @@ bool apart(const PlainCall& c, const Problem& p) {
   return true;
 }
 
-// Whether there is memory: a wrapper's tensor has address 0, one in a freed storage its offset. Systems map nothing
-// here.
+// Whether a tensor has memory. A wrapper's tensor has address 0, and one in a freed storage has its offset as address.
+// Systems map no memory at such low addresses.
 bool has_memory(const Tensor& t) { return reinterpret_cast<uintptr_t>(address(t)) >= 65536; }
 
-// [B, T, ...] whose tokens lie one row stride apart over the whole batch.
+// Reads a tensor [B, T, ...] as Rows; false if its tokens are not one row stride apart over the whole batch.
 bool rows(const Tensor& t, Rows& out) {
   const int64_t B = t.shape[0], T = t.shape[1];
   if (!type_of(t, out.type) || !dense(t, 2)) return false;
@@ -75,7 +75,7 @@ bool rows(const Tensor& t, Rows& out) {
   return true;
 }
 
-// Above 0 by the bits: no sign, not 0, not NaN.
+// Whether the value of these bits is above 0: no sign, not 0, not NaN.
 template <class Bits>
 bool positive(Bits x, Bits infinity) {
   return x != 0 && x <= infinity;

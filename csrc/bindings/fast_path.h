@@ -1,4 +1,4 @@
-// The fast path (sleepkern/ops/fast_path.py): a plain call recognised from its tensors, without a line of Python.
+// The fast path (sleepkern/ops/fast_path.py): it recognises a plain call from its tensors, without Python code.
 #pragma once
 
 #include "bindings/dlpack.h"
@@ -6,7 +6,7 @@
 
 namespace sleepkern {
 
-// Tensors of a call, nullptr where absent; o and final_state are where the results go.
+// The tensors of a call, nullptr where absent; results are written to o and final_state.
 struct PlainCall {
   Gate gate;
   bool delta, normalize;
@@ -14,8 +14,8 @@ struct PlainCall {
   const dlpack::Tensor *q, *k, *v, *g, *beta, *state, *o, *final_state;
 };
 
-// Whether the call is one that every check of sleepkern/problems/recurrence.py would pass and whose tensors the CPU
-// kernels read in place; `problem` is then filled. It never says what is wrong: the checks in Python do.
+// Whether every check of sleepkern/problems/recurrence.py would accept the call, and the CPU kernels can read its
+// tensors in place; `problem` is then filled. It does not report a fault: the checks in Python do.
 bool is_plain(const PlainCall& call, Problem& problem);
 
 }  // namespace sleepkern

@@ -1,5 +1,5 @@
-// The entry points of the fast path. They take their arguments as CPython hands them over, because pybind11 would spend
-// longer on the arguments than all checks take.
+// The entry points of the fast path. They take their arguments from CPython directly, because pybind11 would spend more
+// time on the arguments than all checks take.
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -15,7 +15,7 @@ namespace {
 
 const dlpack::ExchangeApi* exchange_api = nullptr;
 
-// Take the table of a framework's tensor class; false for one of another major version.
+// Stores the table of a framework's tensor class; false for a table of another major version.
 bool use_exchange_api(const py::capsule& capsule) {
   if (!capsule.name() || std::strcmp(capsule.name(), "dlpack_exchange_api") != 0) return false;
   const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), capsule.name()));
@@ -24,13 +24,13 @@ bool use_exchange_api(const py::capsule& capsule) {
   return true;
 }
 
-// The class of plain tensors, and the C functions behind two of its attributes.
+// The class of plain tensors, and the C functions of two of its attributes.
 struct TensorClass {
   PyTypeObject* type = nullptr;
   PyGetSetDef* requires_grad = nullptr;
   PyCFunction is_neg = nullptr;
 
-  // What an attribute asks of a tensor of exactly this class; nothing for an answer that is an exception.
+  // The values of the attributes for a tensor of exactly this class. An exception counts as true.
   bool needs_grad(PyObject* t) const { return !is_false(requires_grad->get(t, requires_grad->closure)); }
   bool negative(PyObject* t) const { return !is_false(is_neg(t, nullptr)); }
 
@@ -44,7 +44,7 @@ struct TensorClass {
 
 TensorClass tensors;
 
-// Take the class of plain tensors; false where its attributes are not what torch's are.
+// Stores the class of plain tensors; false if its attributes do not have the kinds of torch's.
 bool use_tensor_class(const py::type& type) {
   const py::object grad = py::getattr(type, "requires_grad", py::none());
   const py::object neg = py::getattr(type, "is_neg", py::none());
@@ -62,8 +62,8 @@ PyObject* wrong_count(const char* name, Py_ssize_t expected, Py_ssize_t got) {
   return nullptr;
 }
 
-// ordinary(grad, q, k, v, g, beta, state): whether these are plain tensors, all but the first three perhaps None, whose
-// memory holds their numbers and not the opposites, and of which none needs a gradient if grad says so.
+// ordinary(grad, q, k, v, g, beta, state): whether these are plain tensors whose memory does not hold the negatives of
+// their values, and of which none needs a gradient if `grad`. All but q, k and v may be None.
 PyObject* ordinary(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 7) return wrong_count("ordinary", 7, count);
   if (!tensors.type) Py_RETURN_FALSE;
@@ -79,7 +79,7 @@ PyObject* ordinary(PyObject*, PyObject* const* given, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-// Whether the call was plain and is done.
+// Runs the call and returns true if it is plain.
 bool run(Gate gate, bool delta, bool normalize, double scale, PyObject* const* given) {
   if (!exchange_api) return false;
   std::array<dlpack::Tensor, 8> views;
@@ -104,8 +104,8 @@ bool run(Gate gate, bool delta, bool normalize, double scale, PyObject* const* g
   return true;
 }
 
-// try_fast_path(gate, delta, normalize, scale, q, k, v, g, beta, state, o, final_state): true if the call was plain and
-// is done.
+// try_fast_path(gate, delta, normalize, scale, q, k, v, g, beta, state, o, final_state): runs the call and returns true
+// if it is plain.
 PyObject* try_fast_path(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 12) return wrong_count("try_fast_path", 12, count);
   return guarded([&]() -> PyObject* {

@@ -1,4 +1,4 @@
-// sleepkern._C: the list of what it exports.
+// sleepkern._C: the list of its exports.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,7 +44,7 @@ double peak_gflops(double seconds) {
   return implementation().peak(seconds) * 1e-9;
 }
 
-// One dict a GPU; none where the module was built without CUDA or the machine has no GPU.
+// One dict for each GPU. The list is empty if the module was built without CUDA or the machine has no GPU.
 py::list cuda_devices() {
   py::list found;
 #ifdef SLEEPKERN_HAS_CUDA

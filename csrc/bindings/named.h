@@ -1,8 +1,7 @@
-// Functions that take keywords only, each a field of one struct: a swapped pair of addresses cannot compile into a
-// call.
+// Functions that take keywords only, each a field of one struct. So no two addresses can be swapped by mistake.
 //
-// CPython hands over names and values as two arrays. pybind11 would copy them into a dict and make a string of each
-// name, which takes some microseconds for the 19 arguments of `forward`. Positions would be 0.2 us faster than this.
+// CPython passes names and values as two arrays. pybind11 would copy them into a dict and make a string of each name,
+// which takes some microseconds for the 19 arguments of `forward`. Positional arguments would be 0.2 us faster.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -23,7 +22,7 @@ namespace sleepkern {
 
 using TypedAddress = std::tuple<uintptr_t, int>;
 
-// One value of a call, which raises with its name where it is of a wrong type.
+// One value of a call. Reading it as a wrong type raises an error with its name.
 class Argument {
  public:
   Argument(const char* name, PyObject* value) : name_(name), value_(value) {}
@@ -56,7 +55,7 @@ class Argument {
   }
 
  public:
-  // The type of a field as Python's annotations say it.
+  // The type of a field as a Python annotation.
   template <class T>
   static std::string type_name() {
     if constexpr (std::is_same_v<T, bool>) return "bool";
@@ -89,7 +88,7 @@ Field<Call> field(const char* name) {
   return {name, [](Call& call, const Argument& value) { value.read(call.*member); }, Argument::type_name<T>(), key};
 }
 
-// What `body` returns, or nullptr with the exception of Python that stands for what it throws.
+// The result of `body`, or nullptr with a Python exception set for the C++ exception that it throws.
 template <class Body>
 PyObject* guarded(const Body& body) {
   try {
@@ -106,7 +105,7 @@ PyObject* guarded(const Body& body) {
   return nullptr;
 }
 
-// The function of Python that fills a Call from its keywords and runs it.
+// A Python function that fills a Call from its keywords and runs it.
 template <class Call, void (*run)(Call&)>
 class NamedFunction {
  public:

@@ -37,7 +37,7 @@ std::vector<Field<Call>> problem_fields() {
           field<Call, &Problem::state>("state")};
 }
 
-// The checks that all three entry points make; outputs are wanted where q is given.
+// The checks of all three entry points. Outputs are wanted if q is given.
 void complete(Problem& problem) {
   problem.reads = problem.q.data != nullptr;
   check(problem);

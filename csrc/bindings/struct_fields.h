@@ -1,4 +1,4 @@
-// Structs as Python classes: their fields by name, addresses as integers. A name that a struct does not have is an
+// Structs as Python classes, with their fields as attributes and addresses as integers. Another name raises
 // AttributeError, because the classes have no dynamic attributes.
 #pragma once
 

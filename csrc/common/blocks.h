@@ -1,5 +1,5 @@
-// A stack of hybrid blocks, run several times over a window: the C++ face of sleepkern/sleep/blocks.py, where all is
-// checked. Weights are packed once (pack_weight), the norm before a product multiplied into it.
+// A stack of hybrid blocks that runs several times over a window. sleepkern/problems/blocks.py describes and checks the
+// call. Weights are packed once (pack_weight), with the gain of the norm before a product multiplied in.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,15 @@
 
 namespace sleepkern {
 
-// How the operands of products with weights are taken.
+// The type of the operands of products with weights.
 enum class Form {
-  plain,     // floats, by multiply-adds
-  winograd,  // floats, a part of them by Winograd's inner product, see csrc/cpu/gemm/winograd.h
-  bfloat16   // rounded to it, two neighbours of the depth in the place of a float
+  plain,     // float32, by multiply-adds
+  winograd,  // float32, partly by Winograd's inner product, see csrc/cpu/gemm/winograd.h
+  bfloat16   // bfloat16, two neighbours of the depth in one word (bf16x2)
 };
 
-// Packed weights over `balance`, by which what they are multiplied with is multiplied, so that the two are of one size;
-// a power of two, 1 where the form does not ask for it.
+// Packed weights, divided by `balance`; the other operand is multiplied by it, so that both are of one size. It is a
+// power of two, and 1 where the form needs none.
 struct Weights {
   const void* packed;
   float balance;
@@ -26,11 +26,11 @@ struct Weights {
 // h <- h + mixer(norm h);  h <- h + down relu(up (norm h))^2
 struct Layer {
   bool recurrent;      // gated DeltaNet, else attention
-  Weights into;        // [d -> into_width]: q, k, v, then of gated DeltaNet gate, decay, strength
+  Weights into;        // [d -> into_width]: q, k, v; with gated DeltaNet also gate, decay, beta
   int64_t into_width;  // before padding
   Weights out;         // [mixed -> d]
-  Weights up;          // [d -> hidden], times the root of down's balance, which so is in what leaves the square
-  const void* down;    // packed [hidden -> d]
+  Weights up;          // [d -> hidden], times the root of down's balance: the square of relu then holds that balance
+  const void* down;    // packed [hidden -> d], divided by its balance
   int64_t hidden;
   float mixer_eps, mlp_eps;
   int64_t H;  // heads
@@ -48,9 +48,9 @@ struct Layer {
   // Attention.
   const float *q_gain, *k_gain;  // [d / H] norms of q and k
   float q_eps, k_eps;
-  int64_t kept;                  // tokens before the window whose keys and values are still there
+  int64_t kept;                  // tokens before the window whose keys and values are still cached
   const float *keys, *values;    // [B, H, kept, d / H]
-  float *all_keys, *all_values;  // [B, H, kept + L, d / H] those and the window's, after the last pass
+  float *all_keys, *all_values;  // [B, H, kept + L, d / H] the cached ones and the window's, written by the last pass
 
   int64_t channels() const { return 2 * H * K + HV * V; }
 };
@@ -58,22 +58,23 @@ struct Layer {
 struct Blocks {
   int64_t B, L, d;
   int64_t passes;
-  bool reinject;  // a pass starts from rmsnorm(h) + what the first one started from, else from h
+  bool reinject;  // a later pass starts from rmsnorm(h) + the input of the first pass, else from h
   Form form;
-  bool carry;  // convolutions of a later pass see the window's own end before it, else what preceded the window
+  bool carry;  // in a later pass the window's own end precedes it for the convolutions, else the tokens before the
+               // window
   std::vector<Layer> layers;
   float* h;         // [B, L, d], in place
-  double* changes;  // [passes][2] sums of squares over all states: of a pass's change, and after it
+  double* changes;  // [passes][2] sums of squares over all states: of a pass's change, and of the states after the pass
   Interrupt* interrupt;
 };
 
 void sleep_blocks(const Blocks& blocks);
 
-// A matrix [n, depth] as the weights of a product: outputs rounded up to whole panels of panel_width(),
-// [panels, depth, panel_width()], in packed_size floats. Form::bfloat16 only where multiplies_pairs().
+// pack_weight packs a matrix [n, depth] as the weights of a product: [panels, depth, panel_width()], with n rounded up
+// to whole panels of panel_width() outputs, in packed_size() floats. Form::bfloat16 needs multiplies_pairs().
 int64_t panel_width();
 bool multiplies_pairs();
-bool adds_beside_products();  // whether Form::winograd is the faster one here
+bool adds_beside_products();  // whether Form::winograd is faster than Form::plain here
 int64_t packed_size(int64_t n, int64_t depth, Form form);
 void pack_weight(const float* matrix, int64_t n, int64_t depth, Form form, void* packed);
 

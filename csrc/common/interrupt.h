@@ -1,4 +1,4 @@
-// Ends a call of many passes early, for a signal that Python learns of only when it is asked.
+// An early end of a call of many passes. Python handles a signal only when a thread that holds its lock looks for one.
 #pragma once
 
 #include <atomic>
@@ -8,10 +8,10 @@
 namespace sleepkern {
 
 struct Interrupt {
-  bool (*signalled)();  // asked every now and then by the thread that made the call: whether to stop
+  bool (*signalled)();  // whether to stop; the thread that made the call checks it now and then
   std::atomic<bool> stop{false};
   std::thread::id caller = std::this_thread::get_id();
-  int64_t due = 0;  // milliseconds at which it is asked next
+  int64_t due = 0;  // time of the next check, in milliseconds
 
   explicit Interrupt(bool (*signalled)()) : signalled(signalled) {}
 };

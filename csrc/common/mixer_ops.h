@@ -1,5 +1,5 @@
-// What stands around the recurrence in a mixer: the short convolution before it, the gated norm after it. The C++ face
-// of sleepkern/problems/mixer.py; all is checked there.
+// The operators of a mixer around its recurrence: the short convolution before it and the gated RMS norm after it.
+// sleepkern/problems/mixer.py describes and checks the calls.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace sleepkern {
 
-constexpr int64_t CHANNELS = 512;  // of a convolution at a time: with taps and four rows 20 KB
+constexpr int64_t CHANNELS = 512;  // channels that a convolution takes at a time: taps and four rows of them are 20 KB
 
-// z_t = bias + sum_j w_(W-1-j) x_(t-j);  y_t = silu(z_t) or z_t, each channel for itself.
+// For each channel z_t = bias + sum_j w_(W-1-j) x_(t-j); y_t = silu(z_t) or z_t.
 struct Convolution {
   int64_t sequences, T, D, W;
   const int64_t* offsets;  // [sequences + 1] token offsets when packed, else nullptr
@@ -20,7 +20,7 @@ struct Convolution {
   Array bias;        // [D]
   const void* past;  // [sequences, W - 1, D] inputs before the first token, in x's type; nullptr means 0
   void* y;           // [tokens, D] in x's type
-  void* last;        // [sequences, W - 1, D] the last inputs, past ones included, in x's type
+  void* last;        // [sequences, W - 1, D] the last W - 1 inputs, of `past` too where T < W - 1, in x's type
 
   constexpr int64_t first(int64_t sequence) const { return offsets ? offset_at(offsets, sequence) : sequence * T; }
   constexpr int64_t tokens() const { return first(sequences); }
@@ -35,7 +35,7 @@ struct ConvolutionGradients {
   float* dbias;       // [D], nullptr when not wanted
 };
 
-// One token; the state, the last W inputs of each channel side by side as decoders keep them, moves on by it.
+// One token of a decode. The state holds the last W inputs of each channel side by side, and takes this token in.
 struct ConvolutionStep {
   int64_t B, D, W;
   bool silu;
@@ -46,10 +46,11 @@ struct ConvolutionStep {
   void* y;       // [B, D] in x's type
 };
 
-// y = w x r act(gate), r = (mean x^2 + eps)^-1/2; gate first: y = w u r, u = x act(gate), r of u. Over the last V.
+// y = w x r act(gate), r = (mean x^2 + eps)^-1/2; With gate_first y = w u r, u = x act(gate), and r is that of u. Means
+// are over the last dimension, V.
 struct GatedNorm {
   int64_t tokens, heads, V;
-  bool silu;        // else sigmoid
+  bool silu;        // act is silu, else sigmoid
   bool gate_first;  // Mamba-2's
   float eps;
   Rows x, gate;  // [tokens, heads, V]
@@ -61,10 +62,11 @@ struct GatedNorm {
 };
 
 struct GatedNormGradients {
-  Rows dy;         // [tokens, heads, V]
-  void* dx;        // [tokens, heads, V] in x's type
-  void* dgate;     // the same in the gate's type
-  int64_t parts;   // of the tokens, each with a sum of its own, so that the sums do not depend on the threads
+  Rows dy;      // [tokens, heads, V]
+  void* dx;     // [tokens, heads, V] in x's type
+  void* dgate;  // the same in the gate's type
+  int64_t
+      parts;  // the tokens are cut into so many parts; each has its own sum, so the sums do not depend on the threads
   float* dweight;  // [parts, weights()]
 };
 
@@ -74,7 +76,7 @@ void convolve_step(const ConvolutionStep& step);
 void gated_norm(const GatedNorm& norm);
 void gated_norm_backward(const GatedNorm& norm, const GatedNormGradients& gradients);
 
-// The last inputs of each sequence to `last`.
+// Copies the last inputs of each sequence to `last`.
 void keep_last(const Convolution& convolution);
 
 }  // namespace sleepkern

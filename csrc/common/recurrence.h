@@ -1,4 +1,4 @@
-// The C++ face of sleepkern/problems/recurrence.py: sizes and pointers of one call, already checked.
+// Sizes and pointers of one call of the recurrence. sleepkern/problems/recurrence.py describes and checks it.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@ struct Problem {
   Gate gate;
   bool delta;
   bool normalize;
-  bool reads;  // outputs, or their gradients, are wanted
+  bool reads;  // whether o, or in a backward dq, is wanted
   float scale;
   int64_t sequences, T, H, HV, K, V;
   const int64_t* offsets;  // [sequences + 1] token offsets when packed, else nullptr: sequence n starts at n * T
-  Rows q, k;               // [tokens, H, K]; q only if it reads
+  Rows q, k;               // [tokens, H, K]; q only with want_output
   Rows v;                  // [tokens, HV, V]
   Rows g;                  // [tokens, HV] or [tokens, HV, K] log decay, absent without gate
   Rows beta;               // [tokens, HV], absent means 1
@@ -23,7 +23,7 @@ struct Problem {
   void* o;                 // [tokens, HV, V] in v's type
   float* final_state;      // [sequences, HV, K, V]
 
-  // First token of a sequence in the flattened batch; of `sequences`, the number of tokens.
+  // The first token of a sequence in the flattened batch. first(sequences) is the number of tokens.
   constexpr int64_t first(int64_t sequence) const { return offsets ? offset_at(offsets, sequence) : sequence * T; }
   int64_t longest() const {
     int64_t most = offsets ? 0 : T;
@@ -35,22 +35,22 @@ struct Problem {
   }
 };
 
-// The same window `passes` times, state only: method wy, or rank for windows of at most RANK_LIMIT tokens.
+// Passes over one window that compute the state only, by the method wy, or by rank for at most RANK_LIMIT tokens.
 struct Replay {
   bool rank;
   int64_t passes;
-  double tol;            // above 0: a head stops once its estimated residual is at most this; wy only
-  float* before;         // [sequences, HV, K, V] state before the last pass a head made, nullptr when not wanted
+  double tol;            // if above 0, a head stops once its estimated residual is at most this; wy only
+  float* before;         // [sequences, HV, K, V] state before the last pass of a head, nullptr when not wanted
   float* residual;       // [sequences, HV], with tol
-  int32_t* passes_done;  // [sequences, HV] passes that the head made, with tol
+  int32_t* passes_done;  // [sequences, HV] number of passes of each head, with tol
   Interrupt* interrupt;
 };
 
-// What a backward takes and gives beside the problem; all outputs are contiguous.
+// The gradients that a backward reads and writes; all that it writes are contiguous.
 struct Gradients {
-  Rows dout;            // [tokens, HV, V], only if the problem reads
+  Rows dout;            // [tokens, HV, V], only with want_output
   const float* dfinal;  // [sequences, HV, K, V] of the final state, nullptr means 0
-  void *dq, *dk;        // [tokens, H, K] in key_type; dq only if the problem reads
+  void *dq, *dk;        // [tokens, H, K] in key_type; dq only with want_output
   Type key_type;        // k's type; float32 where several value heads add up on a key head
   void* dv;             // [tokens, HV, V] in v's type
   void *dg, *dbeta;     // like g and beta, in their types; absent where those are

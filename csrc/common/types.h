@@ -1,4 +1,4 @@
-// What all calls are described with: gates, types of numbers, tensors at any address, and how a call ends early.
+// The types that describe all calls: gates, element types, and tensors at any address.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@ namespace sleepkern {
 enum class Gate { none, head, channel };
 enum class Type { float32, bfloat16, float16 };
 
-// Offset n of packed sequences, whatever address they lie at on the CPU.
+// Offset n of packed sequences; on the CPU the array may be at any address, aligned or not.
 constexpr int64_t offset_at(const int64_t* offsets, int64_t n) {
 #ifdef __CUDA_ARCH__
   return offsets[n];
 #else
   int64_t offset = 0;
-  __builtin_memcpy(&offset, offsets + n, sizeof(offset));  // which a constexpr function may call, unlike std::memcpy
+  __builtin_memcpy(&offset, offsets + n, sizeof(offset));  // a constexpr function may call this, but not std::memcpy
   return offset;
 #endif
 }
@@ -28,7 +28,7 @@ struct Rows {
   Type type;
 };
 
-// Numbers side by side, of a type of their own.
+// A contiguous array and its element type.
 struct Array {
   const void* data;  // nullptr when absent
   Type type;
@@ -36,7 +36,7 @@ struct Array {
 
 struct Interrupt;
 
-// Whether a call is to end early; asked between passes by all its threads, one for each that they share.
+// Whether a call is to end early. Each thread of the call checks it between two passes.
 bool stops(Interrupt* interrupt);
 
 }  // namespace sleepkern

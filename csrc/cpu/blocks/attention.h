@@ -1,7 +1,7 @@
-// Causal attention of one head over a window and what was kept before it, with q and k normalised.
+// Causal attention of one head over a window and the cached tokens before it, with q and k normalised.
 //
-// Scores are made transposed, keys down and PANEL queries across: so the softmax runs over rows, all queries at once,
-// and what it leaves is the left operand of the product with the values.
+// The scores are transposed, with keys as rows and PANEL queries as columns. So the softmax runs over rows for all
+// queries at once, and its result is the left operand of the product with the values.
 //
 //   s = k^T q / sqrt(D);  p = exp(s - max s);  o = p v / sum p
 #pragma once
@@ -27,7 +27,7 @@ struct AttentionArrays {
 };
 
 static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, ArenaCursor& take) {
-  const int64_t below = (round_up(D, LANES) - D) * PANEL;  // the last panel
+  const int64_t below = (round_up(D, LANES) - D) * PANEL;  // pack_head writes beyond the last panel
   a.queries = take(round_up(L, PANEL) * D + below);
   a.keys = take(round_up(S, PANEL) * D + below);
   a.values = take(round_up(D, PANEL) * round_up(S, ROWS));
@@ -36,24 +36,24 @@ static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, ArenaCu
 }
 
 struct Head {
-  const float *q, *k, *v;  // [L, .] rows of the window, `stride` apart
+  const float *q, *k, *v;  // [L, .] rows of the window, `stride` floats apart
   int64_t stride, L, D, kept;
-  const float *keys, *values;    // [kept, D] before it
+  const float *keys, *values;    // [kept, D] cached tokens
   float *all_keys, *all_values;  // [kept + L, D], nullptr when not wanted
   const float *q_gain, *k_gain;
   float q_eps, k_eps;
-  float* o;  // [L, .] rows, `o_stride` apart
+  float* o;  // [L, .] rows, `o_stride` floats apart
   int64_t o_stride;
 };
 
-// A row times its norm's factor, gain and scale.
+// Multiplies a row by its norm's factor, gain and scale.
 static void normalise_row(const float* from, const float* gain, float eps, float scale, int64_t D, float* to) {
   const float factor = scale * rms_factor(from, D, eps);
   for (int64_t d = 0; d < D; ++d) to[d] = from[d] * factor * gain[d];
 }
 
-// Rows [0, n) of `row_of`, which writes one to where it is told, to panels; zero rows beyond. What is written below a
-// panel's last step is the next panel's, and comes before it.
+// Packs rows [0, n) in panels, with zero rows up to a whole panel; row_of(row, out) writes one row to `out`. A panel's
+// last vector may extend beyond its steps into the next panel, which is written later.
 template <class RowOf>
 SLEEPKERN_INLINE void pack_head(AttentionArrays& a, int64_t n, int64_t D, float* panels, RowOf row_of) {
   const int64_t row_size = round_up(D, LANES);
@@ -96,13 +96,13 @@ SLEEPKERN_STAGE void pack_attention(const Head& h, AttentionArrays& a) {
   }
 }
 
-// Turned scores of PANEL queries from `first` on to their exponentials; `sums` of each query's. Keys [0, keys), of
-// which query t sees those up to kept + t.
+// Replaces the transposed scores of PANEL queries from `first` on by their exponentials, and stores each query's sum.
+// Of the keys [0, keys) query t sees those up to kept + t.
 SLEEPKERN_STAGE void softmax(const Head& h, const AttentionArrays& a, int64_t first, int64_t keys, float* sums) {
   alignas(64) float index[LANES];
   for (int l = 0; l < LANES; ++l) index[l] = static_cast<float>(l);
   SLEEPKERN_EACH_VEC(n) {
-    const Vec seen = load(index) + static_cast<float>(h.kept + first + n * LANES);  // last key that a query sees
+    const Vec seen = load(index) + static_cast<float>(h.kept + first + n * LANES);  // the last key that a query sees
     float* column = a.scores + n * LANES;
     Vec most = load(column), total{};
     for (int64_t s = 0; s < keys; ++s) {
@@ -138,7 +138,7 @@ SLEEPKERN_STAGE void attend(const Head& h) {
     }
     softmax(h, a, first, keys, sums);
     for (int64_t i = 0; i < min_of(PANEL, h.L - first); i += ROWS) {
-      const int64_t seen = min_of(depth, h.kept + first + i + ROWS);  // by the last of ROWS queries
+      const int64_t seen = min_of(depth, h.kept + first + i + ROWS);  // keys that the last of ROWS queries sees
       for (int64_t d = 0; d < h.D; d += PANEL) {
         Tile t;
         clear(t);

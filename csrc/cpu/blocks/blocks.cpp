@@ -1,4 +1,4 @@
-// A stack of blocks over a batch of windows: which sequences go together, and what the threads share.
+// A stack of blocks over a batch of windows: the groups of sequences, and the threads' shares.
 #include "common/blocks.h"
 
 #include <algorithm>
@@ -9,15 +9,16 @@
 
 namespace sleepkern {
 
-// Rows that go through all layers together: as often each weight that comes by is used. At d = 256 their h takes 200 KB
-// and the widest product (4 d) 800 KB, which stay in L2; at d = 512 the latter passes through L3, which costs less than
-// half as many rows would.
+// The rows that go through all layers together; each weight that is loaded is used for all of them. At d = 256 their h
+// takes 200 KB and the widest product (4 d) 800 KB, which stay in L2. At d = 512 the latter passes through L3, which
+// costs less than using half as many rows.
 constexpr int64_t GROUP_ROWS = 192;
 
 void sleep_blocks(const Blocks& b) {
   const Implementation& isa = implementation();
   const int64_t threads = std::max<int64_t>(thread_count(), 1), fit = std::max<int64_t>(GROUP_ROWS / b.L, 1);
-  // As many groups as fill all threads to the end; where there are fewer, the threads share the steps of each.
+  // The number of groups is a multiple of the threads, so that all threads are busy to the end. If there are fewer
+  // groups than threads, the threads share the steps of each group.
   int64_t groups = (b.B + fit - 1) / fit;
   groups = std::min(b.B, (groups + threads - 1) / threads * threads);
   const bool shared = groups < threads;

@@ -1,4 +1,4 @@
-// A group of sequences through all passes and layers, from h to h without leaving the caches.
+// All passes and layers of a group of sequences, whose rows stay in the caches.
 //
 //   per layer   x = norm h, packed -> into -> mixer -> packed -> h += out -> x = norm h, packed -> up, relu^2 -> h +=
 //   down
@@ -31,15 +31,15 @@ namespace {
 
 struct BlockArrays {
   float* h;         // [rows][d_padded]
-  float* start;     // same: what the first pass started from
-  float* x;         // micro_panels: normalised h, then what leaves the mixer
-  float* sums;      // [rows] pair sums of the product's x, where that is Winograd's
-  float* wide;      // rows out of `into`, then micro_panels out of `up`
-  float* mixed;     // [rows][mixed] out of the recurrence or attention
+  float* start;     // same: the input of the first pass
+  float* x;         // micro-panels: normalised h, then the output of the mixer
+  float* sums;      // [rows] pair sums of x, with Form::winograd
+  float* wide;      // rows: x times `into`; then micro-panels: relu(x times `up`)^2
+  float* mixed;     // [rows][mixed] output of the recurrence or attention
   float* normed;    // [rows][mixed] after the gated norm
   float* conv;      // [rows][channels]
   float *g, *beta;  // [rows][HV]
-  float* after;     // states after the layer at hand
+  float* after;     // states after the current layer
   double changes[2];
   int64_t rows, padded, d_padded;
 };
@@ -71,7 +71,8 @@ static void lay_out(BlockArrays& a, const Blocks& b, int64_t sequences, ArenaCur
   a.after = take(sequences * state);
 }
 
-// Shares work out among torch's threads, or does it all itself where groups are what the threads share.
+// Hands work to torch's threads if `shared`; else the calling thread does it all, because each thread has its own
+// groups.
 struct Team {
   bool shared;
 
@@ -83,7 +84,7 @@ struct Team {
   }
 };
 
-// Sequences [first, first + sequences) of a call; E: what panels of the call's form are made of.
+// Sequences [first, first + sequences) of a call. E is the panels' element for the call's form.
 template <class E>
 struct Group {
   const Blocks& b;
@@ -91,7 +92,7 @@ struct Group {
   Team team;
   int64_t first, sequences;
 
-  // One product, by `panel`, which makes one panel of the weights' outputs.
+  // One product; panel(product, n) computes panel n of the outputs.
   template <class Panel>
   void multiply(Panel panel, const float* x, const void* weight, int64_t width, int64_t depth, float* y,
                 int64_t stride) const {
@@ -108,7 +109,8 @@ struct Group {
     });
   }
 
-  // Rows to micro_panels, times `balance`; zeros beyond the last one. With eps: over their root mean square.
+  // Packs rows times `balance` in micro-panels, with zeros beyond the last row. With eps each row is divided by its
+  // root mean square.
   void pack(const float* rows, int64_t stride, int64_t n, float balance, const float* eps) const {
     E* x = reinterpret_cast<E*>(a.x);
     team.each(a.padded / ROWS, 4, [&](int64_t begin, int64_t end) {
@@ -151,7 +153,7 @@ void Group<E>::convolve_inputs(const Layer& l, int64_t pass) const {
   if (b.carry || pass + 1 == b.passes) keep_last(c);
 }
 
-// g = log sigmoid(decay + bias), beta = strength sigmoid(.)
+// g = log sigmoid(decay + decay_bias), beta = strength sigmoid(.)
 template <class E>
 void Group<E>::rates(const Layer& l) const {
   const int64_t stride = round_up(l.into_width, PANEL);
@@ -189,7 +191,7 @@ void Group<E>::ingest(const Layer& l) const {
   p.o = a.mixed;
   team.each(sequences * l.HV, 1, [&](int64_t begin, int64_t end) { forward_units(p, 1, begin, end); });
   double change = 0, after = 0;
-  for (int64_t i = 0; i < count; i += 4096) {  // long sums as sums of short ones
+  for (int64_t i = 0; i < count; i += 4096) {  // a long sum is a sum of short ones
     const int64_t end = min_of(i + 4096, count);
     Vec changes{}, sizes{};
     int64_t j = i;
@@ -284,7 +286,7 @@ void Group<E>::run_pass(int64_t pass) const {
   }
 }
 
-// changes [passes][2]: sums of squares over the group's states, of a pass's change, and after it.
+// Runs all passes. changes [passes][2] are sums of squares over the group's states: of a pass's change, and after it.
 template <class E>
 void Group<E>::run(double* changes) const {
   float* h = b.h + first * b.L * b.d;

@@ -1,9 +1,9 @@
-// Products of activations with packed weights, by the micro-kernel of microkernel.h; E: float, Winograd, or Pair for
+// Products of activations with packed weights, by the micro-kernel of microkernel.h. E is float, Winograd, or Pair for
 // bfloat16.
 //
-// Weights lie in panels over their outputs, [n / PANEL][depth][PANEL], activations x in micro_panels (pack_lhs.h). A
-// panel of weights stays in L2 while the micro_panels of a group of rows pass by, and a tile takes the whole depth at
-// once. The weights after it, which follow in memory, are prefetched during the product.
+// Weights are stored in panels over their outputs, [n / PANEL][depth][PANEL], activations x in micro-panels
+// (pack_lhs.h). A panel of weights stays in L2 while all micro-panels of a group of rows are multiplied by it, and a
+// tile sums over the whole depth at once. The product prefetches the next panel of weights, which follows in memory.
 #pragma once
 
 #include <cmath>
@@ -20,25 +20,25 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 constexpr int64_t LINE = 16;  // floats of a cache line
-// Steps of a tile between two askings: many at once would keep its own loads waiting.
+// The steps of a tile between two prefetches. A burst of prefetches would delay the tile's own loads.
 constexpr int64_t STRIDE = TRIPLE;
 
 template <class E>
 struct Product {
-  const E* x;                  // micro_panels of `rows` rows
+  const E* x;                  // micro-panels of `rows` rows
   const E* weight;             // panels of `width` outputs
-  int64_t rows, width, depth;  // width: of whole panels; depth: steps
-  const float* x_sums;         // [rows, up to whole micro_panels] pair sums of x, where E is Winograd
-  void* y;                     // float, row-major; or E, in micro_panels
+  int64_t rows, width, depth;  // width is a multiple of PANEL; depth counts steps
+  const float* x_sums;         // [rows, up to whole micro-panels] pair sums of x, where E is Winograd
+  void* y;                     // float, row-major; or E, in micro-panels
   int64_t stride;              // of row-major y
 
-  // Pair sums of the weights lie behind them.
+  // The pair sums of the weights are stored after them.
   const float* weight_sums() const { return reinterpret_cast<const float*>(weight + width * depth); }
 };
 
-// Asks for the weights that follow a panel, a share of them each time. Two lines at once and no question whether they
-// are new: a branch would cost more than a line asked for twice. Of fewer than three tiles a share is more than that,
-// and the rest is left to the hardware.
+// Prefetches the next panel of weights, a share of it at each step. It issues two cache lines a step without a check
+// whether they are new: a branch would cost more than a line that is prefetched twice. With fewer than three tiles a
+// share is more than two lines, and the rest is left to the hardware prefetcher.
 struct Following {
   const char* next;
   int64_t share;
@@ -56,7 +56,7 @@ struct Following {
   }
 };
 
-// Adds to a tile, asking for weights on the way.
+// Adds a product to a tile, and prefetches weights meanwhile.
 template <int HEIGHT, class E>
 SLEEPKERN_INLINE void accumulate(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth,
                                  Following& following) {
@@ -71,7 +71,7 @@ SLEEPKERN_INLINE Vec squared_relu(Vec z) {
   return z * reinterpret_cast<Vec>(reinterpret_cast<BitVec>(z) & reinterpret_cast<BitVec>(z > Vec{}));
 }
 
-// relu(.)^2 of PANEL columns of HEIGHT rows as steps of a micro_panel, zeros below them.
+// Stores relu(.)^2 of PANEL columns of HEIGHT rows as steps of a micro-panel, with zeros below them.
 template <class E, int HEIGHT>
 SLEEPKERN_INLINE void store_squares(TileOf<HEIGHT>& t, E* micro_panel) {
   float* to = reinterpret_cast<float*>(micro_panel);
@@ -90,17 +90,17 @@ SLEEPKERN_INLINE void store_squares(TileOf<HEIGHT>& t, E* micro_panel) {
   }
 }
 
-// What becomes of a product: it takes the place of y or is added to it, row-major, or the squares of what is positive
-// become micro_panels.
+// What a product does with its result: it stores it to y or adds it to y, both row-major, or it stores relu(.)^2 in
+// micro-panels.
 enum class Ending { put, add, square };
 
-// Asks for what a tile is going to write, or be added to: at its end it would wait.
+// Prefetches the memory that a tile will write or be added to: without it the tile would wait at its end.
 template <int64_t COUNT>
 SLEEPKERN_INLINE void ask_for(const float* to) {
   for (int64_t i = 0; i < COUNT; i += LINE) __builtin_prefetch(to + i, 1, 3);
 }
 
-// HEIGHT rows from `row` on, the first of a micro_panel, of panel number `panel` of the weights.
+// Multiplies HEIGHT rows from `row` on, the first of a micro-panel, by panel number `panel` of the weights.
 template <Ending END, int HEIGHT, class E>
 SLEEPKERN_INLINE void multiply_tile(const Product<E>& p, int64_t panel, int64_t row, Following& following) {
   float* y = static_cast<float*>(p.y) + row * p.stride + panel * PANEL;
@@ -122,8 +122,8 @@ SLEEPKERN_INLINE void multiply_tile(const Product<E>& p, int64_t panel, int64_t 
   }
 }
 
-// All rows of panel number `panel` of the weights; of the last tile only the quarters that hold rows, and no fewer than
-// two.
+// Multiplies all rows by panel number `panel` of the weights. The last tile has only the quarters that hold rows, and
+// no fewer than two.
 template <Ending END, class E>
 SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
   Following following(p, panel);
@@ -136,7 +136,7 @@ SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
   }
 }
 
-// (mean of squares + eps)^-1/2 of n numbers.
+// (mean of squares + eps)^-1/2 of n elements.
 SLEEPKERN_INLINE float rms_factor(const float* row, int64_t n, float eps) {
   Vec squares{};
   int64_t d = 0;

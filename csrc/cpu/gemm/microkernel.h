@@ -1,15 +1,15 @@
-// The micro-kernel: a tile of ROWS x PANEL numbers in registers, fed from panels.
+// The micro-kernel: a tile of ROWS x PANEL sums in registers, whose operands are stored in panels.
 //
 // Every matrix X [depth, n] of a product X^T Y is stored in panels over its columns, [n / PANEL][depth][PANEL], so that
-// one layout serves both sides: as left operand a column is broadcast, as right operand a row is loaded. Panels are
-// what keeps a block in L1: rows of a row-major state lie 512 bytes apart and would fall into few cache sets.
+// one layout serves both sides: a column of the left operand is broadcast, a row of the right operand is loaded. Panels
+// keep a sub-matrix in L1: rows of a row-major state are 512 bytes apart and would fall into few cache sets.
 //
 // Registers: ROWS x VECS accumulators hide the latency of fused multiply-add (4 cycles x 2 ports = 8 in flight), and
 // with VECS + 1 operands fit 16 (SSE, AVX2: 4 x 2) or 32 registers (AVX-512: 8 x 2). On AVX2 98 % of peak.
 //
-// A chunk of 32 tokens: work within a chunk grows with its length (2 CHUNK (K + V) flop a token beside 6 K V for the
-// state), while the state's way through registers costs the same a chunk. On AVX2 32 beats 64 by a tenth at K = V = 64,
-// 128.
+// A chunk has 32 tokens. Work within a chunk grows with its length (2 CHUNK (K + V) flop a token beside 6 K V for the
+// state), while loading and storing the state costs the same for every chunk. On AVX2 32 is faster than 64 by a tenth
+// at K = V = 64 and 128.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct TileOf {
 };
 using Tile = TileOf<ROWS>;
 
-// Loops over a tile are unrolled whole, or the accumulators would live in memory.
+// Loops over a tile are fully unrolled; otherwise the accumulators would be in memory.
 #define SLEEPKERN_EACH_OF(height, r) _Pragma("GCC unroll 8") for (int r = 0; r < height; ++r)
 #define SLEEPKERN_EACH_ROW(r) SLEEPKERN_EACH_OF(ROWS, r)
 #define SLEEPKERN_EACH_VEC(n) _Pragma("GCC unroll 2") for (int n = 0; n < VECS; ++n)
@@ -43,7 +43,7 @@ SLEEPKERN_INLINE void clear(TileOf<HEIGHT>& t) {
     SLEEPKERN_EACH_VEC(n) t.at[r][n] = Vec{};
 }
 
-// Rows of a tile lie `stride` apart: those of a panel by default.
+// Rows of a tile are `stride` floats apart, by default those of a panel.
 template <int HEIGHT>
 SLEEPKERN_INLINE void load(TileOf<HEIGHT>& t, const float* from, int64_t stride = PANEL) {
   SLEEPKERN_EACH_OF(HEIGHT, r)
@@ -56,14 +56,14 @@ SLEEPKERN_INLINE void store(const TileOf<HEIGHT>& t, float* to, int64_t stride =
     SLEEPKERN_EACH_VEC(n) store(to + r * stride + n * LANES, t.at[r][n]);
 }
 
-// tile += what lies there.
+// Adds the rows at `from` to a tile.
 template <int HEIGHT>
 SLEEPKERN_INLINE void add(TileOf<HEIGHT>& t, const float* from, int64_t stride) {
   SLEEPKERN_EACH_OF(HEIGHT, r)
     SLEEPKERN_EACH_VEC(n) t.at[r][n] += load(from + r * stride + n * LANES);
 }
 
-// Row r times by[r].
+// Multiplies row r of a tile by by[r].
 SLEEPKERN_INLINE void scale_rows(Tile& t, const float* by) {
   SLEEPKERN_EACH_ROW(r) {
     Vec f = broadcast(by[r]);
@@ -71,8 +71,8 @@ SLEEPKERN_INLINE void scale_rows(Tile& t, const float* by) {
   }
 }
 
-// tile += sign * left^T right over `depth` steps; left is a panel, or what else has steps of WIDTH, advanced to the
-// tile's first row. E: float or Pair.
+// tile += sign * left^T right over `depth` steps. `left` is a panel, or another matrix with steps of WIDTH, advanced to
+// the tile's first row. E is float or Pair.
 template <int SIGN, int WIDTH = PANEL, int HEIGHT, class E>
 SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth) {
   for (int64_t d = 0; d < depth; ++d) {
@@ -85,8 +85,8 @@ SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const E* left, const E* ri
   }
 }
 
-// tile += the part of a product at and below its diagonal: row r gains p[j][r] times row j for every j <= r. Not by
-// zeros above it, of which 0 times NaN would take a NaN to the tokens before.
+// Adds the part of a product at and below its diagonal: row r gains p[j][r] times row j for every j <= r. Multiplying
+// by zeros above the diagonal would not do: 0 times NaN would carry a NaN to earlier tokens.
 SLEEPKERN_INLINE void add_triangle(Tile& t, const float* p, const float* rows) {
   SLEEPKERN_EACH_ROW(j) {
     SLEEPKERN_EACH_ROW(r) {
@@ -111,8 +111,8 @@ SLEEPKERN_INLINE void add_triangle(Tile& t, const Pair* p, const Pair* rows) {
   }
 }
 
-// Forward substitution inside the tile: row r loses m[j][r] times row j for every j < r; m is a panel advanced to the
-// tile's rows and columns. Exact however correlated the keys are, unlike products of the inverse's series.
+// Forward substitution inside the tile: row r loses m[j][r] times row j for every j < r. m is a panel, advanced to the
+// tile's rows and columns. This is exact however correlated the keys are, unlike products of the inverse's series.
 SLEEPKERN_INLINE void substitute(Tile& t, const float* m) {
   SLEEPKERN_EACH_ROW(j) {
     SLEEPKERN_EACH_ROW(r) {
@@ -137,13 +137,13 @@ SLEEPKERN_INLINE void substitute_back(Tile& t, const float* m) {
   }
 }
 
-// Where column `column` of a matrix in panels of `depth` rows starts.
+// The offset of column `column` of a matrix in panels of `depth` rows.
 SLEEPKERN_INLINE int64_t column_at(int64_t column, int64_t depth) {
   return column / PANEL * depth * PANEL + column % PANEL;
 }
 
-// The transpose, in panels, of a matrix in panels: [columns / PANEL][depth][PANEL] to
-// [rows / PANEL][transposed_depth][PANEL]. rows and columns are multiples of LANES.
+// Transposes a matrix in panels to panels: [columns / PANEL][depth][PANEL] to [rows / PANEL][transposed_depth][PANEL].
+// rows and columns are multiples of LANES.
 SLEEPKERN_STAGE void turn(const float* panels, int64_t depth, int64_t rows, int64_t columns, float* transposed,
                           int64_t transposed_depth) {
   for (int64_t c = 0; c < columns; c += LANES) {
@@ -154,7 +154,7 @@ SLEEPKERN_STAGE void turn(const float* panels, int64_t depth, int64_t rows, int6
   }
 }
 
-// Rows and columns [i + LANES, i + PANEL) of a gram, and zeros left of them.
+// Stores rows and columns [i + LANES, i + PANEL) of a gram, and zeros left of them.
 template <int SIGN, class E, class Finish>
 SLEEPKERN_INLINE void half_gram(const E* left, const E* right, int64_t depth, int64_t i, int64_t out_depth, float* out,
                                 Finish finish) {
@@ -172,10 +172,10 @@ SLEEPKERN_INLINE void half_gram(const E* left, const E* right, int64_t depth, in
   }
 }
 
-// The upper triangle, rows j and columns i >= j, of sign * left^T right over `depth` steps, both of `count` columns up
-// to a whole panel, to panels of out_depth rows. finish(vector, its place in `out`, its first column) makes what is
-// stored. Of a panel on the diagonal the lower half has only zeros in its first vector, so there a tile is half as wide
-// and LANES high.
+// Stores the upper triangle, rows j and columns i >= j, of sign * left^T right over `depth` steps, in panels of
+// out_depth rows. Both operands have `count` columns, up to a whole panel. finish(vector, its offset in `out`, its
+// first column) returns the vector that is stored. In a panel on the diagonal the lower half has only zeros in its
+// first vector, so there a tile is half as wide and LANES high.
 template <int SIGN, class E, class Finish>
 SLEEPKERN_INLINE void upper_gram(const E* left, const E* right, int64_t depth, int64_t count, int64_t out_depth,
                                  float* out, Finish finish) {
@@ -196,7 +196,7 @@ SLEEPKERN_INLINE void upper_gram(const E* left, const E* right, int64_t depth, i
   }
 }
 
-// Rows of a panel, an even number of them, as pairs.
+// Converts an even number of rows of a panel to bf16x2, two rows in one.
 SLEEPKERN_INLINE void pair_rows(const float* rows, int64_t count, Pair* pairs) {
   for (int64_t t = 0; t < count; t += 2) {
     SLEEPKERN_EACH_VEC(n) {

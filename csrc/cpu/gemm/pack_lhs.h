@@ -1,5 +1,5 @@
-// Activations as left operands: micro_panels over their rows, [rows / ROWS][depth][ROWS]. A tile reads one micro_panel
-// from its first step to its last, line after line; of a panel it would want a part of every line.
+// Activations as left operands: micro-panels over their rows, [rows / ROWS][depth][ROWS]. A tile reads one micro-panel
+// from its first step to its last, every cache line whole; of a panel it would read a part of every line.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,8 @@ SLEEPKERN_INLINE void store_lanes(float* to, Vec x, std::integer_sequence<int, L
   *reinterpret_cast<MicroPanelUnaligned*>(to) = __builtin_shufflevector(x, x, (FROM + LANE)...);
 }
 
-// ROWS rows of LANES steps, as LANES steps of a micro_panel: squares are transposed where they lie side by side.
+// Stores ROWS rows of LANES steps as LANES steps of a micro-panel. The squares of ROWS x ROWS that are side by side in
+// the rows are transposed together.
 SLEEPKERN_INLINE void store_transposed(Vec (&rows)[ROWS], float* micro_panel) {
   constexpr auto lanes = std::make_integer_sequence<int, ROWS>();
   transpose_step<1>(rows);
@@ -34,14 +35,14 @@ SLEEPKERN_INLINE void store_transposed(Vec (&rows)[ROWS], float* micro_panel) {
 }
 static_assert(LANES <= 2 * ROWS, "squares of a vector");
 
-// Up to LANES numbers of a row, times its factor, zeros behind them. A row with factor 0 need not be there.
+// Up to LANES elements of a row times its factor, then zeros. A row with factor 0 is not read.
 SLEEPKERN_INLINE void scaled_part(const float* row, int64_t n, float factor, float* out) {
   if (n >= LANES) return store(out, factor == 0 ? Vec{} : load(row) * factor);
   store(out, Vec{});
   for (int64_t i = 0; factor != 0 && i < n; ++i) out[i] = row[i] * factor;
 }
 
-// LANES steps of a row, each number times factor, as bits.
+// LANES steps of a row, each element times factor, as bits.
 template <class E>
 SLEEPKERN_INLINE Vec scaled_steps(const float* row, float factor) {
   if constexpr (IS_PAIR<E>) {
@@ -51,7 +52,7 @@ SLEEPKERN_INLINE Vec scaled_steps(const float* row, float factor) {
   }
 }
 
-// ROWS rows of n numbers, `stride` apart, each times factor[row], as a micro_panel.
+// Packs ROWS rows of n elements, `stride` apart, each times factor[row], as a micro-panel.
 template <class E>
 SLEEPKERN_STAGE void pack_micro_panel(const float* rows, int64_t stride, int64_t n, const float* factor,
                                       E* micro_panel) {
@@ -83,7 +84,7 @@ SLEEPKERN_STAGE void pack_micro_panel(const float* rows, int64_t stride, int64_t
   }
 }
 
-// Pair sums (winograd.h) of `count` micro_panels. Four side by side: one alone would wait for its additions.
+// Pair sums (winograd.h) of `count` micro-panels, four at a time: one alone would wait for its additions.
 SLEEPKERN_STAGE void sum_pairs(const Winograd* micro_panels, int64_t count, int64_t depth, float* sums) {
   constexpr int TOGETHER = 4;
   for (int64_t first = 0; first < count; first += TOGETHER) {

@@ -1,4 +1,4 @@
-// What a core reaches at most: the micro-kernel on operands that stay in registers and L1.
+// The peak of a core: the rate of the micro-kernel on operands that stay in registers and L1.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,9 @@ double seconds_now() {
   return now.tv_sec + 1e-9 * now.tv_nsec;
 }
 
-// Independent multiply-adds on a register tile, best of many short rounds. The operands are shown to the compiler as
-// unknown and every accumulator as used, or it would leave most of the work out.
+// Floating-point operations a second of multiply-adds on a register tile, the best of many short rounds. The assembly
+// statements make the operands unknown to the compiler and every accumulator used; otherwise it would drop most of the
+// work.
 double peak(double seconds) {
   const double start = seconds_now();
   const int rounds = 200;

@@ -2,12 +2,12 @@
 //
 //   x1 y1 + x2 y2 = (x1 + y2) (x2 + y1) - x1 x2 - y1 y2,
 //
-// for what is subtracted belongs to x alone or to y alone: a matrix product takes it once a row and once a column. It
-// pays on a core whose adders stand beside its multipliers (AMD's, from Zen on: two of each), which a product of plain
-// multiply-adds leaves idle. Of three steps one is plain and two are such a pair: two multiply-adds and two additions
-// instead of three multiply-adds, all pipes busy, 1.5 x what is called the peak.
+// because the subtracted terms belong to x alone or to y alone: a matrix product computes them once for each row and
+// once for each column. This is faster on a core with adders beside its multipliers (AMD's from Zen on have two of
+// each), which a product of plain multiply-adds leaves idle. Of three steps one is plain and two are such a pair: two
+// multiply-adds and two additions replace three multiply-adds and keep all pipes busy, at 1.5 x the nominal peak.
 //
-// Rounding: errors are those of |x|^2 + |y|^2 instead of 2 |x| |y|. So who packs balances the two, see `Weights`.
+// Rounding errors are those of |x|^2 + |y|^2 instead of 2 |x| |y|. So packing balances the two, see `Weights`.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// What a panel is made of whose products are taken so.
+// The element of a panel whose products are computed so.
 struct Winograd {
   float value;
 };
@@ -31,13 +31,13 @@ constexpr int64_t TRIPLE = 3;  // steps: a plain one and a pair
 
 SLEEPKERN_INLINE Vec load(const Winograd* p) { return load(&p->value); }
 
-// By way of integers: on Zen 4 a broadcast of a float from memory takes a turn of an adder, one of an integer does not.
+// Broadcasts as an integer: on Zen 4 a broadcast of a float from memory occupies an adder, one of an integer does not.
 SLEEPKERN_INLINE Vec broadcast(const Winograd* p) {
   typedef uint32_t Bits __attribute__((may_alias));
   return reinterpret_cast<Vec>(broadcast_bits(*reinterpret_cast<const Bits*>(p)));
 }
 
-// tile += left^T right over `depth` steps from a multiple of TRIPLE on, but for the sums that belong to one side.
+// tile += left^T right over `depth` steps from a multiple of TRIPLE on, without the sums that belong to one side.
 template <int SIGN, int WIDTH, int HEIGHT>
 SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const Winograd* left, const Winograd* right, int64_t depth) {
   static_assert(SIGN > 0, "a difference would want other sums");
@@ -56,8 +56,8 @@ SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const Winograd* left, cons
   multiply_add<SIGN, WIDTH>(t, &left->value, &right->value, depth);
 }
 
-// What belongs to one side alone: of LANES columns of a panel, minus the sum of each pair's product. In the order of a
-// tile, which adds it last: so where the other side is zero, the result is, to the bit.
+// The term of one side alone: for LANES columns of a panel, minus the sum of each pair's product. It is summed in the
+// order of a tile, which adds it last. So where the other side is zero, the result is exactly zero.
 SLEEPKERN_INLINE Vec pair_sums(const Winograd* columns, int64_t depth) {
   Vec sum{};
   for (int64_t d = 0; d + TRIPLE <= depth; d += TRIPLE) {
@@ -66,7 +66,7 @@ SLEEPKERN_INLINE Vec pair_sums(const Winograd* columns, int64_t depth) {
   return sum;
 }
 
-// left: pair sums of the tile's rows; right: of its columns.
+// Adds the pair sums of a tile's rows (`left`) and of its columns (`right`).
 template <int HEIGHT>
 SLEEPKERN_INLINE void add_pair_sums(TileOf<HEIGHT>& t, const float* left, const float* right) {
   SLEEPKERN_EACH_OF(HEIGHT, r)

@@ -1,4 +1,4 @@
-// Eight lanes with fused multiply-add.
+// AVX2: eight lanes with fused multiply-add.
 #define SLEEPKERN_ISA avx2
 #define SLEEPKERN_LANES 8
 #define SLEEPKERN_SUPPORTED (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))

@@ -1,5 +1,5 @@
-// Sixteen lanes and 32 registers. SLEEPKERN_EMULATE_AVX512 (a CMake option for tests) compiles the same source for
-// AVX2, two registers a vector, so that it can be checked on a machine without AVX-512.
+// AVX-512: sixteen lanes and 32 registers. SLEEPKERN_EMULATE_AVX512 (a CMake option for tests) compiles the same source
+// for AVX2 with two registers a vector, so that a machine without AVX-512 can test it.
 #define SLEEPKERN_ISA avx512
 #define SLEEPKERN_LANES 16
 #ifdef SLEEPKERN_EMULATE_AVX512

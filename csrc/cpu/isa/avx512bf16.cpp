@@ -1,5 +1,5 @@
-// AVX-512 with products of bfloat16 (Zen 4, Cooper Lake, Sapphire Rapids and later). SLEEPKERN_EMULATE_AVX512: see
-// avx512.cpp; the products are then made of shifts and multiplications.
+// AVX-512 with products of bfloat16 (Zen 4, Cooper Lake, Sapphire Rapids and later). With SLEEPKERN_EMULATE_AVX512 (see
+// avx512.cpp) shifts and multiplications make the products.
 #define SLEEPKERN_ISA avx512bf16
 #define SLEEPKERN_LANES 16
 #define SLEEPKERN_BFLOAT16_DOT

@@ -1,6 +1,6 @@
-// Everything, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name), SLEEPKERN_LANES
-// (floats per vector), SLEEPKERN_SUPPORTED and SLEEPKERN_ADDERS (whether the machine has it, and whether its additions
-// run beside its multiplications). All but the table has internal linkage in that namespace.
+// All kernels, compiled once per ISA. The including file defines SLEEPKERN_ISA (namespace and name), SLEEPKERN_LANES
+// (floats per vector), SLEEPKERN_SUPPORTED (whether the machine has the instructions) and SLEEPKERN_ADDERS (whether its
+// additions run beside its multiplications). Everything but the table has internal linkage in that namespace.
 #pragma once
 
 #include "cpu/blocks/group.h"

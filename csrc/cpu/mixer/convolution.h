@@ -1,5 +1,5 @@
-// The short convolution. A token reads its own row and the W - 1 before it, which still lie in L1, so memory is passed
-// once: rows of at most CHANNELS channels, token after token.
+// The short convolution, token after token over at most CHANNELS channels. A token reads its own row and the W - 1 rows
+// before it, which are still in L1, so memory is read once.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Taps {
   alignas(64) float w[CONVOLUTION_LIMIT + 1][CHANNELS];
 };
 
-// Of channels [first, first + n); zeros beyond, up to a whole vector.
+// Loads the taps of channels [first, first + n), with zeros up to a whole vector.
 static void load_taps(const Convolution& c, int64_t first, int64_t n, Taps& taps) {
   std::memset(&taps, 0, sizeof taps);
   for (int64_t d = 0; d < n; ++d) {
@@ -28,7 +28,7 @@ static void load_taps(const Convolution& c, int64_t first, int64_t n, Taps& taps
   }
 }
 
-// Channels [channel, channel + n) of one sequence. Row t of its inputs, t >= 1 - W: what is past, or zeros, before 0.
+// The inputs of channels [channel, channel + n) of one sequence. Rows t = 1 - W ... -1 are those of `past`, or zeros.
 struct Inputs {
   const Convolution& c;
   int64_t sequence, channel, n, count;
@@ -84,8 +84,8 @@ void convolve_tokens(const Convolution& c, int64_t begin, int64_t end) {
   }
 }
 
-// Of a block of channels: dz of the last W tokens, taps' gradients, and those of the tokens since the last flush, so
-// that long sums are sums of short ones.
+// Sums of a tile of channels: dz of the last W tokens, the taps' gradients, and those of the tokens since the last
+// flush. So a long sum is a sum of short ones.
 struct ConvolutionSums {
   alignas(64) float dz[CONVOLUTION_LIMIT][CHANNELS];
   alignas(64) float recent[CONVOLUTION_LIMIT + 1][CHANNELS];
@@ -121,12 +121,12 @@ SLEEPKERN_STAGE void differentiate_row(const Taps& taps, const Inputs& x, const 
   }
 }
 
-// dx_t = sum_j w_j dz_(t+j), over the tokens there are, plus what the last inputs as a result of their own get.
+// dx_t = sum_j w_j dz_(t+j) over the tokens of the sequence, plus the gradient of the output `last`.
 template <Type TYPE, int W>
 SLEEPKERN_STAGE void scatter_row(const Taps& taps, const Inputs& x, const ConvolutionGradients& g, int64_t t,
                                  const ConvolutionSums& sums) {
   char* to = static_cast<char*>(t < 0 ? g.dpast : g.dx) + (t < 0 ? x.kept(t) : x.dense(t));
-  const int64_t kept = t - x.count;  // as an input before a next token
+  const int64_t kept = t - x.count;  // the token's index in `last`, counted from its end
   // mutant: gradient-without-oldest-input
   const bool last = g.dlast && kept >= 1 - W;
   const void* dlast = last ? static_cast<const char*>(g.dlast) + x.kept(kept) : nullptr;
@@ -141,7 +141,7 @@ SLEEPKERN_STAGE void scatter_row(const Taps& taps, const Inputs& x, const Convol
   }
 }
 
-// Channels [channel, channel + n) of all sequences.
+// Computes the gradients of channels [channel, channel + n) over all sequences.
 template <Type TYPE, int W>
 void differentiate_block(const Convolution& c, const ConvolutionGradients& g, int64_t channel, int64_t n) {
   constexpr int64_t FLUSH = 256;
@@ -159,7 +159,7 @@ void differentiate_block(const Convolution& c, const ConvolutionGradients& g, in
             taps, x, static_cast<const char*>(g.dy.data) + (token * g.dy.stride + channel) * size, t, sums);
         if (++seen % FLUSH == 0) sums.flush();
       }
-      const int64_t done = t - W + 1;  // no later token reads this input
+      const int64_t done = t - W + 1;  // the input at `done` has no later token
       if (done >= 0 || g.dpast) scatter_row<TYPE, W>(taps, x, g, done, sums);
     }
   }
@@ -170,8 +170,8 @@ void differentiate_block(const Convolution& c, const ConvolutionGradients& g, in
   }
 }
 
-// One token of n channels, state and weight [n, W]. Everything lies side by side, so each step is a plain loop over
-// all: the state moves by one number, the token's is put in the last place of each channel, products, sums of W.
+// One token of n channels; state and weight are [n, W] without gaps, so each step is one loop: the state moves by one
+// element, the token goes to the last element of each channel, then products, then sums of W.
 template <int W>
 SLEEPKERN_STAGE void step_channels(float* state, const float* weight, const float* bias, int64_t n, float* x) {
   alignas(64) float products[CONVOLUTION_LIMIT * CHANNELS];
@@ -207,7 +207,7 @@ void step_convolution(const ConvolutionStep& s, int64_t begin, int64_t end) {
   }
 }
 
-// Runs body(type, width), both as compile-time constants.
+// Calls body(type, width) with both as compile-time constants.
 template <class Body>
 SLEEPKERN_INLINE void with_type_and_width(Type type, int64_t W, Body body) {
   auto with_width = [&](auto TYPE) {

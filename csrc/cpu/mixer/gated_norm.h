@@ -1,4 +1,4 @@
-// The gated RMS norm: one row of one head after the other, each in float while it is in L1.
+// The gated RMS norm, one row of one head after the other, in float32 while the row is in L1.
 //
 //   norm first: n = r x, y = w n a;   gate first: n = r x a, y = w n;   a = act(gate), r = (mean (.)^2 + eps)^-1/2
 #pragma once
@@ -16,9 +16,9 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 struct NormRows {
-  float *x, *gate, *weight, *dy, *normed;  // [V up to whole vectors], zeros beyond V; weight: of all heads
-  float* sums;                             // [heads or 1] like weight: gradients of the tokens at hand
-  int64_t row;                             // distance of the weights of two heads, 0 if they share them
+  float *x, *gate, *weight, *dy, *normed;  // [V up to whole vectors], zeros beyond V; weight has all heads
+  float* sums;                             // [heads or 1] like weight: its gradient, summed over the tokens so far
+  int64_t row;                             // floats between the weights of two heads, 0 if they share them
 };
 
 static void lay_out(NormRows& r, const GatedNorm& p, bool backward, ArenaCursor& take) {
@@ -32,7 +32,7 @@ static void lay_out(NormRows& r, const GatedNorm& p, bool backward, ArenaCursor&
   r.row = p.weight_heads ? V : 0;
 }
 
-// n numbers and zeros up to a whole vector.
+// Loads n elements, then zeros up to a whole vector.
 static void load_padded(const void* from, Type type, int64_t n, float* to) {
   if (n % LANES) store(to + n / LANES * LANES, Vec{});
   load_row(from, type, n, to);
@@ -52,7 +52,7 @@ static void* dense_row(const GatedNorm& p, void* to, Type type, int64_t token, i
   return static_cast<char*>(to) + (token * p.heads + head) * p.V * bytes_of(type);
 }
 
-// A row as whole vectors of floats: where it lies if it is that, else a copy in `spare`.
+// A row as whole vectors of floats: the row itself if it is that, else a copy in `spare`.
 static const float* as_floats(const GatedNorm& p, const Rows& x, int64_t token, int64_t head, float* spare) {
   const void* row = row_of(p, x, token, head);
   if (x.type == Type::float32 && p.V % LANES == 0) return static_cast<const float*>(row);
@@ -60,7 +60,7 @@ static const float* as_floats(const GatedNorm& p, const Rows& x, int64_t token, 
   return spare;
 }
 
-// What is normalised, x or gate first x a: into `normed`; r.
+// Returns r. With gate_first it also stores u = x a, which is normalised, to `normed`.
 SLEEPKERN_STAGE float root_of(const GatedNorm& p, const float* x, const float* gate, float* normed) {
   Vec squares{};
   for (int64_t i = 0; i < p.V; i += LANES) {
@@ -82,7 +82,7 @@ void gated_norm(const GatedNorm& p, int64_t begin, int64_t end) {
       const float root = root_of(p, x, gate, r.normed);
       const float *u = p.gate_first ? r.normed : x, *w = r.weight + head * r.row;
       void* to = dense_row(p, p.y, p.x.type, token, head);
-      float* y = x == r.x ? r.x : static_cast<float*>(to);  // a row that had to be copied in goes out as a copy, too
+      float* y = x == r.x ? r.x : static_cast<float*>(to);  // a row that was copied in is also copied out
       for (int64_t i = 0; i < p.V; i += LANES) {
         const Vec n = load(u + i) * root * load(w + i);
         store(y + i, p.gate_first ? n : n * activate(load(gate + i), p.silu).value);
@@ -92,7 +92,8 @@ void gated_norm(const GatedNorm& p, int64_t begin, int64_t end) {
   }
 }
 
-// With dn what n gets: d(.) = r (dn - n mean(dn n)), which is dx, or gate first a dx and, times x act', dgate.
+// With dn the gradient of n, that of the normalised input is du = r (dn - n mean(dn n)). dx = du; with gate_first dx =
+// a du and dgate = x act' du.
 SLEEPKERN_STAGE void differentiate_norm(const GatedNorm& p, NormRows& r, int64_t head, float root) {
   const float* w = r.weight + head * r.row;
   float* sums = r.sums + head * r.row;
@@ -122,7 +123,7 @@ SLEEPKERN_STAGE void differentiate_norm(const GatedNorm& p, NormRows& r, int64_t
   }
 }
 
-// Part number `part` of the tokens.
+// Computes part number `part` of the tokens.
 void gated_norm_backward(const GatedNorm& p, const GatedNormGradients& g, int64_t part) {
   NormRows& r = thread_local_arrays<NormRows>(p, true);
   load_weights(p, r);

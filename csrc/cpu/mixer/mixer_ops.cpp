@@ -1,4 +1,4 @@
-// Short convolution and gated norm: how their work is shared out among the threads.
+// Short convolution and gated norm: the threads' shares of their work.
 #include "common/mixer_ops.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace sleepkern {
 
 namespace {
 
-constexpr int64_t SHARE = 16384;  // numbers that are worth handing out: some 10 microseconds
+constexpr int64_t SHARE = 16384;  // elements that are worth handing to a thread: some 10 microseconds
 
 template <class Run>
 void over(int64_t n, int64_t numbers_each, Run run) {
@@ -24,7 +24,7 @@ int64_t bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
 }  // namespace
 
-// The last W - 1 inputs of each sequence: tokens, and of what was past where these are too few.
+// Copies the last W - 1 inputs of each sequence: tokens, and the end of `past` where there are too few tokens.
 void keep_last(const Convolution& c) {
   const int64_t kept = c.W - 1, row = c.D * bytes_of(c.x.type);
   for (int64_t n = 0; n < c.sequences; ++n) {
@@ -53,7 +53,7 @@ void convolve(const Convolution& c) {
 void convolve_backward(const Convolution& c, const ConvolutionGradients& g) {
   const Implementation& isa = implementation();
   prefer_huge_pages(g.dx, c.tokens() * c.D * bytes_of(c.x.type));
-  // Blocks of channels, whose sums over all tokens are each one thread's own.
+  // Each tile of channels is one thread's, since its sums run over all tokens.
   const int64_t block = std::clamp<int64_t>(c.D / (2 * thread_count()) / 64 * 64, 64, CHANNELS);
   over((c.D + block - 1) / block, block * c.tokens(), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) isa.convolve_backward(c, g, n * block, std::min(block, c.D - n * block));

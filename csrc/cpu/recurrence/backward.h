@@ -1,4 +1,4 @@
-// Gradients of whole sequences: segment by segment from the last, see backward_buffers.h.
+// Gradients of whole sequences, segment by segment from the last one (backward_buffers.h).
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// Ingest a chunk as the forward does, without outputs, and keep what it writes, zero beyond count.
+// The state pass of one chunk without outputs. It keeps the values that the chunk writes, zero beyond count.
 SLEEPKERN_STAGE void ingest_keeping(const Chunk& c, Workspace& w, float* writes, const Chunk& next) {
   Ahead ahead(state_tiles(w));
   ahead.add_inputs(next);
@@ -41,8 +41,8 @@ struct Span {
   int64_t begin, end;
 };
 
-// The gradients of one segment; w.state is the state before it, a.dstate that of the state behind. `following`: whose
-// turn comes after its first chunk.
+// Computes the gradients of one segment. w.state is the state before it, a.dstate the gradient of the state after it.
+// `following` is the chunk that is computed after the segment's first one.
 SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t head,
                                       Span tokens, bool add, const Next& following) {
   Problem without_outputs = p;
@@ -55,7 +55,7 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
   };
   for (int64_t n = 0; n < chunks; ++n) {
     turn(w.state, w.K_rows, w.K_rows, a.V_rows, state(n), a.V_rows);
-    const bool last = n + 1 == chunks;  // is prepared with its outputs at once, for its adjoint comes next
+    const bool last = n + 1 == chunks;  // its factors for the backward are made at once, since its backward comes next
     ingest_keeping(chunk(last ? p : without_outputs, n), w, a.writes + n * a.values_size,
                    chunk(without_outputs, n + 1));
   }
@@ -67,7 +67,7 @@ SLEEPKERN_STAGE void backward_segment(const Problem& p, Workspace& w, Adjoint& a
   }
 }
 
-// One value head of one sequence, unit = sequence * HV + head. `add`: dq and dk hold those of an earlier head.
+// Computes one value head of one sequence, unit = sequence * HV + head. `add`: dq and dk hold those of an earlier head.
 SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, const Gradients& out, int64_t unit,
                                    Span tokens, bool add, const Next& following) {
   const int64_t length = a.segment * CHUNK, segments = max_of((tokens.end - tokens.begin + length - 1) / length, 1);
@@ -92,21 +92,22 @@ SLEEPKERN_STAGE void backward_head(const Problem& p, Workspace& w, Adjoint& a, c
   if (out.dstate) store_state(w, a.dstate, unit, out.dstate);
 }
 
-// With channel decay the grams' gradients carry no D, only its triangle.
+// With channel decay the grams' gradients have no factor D, only its triangle.
 static void fill_triangle(const Workspace& w) {
   for (int64_t j = 0; j < CHUNK; ++j) {
     for (int64_t i = 0; i < CHUNK; ++i) w.decays[column_at(i, CHUNK) + j * PANEL] = i >= j ? 1.0f : 0.0f;
   }
 }
 
-// What comes first of head `unit`, if that is before `end`.
+// The first chunk that is computed of head `unit`, if unit < end.
 static Next first_chunk(const Problem& p, int64_t unit, int64_t end) {
   if (unit >= end) return {Chunk(p, 0, 0, 0), -1};
   const int64_t first = p.first(unit / p.HV);
   return {Chunk(p, first, min_of(CHUNK, p.first(unit / p.HV + 1) - first), unit % p.HV), unit};
 }
 
-// Key heads [begin, end) of sequences * H: the value heads of one follow each other, for they add up on its dq and dk.
+// Computes key heads [begin, end) of sequences * H. The value heads of a key head follow each other, because they add
+// up in its dq and dk.
 void backward_heads(const Problem& p, const Gradients& out, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, true);
   Adjoint& a = thread_local_arrays<Adjoint>(p, w, p.longest());

@@ -1,11 +1,11 @@
-// What a backward holds beside the Workspace: gradients of one chunk and the states it starts from, in panels.
+// The memory of a backward beside the Workspace: gradients of one chunk, and the states before the chunks, in panels.
 //
-// Where the states come from. A backward walks the chunks last to first and needs the state before each. A head's
-// sequence of n chunks is cut into segments of SEGMENT chunks, or of sqrt(n) if that is more. The states before the
-// segments are found by one state_pass (none for a single segment: up to 2048 tokens); then, from the last segment to
-// the first, a second state_pass keeps the state before each of its chunks and the values they write. So no more than
-// max(SEGMENT, sqrt(n)) chunks and n / SEGMENT or sqrt(n) states are held by a thread: at K = V = 128 5 MB for
-// T = 2048, 6 MB at 32768, 26 MB at a million, whatever the batch.
+// A backward scans the chunks from last to first and needs the state before each. A head's sequence of n chunks is cut
+// into segments of SEGMENT chunks, or of sqrt(n) if that is more. A first state pass keeps the states before the
+// segments; a single segment, up to 2048 tokens, needs none. Then, from the last segment to the first, a second state
+// pass keeps the state before each chunk of the segment and the values it writes. So a thread holds at most
+// max(SEGMENT, sqrt(n)) chunks and n / SEGMENT or sqrt(n) states: at K = V = 128 these are 5 MB for T = 2048, 6 MB at
+// 32768 and 26 MB at a million, for any batch.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t SEGMENT = 64;
 
 struct Adjoint {
-  int64_t segment, segments;  // chunks a segment, segments of the longest sequence
+  int64_t segment, segments;  // chunks of a segment, segments of the longest sequence
   int64_t V_rows, K_panels;   // V rounded up to whole panels; number of key panels
   int64_t values_size;        // floats of a chunk's values, [V_panels][CHUNK][PANEL]
   int64_t state_size;         // floats of a state in panels
@@ -31,24 +31,24 @@ struct Adjoint {
   float* states;              // [segment] states before the chunks of a segment, transposed
   float* writes;              // [segment] Vn of its chunks, each [V_panels][CHUNK][PANEL]
 
-  float* dstate;                                    // [V_panels][K_rows][PANEL]  gradient of the state behind the chunk
+  float* dstate;                                    // [V_panels][K_rows][PANEL]  gradient of the state after the chunk
   float* dstate_transposed;                         // [K_panels][V_rows][PANEL]
   float* dout;                                      // [V_panels][CHUNK][PANEL]  dO
   float* dout_transposed;                           // [CHUNK / PANEL][V_rows][PANEL]
   float* dvalues;                                   // like dout: dR, of b (v - k E S)
   float* dvalues_transposed;                        // like dout_transposed
   float* writes_transposed;                         // like dout_transposed: Vn
-  float *scaled_dout, *scaled_dvalues;              // [CHUNK][PANEL] one panel, rows times what the state met
+  float *scaled_dout, *scaled_dvalues;              // [CHUNK][PANEL] one panel, rows times output_scale or key_scale
   float *scores_transposed, *gram_kk_transposed;    // [CHUNK / PANEL][CHUNK][PANEL]  P, M: row i, column j
   float *dscores, *dcouplings;                      // like Workspace::scores: row j, column i
   float *dscores_transposed, *dgram_kk_transposed;  // row i, column j; dcouplings times b_i
-  float *dreaders, *dheld, *dkeys;  // [K_panels][CHUNK][PANEL]  dq; z; gradient of k by way of exp(-G), then dk
-  float* dgates;                    // same: dg, for channel decay
-  float* end;                       // [K_rows] Gam <S, dS> of each row of the state
-  float* gains;                     // like dscores: dP P + dM M, for head decay
-  float* beta_lanes;                // [CHUNK][LANES] parts of sums over channels, as the next three
-  float *gate_lanes, *write_lanes;  // what is summed up from a token on, and before it, for its dg of head decay
-  float* pair_lanes;                // what pairs of tokens before it and from it on give it
+  float *dreaders, *dheld, *dkeys;                  // [K_panels][CHUNK][PANEL]  dq; z; dk-, then dk
+  float* dgates;                                    // same: dg, for channel decay
+  float* end;                                       // [K_rows] chunk decay <S, dS> of each row of the state
+  float* gains;                                     // like dscores: dP P + dM M, for head decay
+  float* beta_lanes;                                // [CHUNK][LANES] parts of sums over channels, as the next three
+  float *gate_lanes, *write_lanes;  // head decay: terms of dg that are summed from a token on, and up to it
+  float* pair_lanes;                // head decay: the term of dg from pairs of an earlier and a later token
   float* row;                       // one token's gradient
 };
 

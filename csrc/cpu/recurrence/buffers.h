@@ -1,6 +1,6 @@
-// What one thread holds: the states of a group of heads and the operands of one chunk of one head, in panels
-// (gemm/microkernel.h). At K = V = 128 a state is 64 KB and the operands 60 KB, of which a panel's turn touches 8 KB of
-// state and 2 KB of values and streams the rest from L2.
+// The memory of one thread: the states of a group of heads and the operands of one chunk of one head, in panels
+// (gemm/microkernel.h). At K = V = 128 a state has 64 KB and the operands 60 KB. One value panel uses 8 KB of state and
+// 2 KB of values, and streams the rest from L2.
 #pragma once
 
 #include <cstdint>
@@ -14,41 +14,41 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// Heads of one sequence that take turns chunk by chunk, so that a page of the caller's tensors, on which the rows of
-// several heads lie side by side, is visited once and not once a head. One head after the other takes a quarter longer
-// at H = 16, K = V = 128, T = 1024.
+// Heads of one sequence that are interleaved, chunk by chunk. A page of the caller's tensors holds rows of several
+// heads, and is then visited once and not once for each head. One head after the other takes a quarter longer at H =
+// 16, K = V = 128, T = 1024.
 constexpr int64_t GROUP = 8;
 
 static_assert(HEAD_LIMIT / PANEL <= 32, "a bit for each panel");
 
-// Of one value panel of a head, with products of bfloat16: sums of squares up to the chunk at hand. Errors are expected
-// ones, of the roundings so far (rounding.h).
+// Sums of squares of one value panel of a head up to the current chunk, where products take bfloat16. Errors are the
+// expected ones of the roundings so far (rounding.h).
 struct Rounding {
   double state;
-  double state_error;  // of roundings in this call
-  double kept_error;   // and of what the initial state may have brought along
+  double state_error;  // expected error of roundings in this call
+  double kept_error;   // the same with the error that the initial state may have
   double output, output_error;
 };
 
-// What one chunk does to those.
+// What one chunk does to these sums.
 struct ChunkRounding {
-  double keeps;                                   // share of an error of the state that is left behind the chunk
+  double keeps;                                   // share of an error of the state that is left after the chunk
   double turns;                                   // share of the state that k^T S moves
-  double reads;                                   // sum of |read_scale q|^2, over K
-  float key_length[CHUNK], reader_length[CHUNK];  // |k|^2, |q|^2, normalised if asked for
+  double reads;                                   // sum of |read_scale q|^2, divided by K
+  float key_length[CHUNK], reader_length[CHUNK];  // |k|^2, |q|^2, after normalisation if any
   float written[CHUNK];                           // |Kt|^2 of each token
-  float read_off[CHUNK];                          // sum of P^2 over its q_panels
+  float read_off[CHUNK];                          // sum of P^2 over the queries of a token
 };
 
 struct Workspace {
   int64_t K, V;                    // head sizes
   int64_t K_rows, V_panels;        // K rounded up to whole panels; number of value panels
-  int64_t first_panel, end_panel;  // of those the ones at hand
-  uint32_t left_out;               // bits of panels among them that are not
+  int64_t first_panel, end_panel;  // the panels that this thread computes
+  uint32_t left_out;               // bits of those panels that are skipped
   int64_t state_size;              // floats of a state in panels
 
   float* states;    // [GROUP][V_panels][K_rows][PANEL]
-  float* state;     // the one of the head whose turn it is
+  float* state;     // the state of the current head
   float* keys;      // [CHUNK / PANEL][K][PANEL]  k^T; times E per channel for channel decay
   float* q_panels;  // same, of q^T
   float* k_tails;   // [K_rows / PANEL][CHUNK][PANEL]  Kt = k exp(G_C - G)
@@ -57,50 +57,50 @@ struct Workspace {
   float* decays;    // same, exp(G_i - G_j), 1 for channel decay; 0 for i < j
   float* values;    // [CHUNK][PANEL]  b v, then Vn, of one value panel
 
-  // Where products take bfloat16: of each array of operands above its counterpart in pairs of neighbours of the depth,
-  // with half the rows. keys, q_panels and k_tails are pairs themselves then.
-  Pair* state_pairs;   // of `state`, at the same place among those of all heads
+  // Where products take bfloat16, each array of operands above has a counterpart in bf16x2, with half the rows. keys,
+  // q_panels and k_tails are bf16x2 themselves then.
+  Pair* state_pairs;   // that of `state`, within states_pairs
   Pair* states_pairs;  // [GROUP][V_panels][K_rows / 2][PANEL]
   Pair* score_pairs;   // [CHUNK / PANEL][CHUNK / 2][PANEL]
   Pair* value_pairs;   // [CHUNK / 2][PANEL]
-  Pair* write_pairs;   // same, of to_write times values; `k_tails` is k then
+  Pair* write_pairs;   // same, to_write times the values; `k_tails` is k then
   Rounding* rounding;  // [GROUP][V_panels]
   ChunkRounding chunk_rounding;
 
   float* rows;  // [LANES][row_size] tokens being packed
   int64_t row_size;
 
-  // Channel decay only: the chunk as rows of row_size floats, and one level of the dyadic split.
+  // With channel decay only: the chunk as rows of row_size floats, and one level of the dyadic split.
   float* gates;           // [CHUNK] rows of a = exp(g)
   float* key_rows;        // [CHUNK] rows of k
   float* reader_rows;     // [CHUNK] rows of q
   float* factors;         // [CHUNK] rows of products of a
-  float* level_keys;      // like keys, scaled for the level
+  float* level_keys;      // like keys, times the decay of the level
   float* level_q_panels;  // like q_panels
 
-  // For a backward only, nullptr else. Turned: the transpose of what the name says, in panels as well.
+  // In a backward only, else nullptr: transposes, also in panels.
   float* keys_transposed;                     // [K_rows / PANEL][CHUNK][PANEL]
   float* q_panels_transposed;                 // same
-  float* end_keys;                            // like keys: Kt^T; with channel decay, as the next two
+  float* end_keys;                            // like keys: Kt^T; with channel decay only, as the next two
   float* since_rows;                          // like keys_transposed: E
   float* until_rows;                          // same: exp(G_C - G)
-  float key_norm[CHUNK], reader_norm[CHUNK];  // what k and q are to be multiplied by to have length 1, or 1
+  float key_norm[CHUNK], reader_norm[CHUNK];  // 1 / |k| and 1 / |q|, or 1 without normalisation
 
   float beta[CHUNK];         // b
-  float gram_scale[CHUNK];   // what columns of k^T k are multiplied by: b
-  float score_scale[CHUNK];  // what columns of k^T q are multiplied by: scale
-  float key_scale[CHUNK];    // what k^T S is multiplied by: b E, or b for channel decay
-  float read_scale[CHUNK];   // what q^T S is multiplied by: scale E, or scale
+  float gram_scale[CHUNK];   // factor of the columns of k^T k: b
+  float score_scale[CHUNK];  // factor of the columns of k^T q: scale
+  float key_scale[CHUNK];    // factor of k^T S: b E, or b for channel decay
+  float read_scale[CHUNK];   // factor of q^T S: scale E, or scale
   float since_start[CHUNK];  // E for head decay, else 1
   float to_end[CHUNK];       // exp(G_C - G) for head decay, else 1
-  float to_write[CHUNK];     // the same times key_norm; with pairs only
-  double log_decay[CHUNK];   // G for head decay; double because a difference of two large sums is wanted exactly
-  float* keep;               // [K_rows] Gam of each row of the state
+  float to_write[CHUNK];     // the same times key_norm; with bfloat16 only
+  double log_decay[CHUNK];   // G for head decay; in double, so that a difference of two large sums is exact
+  float* keep;               // [K_rows] decay of each row of the state over the chunk
 };
 
-// Whether products take bfloat16, at least at first: panels whose roundings add up are done again in float32
-// (rounding.h). Not where no gate is, for many of those would be. With channel decay operands are products of
-// decays, rescaled at every level, which stay in float32.
+// Whether products take bfloat16, at least at first: panels whose rounding errors are too large are computed again in
+// float32 (rounding.h). Without a gate too many panels would be. With channel decay the operands are products of
+// decays, rescaled at every level, and stay in float32.
 static bool takes_pairs(const Problem& p) { return DOTS && p.k.type == Type::bfloat16 && p.gate == Gate::head; }
 
 static void lay_out(Workspace& w, const Problem& p, bool backward, ArenaCursor& take) {
@@ -148,7 +148,7 @@ static void lay_out(Workspace& w, const Problem& p, bool backward, ArenaCursor& 
   w.until_rows = take(channel ? transposed : 0);
 }
 
-// Operands of the products of one value panel, E: float or Pair.
+// The operands of the products of one value panel; E is float or Pair.
 template <class E>
 struct Operands {
   const E *keys, *q_panels, *k_tails, *scores, *values, *writes;

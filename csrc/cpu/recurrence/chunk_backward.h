@@ -1,23 +1,24 @@
-// adjoint of one chunk: gradients from dO and dS, the gradient of the state S' behind the chunk; S is the one before
+// The backward of one chunk: gradients from dO and dS, the gradient of the state after the chunk; S is the state before
 // it.
 //
 //   dVn = P^T dO + Kt dS                        dR = (I + M)^-T dVn by backward substitution; dVn without delta
 //   dP  = dO Vn^T, i >= j                       dM = -dR Vn^T, i > j
 //   dq  = scale E (dO S^T) + (scale dP D) k     D = exp(G_i - G_j)
-//   z   = -E (dR S^T) + (dM D) k                what k meets through (I + M)^-1 b (v - k E S), but for the factor b
+//   z   = -E (dR S^T) + (dM D) k                gradient of k in (I + M)^-1 b (v - k E S), without the factor b
 //   dk  = b z + dk-                             dk- = exp(G_C - G) (Vn dS^T) + (scale dP D)^T q + (b dM D)^T k
 //   dv  = b dR                                  db = dR.v + k.z
-//   dS <- Gam dS + (scale E q)^T dO - (b E k)^T dR
+//   dS <- exp(G_C) dS + (scale E q)^T dO - (b E k)^T dR
 //
-// dg of token t is the sum of all that decays at t: what goes from the state before the chunk to tokens from t on, from
-// tokens before t to the state behind it, between these tokens, and through the whole chunk,
+// dg of token t sums the terms of all paths that decay at t: from the state before the chunk to tokens from t on, from
+// tokens before t to the state after the chunk, from tokens before t to tokens from t on, and from state to state,
 //
 //   dg_t = sum_(i >= t) (q_i (scale E_i S dO_i) - b_i k_i (E_i S dR_i)) + sum_(j < t) k_j (exp(G_C - G_j) dS Vn_j)
-//        + sum_(i >= t > j) (dP_ij P_ij + dM_ij M_ij) + Gam <S, dS>
+//        + sum_(i >= t > j) (dP_ij P_ij + dM_ij M_ij) + exp(G_C) <S, dS>
 //
-// Sums of dq, z and dk- from t on give the same by differences, which hold what does not decay at t, such as the pair
-// of a token with itself: where decay is strong only its rounding would be left. With channel decay dg, E and D have a
-// channel each, and sums over pairs are those of the dyadic split (chunk_backward_channel.h).
+// Sums of dq, z and dk- from t on give the same as a difference, but both terms of the difference hold paths that do
+// not decay at t, such as the pair of a token with itself: where decay is strong, only their rounding would be left.
+// With channel decay dg, E and D have a value for each channel, and sums over pairs are those of the dyadic split
+// (chunk_backward_channel.h).
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// dO of the chunk, zero beyond count up to whole panels of tokens.
+// Loads dO of the chunk, zero beyond count up to whole panels of tokens.
 SLEEPKERN_STAGE void load_dout(const Chunk& c, const Workspace& w, const Adjoint& a, const Rows& dout) {
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
@@ -49,7 +50,7 @@ SLEEPKERN_STAGE void load_dout(const Chunk& c, const Workspace& w, const Adjoint
   }
 }
 
-// dR of one value panel, last tokens first.
+// Computes dR of one value panel, last tokens first.
 SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel) {
   const float *dstate = a.dstate + panel * w.K_rows * PANEL, *dout = a.dout + panel * CHUNK * PANEL;
   const float* end_keys = w.end_keys ? w.end_keys : w.keys;
@@ -73,7 +74,8 @@ SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Ad
   for (int64_t x = c.padded * PANEL; x < round_up(c.count, PANEL) * PANEL; x += LANES) store(dvalues + x, Vec{});
 }
 
-// scale dP D and dM D, and both transposed, the latter times b_i; with head decay also what pairs give its gradient.
+// Computes scale dP D and dM D, and the transposes of both, the latter times b_i. With head decay it also computes the
+// pairs' terms of dg.
 SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
   const int64_t end = round_up(c.count, PANEL);
   auto finish = [&](const float* gram, float factor, bool add) {
@@ -103,13 +105,13 @@ SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adj
   }
 }
 
-// Times the rows of a factor per channel.
+// Multiplies a tile by rows of factors, one for each channel.
 SLEEPKERN_INLINE void scale_by_rows(Tile& t, const float* rows) {
   SLEEPKERN_EACH_ROW(r)
     SLEEPKERN_EACH_VEC(n) t.at[r][n] *= load(rows + r * PANEL + n * LANES);
 }
 
-// What tokens before t give tokens from t on, by head decay: `reach` of token i is the sum over j < t of its pairs.
+// Sums the pairs' terms of dg with head decay: `reach` of token i is the sum of its pairs with j < t.
 SLEEPKERN_STAGE void gather_pairs(const Chunk& c, const Adjoint& a) {
   alignas(64) float reach[CHUNK] = {};
   for (int64_t t = 1; t < c.count; ++t) {
@@ -124,7 +126,8 @@ SLEEPKERN_STAGE void gather_pairs(const Chunk& c, const Adjoint& a) {
   }
 }
 
-// Tokens' rows x of a key panel times the tile's, times by[r] where given, added to `lanes` of each token.
+// Adds the products of the tile's rows with the tokens' rows x of a key panel, times by[r] if given, to each token's
+// `lanes`.
 SLEEPKERN_INLINE void gather_rows(const Tile& t, const float* x, const float* by, float* lanes) {
   SLEEPKERN_EACH_ROW(r) {
     Vec total{};
@@ -133,7 +136,7 @@ SLEEPKERN_INLINE void gather_rows(const Tile& t, const float* x, const float* by
   }
 }
 
-// dq, z and dk-, each over all key panels before the next: what it reads of the tokens then stays in L1.
+// dq, z and dk- each take all key panels before the next one begins: the tokens' operands then stay in L1.
 SLEEPKERN_STAGE void adjoint_q_panels(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
   const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
@@ -200,7 +203,7 @@ SLEEPKERN_STAGE void adjoint_k_tails(const Chunk& c, const Workspace& w, const A
   }
 }
 
-// db from z, and dk, of one key panel; k are the tokens' own, `stride` floats apart.
+// Adds k.z to db and completes dk, of one key panel. The tokens' k are `stride` floats apart.
 SLEEPKERN_STAGE void gather_key_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const float* k,
                                           int64_t stride, int64_t panel) {
   for (int64_t t = 0; t < c.count; ++t) {
@@ -214,7 +217,7 @@ SLEEPKERN_STAGE void gather_key_gradients(const Chunk& c, const Workspace& w, co
   }
 }
 
-// Gam <S, dS> of each row of the state.
+// chunk decay <S, dS> of each row of the state.
 SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const float* state) {
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * a.V_rows * PANEL;
@@ -230,7 +233,7 @@ SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const flo
   }
 }
 
-// dS of one value panel: from behind the chunk to before it.
+// Takes dS of one value panel from after the chunk to before it.
 SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel, Ahead& ahead) {
   float* dstate = a.dstate + panel * w.K_rows * PANEL;
   const int64_t at = panel * CHUNK * PANEL;
@@ -248,13 +251,13 @@ SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adj
   }
 }
 
-// The chunk whose turn comes next; `unit` is that of the head it starts, or -1.
+// The chunk that is computed next, for prefetching. `unit` is its head's if it is the first of the head, else -1.
 struct Next {
   Chunk chunk;
   int64_t unit;
 };
 
-// What it will read and write.
+// Plans the prefetch of all rows that the next chunk reads and writes.
 static void plan_prefetch(const Next& next, const Workspace& w, const Gradients& out, Ahead& ahead) {
   const Chunk& c = next.chunk;
   const Problem& p = c.p;
@@ -270,8 +273,8 @@ static void plan_prefetch(const Next& next, const Workspace& w, const Gradients&
   }
 }
 
-// All of one chunk. `state`, transposed, is the one before it, `writes` its Vn; `next` comes after it: the one before
-// it in time, or another head's.
+// Computes all gradients of one chunk. `state`, transposed, is the state before it and `writes` its Vn. `next` is
+// computed after it: the chunk before it in time, or one of another head.
 SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
                              const float* writes, bool add, const Next& next) {
   const int64_t end = round_up(c.count, PANEL);

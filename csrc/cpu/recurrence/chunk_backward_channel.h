@@ -1,12 +1,12 @@
-// Gradients through the grams of channel decay: the dyadic split of chunk_factors_channel.h, backwards.
+// Gradients through the grams of channel decay: the backward of the dyadic split in chunk_factors_channel.h.
 //
 //   dq_i  += sum_j dP_ij k_j exp(G_i - G_j)         z_i += sum_j dM_ij k_j exp(G_i - G_j)
 //   dk-_j += sum_i (dP_ij q_i + b_i dM_ij k_i) exp(G_i - G_j)
 //
-// At each level the factor is exp(G_i - R) exp(R - G_j), one of them on the operand, the other on the result. All j of
-// a level's first half come before all i of its second. So of its pairs those of tokens from t on decay at a token t of
-// the second half, those of tokens before t at one of the first: dg takes the sum of what they give dq and z, q_i and
-// b_i k_i times, or of what they give dk-, k_j times.
+// At each level the factor is exp(G_i - R) exp(R - G_j): one exponential multiplies the operand, the other the result.
+// All j of a level's first half are before all i of its second half. So a pair decays at a token t of the second half
+// if i >= t, and at a token t of the first half if j < t. dg of t sums their terms of dq and z, times q_i and b_i k_i,
+// or their terms of dk-, times k_j.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// rows of k or q times the level's factors, transposed.
+// Packs rows of k or q times the level's factors, transposed.
 static void turn_decayed(const Workspace& w, const float* rows, int64_t end, float* transposed) {
   for (int64_t t = 0; t < end; ++t) {
     for (int64_t d = 0; d < w.row_size; d += LANES) {
@@ -31,8 +31,8 @@ static void turn_decayed(const Workspace& w, const float* rows, int64_t end, flo
   }
 }
 
-// The tile's rows times the factors of tokens t .. t + ROWS, added to theirs of `out`; times the tokens' own rows x,
-// and by[t] where given, added to `gains`.
+// Adds the tile's rows, times the factors of tokens t .. t + ROWS, to the tokens' rows of `out`. Adds the same times
+// the tokens' rows x, and by[t] if given, to `gains`.
 SLEEPKERN_INLINE void add_decayed(const Workspace& w, const Tile& tile, int64_t t, int64_t d, const float* x,
                                   const float* by, float* out, Tile& gains) {
   SLEEPKERN_EACH_ROW(r) {
@@ -46,7 +46,8 @@ SLEEPKERN_INLINE void add_decayed(const Workspace& w, const Tile& tile, int64_t 
   }
 }
 
-// dg of tokens t .. t + ROWS of one key panel at d: each takes the gains of those from it on, of the tile and behind.
+// Adds to dg of tokens t .. t + ROWS, of one key panel at d, the gains of the tokens from each on, in the tile and
+// after it.
 SLEEPKERN_INLINE void add_gains_behind(const Adjoint& a, const Tile& gains, int64_t t, int64_t d, Vec (&behind)[VECS]) {
   SLEEPKERN_EACH_ROW(n) {
     const int r = ROWS - 1 - n;
@@ -58,7 +59,7 @@ SLEEPKERN_INLINE void add_gains_behind(const Adjoint& a, const Tile& gains, int6
   }
 }
 
-// The same of those before it.
+// Adds to dg of these tokens the gains of the tokens before each.
 SLEEPKERN_INLINE void add_gains_before(const Adjoint& a, const Tile& gains, int64_t t, int64_t d, Vec (&before)[VECS]) {
   SLEEPKERN_EACH_ROW(r) {
     float* to = a.dgates + d * CHUNK + (t + r) * PANEL;
@@ -69,7 +70,8 @@ SLEEPKERN_INLINE void add_gains_before(const Adjoint& a, const Tile& gains, int6
   }
 }
 
-// dg of what goes through the states at the chunk's ends, whose share of dq, z and dk- is all that these hold yet.
+// Computes the terms of dg from paths through the states at the chunk's ends. At this point dq, z and dk- hold only the
+// terms of these paths.
 SLEEPKERN_STAGE void gather_gates(const Chunk& c, const Workspace& w, const Adjoint& a) {
   for (int64_t d = 0; d < w.K_rows; d += LANES) {
     const int64_t column = d / PANEL * PANEL * CHUNK + d % PANEL;
@@ -87,8 +89,8 @@ SLEEPKERN_STAGE void gather_gates(const Chunk& c, const Workspace& w, const Adjo
   }
 }
 
-// One product of the split: tokens [start, start + h) as j, [start + h, start + 2h) as i, of one key panel at d. The
-// second half may end with the chunk's tokens.
+// One product of the split of one key panel at d: j are tokens [start, start + h), i are [start + h, start + 2h). The
+// second half may end early, with the chunk's tokens.
 SLEEPKERN_STAGE void adjoint_level(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t start, int64_t h,
                                    int64_t d) {
   const int64_t middle = start + h, behind = min_of(middle + h, c.padded);
@@ -122,8 +124,8 @@ SLEEPKERN_STAGE void adjoint_level(const Chunk& c, const Workspace& w, const Adj
   }
 }
 
-// Pairs j <= i of BASE neighbouring tokens, directly, of LANES channels from d on. `reach` of token i is what its pairs
-// with the tokens so far give dg.
+// The pairs j <= i of BASE neighbouring tokens, summed directly, for LANES channels from d on. `reach` of token i is
+// the term of dg from its pairs with the tokens so far.
 SLEEPKERN_INLINE void adjoint_base(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t start, int64_t d) {
   const int64_t column = d / PANEL * PANEL * CHUNK + d % PANEL;
   Vec reach[BASE] = {};

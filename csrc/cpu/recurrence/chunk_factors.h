@@ -1,10 +1,11 @@
-// prepare: the chunk factors, all that does not depend on the state. The only stage that knows the rule.
+// The chunk factors: all values of a chunk that do not depend on the state. No other stage of the forward knows the
+// rule.
 //
-//   keys, q_panels      k^T, q^T (normalised if asked for), and times E for channel decay
+//   keys, q_panels      k^T, q^T (normalised if the problem says so), times E for channel decay
 //   k_tails            Kt = k exp(G_C - G)
-//   gram_kk, scores  M_ij = b_i k_i.k_j exp(G_i - G_j), i > j;   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j
+//   gram_kk, gram_qk   M_ij = b_i k_i.k_j exp(G_i - G_j), i > j;   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j
 //
-// Exponents are sums of log decays between two tokens, never positive.
+// Exponents are sums of log decays between two tokens, and never positive.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +55,7 @@ SLEEPKERN_STAGE void prepare_gates(const Chunk& c, Workspace& w) {
   }
 }
 
-// exp(G_i - G_j) of row j and LANES columns from i on; 0 for i < j. The differences are taken in double.
+// exp(G_i - G_j) of row j and LANES columns from i on; 0 for i < j. Differences are computed in double.
 SLEEPKERN_INLINE Vec decay_row(const double* G, int64_t j, int64_t i) {
   const Vec span = narrow(load_double(G + i) - G[j]);
   const BitVec later = reinterpret_cast<BitVec>(lane_numbers() >= static_cast<int32_t>(j - i));
@@ -62,8 +63,9 @@ SLEEPKERN_INLINE Vec decay_row(const double* G, int64_t j, int64_t i) {
   return reinterpret_cast<Vec>(reinterpret_cast<BitVec>(decay) & later);
 }
 
-// The decay between any two tokens. Of columns behind a row's own vector R is the last token of that: a product,
-// exp(G_i - R) exp(R - G_j), takes fewer exponentials. With pairs times what k_j is still to be multiplied by.
+// Computes the decay between any two tokens. For columns after the vector that holds row j, with R the last token of
+// that vector, the product exp(G_i - R) exp(R - G_j) needs fewer exponentials. With bf16x2 operands the decay also
+// holds key_norm of k_j.
 template <class E>
 SLEEPKERN_STAGE void prepare_decays(const Chunk& c, Workspace& w) {
   const double* G = w.log_decay;
@@ -85,12 +87,12 @@ SLEEPKERN_STAGE void prepare_decays(const Chunk& c, Workspace& w) {
   }
 }
 
-// Scores and gram_kk.
+// Computes P and M.
 template <class E>
 SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
   const Operands<E> x = operands<E>(w, 0);
   const int64_t depth = steps<E>(w.K);
-  Vec resemblance{};  // pairs: sum of squared k_i.k_j exp(G_i - G_j)
+  Vec resemblance{};  // with bf16x2: sum of squared k_i.k_j exp(G_i - G_j)
   auto finish = [&](Vec x, int64_t at, int64_t i) {
     const Vec decayed = x * load(w.decays + at);
     if constexpr (IS_PAIR<E>) {
@@ -112,8 +114,8 @@ SLEEPKERN_STAGE void prepare_grams(const Chunk& c, Workspace& w) {
   }
 }
 
-// As `prepare` with operands of bfloat16: k and q as they are, which rounds neither, so that what they are to be
-// multiplied by goes to sums and to values.
+// The chunk factors with operands of bfloat16. k and q are packed unscaled, which rounds neither; their factors are
+// applied to sums and to values.
 SLEEPKERN_STAGE void prepare_pairs(const Chunk& c, Workspace& w) {
   auto pairs = [](float* x) { return reinterpret_cast<Pair*>(x); };
   prepare_gates(c, w);
@@ -141,7 +143,7 @@ SLEEPKERN_STAGE void prepare_pairs(const Chunk& c, Workspace& w) {
   prepare_grams<Pair>(c, w);
 }
 
-// E: float, or Pair where products take bfloat16.
+// Computes the chunk factors. E is float, or Pair where products take bfloat16.
 template <class E>
 SLEEPKERN_STAGE void prepare(const Chunk& c, Workspace& w) {
   if constexpr (IS_PAIR<E>) return prepare_pairs(c, w);

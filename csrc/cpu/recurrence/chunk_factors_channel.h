@@ -1,12 +1,12 @@
-// prepare for channel decay (KDA, GLA). The decay sits inside the sum over channels,
+// The chunk factors for channel decay (KDA, GLA). The decay is inside the sum over channels,
 //
 //   P_ij = scale sum_d q_id k_jd exp(G_id - G_jd),
 //
-// and cannot be split into exp(G_i) exp(-G_j) without overflow. Dyadic split: of a block of 2h tokens, rows i in its
-// second and j in its first half take the first half's last token R as reference, exp(G_i - R) exp(R - G_j), both
-// exponents non-positive, and give one product; the two halves are the same problem with h / 2. Blocks of BASE tokens
-// are summed directly. All these exponentials are products of the tokens' own a = exp(g), at most CHUNK of them: one
-// exponential a number of g, and no difference of long sums that would lose digits.
+// and cannot be split into exp(G_i) exp(-G_j) without overflow. The dyadic split takes a block of 2h tokens. Rows i of
+// its second half and j of its first half use the first half's last token R as a reference, exp(G_i - R) exp(R - G_j):
+// both exponents are non-positive, and one matrix product gives all these pairs. Each half is the same problem with h /
+// 2. Blocks of BASE tokens are summed directly. All these exponentials are products of at most CHUNK factors a =
+// exp(g): that takes one exponential for each element of g, and no difference of long sums, which would lose digits.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ namespace {
 
 constexpr int64_t BASE = ROWS;
 
-// Factors of tokens first, first + step, ... (count of them): the product of a up to each token itself (inclusive) or
-// up to the one before it. What falls below float32's normal range becomes 0: subnormals are slow.
+// Computes the factors of the `count` tokens first, first + step, ...: the product of a up to and including each token
+// (inclusive), or up to the token before it. A product below float32's normal range becomes 0: subnormals are slow.
 static void running_decay(const Workspace& w, int64_t first, int64_t count, int64_t step, bool inclusive) {
   for (int64_t d = 0; d < w.row_size; d += LANES) {
     Vec product = broadcast(1.0f);
@@ -36,7 +36,7 @@ static void running_decay(const Workspace& w, int64_t first, int64_t count, int6
   }
 }
 
-// Rows of k or q times the factors, to panels, and to their transposed form where one is wanted.
+// Packs rows of k or q times the factors in panels, and in their transposed form if `transposed` is given.
 static void pack_decayed(const Workspace& w, const float* rows, int64_t end, float* panels,
                          float* transposed = nullptr) {
   for (int64_t t = 0; t < end; t += LANES) {
@@ -60,7 +60,7 @@ static void load_channel_rows(const Chunk& c, Workspace& w) {
   }
 }
 
-// One product of the split: tokens [start, start + h) as rows j, [start + h, start + 2h) as columns i.
+// Computes one product of the split: rows j are tokens [start, start + h), columns i are [start + h, start + 2h).
 static void level_gram(const Workspace& w, int64_t start, int64_t h, const float* right, float* out) {
   const int64_t middle = start + h;
   for (int64_t i = middle / PANEL * PANEL; i < middle + h; i += PANEL) {
@@ -78,8 +78,8 @@ static void level_gram(const Workspace& w, int64_t start, int64_t h, const float
   }
 }
 
-// Pairs j <= i of BASE neighbouring tokens, summed directly, for both grams; scores are zero for i < j. k_j decays on
-// its way from one i to the next.
+// Sums the pairs j <= i of BASE neighbouring tokens directly, for both grams; gram_qk is zero for i < j. k_j decays
+// from one i to the next.
 static void base_grams(const Chunk& c, const Workspace& w, int64_t start) {
   float* reach = w.rows;
   for (int64_t j = start; j < start + BASE; ++j) {
@@ -102,7 +102,7 @@ static void base_grams(const Chunk& c, const Workspace& w, int64_t start) {
   }
 }
 
-// Column i of a gram times by[i], or times a number.
+// Multiplies column i of a gram by by[i], or by a constant factor.
 static void scale_columns(float* gram, int64_t end, const float* by, float factor) {
   for (int64_t i = 0; i < end; i += PANEL) {
     SLEEPKERN_EACH_VEC(n) {
@@ -115,7 +115,7 @@ static void scale_columns(float* gram, int64_t end, const float* by, float facto
   }
 }
 
-// Factors of one level: exp(R - G) in the first, exp(G - R) in the second halves of blocks of 2h tokens.
+// Computes the factors of one level: exp(R - G) in the first, exp(G - R) in the second halves of blocks of 2h tokens.
 static void split_decay(const Workspace& w, int64_t h) {
   for (int64_t start = 0; start < CHUNK; start += 2 * h) {
     running_decay(w, start + h - 1, h, -1, false);

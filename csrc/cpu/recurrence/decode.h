@@ -1,5 +1,6 @@
-// A few tokens on the state as the caller keeps it, row-major [K, V]: decode. Bound by the bytes of the state, so each
-// token reads it twice (the second time from L2) and writes it once, row after row, which the hardware foresees:
+// Decode: a few tokens on the state in the caller's layout, row-major [K, V]. The time is that of the state's bytes. So
+// each token reads the state twice (the second time from L2) and writes it once, row after row, an order that the
+// hardware prefetches:
 //
 //   u = (a S)^T k,  y = (a S)^T q;   e = b (v - [delta] u);   o = scale (y + (q.k) e);   S <- a S + k e^T
 #pragma once
@@ -19,19 +20,19 @@ constexpr int STEP_ROWS = 4;
 #define SLEEPKERN_EACH_STEP_ROW(r) _Pragma("GCC unroll 4") for (int r = 0; r < STEP_ROWS; ++r)
 
 struct StepToken {
-  const float* k;          // [K], zero beyond up to a whole vector, as the next three
+  const float* k;          // [K], then zeros up to a whole vector, as the next three
   const float* decay;      // a
   const float* decayed_k;  // a k
   const float* decayed_q;  // a q
   float b, qk;
 };
 
-// A block of `columns` value columns of the state, a multiple of LANES.
+// A v-tile of the state: `columns` value columns, a multiple of LANES.
 struct StateBlock {
   float* data;
   int64_t rows, stride, columns;
 
-  // Beyond the last row the last one again, which meets a zero.
+  // Beyond the last row this is the last row again, which is multiplied by zero.
   float* row(int64_t d) const { return data + min_of(d, rows - 1) * stride; }
 };
 
@@ -62,7 +63,8 @@ SLEEPKERN_STAGE void step_read(const StepToken& x, const StateBlock& s, float* u
 }
 
 SLEEPKERN_STAGE void step_write(const StepToken& x, const StateBlock& s, const float* e) {
-  const int64_t next = s.rows * s.stride;  // the next head's state lies behind this one; else nothing is lost
+  const int64_t next =
+      s.rows * s.stride;  // the next head's state follows this one; after the last head the prefetch has no effect
   for (int64_t d = 0; d < s.rows; d += STEP_ROWS) {
     float* rows[STEP_ROWS];
     Vec k[STEP_ROWS], a[STEP_ROWS];
@@ -82,7 +84,7 @@ SLEEPKERN_STAGE void step_write(const StepToken& x, const StateBlock& s, const f
   }
 }
 
-// v becomes o; u and y are scratch for a row of columns.
+// Replaces v by o. u and y are scratch for a row of columns.
 SLEEPKERN_INLINE void step_block(const StepToken& x, bool delta, float scale, const StateBlock& s, float* u, float* y,
                                  float* v) {
   step_read(x, s, u, y);
@@ -94,7 +96,7 @@ SLEEPKERN_INLINE void step_block(const StepToken& x, bool delta, float scale, co
   step_write(x, s, u);
 }
 
-// Columns that fill no vector go through `spare`, [K][LANES].
+// Computes one token. Columns that fill no vector are copied to `spare`, [K][LANES], and back.
 static void step_columns(const StepToken& x, const Problem& p, float* state, float* v, float* u, float* y,
                          float* spare) {
   const int64_t whole = p.V / LANES * LANES, width = p.V - whole;

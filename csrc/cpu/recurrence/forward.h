@@ -1,4 +1,4 @@
-// The forward: which heads take turns, chunk by chunk, and what is done again in float32.
+// The forward: heads are interleaved chunk by chunk, and some panels are computed again in float32.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// Token by token, on the state as the caller keeps it; unit = sequence * HV + head.
+// Decodes one head token by token, on the state in the caller's layout; unit = sequence * HV + head.
 SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int64_t begin, int64_t end) {
   float* state = p.final_state + unit * p.K * p.V;
   const size_t bytes = p.K * p.V * sizeof(float);
@@ -35,11 +35,11 @@ SLEEPKERN_STAGE void step_head(const Problem& p, Workspace& w, int64_t unit, int
   for (int64_t t = 0; t < end - begin; ++t) step_token(tokens, w, t, state);
 }
 
-// Heads of one sequence that take turns, and its tokens.
+// The heads of one sequence that are interleaved, and the range of its tokens.
 struct Turns {
   int64_t unit, heads, begin, end;
 
-  // From `unit` on, before unit `last`; none if that is reached.
+  // Heads from `unit` on and before `last`, at most `most`; there are none if unit == last.
   Turns(const Problem& p, int64_t unit, int64_t last, int64_t most) : unit(unit) {
     const int64_t sequence = unit / p.HV;
     heads = min_of(min_of(most, last - unit), (sequence + 1) * p.HV - unit);
@@ -50,8 +50,8 @@ struct Turns {
   bool chunked() const { return end - begin > DECODE_LIMIT; }
 };
 
-// What comes after `first` tokens of head h have had their turn: the same tokens of the next head, the next tokens of
-// the first, or what `following` starts with.
+// The prefetch schedule for the chunk after that of head h at token `first`, in the interleaved order: the same tokens
+// of the next head, the next tokens of the first head, or the first chunk of the group `following`.
 static Ahead plan_prefetch(const Problem& p, const Workspace& w, const Turns& now, const Turns& following,
                            int64_t first, int64_t h) {
   Ahead ahead(state_tiles(w));
@@ -70,7 +70,8 @@ static Ahead plan_prefetch(const Problem& p, const Workspace& w, const Turns& no
   return ahead;
 }
 
-// left_out [heads] has bits of panels that are not wanted; with pairs those join whose roundings add up.
+// The state pass of a group of heads, interleaved. left_out [heads] has the bits of panels to skip; with bf16x2
+// operands it gains those of panels whose rounding errors are too large.
 template <class E>
 SLEEPKERN_STAGE void ingest_in_turns(const Problem& p, Workspace& w, const Turns& now, const Turns& following,
                                      uint32_t* left_out) {
@@ -114,7 +115,7 @@ static void ingest_heads(const Problem& p, Workspace& w, const Turns& now, const
   }
 }
 
-// Units [begin, end): whole heads, or blocks of value columns of them.
+// Computes tasks [begin, end): whole heads, or v-tiles of them.
 void forward_units(const Problem& p, int64_t blocks, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, false);
   const int64_t most = blocks > 1 ? 1 : GROUP;

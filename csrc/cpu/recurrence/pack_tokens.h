@@ -1,4 +1,4 @@
-// Tokens of the caller's tensors to float rows and to panels.
+// Converts tokens of the caller's tensors to float rows and to panels.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// Tokens [first, first + count) of one head of one sequence; rows beyond count are taken as k = v = q = b = g = 0.
+// Tokens [first, first + count) of one head of one sequence; rows beyond count have k = v = q = b = g = 0.
 struct Chunk {
   const Problem& p;
   int64_t first, count, head, padded;  // padded: count rounded up to whole tiles
@@ -29,7 +29,7 @@ struct Chunk {
   int64_t key_head() const { return head / (p.HV / p.H); }
 };
 
-// Zero the last, partial vector of a row beyond n.
+// Sets the last, partial vector of a row to zero beyond n.
 SLEEPKERN_INLINE void clear_beyond(float* row, int64_t n) {
   for (int64_t d = n; d % LANES != 0; ++d) row[d] = 0;
 }
@@ -52,8 +52,8 @@ SLEEPKERN_INLINE float squared_length(const Workspace& w, const float* row) {
 
 constexpr float SHRINK = 0x1p-70f;
 
-// What makes a row's length 1, from its square. Where the square leaves float32, the row is first multiplied by SHRINK,
-// which is exact.
+// The factor that gives a row length 1, from the square of its length. Where the square overflows float32, the row is
+// first multiplied by SHRINK, which is exact.
 SLEEPKERN_INLINE float normalising(const Workspace& w, float* row, float& square) {
   if (square <= std::numeric_limits<float>::max()) return 1.0f / std::sqrt(square + static_cast<float>(NORM_EPS));
   for (int64_t d = 0; d < w.K; d += LANES) store(row + d, load(row + d) * SHRINK);
@@ -61,7 +61,7 @@ SLEEPKERN_INLINE float normalising(const Workspace& w, float* row, float& square
   return 1.0f / std::sqrt(square);
 }
 
-// The same, normalised if asked for; returns the factor.
+// One token's q or k, normalised if the problem says so; returns the factor.
 SLEEPKERN_INLINE float load_token(const Chunk& c, const Workspace& w, const Rows& x, int64_t t, float* out) {
   load_as_it_is(c, w, x, t, out);
   if (!c.p.normalize || t >= c.count) return 1.0f;
@@ -72,7 +72,7 @@ SLEEPKERN_INLINE float load_token(const Chunk& c, const Workspace& w, const Rows
   return square == given ? factor : factor * SHRINK;
 }
 
-// LANES token rows to their columns of a matrix in panels of K rows.
+// Packs LANES token rows as columns of a matrix in panels of K rows.
 SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t t, float* panels) {
   float* columns = panels + column_at(t, w.K);
   for (int64_t d = 0; d + LANES <= w.K; d += LANES) {
@@ -86,7 +86,7 @@ SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t
 SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t t, Pair* panels) {
   const int64_t depth = steps<Pair>(w.K);
   Pair* columns = panels + column_at(t, depth);
-  alignas(64) float block[LANES * LANES], transposed[LANES * LANES];  // of bits; a transpose moves them as they are
+  alignas(64) float block[LANES * LANES], transposed[LANES * LANES];  // words of bits; a transpose moves them unchanged
   for (int64_t d = 0; d < depth; d += LANES) {
     for (int l = 0; l < LANES; ++l) {
       store(block + l * LANES, reinterpret_cast<Vec>(load_pairs(rows + l * w.row_size + 2 * d)));
@@ -98,7 +98,7 @@ SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t
   }
 }
 
-// Token t's row to the transposed form, [K_rows / PANEL][CHUNK][PANEL].
+// Packs token t's row in the transposed form, [K_rows / PANEL][CHUNK][PANEL].
 SLEEPKERN_INLINE void pack_row(const Workspace& w, const float* row, int64_t t, float* transposed) {
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
     float* to = transposed + d * CHUNK + t * PANEL;
@@ -106,7 +106,7 @@ SLEEPKERN_INLINE void pack_row(const Workspace& w, const float* row, int64_t t, 
   }
 }
 
-// LANES rows, from token t on.
+// Packs LANES rows in that form, from token t on.
 SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, float* transposed) {
   for (int l = 0; l < LANES; ++l) pack_row(w, rows + l * w.row_size, t + l, transposed);
 }
@@ -124,7 +124,7 @@ SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t
   }
 }
 
-// Rows times what the state meets, for the products of one value panel.
+// Multiplies each token's row of one panel by its factor.
 SLEEPKERN_INLINE void scale_tokens(const Chunk& c, const float* rows, const float* by, float* out) {
   for (int64_t t = 0; t < c.padded; ++t) {
     SLEEPKERN_EACH_VEC(n) store(out + t * PANEL + n * LANES, load(rows + t * PANEL + n * LANES) * by[t]);

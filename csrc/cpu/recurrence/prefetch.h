@@ -20,10 +20,10 @@ struct Ahead {
   Tensor tensors[12];  // k, v, q, g, o or its gradient, their gradients, states
   int64_t count = 0, tensor = 0, total = 0, turns, due = 0;
 
-  // `turns`: how often step is called until the chunk at hand is done.
+  // `turns` says how often step is called until the current chunk is done.
   explicit Ahead(int64_t turns) : turns(turns) {}
 
-  // Rows of n numbers of a chunk's tokens.
+  // Adds rows of n elements of a chunk's tokens.
   void add(const Chunk& c, const Rows& x, int64_t offset, int64_t n) {
     if (!x.data || c.count <= 0) return;
     const int64_t size = x.type == Type::float32 ? 4 : 2;
@@ -35,7 +35,7 @@ struct Ahead {
     total += rows;
   }
 
-  // A head's state as the caller keeps it.
+  // Adds a head's state in the caller's layout.
   void add_state(const Problem& p, const float* states, int64_t unit) {
     const int64_t bytes = p.V * static_cast<int64_t>(sizeof(float));
     add(states + unit * p.K * p.V, p.K, bytes, bytes);

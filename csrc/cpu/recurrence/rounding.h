@@ -1,17 +1,19 @@
-// What roundings to bfloat16 cost, expected while the products are made, value panel by value panel. Rounded are the
-// copy of the state that k and q meet, the values that a chunk writes, and scores; k and q are bfloat16 already. With r
-// the mean square of a relative rounding, f = Gam^2 x the share of a state's error that k leaves, and |x| over a panel,
+// An estimate of the errors of rounding to bfloat16, made along with the products for each value panel. Rounded are the
+// copy of the state that k and q are multiplied by, the values that a chunk writes, and P; k and q are bfloat16
+// already. With r the mean square of a relative rounding, f = chunk decay^2 x the share of a state's error that k
+// leaves, and |x| over a panel,
 //
 //   |dS'|^2 = f |dS|^2 + r (m |S|^2 + sum_t |Kt_t|^2 |Vn_t|^2)
 //   |dO|^2 += sum_i |read_scale_i q_i|^2 / K (|dS|^2 + r (1 + m) |S|^2) + 2 r sum_t |P_t|^2 |Vn_t|^2
 //
-// as if roundings did not know of each other and errors had no direction but that of the keys. f and m need no solve:
-// a token with key k leaves 1 - (2 b - b^2 |k|^2) |k|^2 x of an error, where x is how much keys resemble each other,
-// the mean of (k_i.k_j)^2 in the chunk, and moves b^2 |k|^4 / K of a state. At b |k|^2 = 2 all of an error stays.
+// This takes roundings as independent, and errors as having no direction but that of the keys. f and m need no solve: a
+// token with key k leaves 1 - (2 b - b^2 |k|^2) |k|^2 x of an error, where x is the mean of (k_i.k_j)^2 in the chunk,
+// that is how much the keys resemble each other; it moves b^2 |k|^4 / K of a state. At b |k|^2 = 2 all of an error
+// stays.
 //
-// A panel in which this comes to more than ROUNDING_LIMIT is given up and done again in float32. It happens where
-// little is forgotten and much is written: b near 2 without much decay, or values that cancel. An initial state is
-// taken to be as wrong as the limit allows, so that a text read piece by piece stays within it as well.
+// A panel whose estimate is above ROUNDING_LIMIT is dropped and computed again in float32. That happens where little
+// decays and much is written: b near 2 without much decay, or values that cancel. An initial state is assumed to be as
+// wrong as the limit allows, so that a text that is read piece by piece stays within the limit as well.
 #pragma once
 
 #include <cmath>
@@ -27,11 +29,13 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 constexpr double MEAN_SQUARE_ROUNDING = 2.4e-6;
-constexpr double ROUNDING_LIMIT = 5e-3;  // relative, leaves room below 1e-2 for chance and for rounding o itself
+constexpr double ROUNDING_LIMIT =
+    5e-3;  // relative; it leaves room below 1e-2 for chance and for the rounding of o itself
 
 static bool rounds_too_much(double error, double size) { return error > ROUNDING_LIMIT * ROUNDING_LIMIT * size; }
 
-// resemblance: sum of (k_i.k_j)^2, decayed, for i >= j, of which the diagonal is known.
+// Estimates the share of an error of the state that the chunk keeps. `resemblance` is the sum of (k_i.k_j)^2 with its
+// decay for i >= j; the diagonal is known.
 SLEEPKERN_STAGE void expect_in_state(const Chunk& c, Workspace& w, double resemblance) {
   ChunkRounding& r = w.chunk_rounding;
   double own = 0, left = 1, moved = 0;
@@ -74,7 +78,7 @@ struct Written {
   float by_state, by_outputs;  // sums of |Vn_t|^2 times `written` and `read_off`
 };
 
-// The values of a panel to pairs, as they are for outputs and times to_write for the state.
+// Converts the values of a panel to bf16x2: unchanged for outputs, and times to_write for the state.
 SLEEPKERN_STAGE Written pair_values(const Chunk& c, const Workspace& w) {
   const ChunkRounding& r = w.chunk_rounding;
   Vec by_state{}, by_outputs{};
@@ -95,14 +99,15 @@ SLEEPKERN_STAGE Written pair_values(const Chunk& c, const Workspace& w) {
 
 static Rounding before_any(double state) { return {state, 0, ROUNDING_LIMIT * ROUNDING_LIMIT * state, 0, 0}; }
 
-// A chunk is done: output and state are sums of squares of what came out of it. Gives the panel up where that is due.
+// Updates a panel's sums after a chunk. output and state are the sums of squares of its outputs and of its new state. A
+// panel whose error is too large is dropped.
 static void expect(Workspace& w, int64_t panel, const Written& written, double output, double state) {
   const ChunkRounding& r = w.chunk_rounding;
   Rounding& x = w.rounding[panel];
   const double transposed = r.turns * x.state, off = written.by_outputs;
   const double error =
       r.reads * (x.state_error + MEAN_SQUARE_ROUNDING * (x.state + transposed)) + 2 * MEAN_SQUARE_ROUNDING * off;
-  if (std::isfinite(output + error)) {  // a token that is not a number says nothing about those before it
+  if (std::isfinite(output + error)) {  // a token that is NaN says nothing about earlier tokens
     x.output += output;
     x.output_error += error;
   }
@@ -113,7 +118,7 @@ static void expect(Workspace& w, int64_t panel, const Written& written, double o
   if (rounds_too_much(x.kept_error, x.state)) w.left_out |= uint32_t{1} << panel;
 }
 
-// The same at the end of a sequence, for its outputs.
+// Drops panels whose outputs are too wrong, at the end of a sequence.
 static void judge_outputs(Workspace& w) {
   for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
     const Rounding& x = w.rounding[panel];

@@ -1,8 +1,8 @@
-// ingest and readout of one value panel over one chunk; the same for every rule.
+// The state pass of one value panel over one chunk, with its outputs. It is the same for every rule.
 //
 //   Vn = (I + M)^-1 (b v - key_scale * (k^T S))     by blocked forward substitution; b v where the rule has no delta
 //   O  = read_scale * (q^T S) + P Vn
-//   S  <- keep * S + Kt^T Vn
+//   S  <- chunk_decay * S + Kt^T Vn
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ SLEEPKERN_STAGE void subtract_held(const Chunk& c, const Workspace& w, const Ope
   }
 }
 
-// The first `count` rows of a tile to o, tokens from `token` on.
+// Stores the first `count` rows of a tile to o, for tokens from `token` on.
 SLEEPKERN_INLINE void store_outputs(const Chunk& c, const Tile& t, int64_t token, int64_t count, int64_t first,
                                     int64_t width) {
   const Problem& p = c.p;
@@ -74,7 +74,7 @@ SLEEPKERN_INLINE void store_outputs(const Chunk& c, const Tile& t, int64_t token
   }
 }
 
-// Returns the sum of squares of o; of pairs only, else 0.
+// Computes the outputs; returns the sum of their squares with bf16x2 operands, else 0.
 template <class E>
 SLEEPKERN_STAGE float read_out(const Chunk& c, const Workspace& w, const Operands<E>& x, int64_t panel) {
   const int64_t depth = steps<E>(w.K), scores_depth = steps<E>(CHUNK);
@@ -97,7 +97,8 @@ SLEEPKERN_STAGE float read_out(const Chunk& c, const Workspace& w, const Operand
   return IS_PAIR<E> ? sum(squares) : 0;
 }
 
-// With pairs the state goes to x.state, too, and the sum of its squares is returned, else 0.
+// Updates the state. With bf16x2 operands it also stores the state to x.state and returns the sum of its squares, else
+// 0.
 template <class E>
 SLEEPKERN_STAGE float update_state(const Chunk& c, const Workspace& w, const Operands<E>& x, float* state,
                                    Ahead& ahead) {
@@ -124,15 +125,15 @@ SLEEPKERN_STAGE float update_state(const Chunk& c, const Workspace& w, const Ope
   return IS_PAIR<E> ? sum(squares) : 0;
 }
 
-// Bits of all panels at hand.
+// The bits of all panels of this thread.
 static uint32_t every_panel(const Workspace& w) {
   return static_cast<uint32_t>((uint64_t{1} << w.end_panel) - (uint64_t{1} << w.first_panel));
 }
 
-// How often `step` of an Ahead is called in a loop over all tiles of the state.
+// The number of tiles of the state; `step` of an Ahead is called once for each.
 static int64_t state_tiles(const Workspace& w) { return (w.end_panel - w.first_panel) * ((w.K + ROWS - 1) / ROWS); }
 
-// `ahead` knows what comes next.
+// One chunk: corrected values, outputs and the new state of each value panel. `ahead` prefetches the next chunk.
 template <class E>
 SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, Ahead& ahead) {
   for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
@@ -148,8 +149,8 @@ SLEEPKERN_STAGE void ingest(const Chunk& c, Workspace& w, Ahead& ahead) {
   }
 }
 
-// A state between the caller's row-major [units, K, V] and panels, row by row, which the hardware foresees; none is
-// zero. Rows beyond K exist up to a whole panel, are zero, and stay zero.
+// Loads a state from the caller's row-major [bh, K, V] to panels, row by row, an order that the hardware prefetches.
+// `states` == nullptr means zero. Rows beyond K, up to a whole panel, are zero and stay zero.
 SLEEPKERN_STAGE void load_state(const Workspace& w, const float* states, int64_t unit, float* panels) {
   for (int64_t d = 0; d < w.K_rows; ++d) {
     for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {

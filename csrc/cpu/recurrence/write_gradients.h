@@ -1,4 +1,4 @@
-// A chunk's gradients to the caller's tensors, in their types.
+// Writes a chunk's gradients to the caller's tensors, in their types.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// dv = b dR of one value panel, and the share of dR.v in db.
+// Writes dv = b dR of one value panel, and adds dR.v to db.
 SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const Adjoint& a, const Gradients& out,
                               int64_t panel) {
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
@@ -32,8 +32,8 @@ SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const Adjoint&
   }
 }
 
-// One token's dq or dk to the caller: back through the normalisation x = norm * raw, added to what an earlier value
-// head of the same key head left.
+// Writes one token's dq or dk, back through the normalisation x = norm * raw. With `add` it is added to the gradient
+// that an earlier value head of the same key head wrote.
 SLEEPKERN_INLINE void write_key_gradient(const Chunk& c, const Workspace& w, const Adjoint& a, const float* transposed,
                                          const float* x, int64_t stride, float norm, int64_t t, const Gradients& out,
                                          void* to, bool add) {
@@ -55,7 +55,7 @@ SLEEPKERN_INLINE void write_key_gradient(const Chunk& c, const Workspace& w, con
   store_row(a.row, out.key_type, w.K, row);
 }
 
-// Where k and q of a chunk lie, as they met the gates: rows of a token are `token` floats apart, its panels `panel`.
+// The addresses of a chunk's k and q: rows of two tokens are `token` floats apart, panels of a token `panel` floats.
 struct Tokens {
   const float *k, *q;
   int64_t token, panel;

@@ -1,12 +1,13 @@
-// Looped ingestion: a window's factors are made once and stay in cache while the state passes over them N times.
+// Replay: a window's factors are made once and stay in cache for N passes of the state over them.
 //
-//   wy     S <- Gam S + Kt^T (U - W S)                               4 L K V flop a pass
-//   rank   in the rows of the window, where that has one block: token_space.h
+//   wy     S <- a S + Kt^T (U - W S)                               4 L K V flop a pass
+//   rank   in token space, for a window of one block: token_space.h
 //
-// with U = (I + M)^-1 b v and W = (I + M)^-1 b E k, and W = 0 for rules without delta. Factors are those of blocks of
-// two chunks: longer products keep the state longer in registers. The second chunk takes in the first's writing,
+// with a the decay of the window, U = (I + M)^-1 b v and W = (I + M)^-1 b E k, and W = 0 for rules without delta. A
+// block of factors has two chunks: longer products keep the state longer in registers. Merging the second chunk with
+// the first one gives
 //
-//   W_2 <- W_2 Gam_1 - X W_1,   U_2 <- U_2 - X U_1,   X = W_2 Kt_1^T;   Kt_1 <- Kt_1 Gam_2;   Gam <- Gam_1 Gam_2.
+//   W_2 <- W_2 a_1 - X W_1,   U_2 <- U_2 - X U_1,   X = W_2 Kt_1^T;   Kt_1 <- Kt_1 a_2;   a <- a_1 a_2.
 #pragma once
 
 #include <cstdint>
@@ -27,19 +28,19 @@ namespace {
 constexpr int64_t REPLAY_BLOCK = 2 * CHUNK;
 static_assert(RANK_LIMIT == REPLAY_BLOCK, "rank form is that of one block");
 
-// The factors of one block of a window, in panels; rows beyond its tokens, up to whole tiles, are zero.
+// The factors of one replay block of a window, in panels. Rows beyond its tokens, up to whole tiles, are zero.
 struct Factors {
   int64_t rows;    // tokens, rounded up to whole tiles
   float* W;        // [REPLAY_BLOCK / PANEL][K_rows][PANEL]  W^T
   float* k_tails;  // [K_panels][REPLAY_BLOCK][PANEL]  Kt
   float* U;        // [V_panels][REPLAY_BLOCK][PANEL]
-  float* keep;     // [K_rows] Gam
+  float* keep;     // [K_rows] a
 };
 
 struct Window {
-  int64_t blocks, block_size;  // of the longest sequence; floats a block
+  int64_t blocks, block_size;  // blocks of the longest sequence; floats of a block
   float* factors;              // [blocks][block_size]
-  float* W;                    // [K_panels][REPLAY_BLOCK][PANEL]  W of the block in the making
+  float* W;                    // [K_panels][REPLAY_BLOCK][PANEL]  W of the current block
   float* carried;              // [CHUNK / PANEL][CHUNK][PANEL]  X^T
   float* first_k_tails;        // [CHUNK / PANEL][K_rows][PANEL]  Kt_1^T
   float* values;               // [REPLAY_BLOCK][PANEL]
@@ -67,7 +68,7 @@ static void lay_out(Window& x, const Workspace& w, int64_t longest, ArenaCursor&
   x.before = take(w.state_size);
 }
 
-// (I + M)^-1 of one panel of rows, in place.
+// Multiplies one panel of rows by (I + M)^-1, in place.
 SLEEPKERN_STAGE void solve(const Chunk& c, const Workspace& w, float* rows) {
   for (int64_t i = 0; i < c.padded; i += ROWS) {
     const float* M = w.gram_kk + column_at(i, CHUNK);
@@ -79,7 +80,7 @@ SLEEPKERN_STAGE void solve(const Chunk& c, const Workspace& w, float* rows) {
   }
 }
 
-// The factors of one chunk, to rows `at`, at + 1, ... of a block.
+// Computes the factors of one chunk, as rows `at`, at + 1, ... of a block.
 SLEEPKERN_STAGE void make_factors(const Chunk& c, Workspace& w, const Window& x, const Factors& f, int64_t at) {
   prepare<float>(c, w);
   const int64_t bytes = c.padded * PANEL * sizeof(float);
@@ -98,7 +99,7 @@ SLEEPKERN_STAGE void make_factors(const Chunk& c, Workspace& w, const Window& x,
   }
 }
 
-// rows -= X * rows of the first chunk, one panel.
+// Subtracts X times the first chunk's rows from the second chunk's, in one panel.
 SLEEPKERN_INLINE void take_in(const Chunk& c, const Window& x, float* first) {
   float* second = first + CHUNK * PANEL;
   for (int64_t i = 0; i < c.padded; i += ROWS) {
@@ -109,7 +110,8 @@ SLEEPKERN_INLINE void take_in(const Chunk& c, const Window& x, float* first) {
   }
 }
 
-// Second chunk c (whose decay is in w.keep) takes in what the first, whole one (decay f.keep) writes.
+// Merges the WY factors of two chunks into those of one block: c is the second chunk, with its decay in w.keep; the
+// first chunk is whole, with its decay in f.keep.
 SLEEPKERN_STAGE void merge(const Chunk& c, const Workspace& w, const Window& x, const Factors& f) {
   const int64_t end = round_up(c.count, PANEL);
   if (c.p.delta) {
@@ -148,7 +150,7 @@ SLEEPKERN_STAGE void merge(const Chunk& c, const Workspace& w, const Window& x, 
   }
 }
 
-// The factors of tokens [first, first + tokens) of a head.
+// Computes the factors of tokens [first, first + tokens) of a head.
 SLEEPKERN_STAGE Factors make_block(const Problem& p, Workspace& w, const Window& x, int64_t first, int64_t tokens,
                                    int64_t head, int64_t block) {
   const Factors f = factors_of(x, w, block, tokens);

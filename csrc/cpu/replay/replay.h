@@ -1,4 +1,4 @@
-// Looped ingestion of whole heads: factors of the window once, then the passes by one of the two methods.
+// Replay of whole heads: the factors of the window are made once, then one of the two methods runs the passes.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// The first block of a head, and its states.
+// Plans the prefetch of a head's first block and of its states.
 static void plan_prefetch(const Problem& p, int64_t unit, Ahead& ahead) {
   const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
   ahead.add_inputs(Chunk(p, first, min_of(tokens, REPLAY_BLOCK), unit % p.HV));
@@ -25,9 +25,9 @@ static void plan_prefetch(const Problem& p, int64_t unit, Ahead& ahead) {
   ahead.add_state(p, p.final_state, unit);
 }
 
-constexpr int64_t PASSES_AHEAD = 1024;  // over which what comes next is asked for
+constexpr int64_t PASSES_AHEAD = 1024;  // the prefetch of the next head is spread over at most so many passes
 
-// Heads [begin, end) of sequences * HV, one after the other.
+// Computes heads [begin, end) of sequences * HV, one after the other.
 void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, true);
   const Window& window = thread_local_arrays<Window>(w, p.longest());

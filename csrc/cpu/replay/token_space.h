@@ -1,21 +1,21 @@
-// Replay in the rows of a window of one block, without channel decay. What passes add to the state is Kt^T Y, and only
-// Y [rows, V] changes from pass to pass; n counts those made:
+// Replay in token space, for a window of one block without channel decay. The passes add Kt^T Y to the state, and only
+// Y [rows, V] changes from pass to pass; n counts the passes done:
 //
-//   Y <- gamma Y + U + gamma^n H - Z Y,   Z = W Kt^T,  H = -W S_0;   Y = 0 before the first
-//   S_N = gamma^N S_0 + Kt^T Y_N                                             2 rows^2 V flop a pass
+//   Y <- a Y + U + a^n H - Z Y,   Z = W Kt^T,  H = -W S_0;   Y = 0 before the first
+//   S_N = a^N S_0 + Kt^T Y_N                                             2 rows^2 V flop a pass
 //
-// m passes at once have the same form, with gamma^m, G U, C H and Z_m for gamma, U, H and Z. From 1 to 2 to 4 .. it
-// goes by doubling, 2 rows^3 flop a product:
+// A stride of m passes at once has the same form, with a^m, G U, C H and Z_m in place of a, U, H and Z.
+// Doubling gives m = 2, 4, ..., at 2 rows^3 flop a product:
 //
-//   Z_2m = 2 gamma^m Z_m - Z_m Z_m;   G_2m = (1 + gamma^m) G_m - Z_m G_m;   C_2m = 2 gamma^m C_m - Z_m C_m
+//   Z_2m = 2 a^m Z_m - Z_m Z_m;   G_2m = (1 + a^m) G_m - Z_m G_m;   C_2m = 2 a^m C_m - Z_m C_m
 //
-// Keys that resemble each other have Y grow in directions that Kt^T maps to almost nothing: at correlation .99, b = 2,
-// sixteen passes lose a digit and a half, and powers of the map lose more. So for more than a few passes the factors
-// are balanced first: with Kt Kt^T = R^T R (Cholesky),
+// With keys that resemble each other Y grows in directions that Kt^T maps to almost nothing: at correlation .99 and b =
+// 2 sixteen passes lose a digit and a half, and powers of the map lose more. So before more than a few passes the
+// factors are balanced: with Kt Kt^T = R^T R (Cholesky),
 //
 //   U <- R U,  W <- R W,  Kt <- R^-T Kt
 //
-// leaves Kt^T U and Kt^T W as they are, and makes |Y| the size of what it adds to the state, which no pass grows.
+// does not change Kt^T U and Kt^T W, and gives |Y| the size of Kt^T Y, which no pass grows.
 #pragma once
 
 #include <cmath>
@@ -34,22 +34,22 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-constexpr int64_t UNBALANCED_PASSES = 4;  // up to so many lose less than the factors have lost already
+constexpr int64_t UNBALANCED_PASSES = 4;  // up to so many passes lose less than the factors' own rounding
 
-// Square matrices over the block's rows, [REPLAY_BLOCK / PANEL][REPLAY_BLOCK][PANEL], and rows of one value panel.
+// Square matrices [REPLAY_BLOCK / PANEL][REPLAY_BLOCK][PANEL] over the block's rows, and rows of one value panel.
 struct Rank {
-  float* Z;  // transposed (row j, column i), as left operands are
+  float* Z;  // transposed (row j, column i): a left operand
   float *R, *R_transposed;
-  float *Z_stride, *Z_doubled;         // Z_m, transposed and not
-  float *G, *C;                        // not transposed, while they are made
-  float *G_transposed, *C_transposed;  // as left operands
+  float *Z_stride, *Z_doubled;         // Z_m, transposed and plain
+  float *G, *C;                        // plain, while they are computed
+  float *G_transposed, *C_transposed;  // transposed: left operands
   float *held, *next;                  // [REPLAY_BLOCK][PANEL]  H, the next Y
   float *values, *stride_values;       // Y; G U
   float* stride_held;                  // C H
-  float* keep;                         // [K_rows]  gamma^N
+  float* keep;                         // [K_rows]  a^N
 };
 
-// What a step needs; a step is one pass, or as many as a stride has.
+// The factors of a step. A step is one pass, or the passes of a stride.
 struct RankStep {
   float gamma;
   const float *Z, *U, *H;
@@ -66,7 +66,7 @@ static void lay_out(Rank& x, const Workspace& w, ArenaCursor& take) {
   x.keep = take(w.K_rows);
 }
 
-// Passes to make at once, a power of two: the fewest multiply-adds for all passes, in units of rows^2.
+// The stride, a power of two, with the fewest multiply-adds for all passes, in units of rows^2.
 static int64_t cheapest_stride(int64_t passes, int64_t rows, int64_t columns) {
   int64_t best = 1, fewest = (passes - 1) * columns;
   for (int64_t stride = 2, doublings = 1; doublings < 31 && stride <= passes; stride *= 2, ++doublings) {
@@ -80,7 +80,7 @@ static int64_t cheapest_stride(int64_t passes, int64_t rows, int64_t columns) {
   return best;
 }
 
-// out = by X - Z X for one panel X of columns; Z transposed.
+// out = by X - Z X for one panel X of columns; Z is given transposed.
 SLEEPKERN_STAGE void advance(const Factors& f, const float* Z, float by, const float* X, float* out) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
@@ -92,7 +92,8 @@ SLEEPKERN_STAGE void advance(const Factors& f, const float* Z, float by, const f
   }
 }
 
-// As substitute, but with a diagonal: row r is divided by m[r][r] after it lost m[j][r] times row j for every j < r.
+// Forward substitution with a diagonal: row r loses m[j][r] times row j for every j < r, and is then divided by
+// m[r][r].
 SLEEPKERN_INLINE void substitute_divided(Tile& t, const float* m, const float* inverse_diagonal) {
   SLEEPKERN_EACH_ROW(j) {
     const Vec by = broadcast(inverse_diagonal[j]);
@@ -106,7 +107,8 @@ SLEEPKERN_INLINE void substitute_divided(Tile& t, const float* m, const float* i
   }
 }
 
-// Rows i .. i + ROWS of R in its panel of the diagonal, from those of R^T R less what the rows above make of it.
+// Computes rows i .. i + ROWS of R in its panel on the diagonal, from those of R^T R minus the products of the rows
+// above.
 SLEEPKERN_INLINE void factor_diagonal(Tile& t, float* panel, int64_t i, float* inverse_diagonal) {
   SLEEPKERN_EACH_ROW(j) {
     float* row = panel + (i + j) * PANEL;
@@ -123,7 +125,7 @@ SLEEPKERN_INLINE void factor_diagonal(Tile& t, float* panel, int64_t i, float* i
   }
 }
 
-// R of Kt Kt^T, upper triangular, in place of x.R, which holds that; zeros left of the diagonal.
+// Replaces x.R = Kt Kt^T by its Cholesky factor R, upper triangular, with zeros left of the diagonal.
 SLEEPKERN_STAGE void factor(const Factors& f, const Rank& x, float* inverse_diagonal) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     const float* above = x.R + column_at(i, REPLAY_BLOCK);
@@ -145,7 +147,7 @@ SLEEPKERN_STAGE void factor(const Factors& f, const Rank& x, float* inverse_diag
   }
 }
 
-// rows <- R rows of one panel; from the first on, so that what is still wanted is not yet replaced.
+// rows <- R rows of one panel, from the first row on: a row is replaced only after its last use.
 SLEEPKERN_STAGE void multiply_by_factor(const Factors& f, const Rank& x, float* rows) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
@@ -167,8 +169,8 @@ SLEEPKERN_STAGE void divide_by_factor(const Factors& f, const Rank& x, const flo
   }
 }
 
-// Balances the factors of the block, whose W is in window.W. A little is added to the diagonal of Kt Kt^T, which keys
-// that are the same make singular; R need not be exact for R^-T R to be the identity.
+// Balances the factors of the block, whose W is in window.W. A small term is added to the diagonal of Kt Kt^T, which is
+// singular if two keys are equal. R need not be exact, since any invertible R balances correctly.
 SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Rank& x, const Factors& f,
                              int64_t tokens) {
   constexpr float LITTLE = 1e-4f;
@@ -178,7 +180,7 @@ SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Ran
     float* k_tails = f.k_tails + d * REPLAY_BLOCK;
     for (int64_t at = f.rows * PANEL; at < end * PANEL; at += LANES) store(k_tails + at, Vec{});
   }
-  turn(f.k_tails, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);  // W is made anew below
+  turn(f.k_tails, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);  // f.W is only scratch here; W is stored to it below
   upper_gram<1>(f.W, f.W, w.K_rows, tokens, REPLAY_BLOCK, x.R, [](Vec g, int64_t, int64_t) { return g; });
   float largest = 0;
   for (int64_t i = 0; i < tokens; ++i) largest = std::fmax(largest, x.R[column_at(i, REPLAY_BLOCK) + i * PANEL]);
@@ -196,7 +198,7 @@ SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Ran
   turn(window.W, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);
 }
 
-// Z of the block, transposed; rows up to a whole vector are zero.
+// Computes Z of the block, transposed; rows up to a whole vector are zero.
 SLEEPKERN_STAGE void prepare_rank(const Workspace& w, const Window& window, const Rank& x, const Factors& f,
                                   int64_t tokens) {
   const int64_t end = round_up(tokens, PANEL);
@@ -213,7 +215,8 @@ SLEEPKERN_STAGE void prepare_rank(const Workspace& w, const Window& window, cons
   }
 }
 
-// Z_m, G_m and C_m for m = stride, from those for 2 on, which are linear in Z. Z_m is left out where no step needs it.
+// Computes Z_m, G_m and C_m for m = stride by doubling from m = 2, where they are linear in Z. Z_m is skipped if no
+// step needs it.
 SLEEPKERN_STAGE void prepare_stride(const Rank& x, const Factors& f, int64_t stride, bool repeated) {
   const int64_t end = round_up(f.rows, PANEL), rows = round_up(f.rows, LANES);
   const size_t bytes = f.rows * PANEL * sizeof(float);
@@ -251,7 +254,7 @@ SLEEPKERN_STAGE void prepare_stride(const Rank& x, const Factors& f, int64_t str
   turn(x.C, REPLAY_BLOCK, rows, end, x.C_transposed, REPLAY_BLOCK);
 }
 
-// next = gamma Y + U + reach H - Z Y; `first` where Y is zero.
+// next = a Y + U + reach H - Z Y; `first` means that Y is zero.
 SLEEPKERN_STAGE void make_step(const Factors& f, const RankStep& s, float reach, bool first, const float* Y,
                                float* next) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
@@ -268,7 +271,7 @@ SLEEPKERN_STAGE void make_step(const Factors& f, const RankStep& s, float reach,
   }
 }
 
-// left X for one panel X of columns.
+// out = left X for one panel X of columns.
 SLEEPKERN_STAGE void multiply_rows(const Factors& f, const float* left, const float* X, float* out) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
@@ -278,7 +281,7 @@ SLEEPKERN_STAGE void multiply_rows(const Factors& f, const float* left, const fl
   }
 }
 
-// The passes of one value panel; `state` goes from S_0 to S_N. from_zero: S_0 is zero.
+// Runs all passes of one value panel; `state` goes from S_0 to S_N. from_zero: S_0 is zero.
 SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factors& f, const Replay& r, int64_t stride,
                                  const float* U, bool delta, bool from_zero, float* state, Ahead& ahead) {
   float *Y = x.values, *next = x.next, reach = 1;
@@ -309,7 +312,7 @@ SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factor
   write_state(w, f, x.keep, Y, state, ahead);
 }
 
-// All passes of a head over its one block.
+// Runs all passes of a head over its one block.
 SLEEPKERN_STAGE void replay_in_rows(const Problem& p, const Workspace& w, const Window& window, const Rank& x,
                                     const Replay& r, int64_t tokens, Ahead& ahead) {
   const Factors f = factors_of(window, w, 0, tokens);
@@ -323,9 +326,9 @@ SLEEPKERN_STAGE void replay_in_rows(const Problem& p, const Workspace& w, const 
   }
 }
 
-// Whether the form above has lost digits: what passes leave of a state is gamma^N S_0 less what Kt^T Y takes from it,
-// and where that is nearly all, the rest is of the size of their rounding. A pass by wy goes on from what the one
-// before has left, and loses none.
+// Whether the token-space form has lost digits: S_N = a^N S_0 + Kt^T Y is a difference of two large terms if the
+// passes erase nearly all of S_0, and then its rounding error is large. A pass by wy starts from the state that the
+// pass before it left, and loses none.
 static bool cancels(const Workspace& w, const Rank& x, double before) {
   constexpr double MOST = 4;
   return x.keep[0] * before > MOST * distance(w.state, nullptr, w.state_size);

@@ -1,4 +1,4 @@
-// Passes of the state over the factors of its window, one after the other: S <- Gam S + Kt^T (U - W S).
+// Passes of the state over the factors of its window, one after the other: S <- chunk_decay S + Kt^T (U - W S).
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ SLEEPKERN_STAGE void write_values(const Workspace& w, const Factors& f, const fl
   }
 }
 
-// state = keep state + Kt^T values of one value panel.
+// state <- chunk_decay state + Kt^T values of one value panel.
 SLEEPKERN_STAGE void write_state(const Workspace& w, const Factors& f, const float* keep, const float* values,
                                  float* state, Ahead& ahead) {
   for (int64_t d = 0; d < w.K; d += ROWS) {
@@ -53,7 +53,7 @@ static double distance(const float* a, const float* b, int64_t n) {
   return std::sqrt(total);
 }
 
-// Whether a head may stop: what is left to its fixed point, by the ratio of its last two steps, see
+// The convergence test of a head: the distance to its fixed point is estimated by the ratio of its last two steps, see
 // backends/replay/methods.py.
 struct ConvergenceTest {
   double previous = 0, residual = INFINITY;
@@ -68,7 +68,7 @@ struct ConvergenceTest {
   static double max_of_double(double a, double b) { return a < b ? b : a; }
 };
 
-// `r.passes` passes, or fewer with tol.
+// Runs r.passes passes, or fewer with tol.
 SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& r, int64_t unit, int64_t tokens,
                                    bool delta, Ahead& ahead) {
   ConvergenceTest converging;

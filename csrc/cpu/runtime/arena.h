@@ -1,4 +1,4 @@
-// Memory of one thread, in which a stage lays out its arrays; it stays for the next call.
+// Memory of one thread, in which a stage lays out its arrays. It is kept for the next call.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-// Hands out arrays of a block of memory, each on its own cache line. Without memory it only counts.
+// Hands out arrays from one piece of memory, each on its own cache line. Without memory it only counts.
 struct ArenaCursor {
   float* memory;
   int64_t used = 0;
@@ -23,8 +23,8 @@ struct ArenaCursor {
   }
 };
 
-// Memory in huge pages where the system grants them, so that a stage that streams it neither misses the TLB nor depends
-// on where in L2 small pages happen to fall.
+// Allocates huge pages where the system grants them. A stage that streams them does not miss the TLB, and its speed
+// does not depend on where small pages fall in L2.
 static float* allocate(int64_t floats) {
   const int64_t bytes = round_up(floats * static_cast<int64_t>(sizeof(float)), HUGE_PAGE);
   void* memory = std::aligned_alloc(HUGE_PAGE, bytes);
@@ -33,8 +33,8 @@ static float* allocate(int64_t floats) {
   return static_cast<float*>(memory);
 }
 
-// The thread's own T, laid out by lay_out(T&, args..., ArenaCursor&); the memory grows to the largest problem seen and
-// stays for the next call.
+// The T of this thread, laid out by lay_out(T&, args..., ArenaCursor&). Its memory grows to the largest problem so far
+// and is kept for the next call.
 template <class T, class... Args>
 static T& thread_local_arrays(const Args&... args) {
   struct Owner {

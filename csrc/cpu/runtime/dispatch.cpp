@@ -1,4 +1,4 @@
-// Which implementation runs: listed best first, chosen once.
+// The choice of an implementation: the list has the best first, and the choice is made once.
 #include <atomic>
 #include <cstring>
 
@@ -55,8 +55,8 @@ bool set_implementation(const char* name) {
   return false;
 }
 
-// Run run(begin, end) over units of equal work; a value head costs `flop_per_token` a token. A share of work under
-// about 20 microseconds costs more to hand out than to do.
+// Calls run(begin, end) on ranges of tasks of equal work, on several threads; a value head costs `flop_per_token` a
+// token. Work of less than about 20 microseconds costs more to hand out than to do.
 template <class Run>
 static void over_units(const Problem& problem, int64_t units, double flop_per_token, Run run) {
   const int64_t tokens = problem.offsets ? problem.T : problem.sequences * problem.T;
@@ -80,8 +80,8 @@ void forward(const Problem& p) {
   const Implementation& isa = implementation();
   prepare_output(p, p.o, p.HV * p.V, p.v.type);
   prepare_states(p, p.final_state);
-  // With fewer heads than threads a head is cut into blocks of value columns. Each prepares the chunks for itself,
-  // which is an eighth of the work at K = V = 128.
+  // With fewer heads than threads a head is cut into v-tiles. Each v-tile computes the chunk factors again, an eighth
+  // of the work at K = V = 128.
   const int64_t heads = p.sequences * p.HV, threads = thread_count();
   const int64_t blocks = heads < threads && p.longest() > DECODE_LIMIT ? (threads + heads - 1) / heads : 1;
   over_units(p, heads * blocks, 8.0 * p.K * p.V,

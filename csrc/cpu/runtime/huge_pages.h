@@ -1,4 +1,4 @@
-// Huge pages, where the system grants them: fewer faults on first touch, fewer walks of the page tables after.
+// Huge pages, where the system grants them, save page faults on first touch and TLB misses later.
 #pragma once
 
 #include <sys/mman.h>
@@ -9,8 +9,8 @@ namespace sleepkern {
 
 constexpr int64_t HUGE_PAGE = int64_t{1} << 21;
 
-// Ask for them for memory that is about to be written whole. The first touch of 64 MB in small pages takes as long as
-// a third of the forward that fills it. Advice only: pages that are there already stay as they are.
+// Requests huge pages for memory that is about to be written whole. The first touch of 64 MB in small pages takes as
+// long as a third of the forward that fills it. This is advice only: pages that are already mapped stay as they are.
 static inline void prefer_huge_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;

@@ -1,4 +1,4 @@
-// What an ISA file offers, and how one is chosen.
+// The functions of an ISA file, and the choice of one file.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace sleepkern {
 struct Implementation {
   const char* name;
   bool (*supported)();
-  // Units [begin, end) of the sequences * HV * blocks of a problem: the heads, each cut into `blocks` blocks of value
-  // columns, which are independent.
+  // Tasks [begin, end) of the sequences * HV * v_tiles of a problem: each head is cut into `v_tiles` independent
+  // v-tiles.
   void (*forward)(const Problem&, int64_t blocks, int64_t begin, int64_t end);
   // Key heads [begin, end) of the sequences * H of a problem.
   void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end);
@@ -21,29 +21,31 @@ struct Implementation {
   void (*replay)(const Problem&, const Replay&, int64_t begin, int64_t end);
   // Tokens [begin, end) of the flattened batch.
   void (*convolve)(const Convolution&, int64_t begin, int64_t end);
-  // `channels` of all tokens from `channel` on, at most a block.
+  // `channels` channels of all tokens from `channel` on, at most CHANNELS.
   void (*convolve_backward)(const Convolution&, const ConvolutionGradients&, int64_t channel, int64_t channels);
   // Rows [begin, end) of the batch.
   void (*convolve_step)(const ConvolutionStep&, int64_t begin, int64_t end);
   // Tokens [begin, end).
   void (*gated_norm)(const GatedNorm&, int64_t begin, int64_t end);
-  // One of the parts of the tokens.
+  // One part of the tokens (GatedNormGradients::parts).
   void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int64_t part);
-  // Sequences of a stack of blocks through all passes; shared: the threads share each step of it. changes [passes][2].
+  // Runs sequences through all passes of a stack of blocks. shared: the threads share each step. changes is
+  // [passes][2].
   void (*run_group)(const Blocks&, int64_t first, int64_t sequences, bool shared, double* changes);
-  // Weights of a product in panels of panel_width outputs, and the floats that they take.
+  // Packs weights of a product into panels of panel_width outputs; packed_size says how many floats they take.
   void (*pack_weight)(const float* matrix, int64_t n, int64_t depth, Form form, void* packed);
   int64_t (*packed_size)(int64_t n, int64_t depth, Form form);
   int64_t panel_width;
-  bool (*adders)();  // whether additions run beside multiplications, so that Winograd's product pays
-  bool pairs;        // whether products can take bfloat16
-  // Floating-point operations a second that one core reaches from registers, measured for some seconds.
+  bool (*adders)();  // whether additions run beside multiplications, which makes Winograd's product faster
+  bool pairs;        // whether the machine has products of bfloat16
+  // Floating-point operations a second that one core reaches on registers, measured for `seconds`.
   double (*peak)(double seconds);
 };
 
-// Best first; those this machine can run.
+// The implementations that this machine can run, best first.
 int implementations(const Implementation** list, int capacity);
-// The one in use: the best, unless another was set by name (returns false for an unknown or unsupported name).
+// The implementation in use: the best one, unless set_implementation chose another. set_implementation returns false
+// for a name that is unknown or unsupported.
 const Implementation& implementation();
 bool set_implementation(const char* name);
 

@@ -1,6 +1,6 @@
-// Threads are torch's own: its pool is reached through a C symbol that torch >= 2.10 exports, looked up in the process
-// and not linked, so that torch.set_num_threads holds here too and no second pool competes for the cores. OpenMP, whose
-// run-time library torch shares with us once it is imported first, is the fall-back.
+// The threads are torch's. Its pool is reached through a C symbol that torch >= 2.10 exports, which is looked up in the
+// process and not linked. So torch.set_num_threads applies here too, and no second pool competes for the cores. Without
+// that symbol OpenMP runs the loop; its run-time library is torch's if torch is imported first.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -59,7 +59,7 @@ static void run_on_openmp(int64_t n, int64_t grain, Body body, void* context) {
 #endif
 }
 
-// An exception must not cross a C frame or an OpenMP region: the first one is kept and thrown here.
+// An exception must not cross a C frame or an OpenMP region. So the first one is kept, and parallel_for throws it.
 struct Guarded {
   Body body;
   void* context;

@@ -1,4 +1,4 @@
-// silu and sigmoid, their derivatives, and rows in any type.
+// silu and sigmoid with their derivatives, and loads and stores of rows of any type.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ SLEEPKERN_INLINE Vec sigmoid(Vec z) {
   return z == z ? s : z;
 }
 
-// z sigmoid(z) or sigmoid(z), and by what a small change of z changes it.
+// z sigmoid(z) or sigmoid(z), and its derivative.
 struct Activated {
   Vec value, slope;
 };
@@ -33,12 +33,12 @@ constexpr int64_t size_of() {
   return TYPE == Type::float32 ? 4 : 2;
 }
 
-// Number i.
+// The address of element i.
 SLEEPKERN_INLINE const void* at(const Array& x, int64_t i) {
   return static_cast<const char*>(x.data) + i * bytes_of(x.type);
 }
 
-// LANES numbers from number i on.
+// LANES elements from element i on.
 template <Type TYPE>
 SLEEPKERN_INLINE Vec load_as(const void* row, int64_t i) {
   if constexpr (TYPE == Type::float32) return load(static_cast<const float*>(row) + i);
@@ -50,7 +50,7 @@ SLEEPKERN_INLINE void store_as(void* row, int64_t i, Vec x) {
   store_row(reinterpret_cast<const float*>(&x), TYPE, LANES, static_cast<char*>(row) + i * size_of<TYPE>());
 }
 
-// The first n < LANES of them, zeros beyond.
+// The first n < LANES of them, then zeros.
 template <Type TYPE>
 SLEEPKERN_INLINE Vec load_part(const void* row, int64_t i, int64_t n) {
   alignas(64) float x[LANES] = {};

@@ -1,6 +1,6 @@
-// Products of bfloat16. Two neighbours of the depth lie side by side in a lane of 32 bits, the earlier one in the low
-// half, and a step of a product takes both, sum + low low + high high, with sums in float32: half the steps and half
-// the bytes of a product of floats. SLEEPKERN_BFLOAT16_DOT: the machine does it in one instruction.
+// Products of bfloat16. A lane of 32 bits holds two neighbours of the depth, the earlier one in its low half. One step
+// of a product takes both, sum + low low + high high, with sums in float32: that halves the steps and the bytes of a
+// product of floats. With SLEEPKERN_BFLOAT16_DOT the machine has one instruction for it.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ constexpr bool DOTS = true;
 constexpr bool DOTS = false;
 #endif
 
-// What a panel is made of where operands are bfloat16; else it is float.
+// The element of a panel where operands are bfloat16; elsewhere it is float.
 struct Pair {
   uint32_t bits;
 };
@@ -27,7 +27,7 @@ typedef uint32_t BitVecUnaligned __attribute__((vector_size(LANES * 4), aligned(
 template <class E>
 constexpr bool IS_PAIR = std::is_same_v<E, Pair>;
 
-// Steps of a product over n numbers.
+// The steps of a product over a depth of n.
 template <class E>
 SLEEPKERN_INLINE constexpr int64_t steps(int64_t n) {
   return IS_PAIR<E> ? (n + 1) / 2 : n;
@@ -36,7 +36,7 @@ SLEEPKERN_INLINE constexpr int64_t steps(int64_t n) {
 SLEEPKERN_INLINE BitVec load(const Pair* p) { return *reinterpret_cast<const BitVecUnaligned*>(p); }
 SLEEPKERN_INLINE void store(Pair* p, BitVec x) { *reinterpret_cast<BitVecUnaligned*>(p) = x; }
 
-// The low halves are those of `low`, the high ones those of `high`.
+// Words whose low halves come from `low` and whose high halves come from `high`.
 SLEEPKERN_INLINE BitVec interleave(Vec low, Vec high) {
 #ifdef __AVX512BF16__
   const __m512bh halves = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
@@ -48,7 +48,7 @@ SLEEPKERN_INLINE BitVec interleave(Vec low, Vec high) {
 #endif
 }
 
-// Neighbours of 2 LANES numbers.
+// 2 LANES elements as words of two neighbours each.
 SLEEPKERN_INLINE BitVec pair_neighbours(Vec first, Vec second) {
 #ifdef __AVX512BF16__
   return reinterpret_cast<BitVec>(
@@ -61,7 +61,7 @@ SLEEPKERN_INLINE BitVec pair_neighbours(Vec first, Vec second) {
 #endif
 }
 
-// 2 LANES numbers that follow each other in memory.
+// The same of 2 LANES floats in memory.
 SLEEPKERN_INLINE BitVec load_pairs(const float* p) { return pair_neighbours(load(p), load(p + LANES)); }
 
 SLEEPKERN_INLINE Vec dot(Vec sum, BitVec a, BitVec b) {
@@ -74,7 +74,7 @@ SLEEPKERN_INLINE Vec dot(Vec sum, BitVec a, BitVec b) {
 #endif
 }
 
-// sum + sign * a b, of a broadcast and a loaded operand.
+// sum + sign * a b; a is broadcast to all lanes.
 template <int SIGN>
 SLEEPKERN_INLINE Vec multiply_add(Vec sum, float a, Vec b) {
   return SIGN > 0 ? sum + broadcast(a) * b : sum - broadcast(a) * b;

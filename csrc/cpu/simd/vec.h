@@ -1,5 +1,5 @@
-// One vector type and what it can do. The including ISA file fixes its LANES and the namespace; written in the
-// compilers' vector extensions, so that the same source is SSE, AVX2, AVX-512 or NEON and every width runs anywhere.
+// The vector type and its operations. The including ISA file sets LANES and the namespace. The source uses the
+// compilers' vector extensions, so it compiles to SSE, AVX2, AVX-512 or NEON, and every width runs anywhere.
 //
 // Everything is `static` or a template on types of that namespace: an inline function shared between ISA files would
 // let the linker hand AVX code to a machine without it.
@@ -21,7 +21,7 @@ namespace {
 constexpr int LANES = SLEEPKERN_LANES;
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
-// Of memory at any address.
+// A vector in memory at any address.
 typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t BitVec __attribute__((vector_size(LANES * 4)));
@@ -30,12 +30,12 @@ typedef double DoubleVecUnaligned __attribute__((vector_size(LANES * 8), aligned
 typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(LANES * 2), aligned(1), may_alias));
 
-// Stages stay functions of their own: inlined into one, they run out of registers and the thread-local workspace's
-// address is fetched again in every tile.
+// A stage is never inlined. Stages inlined into one function run out of registers, and then fetch the address of the
+// thread-local workspace again in every tile.
 #define SLEEPKERN_STAGE static __attribute__((noinline))
 #define SLEEPKERN_INLINE static inline __attribute__((always_inline))
 
-// std::min and std::max are templates shared by all files, see above.
+// These replace std::min and std::max, which are templates that all ISA files would share (see the top of the file).
 SLEEPKERN_INLINE constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 SLEEPKERN_INLINE constexpr int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
 SLEEPKERN_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -46,7 +46,7 @@ SLEEPKERN_INLINE DoubleVec load_double(const double* p) { return *reinterpret_ca
 SLEEPKERN_INLINE Vec narrow(DoubleVec x) { return __builtin_convertvector(x, Vec); }
 SLEEPKERN_INLINE Vec broadcast(float x) { return x - Vec{}; }
 SLEEPKERN_INLINE BitVec broadcast_bits(uint32_t x) { return x - BitVec{}; }
-// 0, 1, 2, ...
+// The lanes' numbers 0, 1, 2, ...
 SLEEPKERN_INLINE IntVec lane_numbers() {
   IntVec n{};
   for (int l = 0; l < LANES; ++l) n[l] = l;
@@ -59,7 +59,7 @@ SLEEPKERN_INLINE Vec add_from(Vec x, std::integer_sequence<int, LANE...>) {
   return x + __builtin_shufflevector(x, x, (LANE ^ STEP)...);
 }
 
-// By halves: one after the other would wait for 15 additions.
+// The sum of all lanes, by halves: adding lane after lane would wait for 15 additions.
 SLEEPKERN_INLINE float sum(Vec x) {
   constexpr auto lanes = std::make_integer_sequence<int, LANES>();
   if constexpr (LANES >= 16) x = add_from<8>(x, lanes);
@@ -72,7 +72,7 @@ SLEEPKERN_INLINE float sum(Vec x) {
 // x = n ln2 + f: 2^n by the exponent bits, exp(f) by a polynomial of degree 6 (Cephes).
 SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
   const float round_to_int = 12582912.0f;     // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-  const IntVec gone = x < broadcast(-87.0f);  // not so for NaN, which stays NaN
+  const IntVec gone = x < broadcast(-87.0f);  // false for NaN, which stays NaN
   x = gone ? Vec{} : x;
   Vec shifted = x * 1.44269504f + round_to_int;
   Vec n = shifted - round_to_int;
@@ -89,8 +89,8 @@ SLEEPKERN_INLINE Vec exp_nonpositive(Vec x) {
   return gone ? Vec{} : y * reinterpret_cast<Vec>(power);
 }
 
-// 1 / x of numbers from 1 to 2, where AVX-512 estimates it and a step of Newton's takes it to the last bit or the one
-// before.
+// 1 / x for x from 1 to 2. AVX-512 estimates it, and one step of Newton's method leaves an error of one or two units in
+// the last place.
 SLEEPKERN_INLINE Vec reciprocal(Vec x) {
 #if SLEEPKERN_LANES == 16 && defined(__AVX512F__)
   const Vec y = reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
@@ -111,7 +111,7 @@ SLEEPKERN_INLINE Vec from_bfloat16(HalfVec h) {
   return reinterpret_cast<Vec>(__builtin_convertvector(h, BitVec) << 16);
 }
 
-// Round to nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN.
 SLEEPKERN_INLINE HalfVec to_bfloat16(Vec x) {
   BitVec u = reinterpret_cast<BitVec>(x);
   BitVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -119,7 +119,7 @@ SLEEPKERN_INLINE HalfVec to_bfloat16(Vec x) {
   return __builtin_convertvector(select(nan, broadcast_bits(0x7fc0u), rounded), HalfVec);
 }
 
-// Masks that keep everything, because gcc's header has the plain intrinsics read a register it never set, and warns.
+// The masks keep all lanes. gcc's plain intrinsics read a register that its header never sets, and gcc warns of that.
 #if SLEEPKERN_LANES == 16 && defined(__AVX512F__)
 SLEEPKERN_INLINE Vec from_float16(HalfVec h) {
   return reinterpret_cast<Vec>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(h)));
@@ -136,7 +136,7 @@ SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
   return reinterpret_cast<HalfVec>(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// The exponent is moved by a product with 2^112, which also normalises subnormals; inf and NaN get theirs back.
+// A product with 2^112 moves the exponent and normalises subnormals. inf and NaN then get their exponent back.
 SLEEPKERN_INLINE Vec from_float16(HalfVec h) {
   BitVec u = __builtin_convertvector(h, BitVec);
   BitVec sign = (u & 0x8000u) << 16, rest = (u & 0x7fffu) << 13;
@@ -145,8 +145,8 @@ SLEEPKERN_INLINE Vec from_float16(HalfVec h) {
   return reinterpret_cast<Vec>(sign | scaled | (special & 0x7f800000u));
 }
 
-// Round to nearest even; too large becomes inf, NaN stays NaN. Subnormals round by adding 0.5, whose last bit is
-// theirs.
+// Rounds to nearest even. A value that is too large becomes inf, and NaN stays NaN. A subnormal rounds by adding 0.5,
+// whose last bit has the weight of the subnormal's.
 SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
   BitVec u = reinterpret_cast<BitVec>(x), sign = u & 0x80000000u;
   u = u ^ sign;
@@ -162,7 +162,7 @@ SLEEPKERN_INLINE HalfVec to_float16(Vec x) {
 }
 #endif
 
-// n < LANES numbers, one by one: a memcpy of unknown size would be a call into libc.
+// Copies n < LANES elements one by one: a memcpy of unknown size would be a call into libc.
 template <class T>
 SLEEPKERN_INLINE void copy_tail(T* to, const T* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) std::memcpy(to + i, from + i, sizeof(T));
@@ -170,7 +170,7 @@ SLEEPKERN_INLINE void copy_tail(T* to, const T* from, int64_t n) {
 
 SLEEPKERN_INLINE Vec widen(HalfVec h, Type type) { return type == Type::bfloat16 ? from_bfloat16(h) : from_float16(h); }
 
-// n numbers of a type to float; dst has room up to a multiple of LANES.
+// Converts n elements to float; dst has room up to a multiple of LANES.
 SLEEPKERN_INLINE void load_row(const void* src, Type type, int64_t n, float* dst) {
   int64_t i = 0;
   if (type == Type::float32) {
@@ -188,7 +188,7 @@ SLEEPKERN_INLINE void load_row(const void* src, Type type, int64_t n, float* dst
   store(dst + i, widen(*reinterpret_cast<const HalfVecUnaligned*>(tail), type));
 }
 
-// n floats to numbers of a type; src is readable up to a multiple of LANES.
+// Converts n floats to a type; src is readable up to a multiple of LANES.
 SLEEPKERN_INLINE void store_row(const float* src, Type type, int64_t n, void* dst) {
   int64_t i = 0;
   if (type == Type::float32) {

@@ -1,4 +1,4 @@
-// What the CUDA run-time library says of the machine; usable, and empty, where there is no GPU or no driver.
+// The GPUs that the CUDA run-time library finds. The list is empty where there is no GPU or no driver.
 #pragma once
 
 #include <string>
@@ -11,7 +11,7 @@ struct Device {
   int major, minor;  // compute capability
   size_t memory;     // bytes
   int multiprocessors;
-  size_t shared_memory;  // bytes a block may opt into
+  size_t shared_memory;  // most bytes that a CTA may have
 };
 
 std::vector<Device> devices();

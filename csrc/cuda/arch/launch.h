@@ -1,4 +1,4 @@
-// A launch. One that fails names the kernel and what describe(arguments) says of its arguments.
+// A kernel launch. The error of a failed launch names the kernel and has describe(arguments).
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct Grid {
   int64_t x, y;
 };
 
-// cluster: neighbouring thread blocks that see each other's shared memory.
+// cluster: the number of neighbouring CTAs that can access each other's shared memory.
 #ifdef SLEEPKERN_CUDA_ON_CPU
 template <class Arguments>
 void run(const char*, void (*kernel)(Arguments), Grid grid, int threads, int64_t shared, const Arguments& arguments,

@@ -1,19 +1,19 @@
-// Operands of matrix products: tiles in shared memory, fragments in registers, and the products of the two.
+// Operands of matrix products: tiles in shared memory, fragments in registers, and the products of fragments.
 //
-// A tile [rows][columns] lies in shared memory as cores: 8 rows of 16 bytes, 128 contiguous bytes. One core is what
-// ldmatrix reads at a time, free of bank conflicts, and rows of the grid of cores follow each other.
+// A tile [rows][columns] is stored in shared memory as cores: 8 rows of 16 bytes, 128 contiguous bytes. ldmatrix reads
+// one core at a time, without bank conflicts. The cores are in row-major order.
 //
 // A product multiplies 16 rows of the left operand by 8 of the right, over STEP columns of both (rows are contracted
-// with rows: left times right transposed). The accumulator of one product, 16 x 8, is the left fragment of the next:
-// so the state and the corrected values never leave the registers. In tf32 the hardware wants columns t and t + 4 of a
-// group of 8 where the accumulator has 2t and 2t + 1; tiles of float32 are therefore stored with even columns first.
+// with rows: left times right transposed). The accumulator of one product, 16 x 8, is the left fragment of the next: so
+// the state and the corrected values never leave the registers. In tf32 the hardware takes columns t and t + 4 of a
+// group of 8 from the lane whose accumulator has 2t and 2t + 1. So tiles of float32 are stored with even columns first.
 #pragma once
 
 #include "cuda/arch/ptx.h"
 
 namespace sleepkern::cuda {
 
-// What products multiply: bfloat16, or float32 split into two tf32 numbers, three products for one.
+// The precision of products: bfloat16, or float32 that is split into two tf32 values, with three products for one.
 enum class Mode { bf16, exact };
 
 template <Mode MODE>
@@ -37,7 +37,7 @@ SLEEPKERN_DEVICE float from_bf16(uint16_t x) { return from_bits(static_cast<uint
 SLEEPKERN_DEVICE float widen(uint16_t x) { return from_bf16(x); }
 SLEEPKERN_DEVICE float widen(float x) { return x; }
 
-// Where element (row, column) of a tile of `columns` columns lies.
+// The index of element (row, column) in a tile of `columns` columns.
 template <Mode MODE>
 SLEEPKERN_DEVICE int at(int columns, int row, int column) {
   const int cores = (row >> 3) * (columns / CORE_COLUMNS<MODE>);
@@ -56,7 +56,7 @@ SLEEPKERN_DEVICE void put(Number<MODE>* tile, int columns, int row, int column, 
   tile[at<MODE>(columns, row, column)] = narrow<MODE>(x);
 }
 
-// Two neighbours of an even column, as accumulators hold them.
+// Stores two neighbours from an even column on, as accumulators hold them.
 template <Mode MODE>
 SLEEPKERN_DEVICE void put_pair(Number<MODE>* tile, int columns, int row, int column, float x, float y) {
   if constexpr (MODE == Mode::bf16) {
@@ -67,7 +67,7 @@ SLEEPKERN_DEVICE void put_pair(Number<MODE>* tile, int columns, int row, int col
   }
 }
 
-// Eight neighbours from a column that is a multiple of 8.
+// Stores eight neighbours from a column on that is a multiple of 8.
 template <Mode MODE>
 SLEEPKERN_DEVICE void put_eight(Number<MODE>* tile, int columns, int row, int column, const float (&x)[8]) {
   Number<MODE>* p = tile + at<MODE>(columns, row, column);
@@ -80,7 +80,7 @@ SLEEPKERN_DEVICE void put_eight(Number<MODE>* tile, int columns, int row, int co
   }
 }
 
-// 16 rows and STEP columns of the left operand, or of 16 rows of the right one; `low` is what tf32 cannot hold.
+// 16 rows and STEP columns of the left or of the right operand. `low` is the part of a value that tf32 cannot hold.
 template <Mode MODE>
 struct Fragment {
   uint32_t high[4];
@@ -88,7 +88,7 @@ struct Fragment {
 };
 
 // x = high + low up to 2^-21 of x. high is rounded by integer arithmetic (cvt.rna is a dozen instructions on some
-// architectures), which turns a NaN into 0; low is cut off, and keeps it.
+// architectures), which makes 0 of a NaN; low is truncated, which keeps the NaN.
 template <Mode MODE>
 SLEEPKERN_DEVICE void split(Fragment<MODE>& f) {
   if constexpr (MODE == Mode::exact) {
@@ -104,14 +104,14 @@ SLEEPKERN_DEVICE void split(Fragment<MODE>& f) {
 
 SLEEPKERN_DEVICE int lane_of_warp() { return threadIdx.x & 31; }
 
-// Reads fragments of a tile [rows][COLUMNS] in shared memory: 16 rows from 16 * block on, STEP columns from STEP * step
-// on; transposed, 16 columns and STEP rows. One address a lane; blocks and steps are constant distances from it.
+// Loads fragments of a tile [rows][COLUMNS] in shared memory: 16 rows from 16 * block on, STEP columns from STEP * step
+// on; transposed, 16 columns and STEP rows. Each lane keeps one address; blocks and steps are constant offsets from it.
 template <Mode MODE, int COLUMNS>
 struct Reader {
   static constexpr int CORE = 128, CORES = COLUMNS / CORE_COLUMNS<MODE>;  // bytes; cores in a row of them
   SharedAddress base;
 
-  // core: of the lane's row address for ldmatrix, in (rows of cores, cores)
+  // (row, column): the core of the lane's row address for ldmatrix
   SLEEPKERN_DEVICE Reader(const Number<MODE>* tile, int row, int column)
       : base(shared_address(tile) + opaque((row * CORES + column) * CORE + 16 * (lane_of_warp() & 7))) {}
   SLEEPKERN_DEVICE Fragment<MODE> load(int block, int step) const {
@@ -134,7 +134,7 @@ struct RightReader : Reader<MODE, COLUMNS> {
       : Reader<MODE, COLUMNS>(tile, lane_of_warp() >> 4, (lane_of_warp() >> 3) & 1) {}
 };
 
-// ldmatrix transposes cores of two-byte numbers; words are read one by one.
+// ldmatrix transposes cores of two-byte elements; words are loaded one by one.
 template <Mode MODE, int COLUMNS, bool RIGHT>
 struct TransposedReader {
   static constexpr int CORE = 128, CORES = COLUMNS / CORE_COLUMNS<MODE>;
@@ -163,7 +163,7 @@ struct TransposedReader {
   }
 };
 
-// Left operand from accumulators [16][8 * TILES]: their columns STEP * step...
+// A left fragment from accumulators [16][8 * TILES]: their columns STEP * step and following.
 template <Mode MODE, int TILES>
 SLEEPKERN_DEVICE Fragment<MODE> left_of(const float (&acc)[TILES][4], int step) {
   Fragment<MODE> f;
@@ -184,7 +184,7 @@ SLEEPKERN_DEVICE Fragment<MODE> left_of(const float (&acc)[TILES][4], int step) 
   return f;
 }
 
-// d += a b for one of the two products of a right fragment.
+// d += a b for one of the two halves of a right fragment.
 template <Mode MODE>
 SLEEPKERN_DEVICE void mma(float (&d)[4], const Fragment<MODE>& a, const Fragment<MODE>& b, int half) {
   if constexpr (MODE == Mode::bf16) {
@@ -196,8 +196,8 @@ SLEEPKERN_DEVICE void mma(float (&d)[4], const Fragment<MODE>& a, const Fragment
   }
 }
 
-// acc [16][8 * TILES] += left * right over one step; only the first `blocks` blocks of 16 rows of the right operand,
-// from `first` on.
+// acc [16][8 * TILES] += left * right over one step, with `blocks` blocks of 16 rows of the right operand from `first`
+// on.
 template <Mode MODE, int TILES, class Right>
 SLEEPKERN_DEVICE void multiply(float (&acc)[TILES][4], const Fragment<MODE>& left, const Right& right, int step,
                                int blocks = TILES / 2, int first = 0) {
@@ -211,7 +211,7 @@ SLEEPKERN_DEVICE void multiply(float (&acc)[TILES][4], const Fragment<MODE>& lef
   }
 }
 
-// Row (0..15) and column of element i of product tile n of an accumulator.
+// The row (0..15) and column of element i of product tile n of an accumulator.
 SLEEPKERN_DEVICE int row_of(int i) { return (lane_of_warp() >> 2) + 8 * (i >> 1); }
 SLEEPKERN_DEVICE int column_of(int n, int i) { return 8 * n + 2 * (lane_of_warp() & 3) + (i & 1); }
 
@@ -223,7 +223,7 @@ SLEEPKERN_DEVICE void clear(float (&acc)[TILES][4]) {
   }
 }
 
-// Hands out shared memory in order. With a null base it only counts, which is how the host learns the size.
+// Hands out shared memory in order. With a null base it only counts, by which the host finds the size.
 struct Arena {
   char* base;
   int64_t used = 0;

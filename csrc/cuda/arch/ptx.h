@@ -1,6 +1,5 @@
-// Everything the kernels say to the machine below C++: the only inline assembly. With SLEEPKERN_CUDA_ON_CPU the same
-// functions come from tests/cuda_on_cpu, which runs a block's threads as fibers, so that the sources can be tested
-// without a GPU.
+// The machine's operations below C++, with all inline assembly. With SLEEPKERN_CUDA_ON_CPU the same functions come from
+// tests/backends/cuda_emulated, which runs a CTA's threads as fibers, so that the sources can be tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -13,26 +12,26 @@
 #define SLEEPKERN_DEVICE __device__ __forceinline__
 #define SLEEPKERN_BOTH __host__ __device__ __forceinline__
 #define SLEEPKERN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-#define SLEEPKERN_CONSTANT const __grid_constant__  // an argument that is read where it lies
+#define SLEEPKERN_CONSTANT const __grid_constant__  // an argument that is read from constant memory
 
 namespace sleepkern::cuda {
 
-constexpr int GUARD = 0;  // bytes between two arrays of shared memory; the CPU's are watched
+constexpr int GUARD = 0;  // bytes between two arrays of shared memory; the emulator checks accesses to them
 
 SLEEPKERN_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;
 }
 
-SLEEPKERN_BOTH void use_shared(const void*, int64_t) {}  // on the CPU: these bytes may be touched
+SLEEPKERN_BOTH void use_shared(const void*, int64_t) {}  // the emulator: these bytes may be accessed
 
 using SharedAddress = uint32_t;
 SLEEPKERN_DEVICE SharedAddress shared_address(const void* p) {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(p));
 }
 
-// The same value, of which the compiler knows nothing: or it computes the addresses of a loop once, hundreds of them,
-// and keeps them in registers that there are not.
+// The same value, but unknown to the compiler. Otherwise the compiler computes all addresses of a loop, hundreds of
+// them, before the loop, and runs out of registers.
 SLEEPKERN_DEVICE uint32_t opaque(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -68,7 +67,7 @@ SLEEPKERN_DEVICE void load_matrices(uint32_t (&r)[4], SharedAddress row) {
                : "memory");
 }
 
-// The same of the transposes of matrices of 8 x 8 two-byte numbers.
+// The same for the transposes of matrices of 8 x 8 two-byte elements.
 SLEEPKERN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -82,7 +81,7 @@ SLEEPKERN_DEVICE uint32_t load_word(SharedAddress at) {
   return x;
 }
 
-// Numbers, rounded to nearest.
+// bf16x2 of two values, rounded to nearest.
 SLEEPKERN_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -101,10 +100,11 @@ SLEEPKERN_DEVICE uint16_t to_half(float x) {
   return half;
 }
 
-// exp of a number that is not positive: its error, a few units in the last place of each |x|, vanishes with the result.
+// exp of a value that is not positive. Its relative error grows with |x|, and its absolute error vanishes with the
+// result.
 SLEEPKERN_DEVICE float decayed(float x) { return __expf(x); }
 
-// A few units in the last place off.
+// Approximations with an error of a few units in the last place.
 SLEEPKERN_DEVICE float quotient(float x, float y) { return __fdividef(x, y); }
 SLEEPKERN_DEVICE float log_of(float x) { return __logf(x); }
 
@@ -118,9 +118,9 @@ SLEEPKERN_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0
 SLEEPKERN_DEVICE float shuffle_up(float x, int lanes) { return __shfl_up_sync(0xffffffffu, x, lanes); }
 SLEEPKERN_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
-// Asynchronous copies from global to shared memory. A phase of an Arrival ends when all that a block asked for between
-// copy_begin and copy_end is there. From compute capability 9.0 on one thread asks the bulk copy engine; before, every
-// thread copies its share. All addresses and sizes are multiples of 16 bytes.
+// Asynchronous copies from global to shared memory. A phase of an mbarrier ends when all copies that a CTA issued
+// between copy_begin and copy_end are complete. From compute capability 9.0 on one thread issues them to the bulk copy
+// engine; before, every thread copies its share. All addresses and sizes are multiples of 16 bytes.
 struct Arrival {
   uint64_t bits;
 };
@@ -131,7 +131,7 @@ constexpr bool BULK = true;
 constexpr bool BULK = false;
 #endif
 
-// By one thread, before a block_barrier; `threads` is how many will ask for copies together.
+// Called by one thread, before a block_barrier; `threads` threads will issue copies together.
 SLEEPKERN_DEVICE void arrival_create(Arrival* a, int threads) {
   const int count = BULK ? 1 : threads;
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(count) : "memory");
@@ -142,7 +142,7 @@ SLEEPKERN_DEVICE void arrival_create(Arrival* a, int threads) {
 }
 SLEEPKERN_DEVICE void arrival_create(Arrival* a) { arrival_create(a, blockDim.x); }
 
-// The three that follow by all threads of the block.
+// All threads of the CTA call the next three functions.
 SLEEPKERN_DEVICE void copy_begin(Arrival* a, int bytes) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
@@ -174,7 +174,7 @@ SLEEPKERN_DEVICE void copy_end(Arrival* a) {
 #endif
 }
 
-// All of a phase at once, by the threads of one warp, for an Arrival of 32.
+// A whole phase, by the threads of one warp, for an mbarrier of 32 threads.
 SLEEPKERN_DEVICE void warp_copy(Arrival* a, void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
   if ((threadIdx.x & 31) == 0) {
@@ -194,14 +194,14 @@ SLEEPKERN_DEVICE void warp_copy(Arrival* a, void* to, const void* from, int byte
 #endif
 }
 
-// Into L2, by the threads of one warp, a line each: what will be copied later.
+// Prefetches memory into L2 that will be copied later, by the threads of one warp, a line each.
 SLEEPKERN_DEVICE void warp_prefetch(const void* from, int bytes) {
   for (int at = (threadIdx.x & 31) * 128; at < bytes; at += 32 * 128) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
   }
 }
 
-// Wait for the end of the phase of this parity: 0 for the first, then 1, 0, ...
+// Waits for the end of the phase of this parity: 0 for the first, then 1, 0, ...
 SLEEPKERN_DEVICE void copy_wait(Arrival* a, int parity) {
   uint32_t done = 0;
   while (!done) {
@@ -219,10 +219,10 @@ SLEEPKERN_DEVICE void copy_wait(Arrival* a, int parity) {
   }
 }
 
-// Clusters: thread blocks that see each other's shared memory. Before compute capability 9.0 each is its own.
+// Clusters: CTAs that can access each other's shared memory. Before compute capability 9.0 a cluster has one CTA.
 constexpr bool CLUSTERS = BULK;
 
-// What was stored before an arrival is seen after the wait by all threads of the cluster; both by all threads.
+// A store before cluster_arrive is visible to all threads of the cluster after cluster_wait. All threads call both.
 SLEEPKERN_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -236,7 +236,7 @@ SLEEPKERN_DEVICE void cluster_wait() {
 #endif
 }
 
-// Where p of this block lies in the block of that rank in the cluster.
+// The address of this CTA's p in the CTA of number cta_rank of the cluster.
 using RemoteAddress = uint32_t;
 SLEEPKERN_DEVICE RemoteAddress remote_address(const void* p, int rank) {
   RemoteAddress at = shared_address(p);

@@ -1,4 +1,4 @@
-// The launch for a stack of blocks, for its bindings. It throws std::runtime_error that names kernel, shape and reason.
+// The launch for a stack of blocks, for its bindings. Its std::runtime_error names kernel, shape and reason.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace sleepkern::cuda {
 
-int64_t blocks_memory(const BlocksCall& call);  // bytes of shared memory that a block needs
+int64_t blocks_memory(const BlocksCall& call);  // bytes of shared memory that a CTA needs
 
 void sleep_blocks(const BlocksCall& call, void* stream);
 

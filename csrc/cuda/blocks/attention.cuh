@@ -1,11 +1,12 @@
-// Attention between its products, for the heads of one thread block.
+// Attention between its products, for the heads of one CTA.
 //
 //   q, k <- q, k / rms . gain
 //   o_i = sum_j softmax_j(q_i . k_j / D^1/2) v_j,  j <= i or kept from before the window
 //
 // `wide` holds q, k and v of all rows as a tile (arch/mma_tiles.h), q and k normalised in place. A warp takes 16
-// queries of a head; 16 keys at a time their scores, in registers, become the left operand of the product with the
-// values, under a running maximum. What was kept of earlier windows is read from global memory.
+// queries of a head, and 16 keys at a time: their scores, in registers, become the left operand of the product with the
+// values, relative to a running maximum (online softmax). The keys and values of earlier windows are read from global
+// memory.
 #pragma once
 
 #include "common/types.h"
@@ -20,7 +21,7 @@
 
 namespace sleepkern::cuda {
 
-// Keys and values of a window and head in global memory, [kept + L][D].
+// The keys and values of a window and head in global memory, [kept + L][D].
 struct Kept {
   char *keys, *values;
   Type type;
@@ -59,13 +60,14 @@ struct Kept {
   }
 };
 
-// q and k of each row over their root mean square, times gain; after the last pass k goes to global memory.
+// Divides q and k of each row by their root mean square and multiplies by the gain. With `keep` it stores k in global
+// memory.
 SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide,
                                       bool keep) {
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
     const Divided of = divided(task, cores);
-    const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // of q, then of k
+    const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // heads of q, then of k
     const bool query = head < l.heads;
     const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
     const float factor = rsqrtf(quotient(square, static_cast<float>(l.K)) + (query ? l.q_eps : l.k_eps));
@@ -101,7 +103,8 @@ SLEEPKERN_DEVICE void keep_values(const BlocksCall& c, const BlockLayer& l, cons
   }
 }
 
-// 16 queries against 16 keys at a time: maximum and sum of each of a lane's two rows, and what is read so far.
+// Online softmax of 16 queries over 16 keys at a time: maximum and sum of each of a lane's two rows, and the sum of the
+// values so far.
 template <int KEYS>
 struct Reading {
   static constexpr int MOST = KEYS / 8;
@@ -113,7 +116,7 @@ struct Reading {
     sum[0] = sum[1] = 0.0f;
   }
 
-  // seen(i, j): whether query row i of 16 sees key j of 16; value(n): the right operand for columns 16 n on.
+  // Adds 16 keys. seen(i, j): whether query i sees key j; value(n): the right operand for columns from 16 n on.
   template <class Seen, class Value>
   SLEEPKERN_DEVICE void add(float (&scores)[2][4], int groups, Seen seen, Value value) {
 #pragma unroll
@@ -127,7 +130,7 @@ struct Reading {
       top = fmaxf(top, shuffle_xor(top, 1));
       top = fmaxf(top, shuffle_xor(top, 2));
       top = fmaxf(top, highest[r]);
-      const float base = top == -INFINITY ? 0.0f : top;  // a row that has seen nothing so far
+      const float base = top == -INFINITY ? 0.0f : top;  // a row that has seen no key so far
       const float shrink = decayed(highest[r] - base);
       highest[r] = top;
       sum[r] *= shrink;
@@ -156,7 +159,7 @@ struct Reading {
   }
 };
 
-// Queries 16 block on of window w.
+// Computes 16 queries of window w, from query 16 * block on.
 template <int KEYS>
 SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
                                   int head, int block) {
@@ -177,7 +180,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
     }
     read.add(
         scores, groups, [&](int, int j) { return first + j < l.kept; },
-        [&](int n) { return kept.value_fragment(opaque(first), 16 * n, l.kept); });  // one at a time
+        [&](int n) { return kept.value_fragment(opaque(first), 16 * n, l.kept); });  // opaque: one fragment at a time
   }
   for (int keys = 0; keys <= block; ++keys) {
     float scores[2][4];

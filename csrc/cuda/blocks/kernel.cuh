@@ -1,19 +1,19 @@
-// sleep_blocks: all passes and layers of a group of windows in one launch, by a cluster of thread blocks.
+// sleep_blocks: all passes and layers of a group of windows in one launch, by a cluster of CTAs.
 //
 //   per layer   h <- h + out mixer(into norm h);  h <- h + down relu(up norm h)^2        h [16 TILES rows][d]
 //
-//   thread block r of R         shared memory                                     registers, global memory
+//   CTA r of R                  shared memory                                     registers, global memory
 //   ------------------          -------------                                     ------------------------
 //   columns r d/R .. of h       h, float32, from first pass to last
-//   all columns of h            x, bf16, from everyone; norm's factor of a row    products: [16 TILES][16] a warp
+//   all columns of h            x, bf16, from all CTAs; norm's factor of a row    products: [16 TILES][16] a warp
 //   its heads                   q k v gate of its heads, mixed                    fast weights: registers, between
 //   its hidden columns          relu^2                                            layers L2; weights: L2, once a pass
 //
-// What a product with `into` and `up` needs is h of all columns: each block writes its own in bf16 into everybody's
-// shared memory, unnormalised, with sums of squares; rows are multiplied by 1 / rms once they come out of the product.
-// What `out` and `down` make of a block's heads or hidden columns is a part of all columns of h: it goes to the
-// columns' owner, who adds the parts in the order of ranks. So a layer has four exchanges, and h never leaves its
-// owner.
+// The products with `into` and `up` need all columns of h (all-gather): each CTA writes its own columns in bf16 to the
+// shared memory of all CTAs, without normalisation, together with their sums of squares. Rows are multiplied by 1 / rms
+// after the product. The products of `out` and `down` with a CTA's heads or hidden columns are partial sums of all
+// columns of h (reduce-scatter): they go to the CTA of those columns, which adds the partial sums in the order of
+// ranks. So a layer has four exchanges, and h in float32 never leaves its CTA.
 #pragma once
 
 #include "common/types.h"
@@ -30,7 +30,7 @@
 
 namespace sleepkern::cuda {
 
-constexpr int ALONE = 2;                        // most tiles where there are no clusters
+constexpr int ALONE = 2;                        // the most tiles without clusters
 constexpr float REINJECT_EPS = 1.1920929e-07f;  // torch's for float32
 
 template <int TILES, int KEYS>
@@ -42,8 +42,9 @@ struct Group {
   SLEEPKERN_DEVICE int own_groups() const { return c.own_groups(); }
   SLEEPKERN_DEVICE int all_groups() const { return c.all_groups(); }
 
-  // Of this block's tiles of 16 rows and columns: the same warp has the same one whenever this is called. Which warp
-  // this is is asked each time, for want of registers.
+  // Calls tile(n-group, tile, x) for this CTA's tiles of 16 rows x 16 columns of h; x is stored if it returns true. A
+  // tile belongs to the same warp in every call, so no barrier is needed between two calls. The warp's number is
+  // computed again each time, to save a register.
   template <class Tile>
   SLEEPKERN_DEVICE void each_tile(int first, int last, Tile tile) const {
     const int warp = opaque(threadIdx.x) >> 5, start = first * TILES;
@@ -58,7 +59,7 @@ struct Group {
     }
   }
 
-  // f(i, index of h [B, L, d]) for those of a lane's 8 numbers of a tile that are numbers of h.
+  // Calls f(i, index in h [B, L, d]) for those of a lane's 8 elements of a tile that are elements of h.
   template <class Each>
   SLEEPKERN_DEVICE void each_number(int group, int tile, Each f) const {
 #pragma unroll
@@ -83,7 +84,7 @@ struct Group {
     });
   }
 
-  // h in bf16 and its sums of squares to everyone. A cluster barrier must follow.
+  // Writes h in bf16 and its sums of squares to all CTAs. A cluster barrier must follow.
   SLEEPKERN_DEVICE void publish() const {
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
       const int all = p.rank * own_groups() + group;
@@ -109,7 +110,7 @@ struct Group {
     });
   }
 
-  // What everyone published, as a factor of each row. Ends with a block's barrier.
+  // Waits for the h of all CTAs and computes the norm's factor of each row. It ends with a CTA's barrier.
   SLEEPKERN_DEVICE void meet(float eps) const {
     // mutant: no-cluster-barrier-before-h-is-read
     cluster_arrive();
@@ -122,18 +123,20 @@ struct Group {
     block_barrier();
   }
 
-  // h + left weight^T, left being this block's part of the terms; then publishes h, unless it was the last time.
+  // h <- h + left weight^T, where `left` is this CTA's part of the terms. Unless `last`, h is gathered afterwards.
   //
-  // Sums are exchanged `exchange` groups of columns of each owner at a time, into two places in turns, the last into
-  // `received`: so what is read of one exchange is read before anyone arrives at the next, and a block computes while
-  // others arrive. A warp multiplies by two groups at once, both of one exchange or one each of two.
+  // The partial sums are exchanged in steps, `exchange` n-groups of each CTA in one step, through two buffers in
+  // alternation, the last step through `received`. So the buffer of one exchange is read while the next exchange writes
+  // the other, and a CTA computes while others arrive at the barrier. A warp computes two n-groups at a time, both of
+  // one exchange, or one of this exchange and one of the next.
   SLEEPKERN_DEVICE void add_product(Stream& weights, const uint4* left, int steps, bool last) const {
     const int exchanges = c.exchanges(), warp = threadIdx.x >> 5;
-    const bool both = paired(TILES) && c.cluster * c.exchange > WARPS;  // c.pairs_in_exchange(), with a constant
-    cluster_arrive();                                                   // x has been read
+    const bool both =
+        paired(TILES) && c.cluster * c.exchange > WARPS;  // c.pairs_in_exchange() with TILES as a constant
+    cluster_arrive();                                     // this CTA has read x
     for (int n = 0; n < exchanges; ++n) {
       const bool follows =
-          paired(TILES) && !both && n + 1 < exchanges;  // the second group of a warp is of the exchange after
+          paired(TILES) && !both && n + 1 < exchanges;  // the warp's second n-group belongs to the next exchange
       const int groups = c.exchange_size(n), others = both ? groups - WARPS : follows ? c.exchange_size(n + 1) : 0;
       Products<TILES> one, other;
       if (warp < groups) multiply_groups<TILES>(weights, left, steps, warp < others, one, other);
@@ -154,7 +157,7 @@ struct Group {
   // mutant: one-buffer-for-two-exchanges
   SLEEPKERN_DEVICE float* place_of(int n, int exchanges) const { return m.received((exchanges - 1 - n) & 1); }
 
-  // The i-th group of an exchange to its owner.
+  // Sends the i-th n-group of an exchange to the CTA of its columns.
   SLEEPKERN_DEVICE void send(float* place, int i, const Products<TILES>& acc) const {
     const Divided of = divided(i, c.cluster);
     const int slot = p.rank * c.exchange + of.quotient;
@@ -171,7 +174,7 @@ struct Group {
     }
   }
 
-  // Adds the parts of an exchange to h, in the order of ranks, once all have arrived.
+  // Waits for all CTAs, then adds the partial sums of exchange n to h in the order of ranks.
   SLEEPKERN_DEVICE void meet_and_receive(int n, int exchanges) const {
     // mutant: no-cluster-wait-before-partials-are-added
     cluster_wait();
@@ -191,7 +194,7 @@ struct Group {
     });
   }
 
-  // q k v gate as a tile.
+  // Stores q, k, v and gate as a tile.
   SLEEPKERN_DEVICE void put_inputs(const BlockLayer& l, int group, const Products<TILES>& acc) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -207,9 +210,10 @@ struct Group {
     }
   }
 
-  // Decay and strength of the value heads. They are few, and would keep one warp busy for as long as all of q k v gate
-  // keeps all: so each warp takes some of the terms, and the parts are added up, in order, in the place of `received`,
-  // where nobody writes before this block has arrived at an exchange.
+  // Computes log decay and beta of the value heads. These are few columns, and one warp alone would take as long for
+  // them as all warps take for q, k, v and gate. So the warps share the terms (split K), and their partial sums are
+  // added in order. The partial sums are in the memory of `received`, to which no CTA writes before this one has
+  // arrived at an exchange.
   SLEEPKERN_DEVICE void find_rates(const BlockLayer& l, Stream& weights) const {
     const int warp = threadIdx.x >> 5, splits = c.splits();
     float4* parts = reinterpret_cast<float4*>(m.received(false));
@@ -245,7 +249,7 @@ struct Group {
     return fminf(x, 0.0f) - log_of(1.0f + decayed(-fabsf(x)));
   }
 
-  // relu(up)^2 as a left operand.
+  // Stores relu(up)^2 as a left operand.
   SLEEPKERN_DEVICE void put_hidden(const BlockLayer& l, int group, const Products<TILES>& acc) const {
     uint4* to = reinterpret_cast<uint4*>(m.wide()) + group * TILES * 32 + lane_of_warp();
 #pragma unroll
@@ -264,8 +268,8 @@ struct Group {
     }
   }
 
-  // Mixer, then MLP, by the same instructions: most run once a layer, so how many have to be fetched counts. Beside the
-  // widest states there are too few registers for a loop.
+  // The mixer, then the MLP, as two iterations of one loop: most instructions run once a layer, so their number matters
+  // for the instruction cache. With the widest states a loop would take too many registers, and is unrolled.
   SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, Stream& weights, int pass, bool last) const {
 #pragma unroll KEYS / 64
     for (int half = 0; half < 2; ++half) {
@@ -287,7 +291,7 @@ struct Group {
     }
   }
 
-  // h <- h / rms(h) + what the first pass started from; all have published h, and do so again.
+  // h <- h / rms(h) + the input of the first pass. h has been gathered before, and is gathered again.
   SLEEPKERN_DEVICE void reinject() const {
     meet(REINJECT_EPS);
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
@@ -296,7 +300,7 @@ struct Group {
       each_number(group, tile, [&](int i, int64_t at) { x[i] += load_one(c.h, static_cast<Type>(c.type), at); });
       return true;
     });
-    cluster_arrive();  // all have read the sums of squares
+    cluster_arrive();  // this CTA has read the sums of squares
     cluster_wait();
     publish();
   }
@@ -310,7 +314,7 @@ SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < WARPS * c.ring; ++i) arrival_create(m.arrivals() + i, 32);
   }
-  cluster_arrive();  // all are there, and can be written to
+  cluster_arrive();  // all CTAs have started, and their shared memory can be written
   cluster_wait();
   Stream weights(c, p.rank, m.ring(), m.arrivals());
   const Group<TILES, KEYS> group{c, m, p};
@@ -325,8 +329,7 @@ SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
   group.store();
 }
 
-// KEYS: of the widest head. Without clusters a block has all of h and of the weights' columns, which leaves room for
-// few rows only.
+// KEYS is the width of the widest head. Without clusters a CTA has all columns of h, which leaves memory for few rows.
 template <int TILES, int KEYS>
 SLEEPKERN_KERNEL(THREADS, 1)
 blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {

@@ -1,12 +1,12 @@
-// Gated DeltaNet between its products, for the heads of one thread block.
+// Gated DeltaNet between its products, for the heads of one CTA.
 //
 //   x_t <- silu(sum_j taps_j x_(t-j)), x any of q, k, v;  q, k <- q, k / |q|, |k|
 //   S_t = a_t S_(t-1) + k_t b_t (v_t - a_t S_(t-1)^T k_t)^T
 //   o_t = S_t^T q_t / K^1/2
 //   mixed = o / rms(o) . gain . silu(gate)
 //
-// `wide` holds q, k, v and gate of all rows as a tile (arch/mma_tiles.h): the convolution writes over its own inputs, o
-// over v.
+// `wide` holds q, k, v and gate of all rows as a tile (arch/mma_tiles.h). The convolution overwrites its inputs, and o
+// overwrites v.
 #pragma once
 
 #include "common/types.h"
@@ -22,7 +22,7 @@
 
 namespace sleepkern::cuda {
 
-// The model's channel of this thread block's channel c, -1 where that is only padding.
+// The model's channel of this CTA's channel c, -1 for padding.
 SLEEPKERN_DEVICE int channel_of(const BlocksCall& call, const BlockLayer& l, int rank, int c) {
   const int keys = l.heads * l.KP, all_keys = call.cluster * l.heads * l.K;
   if (c < 2 * keys) {
@@ -34,12 +34,12 @@ SLEEPKERN_DEVICE int channel_of(const BlocksCall& call, const BlockLayer& l, int
   return head.rest < l.V ? 2 * all_keys + (rank * l.value_heads + head.quotient) * l.V + head.rest : -1;
 }
 
-// Inputs of the convolution before the window: of token -1, -2, ...
+// The inputs of the convolution before the window, tokens -1, -2, ...
 struct Past {
   const void* data;
   Type type;
   int W;
-  int64_t channels;  // of the model
+  int64_t channels;  // channels of the model
 
   SLEEPKERN_DEVICE Past(const BlocksCall& c, const BlockLayer& l, int pass)
       : data(l.past), type(static_cast<Type>(c.type)), W(l.W) {
@@ -56,7 +56,7 @@ struct Past {
   }
 };
 
-// The last W - 1 inputs, for the next window, or the next pass.
+// Stores the last W - 1 inputs, for the next window or the next pass.
 SLEEPKERN_DEVICE void keep_last(const BlocksCall& c, const BlockLayer& l, const Place& p, const uint16_t* wide,
                                 int pass) {
   if (!c.carry && pass + 1 < c.passes) return;
@@ -87,8 +87,8 @@ SLEEPKERN_DEVICE float pair_before(const BlocksCall& c, const BlockLayer& l, con
   return from_bits(pack_bf16(x[0], x[1]));
 }
 
-// In place: a warp takes 8 channels of a window and 8 tokens at a time, a lane two channels of one token; what was said
-// by the tokens before comes from the other lanes, which hold 8 tokens and the 8 before them.
+// The short convolution in place. A warp takes 8 channels of a window and 8 tokens at a time; a lane takes two channels
+// of one token, and holds them of the token 8 before it as well. Shuffles give it the earlier tokens of other lanes.
 SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide, int pass) {
   const int chunks = l.channels() / 8, lane = lane_of_warp(), g = lane >> 2;
   const Past past(c, l, pass);
@@ -99,12 +99,13 @@ SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const P
   for (int task = warp; task < tasks; task += WARPS) {
     const int w = divided(task, chunks).quotient, column = column_of_task(task);
     const float low_taps[TAPS] = {low.w, low.z, low.y, low.x}, high_taps[TAPS] = {high.w, high.z, high.y, high.x};
-    const int following = column_of_task(task + WARPS < tasks ? task + WARPS : task);  // whose taps are on their way
+    const int following =
+        column_of_task(task + WARPS < tasks ? task + WARPS : task);  // the task whose taps are loaded meanwhile
     low = taps[following], high = taps[following + 1];
     float before = past.data == nullptr ? 0.0f : pair_before(c, l, p, past, w, g - 8, column);
     uint32_t* at_row = reinterpret_cast<uint32_t*>(wide + at<Mode::bf16>(l.into, w * c.padded() + g, column));
     for (int row = 0; row < c.padded(); row += 8, at_row += 4 * l.into) {
-      const float now = from_bits(*at_row);  // two bf16, only handed on as one word
+      const float now = from_bits(*at_row);  // bf16x2 as one word
       float y[2] = {low_taps[0] * low_of(as_bits(now)), high_taps[0] * high_of(as_bits(now))};
 #pragma unroll
       for (int j = 1; j < TAPS; ++j) {
@@ -118,19 +119,19 @@ SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const P
   }
 }
 
-// 1 / |x| of q and k of each row, q's times K^-1/2: factors [2][heads][rows]. A warp takes 8 rows, 4 lanes a row.
+// Computes factors [2][heads][rows]: 1 / |q| K^-1/2 and 1 / |k| of each row. A warp takes 8 rows, with 4 lanes a row.
 SLEEPKERN_DEVICE void find_factors(const BlocksCall& c, const BlockLayer& l, uint16_t* wide, float* factors) {
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
     const Divided of = divided(task, cores);
-    const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // of q, then of k
+    const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // heads of q, then of k
     const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
     const float scale = head < l.heads ? rsqrtf(static_cast<float>(l.K)) : 1.0f;
     if (lane < 8) factors[head * 8 * cores + row] = scale * rsqrtf(square + NORM_EPS);
   }
 }
 
-// o of a row over its root mean square, times gain and silu(gate), as a left operand; rows without a token become 0.
+// Computes o / rms(o) . gain . silu(gate) of each row as a left operand; rows without a token become 0.
 SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m) {
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
@@ -146,7 +147,7 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
       read_eight(gate, *eight_at(m.wide(), l.into, row, gates + d));
       float gain[8];
       load_gains(gain, l.gain + d);
-      uint32_t* to = mixed + word_of(c.tiles, row, head * l.VP + d);  // neighbours in 8 columns are 4 words apart
+      uint32_t* to = mixed + word_of(c.tiles, row, head * l.VP + d);  // the bf16x2 of 8 columns are 4 words apart
 #pragma unroll
       for (int e = 0; e < 8; e += 2) {
         const float low = x[e] * factor * gain[e] * gate[e] * sigmoid(gate[e]);

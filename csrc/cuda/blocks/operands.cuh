@@ -1,4 +1,4 @@
-// Pieces of the tile of bf16 that a layer's inputs lie in: 8 columns of a row, 16 rows x 16 columns as operands.
+// Parts of the bf16 tile of a layer's inputs: 8 columns of a row, and 16 rows x 16 columns as operands.
 #pragma once
 
 #include "cuda/arch/mma_tiles.h"
@@ -13,11 +13,11 @@ SLEEPKERN_DEVICE float sigmoid(float x) {
   return quotient(x < 0.0f ? e : 1.0f, 1.0f + e);
 }
 
-// The bf16 pair in a word.
+// The two values of a bf16x2.
 SLEEPKERN_DEVICE float low_of(uint32_t word) { return from_bits(word << 16); }
 SLEEPKERN_DEVICE float high_of(uint32_t word) { return from_bits(word & 0xffff0000u); }
 
-// 8 columns of a row, where they lie in a tile.
+// The address of 8 columns of a row of a tile.
 SLEEPKERN_DEVICE uint4* eight_at(uint16_t* tile, int columns, int row, int column) {
   return reinterpret_cast<uint4*>(tile + at<Mode::bf16>(columns, row, column));
 }
@@ -33,7 +33,7 @@ SLEEPKERN_DEVICE uint4 eight_of(const float (&x)[8]) {
   return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
 }
 
-// 8 gains of a norm; they begin at multiples of 8.
+// Loads 8 gains of a norm, from a multiple of 8 on.
 SLEEPKERN_DEVICE void load_gains(float (&x)[8], const float* gains) {
   const float4 a = reinterpret_cast<const float4*>(gains)[0], b = reinterpret_cast<const float4*>(gains)[1];
   const float all[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
@@ -41,7 +41,8 @@ SLEEPKERN_DEVICE void load_gains(float (&x)[8], const float* gains) {
   for (int i = 0; i < 8; ++i) x[i] = all[i];
 }
 
-// Sum of squares of `width` columns of a row from `column` on; the four lanes l, l + 8, ... of a row call it together.
+// The sum of squares of `width` columns of a row from `column` on; the four lanes l, l + 8, ... of a row compute it
+// together.
 SLEEPKERN_DEVICE float sum_of_squares(uint16_t* tile, int columns, int row, int column, int width) {
   float sum = 0.0f;
   for (int d = 8 * (lane_of_warp() >> 3); d < width; d += 32) {
@@ -54,11 +55,11 @@ SLEEPKERN_DEVICE float sum_of_squares(uint16_t* tile, int columns, int row, int 
   return sum + shuffle_xor(sum, 16);
 }
 
-// 16 rows x 16 columns of `wide`, of a window, from a row that is a multiple of 8 on. Rows beyond the window are its
-// last ones: they count 0 times, which would not keep a neighbour's NaN away.
+// 16 rows x 16 columns of `wide`, of one window, from a row on that is a multiple of 8. A row beyond the window is
+// replaced by one of the window's last rows. Its factor is 0, but 0 times a NaN of another window would be NaN.
 struct Blocks16 {
   const uint16_t* tile;
-  int cores, last;  // cores in a row of them; the window's last row of cores
+  int cores, last;  // cores in a row of cores; the window's last row of cores
 
   SLEEPKERN_DEVICE Blocks16(const BlocksCall& c, const uint16_t* tile, int columns, int window)
       // mutant: rows-beyond-a-window-are-its-neighbours

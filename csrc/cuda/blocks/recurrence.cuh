@@ -1,5 +1,5 @@
-// The recurrence over a window, 16 tokens at a time. For one such block, i and j its tokens, G the running sum of
-// log a:
+// The recurrence over a window, 16 tokens at a time. For one such token block with tokens i and j, and G the running
+// sum of log a:
 //
 //   M_ij = b_i k_i.k_j exp(G_i - G_j), i > j;  X = (I + M)^-1
 //   P_ij = q_i.k_j exp(G_i - G_j), i >= j
@@ -7,13 +7,12 @@
 //   o = exp(G) S^T q + P D
 //   S <- exp(G_C) S + sum_j exp(G_C - G_j) k_j D_j^T
 //
-// First X and P of all blocks, a warp each, X by exact substitution in float32. Then a warp walks over a window with 16
-// value columns of a head: S^T [16][K] stays in registers, what one product accumulates is the left operand of the
-// next, and there is no barrier. Of what k and q are multiplied by (1 / |k|, 1 / |q|, K^-1/2) products with scalars
-// take care.
+// First each warp computes X and P of a token block, X by exact substitution in float32. Then a warp scans a window for
+// 16 value columns of a head: S^T [16][K] stays in registers, the accumulators of one product are the left operand of
+// the next, and there is no barrier. The factors of k and q (1 / |k|, 1 / |q|, K^-1/2) are applied to the sums.
 //
-// The state lies in global memory between two passes over a layer: all layers' states do not fit on chip (Rule 110: 256
-// KB a window), and L2 gives one back in less time than one of the layer's products takes.
+// The state is in global memory between two passes over a layer: the states of all layers do not fit on chip (Rule 110:
+// 256 KB a window), and L2 returns one in less time than one of the layer's products takes.
 #pragma once
 
 #include "cuda/arch/mma_tiles.h"
@@ -26,9 +25,9 @@
 
 namespace sleepkern::cuda {
 
-// Of one block of 16 tokens of a head: X and P as right operands, and what its tokens are multiplied by.
+// One block of 16 tokens of a head: X and P as right operands, and the factors of its tokens.
 struct Unit {
-  uint4* X;       // [lane]; before that M [16][16] takes the place of both
+  uint4* X;       // [lane]; M [16][16] is stored in the memory of X and P first
   uint4* P;       // [lane]
   float4* scale;  // [token] b, b exp(G) / |k|, exp(G) / |q|, exp(G_C - G) / |k|
   float* gamma;   // exp(G_C)
@@ -56,7 +55,7 @@ SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
   float x[16];
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    float sum[4] = {i == column ? 1.0f : 0.0f, 0.0f, 0.0f, 0.0f};  // four that need not wait for each other
+    float sum[4] = {i == column ? 1.0f : 0.0f, 0.0f, 0.0f, 0.0f};  // four independent sums
 #pragma unroll
     for (int j = 0; j < i; j += 4) {
       const float4 four = *reinterpret_cast<const float4*>(M + 16 * i + j);
@@ -68,10 +67,10 @@ SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
     }
     x[i] = sum[0] + sum[1] + (sum[2] + sum[3]);
   }
-  warp_barrier();  // all have read M
+  warp_barrier();  // all lanes have read M
   uint16_t* X = reinterpret_cast<uint16_t*>(unit.X);
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {  // both halves of the warp have the same columns
+  for (int i = 0; i < 16; ++i) {  // both halves of the warp compute the same columns
     const int word = 2 * (i >> 3) + (column >> 3), owner = (i & 7) * 4 + ((column & 7) >> 1);
     if (lane < 16) X[2 * (4 * owner + word) + (column & 1)] = narrow<Mode::bf16>(x[i]);
   }
@@ -82,7 +81,7 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
   const int lane = lane_of_warp(), rows = 16 * c.tiles, start = w * c.padded() + 16 * block;
   const int key_head = l.key_head(head), q_at = key_head * l.KP, k_at = l.heads * l.KP + q_at;
   const Unit unit(c, l, m, w, head, block);
-  // A lane's token; the upper half of the warp has the same ones.
+  // The lane's token; the upper half of the warp has the same tokens.
   const int token = lane & 15, row = start + token;
   float G = 0.0f, b = 0.0f, q_factor = 0.0f, k_factor = 0.0f;
   if (16 * block + token < c.L) {
@@ -116,7 +115,7 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
     }
   }
   float* M = reinterpret_cast<float*>(unit.X);
-  float P[2][4], until[2], write[2], read[2];  // of a lane's two rows i
+  float P[2][4], until[2], write[2], read[2];  // of the lane's two rows i
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     until[r] = shuffle_from(G, row_of(2 * r));
@@ -145,7 +144,7 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
                             pack_bf16(P[1][2], P[1][3]));
 }
 
-// S^T [16 value columns from v0 on][K] of a head of a window, and where it lies.
+// S^T [16 value columns from v0 on][K] of a head of a window, and its address.
 template <int KEYS>
 struct StateTile {
   static constexpr int TILES = KEYS / 8;
@@ -155,7 +154,7 @@ struct StateTile {
 
   SLEEPKERN_DEVICE StateTile(float* at, int K, int V, int v0) : at(at), K(K), V(V), v0(v0) { clear(S); }
 
-  // f(n, i, where S[n][i] lies, whether it does), n from FIRST on: what is only padding does not.
+  // Calls f(n, i, address of S[n][i], in_bounds) for FIRST <= n < LAST; padding is not in bounds.
   template <int FIRST, int LAST, class Each>
   SLEEPKERN_DEVICE void each(Each f) const {
     const int k = column_of(FIRST, 0), v = v0 + row_of(0), left = K - column_of(0, 0);
@@ -169,7 +168,7 @@ struct StateTile {
       f(n, 1, next, low && 8 * n + 1 < left);
       f(n, 2, p + 8, high && 8 * n < left);
       f(n, 3, next + 8, high && 8 * n + 1 < left);
-      p += opaque(8 * V);  // or all addresses are found before the first is used
+      p += opaque(8 * V);  // without opaque all addresses are computed before the first is used
     }
   }
 
@@ -177,8 +176,8 @@ struct StateTile {
     each<0, TILES>([&](int n, int i, const float* from, bool there) { S[n][i] = there ? *from : 0.0f; });
   }
 
-  // To where it lies; adds up the squares of what was there (if `begun`, else zeros) minus what is, and of what is. All
-  // from FIRST to LAST is read at once, or each number would be waited for.
+  // Stores the state, and adds the squares of its change to `change` and of its elements to `size`; if not `begun`, the
+  // state before was zero. All old elements from FIRST to LAST are loaded first, so that the loads overlap.
   template <int FIRST, int LAST>
   SLEEPKERN_DEVICE void store(bool begun, float& change, float& size) const {
     float before[LAST - FIRST][4];
@@ -196,14 +195,14 @@ struct StateTile {
   }
 };
 
-// 16 value columns from v0 on of value head `head` over window w.
+// Scans window w for 16 value columns from v0 on of value head `head`.
 template <int KEYS>
 SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m,
                                       int pass, int w, int head, int v0) {
   const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
   const int q_at = l.key_head(head) * l.KP, k_at = l.heads * l.KP + q_at;
   const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;
-  const int into = opaque(l.into);  // or places in the tile are found before the first window
+  const int into = opaque(l.into);  // without opaque all offsets in the tile are computed before the loop
   const Blocks16 wide(c, m.wide(), into, w);
   const bool begun = l.continued || pass > 0;
   using Tile = StateTile<KEYS>;

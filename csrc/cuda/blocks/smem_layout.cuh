@@ -1,4 +1,4 @@
-// What a thread block of sleep_blocks has in shared memory, and which windows are its own.
+// The shared memory of a CTA of sleep_blocks, and the windows of its cluster.
 #pragma once
 
 #include "cuda/arch/mma_tiles.h"
@@ -9,11 +9,11 @@
 
 namespace sleepkern::cuda {
 
-constexpr int UNIT = 1408;  // bytes that a block of 16 tokens of a head needs besides: recurrence.cuh
+constexpr int UNIT = 1408;  // bytes of the factors of a block of 16 tokens of a head (recurrence.cuh)
 
-// In the order in which the arrays lie; Shared says what they are. By the host.
+// Computes the offsets on the host, in the order of the arrays in memory; Shared describes the arrays.
 inline Places places_of(const BlocksCall& c) {
-  int64_t wide = 0, rates = 0, heads = 0, mixed = 0, scratch = 0;  // most of any layer; the last two in bytes
+  int64_t wide = 0, rates = 0, heads = 0, mixed = 0, scratch = 0;  // maximum over the layers; the last two in bytes
   const auto raise = [](int64_t& x, int64_t y) { x = x < y ? y : x; };
   const int64_t rows = 16 * c.tiles, all = c.cluster * c.columns;
   for (int i = 0; i < c.depth; ++i) {
@@ -57,39 +57,39 @@ struct Shared {
   SLEEPKERN_DEVICE static T* at(int32_t place) {
     return reinterpret_cast<T*>(shared_memory() + place);
   }
-  // [columns / 16][tiles][2][32][4] this block's columns of the residual, as accumulators
+  // [columns / 16][tiles][2][32][4] this CTA's columns of the residual, as accumulators
   SLEEPKERN_DEVICE float* h() const { return at<float>(c.at.h); }
-  // [all columns / 16][tiles][32] h of all blocks in bf16, as a left operand; everyone writes here
+  // [all columns / 16][tiles][32] h of all CTAs in bf16, as a left operand; all CTAs write to it
   SLEEPKERN_DEVICE uint4* x() const { return at<uint4>(c.at.x); }
-  // [mixed / 16][tiles][32] out of the mixer, where x was; behind it what the mixer of a layer needs besides
+  // [mixed / 16][tiles][32] output of the mixer, in the memory of x; after it the factors of the mixer's token blocks
   SLEEPKERN_DEVICE uint4* mixed() const { return x(); }
   SLEEPKERN_DEVICE char* units(const BlockLayer& l) const { return at<char>(c.at.x + 32 * c.tiles * l.mixed()); }
-  // [all columns / 16][rows] sums of h^2 over 16 columns; everyone writes here
+  // [all columns / 16][rows] sums of h^2 over 16 columns; all CTAs write to it
   SLEEPKERN_DEVICE float* squares() const { return at<float>(c.at.squares); }
-  // [rows] what norms multiply a row with
+  // [rows] factor of a row in the current norm
   SLEEPKERN_DEVICE float* scale() const { return at<float>(c.at.scale); }
-  // [cluster][exchange][tiles][2][32][4] parts of sums of this block's columns; everyone writes here. Two of them, the
-  // second at the end of the place of x.
+  // [cluster][exchange][tiles][2][32][4] partial sums of this CTA's columns; all CTAs write to it. There are two such
+  // buffers; the second overlays the end of x.
   SLEEPKERN_DEVICE float* received(bool too) const { return at<float>(too ? c.at.received_too : c.at.received); }
-  // [rows][into] tile out of `into`, later relu(up)^2 as a left operand
+  // [rows][into] tile of the product with `into`, later relu(up)^2 as a left operand
   SLEEPKERN_DEVICE uint16_t* wide() const { return at<uint16_t>(c.at.wide); }
-  // [rows][rates] log decay, then strength, of each value head
+  // [rows][rates] log decay of each value head, then beta of each
   SLEEPKERN_DEVICE float* rates() const { return at<float>(c.at.rates); }
-  // [2][heads][rows] what q and k are multiplied by
+  // [2][heads][rows] factors of q and k
   SLEEPKERN_DEVICE float* factors() const { return at<float>(c.at.factors); }
-  // [WARPS][ring][STAGE] weights, [WARPS][ring] their arrivals
+  // [WARPS][ring][STAGE] weights, and [WARPS][ring] their mbarriers
   SLEEPKERN_DEVICE char* ring() const { return at<char>(c.at.ring); }
   SLEEPKERN_DEVICE Arrival* arrivals() const { return at<Arrival>(c.at.arrivals); }
 
-  // On the CPU: which bytes may be touched.
+  // Tells the emulator which bytes may be accessed.
   SLEEPKERN_DEVICE void use() const {
     const int32_t* place = &c.at.h;
     for (int i = 0; i < 10; ++i) use_shared(shared_memory() + place[i], place[i + 1] - place[i] - GUARD);
   }
 };
 
-// x / y and the rest, of numbers from 0 to 2^20: a division of integers takes three times as long, and between the
-// products of a layer there are many.
+// x / y and its remainder, for integers from 0 to 2^20. An integer division takes three times as long, and there are
+// many between the products of a layer.
 struct Divided {
   int quotient, rest;
 };
@@ -98,7 +98,7 @@ SLEEPKERN_DEVICE Divided divided(int x, int y) {
   return {n, x - n * y};
 }
 
-// A thread block's rank in its cluster and the windows [first, first + windows) of that.
+// A CTA's rank in its cluster, and the windows [first, first + windows) of that cluster.
 struct Place {
   int rank, first, windows;
 
@@ -107,12 +107,12 @@ struct Place {
     first = static_cast<int>(blockIdx.x) / c.cluster * c.group;
     windows = c.B - first < c.group ? c.B - first : c.group;
   }
-  // A row is a token, or padding of its window or of the group.
+  // Whether a row is a token, and not padding of its window or of the group.
   SLEEPKERN_DEVICE bool has_token(const BlocksCall& c, int row) const {
     const Divided of = divided(row, c.padded());
     return of.quotient < windows && of.rest < c.L;
   }
-  // Where a row with a token lies in h [B, L, d].
+  // The index of a row's token in h [B, L, d].
   SLEEPKERN_DEVICE int64_t token(const BlocksCall& c, int row) const {
     const Divided of = divided(row, c.padded());
     return static_cast<int64_t>(first + of.quotient) * c.L + of.rest;

@@ -1,9 +1,10 @@
 // The order of the weights of a stack of blocks in the streams of kernel.cuh: for each warp of each CTA the fragments
-// of 16 outputs x 16 terms that it multiplies by in one pass, in whole stages (weight_stream.cuh). By the host.
+// of 16 outputs x 16 terms that it multiplies by in one pass, in whole stages (weight_stream.cuh). The host computes
+// it.
 //
-// The order is given as indices into [0, w_0, w_1, ...]: a zero, then all weights of all layers, each [outputs, terms]:
-// q k v, of gated DeltaNet gate and rates, out, up, down. It depends on cluster, columns, exchange and tiles of a call,
-// but not on group and ring.
+// The order is a list of indices into [0, w_0, w_1, ...]: a zero, then all weights of all layers, each [outputs,
+// terms]: q k v, for gated DeltaNet gate and rates, out, up, down. It depends on cluster, columns, exchange and tiles
+// of a call, but not on group and ring.
 #pragma once
 
 #include <algorithm>
@@ -16,25 +17,25 @@
 namespace sleepkern::cuda {
 
 struct WeightOrder {
-  std::vector<std::vector<int32_t>> streams;  // [cluster * WARPS] of indices
+  std::vector<std::vector<int32_t>> streams;  // [cluster * WARPS] indices of each warp
   std::vector<int32_t> stages;                // [cluster * WARPS][2]: the first stage of a warp, and how many
 };
 
-// Outputs and terms of a weight in one CTA: w[o][t] has the index outputs[o] + terms[t]; a negative entry is padding.
+// The outputs and terms of a weight in one CTA: w[o][t] has the index outputs[o] + terms[t]. A negative entry is
+// padding.
 struct LocalWeight {
   std::vector<int32_t> outputs, terms;
 
   int32_t index(int o, int t) const { return outputs[o] < 0 || terms[t] < 0 ? 0 : outputs[o] + terms[t]; }
 };
 
-// What one warp multiplies by at a time: one group of 16 outputs or two, over the steps first, first + stride, ... of
-// 16 terms.
+// One product of a warp: one n-group of 16 outputs or two, over the steps first, first + stride, ... of 16 terms.
 struct WarpTask {
   int warp, one, other;  // other: -1 means none
   int first = 0, stride = 1;
 };
 
-// product: WARPS groups, and the WARPS groups after them, at a time.
+// The tasks of `product`, which takes WARPS n-groups and the WARPS n-groups after them at a time.
 inline std::vector<WarpTask> product_tasks(int groups) {
   std::vector<WarpTask> tasks;
   for (int start = 0; start < groups; start += 2 * WARPS) {
@@ -46,7 +47,7 @@ inline std::vector<WarpTask> product_tasks(int groups) {
   return tasks;
 }
 
-// find_rates: warps share the steps of each group.
+// The tasks of find_rates, where warps share the steps of each n-group.
 inline std::vector<WarpTask> rates_tasks(const BlocksCall& c, int groups) {
   std::vector<WarpTask> tasks;
   for (int group = 0; group < groups; ++group) {
@@ -55,7 +56,8 @@ inline std::vector<WarpTask> rates_tasks(const BlocksCall& c, int groups) {
   return tasks;
 }
 
-// The groups of 16 columns of h in exchange n, as add_product sends them: of one owner after another.
+// The n-groups of 16 columns of h in exchange n, in the order in which add_product sends them: one for each CTA, then
+// the next one for each.
 inline std::vector<int> exchange_groups(const BlocksCall& c, int n) {
   std::vector<int> groups;
   for (int i = 0; i < c.exchange_size(n); ++i) {
@@ -64,7 +66,7 @@ inline std::vector<int> exchange_groups(const BlocksCall& c, int n) {
   return groups;
 }
 
-// add_product: a warp's second group is of the same exchange or of the one after it.
+// The tasks of add_product: a warp's second n-group belongs to the same exchange or to the next one.
 inline std::vector<WarpTask> exchange_tasks(const BlocksCall& c) {
   std::vector<WarpTask> tasks;
   for (int n = 0; n < c.exchanges(); ++n) {
@@ -82,8 +84,8 @@ inline std::vector<WarpTask> exchange_tasks(const BlocksCall& c) {
   return tasks;
 }
 
-// A fragment as lanes hold a right operand (arch/mma_tiles.h): lane (output % 8) * 4 + (term % 8) / 2, its words by
-// halves of the outputs, then of the terms.
+// Appends a fragment in the lanes' order of a right operand (arch/mma_tiles.h): element (output, term) is in lane
+// (output % 8) * 4 + (term % 8) / 2, whose words are ordered by halves of the outputs, then of the terms.
 inline void append_fragment(std::vector<int32_t>& stream, const LocalWeight& w, int group, int step) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int word = 0; word < 4; ++word) {
@@ -107,12 +109,12 @@ inline void append_tasks(std::vector<int32_t>* streams, const LocalWeight& w, co
   }
 }
 
-// Entries `first + scale * i` for i < count, then padding up to `whole`.
+// Appends first + scale * i for i < count, then padding up to `whole` entries.
 inline void append_padded(std::vector<int32_t>& to, int32_t first, int32_t scale, int count, int whole) {
   for (int i = 0; i < whole; ++i) to.push_back(i < count ? first + scale * i : -1);
 }
 
-// One layer in one CTA. `hidden` is that of the model; `first` the index of the layer's first weight.
+// One layer in one CTA. `hidden` is that of the model, `first` the index of the layer's first weight.
 class LayerOrder {
  public:
   LayerOrder(const BlocksCall& call, const BlockLayer& layer, int hidden, int rank, int32_t first)
@@ -168,7 +170,7 @@ class LayerOrder {
   int32_t first;
 };
 
-// hidden: [depth] columns of each layer's MLP in the model.
+// hidden [depth] has the hidden columns of each layer in the model.
 inline WeightOrder weight_order(const BlocksCall& c, const std::vector<int>& hidden) {
   WeightOrder order;
   order.streams.resize(c.cluster * WARPS);

@@ -1,13 +1,14 @@
-// Products with weights that stream through shared memory.
+// Products with weights that are streamed through shared memory.
 //
 //   acc [16 TILES][16] = left [16 TILES][16 steps] weight^T, for each group of 16 of the weight's outputs
 //
-// A group belongs to one warp, which takes all rows of the left operand. So no weight is wanted by two warps, and each
-// warp has a stream of its own: fragments of 16 outputs x 16 terms, 512 bytes, in the order in which it multiplies by
-// them, through all products of all layers, again and again in every pass. They come through a ring of the warp's own,
-// which nobody else waits for and which goes on filling while the block waits, exchanges or mixes tokens.
+// One warp computes a group for all rows of the left operand. So no two warps use the same weight, and each warp has
+// its own stream: fragments of 16 outputs x 16 terms, 512 bytes, in the order of its products over all layers, repeated
+// in every pass. Each warp has its own ring of stages. No other warp waits for it, and it fills while the CTA waits,
+// exchanges sums or mixes tokens.
 //
-// Left operands lie as fragments too: [step][tile of 16 rows][lane][4 words], as lanes hold what left they accumulate.
+// Left operands are stored as fragments too: [step][tile of 16 rows][lane][4 words], the order in which lanes
+// accumulate them.
 #pragma once
 
 #include "cuda/arch/mma_tiles.h"
@@ -17,17 +18,17 @@
 
 namespace sleepkern::cuda {
 
-// Stages of a warp that L2 has fetched, or is fetching, before they are asked for: the ring holds less than arrives
-// while memory answers, and all layers' weights may be more than L2 keeps (Depo's: 66 MB).
+// Stages of a warp that are prefetched to L2 before their copy is issued. The ring alone does not cover the latency of
+// memory, and the weights of all layers may not fit L2 (Depo's have 66 MB).
 constexpr int AHEAD = 16;
 
-// 16 bytes of each lane, generic where the compiler sees shared memory.
+// Loads 16 bytes a lane through a generic address, which the compiler resolves to shared memory.
 SLEEPKERN_DEVICE Fragment<Mode::bf16> load_fragment(const uint4* at) {
   const uint4 x = *at;
   return {{x.x, x.y, x.z, x.w}, {0}};
 }
 
-// Word of the pair of columns (column, column + 1), an even one, in fragments of `tiles` tiles.
+// The index of the word with columns (column, column + 1), column even, in fragments of `tiles` tiles.
 SLEEPKERN_DEVICE int word_of(int tiles, int row, int column) {
   const int lane = (row & 7) * 4 + ((column & 7) >> 1);
   return (((column >> 4) * tiles + (row >> 4)) * 32 + lane) * 4 + ((row >> 3) & 1) + 2 * ((column >> 3) & 1);
@@ -39,7 +40,7 @@ struct Stream {
   char* ring;
   Arrival* arrivals;
   int count;       // stages of a pass
-  int left, next;  // stages still to ask for; place in the pass of the next one
+  int left, next;  // stages whose copy is not issued yet; index in the pass of the next one
   int slot, parity;
 
   SLEEPKERN_DEVICE Stream(const BlocksCall& c, int rank, char* rings, Arrival* all) : c(c) {
@@ -55,7 +56,7 @@ struct Stream {
     for (int s = 0; s < c.ring; ++s) ask(s);
   }
 
-  // Into L2 what comes AHEAD stages after the next `stages`; but for what begins a pass.
+  // Prefetches to L2 the stages that follow AHEAD stages after the next one, but none of the next pass.
   SLEEPKERN_DEVICE void plan_prefetch(int stages) const { plan_prefetch(next, stages); }
   SLEEPKERN_DEVICE void plan_prefetch(int place, int stages) const {
     const int first = place + AHEAD, most = count - first;
@@ -70,7 +71,7 @@ struct Stream {
     next = next + 1 == count ? 0 : next + 1;
   }
 
-  // The two fragments of the stage at the front.
+  // Waits for the ring's first stage and loads its two fragments.
   SLEEPKERN_DEVICE void front(Fragment<Mode::bf16>& first, Fragment<Mode::bf16>& second) const {
     // mutant: no-wait-for-weights
     copy_wait(arrivals + slot, parity);
@@ -78,8 +79,8 @@ struct Stream {
     first = load_fragment(at);
     second = load_fragment(at + FRAGMENT / sizeof(uint4));
   }
-  // Asks for another stage in their place. After the products: the matrix units are busy meanwhile, and as a product is
-  // made by the whole warp, all lanes have read what they multiply by.
+  // Releases the ring's first stage and issues the next copy to its memory. It is called after the products: the matrix
+  // units are busy meanwhile, and since the whole warp takes part in a product, all lanes have read their operands.
   SLEEPKERN_DEVICE void turn() {
     // mutant: weights-overwrite-the-next-slot
     ask(slot);
@@ -104,11 +105,11 @@ SLEEPKERN_DEVICE void multiply_step(Products<TILES>& acc, const uint4* left, con
   }
 }
 
-// One group, or two of them side by side: the steps first, first + stride, ...
+// Computes one n-group, or two of them together, over the steps first, first + stride, ...
 template <int TILES>
 SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int steps, bool two, Products<TILES>& one,
                                       Products<TILES>& other, int first = 0, int stride = 1) {
-  weights.plan_prefetch(two ? steps : (steps + 1) / 2);  // or fewer, where others have some of the steps
+  weights.plan_prefetch(two ? steps : (steps + 1) / 2);  // an upper bound where warps share the steps
   left += lane_of_warp();
 #pragma unroll
   for (int m = 0; m < TILES; ++m) {
@@ -142,7 +143,7 @@ SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int st
   }
 }
 
-// made(group, products) for all groups.
+// Calls made(group, products) for all n-groups.
 template <int TILES, class Made>
 SLEEPKERN_DEVICE void product(Stream& weights, const uint4* left, int steps, int groups, Made made) {
   for (int first = threadIdx.x >> 5; first < groups; first += 2 * WARPS) {

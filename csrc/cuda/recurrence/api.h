@@ -7,8 +7,8 @@
 
 namespace sleepkern::cuda {
 
-// Bytes of shared memory that a block needs.
-int64_t window_memory(int mode, int K, bool reads, bool channel);  // of prepare too, which keeps the same of a chunk
+// Bytes of shared memory that a CTA needs.
+int64_t window_memory(int mode, int K, bool reads, bool channel);  // also that of chunk_factors
 int64_t replay_memory(int mode, int K, bool reads, int block, int slots);
 int64_t chain_memory(int K, bool backward);
 

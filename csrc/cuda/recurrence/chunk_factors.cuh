@@ -1,12 +1,12 @@
-// prepare: from k, beta and g of a chunk to what its passes need. One block a chunk of a head.
+// The chunk factors, from k, q, v, beta and g of a chunk. One CTA computes one chunk of a head.
 //
 //   G = running sum of g   E = exp(G)   M_ij = b_i k_i.k_j exp(G_i - G_j), i > j   X = (I + M)^-1
-//   W = X diag(b) (E k)    U = X diag(b) v    Kt_j = k_j exp(G_C - G_j)    Gam = exp(G_C)
+//   W = X diag(b) (E k)    U = X diag(b) v    Kt_j = k_j exp(G_C - G_j)
 //   P_ij = scale q_i.k_j exp(G_i - G_j), i >= j                            Qe_i = scale E_i q_i
 //
-// Exponents are never positive. The diagonal 16 x 16 blocks of X come from exact substitution in float32, those below
-// from products of split tf32 numbers, which keep float32's precision: powers of M would not survive keys that are
-// alike.
+// Exponents are never positive. Substitution in float32 gives the diagonal 16 x 16 blocks of X, and products of split
+// tf32 values, which keep float32's precision, give the blocks below them. A series of powers of M would lose all
+// digits with keys that are alike.
 #pragma once
 
 #include "common/recurrence.h"
@@ -19,7 +19,7 @@
 
 namespace sleepkern::cuda {
 
-// M and P with one decay a token: the decay is a factor of the finished products.
+// Computes M and P with one decay a token: the decay multiplies the finished products.
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_DEVICE void scores(const Problem& p, const Chunk& chunk, const Number<MODE>* keys,
                              const Workspace<MODE, KP, CHANNEL>& w, Number<MODE>* P) {
@@ -45,8 +45,8 @@ SLEEPKERN_DEVICE void scores(const Problem& p, const Chunk& chunk, const Number<
   }
 }
 
-// X = (I + M)^-1: XD and XT. First the diagonal blocks, a lane a column; then the blocks below them, a warp a column of
-// blocks: X_IJ^T = -(sum of X_LJ^T M_IL^T over J <= L < I) X_II^T.
+// Computes XD and XT of X = (I + M)^-1. First a lane computes a column of each diagonal block. Then a warp computes the
+// column of blocks below one: X_IJ^T = -(sum of X_LJ^T M_IL^T over J <= L < I) X_II^T.
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_DEVICE void invert(const Chunk& chunk, const Workspace<MODE, KP, CHANNEL>& w) {
   constexpr Mode FULL = Mode::exact;
@@ -81,7 +81,7 @@ SLEEPKERN_DEVICE void invert(const Chunk& chunk, const Workspace<MODE, KP, CHANN
   block_barrier();
 }
 
-// X diag(b E) and X diag(b), as left operands.
+// Stores X diag(b E) and X diag(b) as left operands.
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_DEVICE void scale_inverse(const Chunk& chunk, const Workspace<MODE, KP, CHANNEL>& w) {
   const int rows = 16 * chunk.blocks();
@@ -98,7 +98,7 @@ SLEEPKERN_DEVICE void scale_inverse(const Chunk& chunk, const Workspace<MODE, KP
   }
 }
 
-// -W [CHUNK][KP] = -X diag(b) (E k), 16 rows and half the columns a warp; rows beyond the tokens become 0.
+// Computes -W [CHUNK][KP] = -X diag(b) (E k), 16 rows and half of the columns a warp; rows beyond the tokens are 0.
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void erase_factor(const Chunk& chunk, const Number<MODE>* inverse, const Number<MODE>* keys,
                                    Number<MODE>* W) {
@@ -122,7 +122,7 @@ SLEEPKERN_DEVICE void erase_factor(const Chunk& chunk, const Number<MODE>* inver
   }
 }
 
-// U of 16 value columns as accumulators U^T [16][CHUNK]; group counts the groups of the tile.
+// Computes U of 16 value columns as accumulators U^T [16][CHUNK]; `group` is the group of columns in the tile of v.
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_DEVICE void write_factor(const Workspace<MODE, KP, CHANNEL>& w, int group, int blocks,
                                    float (&U)[CHUNK / 8][4]) {
@@ -134,7 +134,7 @@ SLEEPKERN_DEVICE void write_factor(const Workspace<MODE, KP, CHANNEL>& w, int gr
   }
 }
 
-// Qe into the place of q.
+// Loads Qe to the memory of q.
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_DEVICE void load_queries(const Problem& p, const Chunk& chunk, Number<MODE>* Q, const float* G) {
   const int64_t offset = static_cast<int64_t>(chunk.head / static_cast<int>(p.HV / p.H)) * p.K;
@@ -143,8 +143,8 @@ SLEEPKERN_DEVICE void load_queries(const Problem& p, const Chunk& chunk, Number<
                       [&](int row, int d, float x) { return p.scale * x * decay.from_start(row, d); });
 }
 
-// All but U and Qe. keys and W are tiles [CHUNK][KP]; P [CHUNK][CHUNK], nullptr where nothing is read. Ends with a
-// barrier, and leaves keys without their decay for finish_keys.
+// Computes all factors but U and Qe. keys and W are tiles [CHUNK][KP]; P is [CHUNK][CHUNK], nullptr without outputs. It
+// ends with a barrier. finish_keys later replaces `keys`.
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number<MODE>* keys, Number<MODE>* W,
                                     Number<MODE>* P, const Workspace<MODE, KP, CHANNEL>& w) {
@@ -154,7 +154,7 @@ SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number
   load_tile<MODE, KP>(keys, p.k, chunk, offset, p.K, p.normalize, plain);
   if (P) {
     load_tile<MODE, KP>(w.Q, p.q, chunk, offset, p.K, p.normalize, plain);
-    for (int e = threadIdx.x; e < CHUNK * CHUNK; e += THREADS) P[e] = 0;  // the blocks above the diagonal
+    for (int e = threadIdx.x; e < CHUNK * CHUNK; e += THREADS) P[e] = 0;  // for the blocks above the diagonal
   }
   block_barrier();
   if constexpr (CHANNEL) {
@@ -177,7 +177,7 @@ SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number
   block_barrier();
 }
 
-// Kt in the place of k, and Gam; a barrier must follow.
+// Stores Kt in the memory of k, and the chunk decay; a barrier must follow.
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_DEVICE void finish_keys(const Problem& p, const Chunk& chunk, Number<MODE>* keys, float* gamma,
                                   const float* G) {

@@ -1,9 +1,9 @@
-// prepare with channel decay: M and P, whose decay sits inside the sum over channels,
+// M and P with channel decay, where the decay is inside the sum over channels,
 //
 //   M_ij = b_i sum_d k_id k_jd exp(G_id - G_jd).
 //
-// Blocks below the diagonal are products again, with the last row R before the block as a reference,
-// (k_i exp(G_i - R)) . (k_j exp(R - G_j)), both exponents <= 0. In the diagonal 16 x 16 blocks every pair has its own.
+// Blocks below the diagonal are matrix products, with the last row R before the block as a reference, (k_i exp(G_i -
+// R)) . (k_j exp(R - G_j)), both exponents <= 0. In the diagonal 16 x 16 blocks each pair is summed by itself.
 #pragma once
 
 #include "common/recurrence.h"
@@ -15,7 +15,7 @@
 
 namespace sleepkern::cuda {
 
-// A fragment made of element(row, column); `right` swaps the order of its quarters (see arch/mma_tiles.h).
+// A fragment of the values element(row, column); `right` swaps the order of its quarters (see arch/mma_tiles.h).
 template <Mode MODE, class Element>
 SLEEPKERN_DEVICE Fragment<MODE> fragment_of(bool right, Element element) {
   const int g = lane_of_warp() >> 2, t = lane_of_warp() & 3;

@@ -1,8 +1,8 @@
-// What a block that prepares a chunk holds: its shared memory, and the sums of its gates.
+// The shared memory of a CTA that computes chunk factors, and the sums of the chunk's gates.
 //
-// Shared memory, in bytes at K = 128, bf16 (float32): keys and -W 16 K each (32 K); scratch: v 8 K (16 K), M 16 K, then
-// X diag(b E) in its place; X^T 16 K and X diag(b) 8 K (16 K), before them q; gates, and G itself with channel decay,
-// 32 K.
+// Shared memory, in bytes at K = 128, bf16 (float32): keys and -W 16 K each (32 K); The scratch has v, 8 K (16 K); M,
+// 16 K, and later X diag(b E) in the same memory; q, and later X^T, 16 K, and X diag(b), 8 K (16 K), in the same
+// memory; and the gates, which with channel decay are all of G, 32 K.
 #pragma once
 
 #include "common/recurrence.h"
@@ -20,10 +20,10 @@ struct Workspace {
   using N = Number<MODE>;
   N* V;       // [CHUNK][VALUES]
   float* M;   // [CHUNK][CHUNK]
-  N* XE;      // [CHUNK][CHUNK] X diag(b E), where M was
+  N* XE;      // [CHUNK][CHUNK] X diag(b E), in the memory of M
   float* XT;  // [CHUNK][CHUNK] X transposed
   N* XB;      // [CHUNK][CHUNK] X diag(b)
-  N* Q;       // [CHUNK][KP], where XT and XB come to lie
+  N* Q;       // [CHUNK][KP], in the memory of XT and XB
   float* XD;  // [CHUNK][16] diagonal blocks of X
   float* G;   // see Decay
   float* beta;
@@ -42,13 +42,13 @@ struct Workspace {
   }
 };
 
-// Shared memory of a block that prepares a chunk. P comes last, so that all other places are known when
-// this is compiled.
+// The shared memory of a CTA that computes chunk factors. P is last, so that all other offsets are compile-time
+// constants.
 template <Mode MODE, int KP, bool CHANNEL>
 struct ChunkMemory {
   Arena arena;
   Number<MODE>*keys, *W;
-  float *gamma, *sums;  // decay of the chunk; room for converged
+  float *gamma, *sums;  // decay of the chunk; scratch of `converged`
   Workspace<MODE, KP, CHANNEL> scratch;
   Number<MODE>* P;
 
@@ -62,8 +62,9 @@ struct ChunkMemory {
         P(reads ? arena.take<Number<MODE>>(CHUNK * CHUNK) : nullptr) {}
 };
 
-// The running sum G is wanted in differences, which are small where G itself may be large. With one decay a token it is
-// kept in two floats; with channel decay it starts anew every 16 rows, and whole blocks are added as needed.
+// The running sum G is used in differences, which are small where G itself may be large. With one decay a token G is
+// kept in two floats. With channel decay it restarts every 16 rows, and the sums of whole blocks are added where
+// needed.
 template <int KP, bool CHANNEL>
 struct Decay {
   const float* G;
@@ -83,12 +84,12 @@ struct Decay {
     if (CHANNEL) return decayed((G[(i | 15) * KP + d] - G[i * KP + d]) + after()[(i >> 4) * KP + d]);
     return between(CHUNK - 1, i, d);
   }
-  // Sums over the blocks before and after a block, [4][KP] each.
+  // Sums of g over all blocks before and after a block, [4][KP] each.
   SLEEPKERN_DEVICE const float* before() const { return G + CHUNK * KP; }
   SLEEPKERN_DEVICE const float* after() const { return before() + CHUNK / 16 * KP; }
 };
 
-// G and beta of a chunk; what lies beyond its tokens has g = 0 and beta = 0.
+// Loads G and beta of a chunk; rows beyond its tokens have g = 0 and beta = 0.
 template <int KP, bool CHANNEL>
 SLEEPKERN_DEVICE void load_gates(const Problem& p, const Chunk& chunk, float* G, float* beta) {
   const int lane = lane_of_warp(), warp = threadIdx.x >> 5;
@@ -135,7 +136,7 @@ SLEEPKERN_DEVICE void load_gates(const Problem& p, const Chunk& chunk, float* G,
   }
 }
 
-// What Decay has of whole blocks of 16 rows.
+// Computes the sums of whole blocks of 16 rows that Decay uses.
 template <int KP>
 SLEEPKERN_DEVICE void sum_blocks(float* G) {
   float* sums = G + CHUNK * KP;
@@ -152,7 +153,7 @@ SLEEPKERN_DEVICE void sum_blocks(float* G) {
   }
 }
 
-// The 16 x 16 block (I, J) of M, or of P for i >= j; element(i, j, x) takes x = left_i . right_j.
+// Calls element(i, j, x) for the elements x = left_i . right_j of the 16 x 16 block (I, J) of M or P.
 template <class Element>
 SLEEPKERN_DEVICE void each_element(const float (&acc)[2][4], int I, int J, Element element) {
 #pragma unroll

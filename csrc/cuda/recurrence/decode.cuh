@@ -1,5 +1,6 @@
-// Decode: a few tokens on a state that is updated in place. Bound by the bytes of the state, which is read and written
-// once: a warp takes 16 value columns, four a lane, and an eighth of the rows a lane, all in registers.
+// Decode: a few tokens on a state that is updated in place. The time is that of the state's bytes, and the state is
+// read and written once. A warp takes 16 value columns; a lane holds four of them and an eighth of the rows in
+// registers.
 //
 //   S <- a S;  u = b (v - S^T k);  o = scale (S^T q + (k.q) u);  S <- S + k u^T
 //
@@ -17,9 +18,9 @@
 namespace sleepkern::cuda {
 
 constexpr int STEP_THREADS = 128;
-constexpr int STEP_COLUMNS = 64;  // of a block
+constexpr int STEP_COLUMNS = 64;  // value columns of a CTA
 
-// Columns of a row of the state that a lane holds; a vector where the row allows it.
+// Loads a lane's four columns of a row of the state, by one vector load where the row is aligned.
 SLEEPKERN_DEVICE float4 load_four(const float* row, int valid, bool aligned) {
   if (aligned && valid >= 4) return *reinterpret_cast<const float4*>(row);
   return make_float4(valid > 0 ? row[0] : 0.0f, valid > 1 ? row[1] : 0.0f, valid > 2 ? row[2] : 0.0f,
@@ -43,7 +44,7 @@ SLEEPKERN_DEVICE float sum_rows(float x) {
   return x + shuffle_xor(x, 16);
 }
 
-// Eight numbers of a token's key-wide tensor, from row `first` on.
+// Loads eight elements of a token's k, q or g, from row `first` of the state on.
 SLEEPKERN_DEVICE void load_rows(float (&x)[8], const Rows& rows, int64_t token, int64_t offset, int first, int K) {
   const int left = K - first;
   load_eight(x, rows.data, rows.type, token * rows.stride + offset + first, left < 0 ? 0 : left < 8 ? left : 8);
@@ -59,7 +60,7 @@ step_kernel(const Steps s) {
   const int head = static_cast<int>(blockIdx.x % p.HV), K = static_cast<int>(p.K), V = static_cast<int>(p.V);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = (lane >> 2) * ROWS;
   const int column = static_cast<int>(blockIdx.y) * STEP_COLUMNS + 16 * warp + 4 * (lane & 3), valid = V - column;
-  if (static_cast<int>(blockIdx.y) * STEP_COLUMNS + 16 * warp >= V) return;  // a whole warp
+  if (static_cast<int>(blockIdx.y) * STEP_COLUMNS + 16 * warp >= V) return;  // the whole warp returns
   const int64_t place = s.places ? s.places[sequence] : sequence;
   const int64_t key = static_cast<int64_t>(head / static_cast<int>(p.HV / p.H)) * K;
   const bool aligned = V % 4 == 0 && s.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.final_state) % 16 == 0;
@@ -80,12 +81,13 @@ step_kernel(const Steps s) {
   for (int64_t token = sequence * p.T; token < (sequence + 1) * p.T; ++token) {
     float out[4] = {};
     if (place >= 0) {
-      // Eight rows at a time; what normalisation multiplies by comes out of the same round of sums.
+      // Eight rows at a time. The sums for the normalisation are part of the same round of shuffles.
       float kk = 0.0f, qq = 0.0f, kq = 0.0f, erased[4] = {}, read[4] = {}, k[8], q[8], g[8];
       const float a = p.gate == Gate::head ? decayed(load_one(p.g.data, p.g.type, token * p.g.stride + head)) : 1.0f;
 #pragma unroll
       for (int r = 0; r < ROWS; r += 8) {
-        const int row = opaque(first + r);  // or numbers of all rows are loaded ahead, for which there are no registers
+        const int row =
+            opaque(first + r);  // without opaque the loads of all rows are issued first, which takes too many registers
         load_rows(k, p.k, token, key, row, K);
         load_rows(q, p.q, token, key, row, K);
         if (p.gate == Gate::channel) load_rows(g, p.g, token, static_cast<int64_t>(head) * K, row, K);

@@ -1,4 +1,4 @@
-// What the message of a launch that failed says of its arguments.
+// The arguments of a launch in words, for the message of a launch that failed.
 #pragma once
 
 #include <string>

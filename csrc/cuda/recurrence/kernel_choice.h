@@ -1,4 +1,4 @@
-// The choice of a kernel by width and mode.
+// The choice of a kernel by the width of keys and the mode.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace sleepkern::cuda {
 
-// A kernel is chosen by use(width) or use(mode, width), both constants.
+// use(width) or use(mode, width) launches a kernel; both arguments are compile-time constants.
 template <Mode MODE>
 struct ModeOf {
   static constexpr Mode value = MODE;

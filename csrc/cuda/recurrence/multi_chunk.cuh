@@ -1,18 +1,16 @@
-// Replay of windows of any length, in two launches. The first prepares every chunk, all at the same time; the second
-// makes the passes, with the factors in shared memory.
+// Replay of windows of any length, in two launches. The first computes the factors of all chunks in parallel; the
+// second runs the passes, with the factors in shared memory.
 //
-//   prepare:       blockIdx.x = slot of a chunk, blockIdx.y = head
-//   state_pass, affine:  blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of
-//   it
+//   chunk_factors:       blockIdx.x = slot of a chunk, blockIdx.y = head
+//   state_pass, affine:  blockIdx.x = (sequence * HV + head) * value_blocks + v-tile
 //
-// state_pass    A window of at most `slots` chunks is loaded once and stays for all passes; the chunks of a longer one
-// stream
-//         through the slots in every pass.
-// affine  One pass makes S_1 and, from the identity and values 0, the columns of A, 16 a warp. Then d = S_1 - S_0,
-//         d <- A d, S <- S + d, with A [K][K] in the place of the first slot. Readouts take a launch of state_pass.
+// state_pass loads a window of at most `slots` chunks once for all passes; the chunks of a longer one are streamed
+// through the slots in every pass. affine computes S_1 by one pass and, from the identity and values 0, the columns of
+// A, 16 a warp. Then d = S_1 - S_0, d <- A d, S <- S + d, with A [K][K] in the memory of the first slot. Outputs take
+// a launch of state_pass. Warp w has columns 16 w ... of the v-tile.
 //
-// Shared memory, a slot: -W and Kt (16 K each at K = 128 in bf16), the decay, U (4 K every 16 columns); Qe and P of one
-// chunk where something is read. Registers: S^T KP / 2, Vn^T 32, and A or d another KP / 2.
+// Shared memory, a slot: -W and Kt (16 K each at K = 128 in bf16), the decay, U (4 K every 16 columns); with outputs
+// also Qe and P of one chunk. Registers: S^T KP / 2, Vn^T 32, and A or d another KP / 2.
 #pragma once
 
 #include "common/recurrence.h"
@@ -26,7 +24,7 @@
 
 namespace sleepkern::cuda {
 
-// Where the factors of a chunk lie in global memory.
+// The addresses of a chunk's factors in global memory.
 template <Mode MODE, int KP>
 struct Slot {
   static constexpr int TILES = 2 * CHUNK * KP, QUERIES = CHUNK * KP + CHUNK * CHUNK, GROUP = 16 * CHUNK;
@@ -50,11 +48,11 @@ SLEEPKERN_DEVICE void copy_out(T* to, const T* from, int count) {
   }
 }
 
-// The chunk that has a slot; `tokens` is 0 where a slot has none.
+// The chunk of a slot; `tokens` is 0 for a slot without a chunk.
 SLEEPKERN_DEVICE Chunk chunk_of_slot(const Problem& p, int64_t slot, int head) {
   int64_t sequence = 0;
   if (p.offsets) {
-    int64_t beyond = p.sequences;  // the last sequence whose first slot is not after this one
+    int64_t beyond = p.sequences;  // binary search for the last sequence whose first slot is not after this slot
     while (beyond - sequence > 1) {
       const int64_t middle = (sequence + beyond) / 2;
       (first_slot(p, middle) <= slot ? sequence : beyond) = middle;
@@ -103,7 +101,7 @@ prepare_kernel(const Call c) {
   }
 }
 
-// Shared memory of the second launch.
+// The shared memory of the second launch.
 template <Mode MODE, int KP>
 struct ReplayMemory {
   struct Place {
@@ -113,10 +111,10 @@ struct ReplayMemory {
   static constexpr int MOST = 16;  // slots
 
   Arena arena;
-  Arrival* arrivals;  // of the slots, then of queries
+  Arrival* arrivals;  // those of the slots, then that of queries
   float* sums;
   Place first;
-  int stride;  // bytes from place to place
+  int stride;  // bytes from slot to slot
   Number<MODE>* queries;
 
   SLEEPKERN_BOTH ReplayMemory(char* base, int block, int slots, bool reads)
@@ -140,16 +138,16 @@ struct ReplayMemory {
   }
 };
 
-// The chunks of one sequence and head, in the order in which the passes want them: load n brings chunk n % chunks into
-// place n % slots. A window that is resident is loaded once.
+// The chunks of one sequence and head, in the order of the passes: load n copies chunk n % chunks to slot n % slots. A
+// resident window is loaded once.
 template <Mode MODE, int KP>
 struct Stream {
   const Call& c;
   const ReplayMemory<MODE, KP>& m;
-  int64_t first;  // slot in global memory
+  int64_t first;  // first slot of the sequence in global memory
   int head, chunks, column;
   bool resident;
-  int wanted;  // loads that may be asked for
+  int wanted;  // number of loads in all passes
   int asked = 0, seen = 0, reads = 0;
 
   SLEEPKERN_DEVICE void ask() {
@@ -182,16 +180,16 @@ struct Stream {
     ++seen;
     if (resident) return;
     // mutant: no-barrier-before-a-slot-is-refilled
-    block_barrier();  // all have read the place
+    block_barrier();  // all warps have read the slot
     fill();
   }
-  // Qe and P of chunk i, which have one place.
+  // Loads Qe and P of chunk i, for which there is one slot.
   SLEEPKERN_DEVICE void load_queries(int i) {
     const Slot<MODE, KP> from(c, first + i, head);
     Arrival* arrival = m.arrivals + ReplayMemory<MODE, KP>::MOST;
     const int bytes = Slot<MODE, KP>::QUERIES * static_cast<int>(sizeof(Number<MODE>));
     // mutant: no-barrier-before-queries-are-loaded
-    block_barrier();  // all have read the chunk before
+    block_barrier();  // all warps have read those of the chunk before
     copy_begin(arrival, bytes);
     copy_part(arrival, m.queries, from.queries, bytes);
     copy_end(arrival);
@@ -199,10 +197,11 @@ struct Stream {
   }
 };
 
-// What the blocks of both forms have to know of their sequence and head.
+// The sequence, head and v-tile of a CTA, for both methods.
 struct Lane {
   int64_t index, sequence, tokens;
-  int head, chunks, first, column, seen;  // first value column of the block and of the warp; V for a warp without any
+  int head, chunks, first, column,
+      seen;  // first value columns of the CTA and of the warp; `seen` is `column`, or V for a warp without columns
   bool active;
 
   SLEEPKERN_DEVICE explicit Lane(const Call& c)
@@ -235,7 +234,7 @@ SLEEPKERN_DEVICE ReplayMemory<MODE, KP> replay_memory(const Call& c, bool reads)
   return m;
 }
 
-// All passes by wy.
+// Runs all passes by wy.
 template <Mode MODE, int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
 state_pass_kernel(const Call c) {
@@ -256,7 +255,7 @@ state_pass_kernel(const Call c) {
   while (true) {
     const bool read = p.reads && made == last;
     if (stops && !read) store_state<KP>(S, final, K, V, lane.seen);
-    if (stops && read) load_state<KP>(S, final, K, V, lane.seen);  // before the last pass, which is made again
+    if (stops && read) load_state<KP>(S, final, K, V, lane.seen);  // the state before the last pass, which runs again
 #pragma unroll 1
     for (int i = 0; i < lane.chunks; ++i) {
       const Chunk chunk = lane.chunk(p, i);
@@ -277,7 +276,7 @@ state_pass_kernel(const Call c) {
       const float step = square_step<KP>(S, final, K, V, lane.seen);
       if (converged(c, lane.index, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
         if (!p.reads) break;
-        last = made;  // it is made again: from the state before it, not counted twice
+        last = made;  // this pass runs again, with outputs, from the state before it; it is not counted twice
       }
     } else if (made == c.passes) {
       break;
@@ -286,8 +285,8 @@ state_pass_kernel(const Call c) {
   if (lane.active) store_state<KP>(S, final, K, V, lane.column);
 }
 
-// All passes by affine, but not their outputs: where there are any, state_pass_kernel makes the last pass, from the
-// state before it, which this one leaves in call.before.
+// Runs all passes by affine, without outputs. With outputs state_pass_kernel runs the last pass, from the state before
+// it, which this kernel stores in call.before.
 template <Mode MODE, int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
 affine_kernel(const Call c) {
@@ -341,7 +340,7 @@ affine_kernel(const Call c) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[n][i] = S[n][i] - d[n][i];
   }
-  constexpr bool PARKED = MODE == Mode::exact;  // S waits in memory while d is transformed
+  constexpr bool PARKED = MODE == Mode::exact;  // S is stored in memory while d is transformed
   int made = 1;
 #pragma unroll 1
   for (;; ++made) {
@@ -356,7 +355,7 @@ affine_kernel(const Call c) {
       for (int i = 0; i < 4; ++i) S[n][i] += d[n][i];
     }
   }
-  const float back = stops && p.reads ? 1.0f : 0.0f;  // the last pass is made again, with its outputs
+  const float back = stops && p.reads ? 1.0f : 0.0f;  // the last pass runs again, with outputs
 #pragma unroll
   for (int n = 0; n < KP / 8; ++n) {
 #pragma unroll

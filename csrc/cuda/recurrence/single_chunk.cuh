@@ -1,13 +1,14 @@
-// Replay of a window of one chunk, in one launch: the block prepares the chunk in its own shared memory, makes all
-// passes over it, and reads out the last one.
+// Replay of a window of one chunk, in one launch: the CTA computes the chunk factors in its shared memory, runs all
+// passes over them, and computes the outputs of the last one.
 //
-//   blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of the value block
+//   blockIdx.x = (sequence * HV + head) * value_blocks + v-tile; warp w has columns 16 w ... of it
 //
-// rank: the state after pass n is Gam^n S0 + Kt^T Y_n with Y_0 = 0 and Y_(n+1) = Gam Y_n + U - Gam^n W S0 - Z Y_n,
-// Z = W Kt^T: 64 x 64 products instead of 64 x K x 2. All passes but the last are made in the first turn of the loop.
+// rank: the state after pass n is a^n S0 + Kt^T Y_n with Y_0 = 0 and Y_(n+1) = a Y_n + U - a^n W S0 - Z Y_n, Z =
+// W Kt^T: 64 x 64 products instead of 64 x K x 2. The first iteration of the loop runs all passes but the last.
 //
-// Shared memory: keys, -W, the decay, prepare's scratch, P; in the scratch's place -Z during rank, Qe for the last
-// pass. Registers: S^T KP / 2, U^T 32, Vn^T 32. With tol the state before a pass waits in the final state's place.
+// Shared memory: keys, -W, the decay, the scratch of the chunk factors, P; later -Z of rank, and Qe for the last pass,
+// in the memory of the scratch. Registers: S^T KP / 2, U^T 32, Vn^T 32. With tol the final state's memory holds the
+// state before each pass.
 #pragma once
 
 #include "common/recurrence.h"
@@ -39,7 +40,8 @@ SLEEPKERN_DEVICE void transition_of_rows(const Number<MODE>* W, const Number<MOD
   }
 }
 
-// Y after `passes` passes, in the place of U - W S0, with which it starts; returns Gam^passes. reload gives U.
+// Runs passes in token space: Y starts as U - W S0 and becomes that of pass number `passes`. Returns
+// chunk_decay^passes. reload(values) loads U.
 template <Mode MODE, class Reload>
 SLEEPKERN_DEVICE float rank_passes(Values& Y, const Number<MODE>* Z, float gamma, int passes, int blocks,
                                    Reload reload) {
@@ -86,13 +88,13 @@ window_kernel(const Call c) {
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), blocks = chunk.blocks();
   const int first = static_cast<int>(blockIdx.x % c.value_blocks) * c.block;
   const int column = 16 * warp < c.block ? first + 16 * warp : V;  // V: none
-  // No register is free through a pass: what is needed once in it is computed there.
+  // No register is free during a pass, so values that a pass uses once are computed at their use.
   const auto again = [&] { return Chunk{static_cast<int64_t>(opaque(lane) / HV) * T, T, opaque(lane) % HV}; };
   const auto state = [&](auto* base) { return base + static_cast<int64_t>(opaque(lane)) * p.K * p.V; };
   ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.reads);
 
   prepare_chunk<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
-  // float32 has no registers for U, but a tile of v of its size; the block is then no wider than the tile.
+  // fp32x3 has no registers for U. The tile of v has U's size and holds it; the v-tile is then no wider than that tile.
   constexpr bool PARKED = MODE == Mode::exact;
   float* parked = reinterpret_cast<float*>(m.scratch.V);
   Values U;
@@ -130,7 +132,7 @@ window_kernel(const Call c) {
   }
   load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V, column);
   int made = 0;
-  int last = stops ? -1 : c.passes - 1;  // the pass that is read out
+  int last = stops ? -1 : c.passes - 1;  // the pass with outputs
 #pragma unroll 1
   while (true) {
     const bool read = p.reads && made == last;
@@ -138,7 +140,8 @@ window_kernel(const Call c) {
       block_barrier();
       load_queries<MODE, KP, CHANNEL>(p, again(), m.scratch.Q, m.scratch.G);
       block_barrier();
-      if (stops) load_state<KP>(S, state(p.final_state), K, V, column);  // before the last pass, which is made again
+      if (stops)
+        load_state<KP>(S, state(p.final_state), K, V, column);  // the state before the last pass, which runs again
     } else if (stops) {
       store_state<KP>(S, state(p.final_state), K, V, column);
     }
@@ -150,7 +153,7 @@ window_kernel(const Call c) {
       if (rank && made == 0) {
         const float power = rank_passes<MODE>(values, m.scratch.XE, m.gamma[0], c.passes - 1, blocks, reload);
         load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V,
-                       column);  // again, so that no register holds it through the passes
+                       column);  // loaded again, so that no register holds it during the passes
         scale(S, [power](int) { return power; });
       } else {
         scale(S, [&](int d) { return m.gamma[d]; });
@@ -163,7 +166,7 @@ window_kernel(const Call c) {
       const float step = square_step<KP>(S, state(p.final_state), K, V, column);
       if (converged(c, lane, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
         if (!p.reads) break;
-        last = made;  // it is made again: from the state before it, not counted twice
+        last = made;  // this pass runs again, with outputs, from the state before it; it is not counted twice
       }
     } else if (made == c.passes) {
       break;

@@ -1,9 +1,9 @@
-// What one pass does with the 16 value columns of a warp. State and corrected values stay in its registers, transposed:
+// The stages of a pass for the 16 value columns of a warp. State and corrected values stay in registers, transposed:
 //
-//   Vn^T = U^T - S^T W^T      S^T <- S^T Gam + Vn^T Kt      O^T = S^T Qe^T + Vn^T P^T
+//   Vn^T = U^T - S^T W^T      S^T <- S^T exp(G_C) + Vn^T Kt      O^T = S^T Qe^T + Vn^T P^T
 //
-// Value columns do not meet, so warps need no barrier; shared memory holds the right operands of all of them, -W, Kt,
-// Qe and P, and nothing is written there. Accumulators S^T [16][KP]: KP / 2 registers a thread; Vn^T [16][CHUNK]: 32.
+// Value columns are independent, so warps need no barrier. Shared memory holds the right operands of all warps, -W, Kt,
+// Qe and P, and is only read. Accumulators S^T [16][KP]: KP / 2 registers a thread; Vn^T [16][CHUNK]: 32.
 #pragma once
 
 #include "common/recurrence.h"
@@ -18,8 +18,8 @@ template <int KP>
 using State = float[KP / 8][4];
 using Values = float[CHUNK / 8][4];
 
-// element(x, inside, at) for each number x of columns column.. column + 15 of a state [K][V]: whether it is inside the
-// state, and its address. Addresses are computed anew each time (see opaque).
+// Calls element(x, inside, at) for each element x of columns column ... column + 15 of a state [K][V], with its address
+// and whether it is inside the state. Addresses are computed at each call (see opaque).
 template <int KP, class S, class Number, class Element>
 SLEEPKERN_DEVICE void each_number(S& state, Number* at, int K, int V, int column, Element element) {
   const int v = column + row_of(0), rows = opaque(K) - column_of(0, 0), pitch = opaque(V);
@@ -48,7 +48,7 @@ SLEEPKERN_DEVICE void store_state(const State<KP>& S, float* state, int K, int V
   });
 }
 
-// Accumulators that lie thread after thread, `group` groups of 16 columns from U on.
+// Loads accumulators that are stored in the order of threads, those of group `group` of 16 columns from U on.
 SLEEPKERN_DEVICE void load_values(Values& values, const float* U, int group) {
   const float4* from = reinterpret_cast<const float4*>(U) + group * (CHUNK * 4) + lane_of_warp();
 #pragma unroll
@@ -76,7 +76,7 @@ SLEEPKERN_DEVICE void correct(Values& values, const State<KP>& S, const Number<M
     multiply<MODE>(values, left_of<MODE>(S, step), right, step, blocks);
 }
 
-// d <- A d. bf16 fragments take half of the registers of d, so they are all made before it is overwritten.
+// d <- A d. The bf16 fragments take half of the registers of d, so all of them are made before d is overwritten.
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void transform(State<KP>& d, const Number<MODE>* A) {
   const RightReader<MODE, KP> right(A);
@@ -110,7 +110,7 @@ SLEEPKERN_DEVICE void add_rows(State<KP>& S, const Values& values, const Number<
   }
 }
 
-// S^T <- S^T Gam, decay(d) of row d of S.
+// S^T <- S^T decay; decay(d) is that of row d of S.
 template <int TILES, class Decay>
 SLEEPKERN_DEVICE void scale(float (&S)[TILES][4], Decay decay) {
 #pragma unroll
@@ -128,7 +128,7 @@ SLEEPKERN_DEVICE void advance(State<KP>& S, const Values& values, const Number<M
   add_rows<MODE, KP>(S, values, keys, blocks);
 }
 
-// Readouts of the chunk that S stands before and whose corrected values are at hand, written to o.
+// Computes o of a chunk and stores it. S is the state before the chunk, `values` its corrected values.
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void read_out(const State<KP>& S, const Values& values, const Number<MODE>* Qe, const Number<MODE>* P,
                                const Problem& p, const Chunk& chunk, int column) {
@@ -157,7 +157,7 @@ SLEEPKERN_DEVICE void read_out(const State<KP>& S, const Values& values, const N
   }
 }
 
-// Sum of squares of what a state has gained since it was stored.
+// The sum of squares of the difference between a state and its stored copy.
 template <int KP>
 SLEEPKERN_DEVICE float square_step(const State<KP>& S, const float* before, int K, int V, int column) {
   float sum = 0.0f;
@@ -180,8 +180,8 @@ SLEEPKERN_DEVICE float square_sum(const State<KP>& S) {
 }
 
 // Whether a head may stop after pass number `made`, whose step and state have these sums of squares (0 from warps
-// without columns): |d| r / (1 - r) <= tol |S|, r = |d| / |d before|. All threads of the block come to the same answer.
-// sums has room for two numbers a warp and, so that no register holds it through a pass, for two of |d|, in turns.
+// without columns): |d| r / (1 - r) <= tol |S|, r = |d| / |d of the pass before|. All threads of the CTA get the same
+// answer. `sums` has two floats a warp, and |d| of this pass and of the pass before, so that no register holds them.
 SLEEPKERN_DEVICE bool converged(const Call& c, int64_t lane, float* sums, int made, float step, float state) {
   for (int mask = 16; mask > 0; mask /= 2) {
     step += shuffle_xor(step, mask);

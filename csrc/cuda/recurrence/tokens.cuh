@@ -1,4 +1,4 @@
-// Where tokens lie, and reading them: any input type and row stride, eight numbers at a time.
+// The addresses of tokens, and their loads: any input type and row stride, eight elements at a time.
 #pragma once
 
 #include "common/recurrence.h"
@@ -28,7 +28,7 @@ SLEEPKERN_BOTH int64_t slots_of(const Problem& p) {
 
 SLEEPKERN_BOTH int groups_of(const Problem& p) { return static_cast<int>((p.V + 15) / 16); }
 
-constexpr int SUMS = 2 * WARPS + 2;  // numbers that converged (state_pass.cuh) keeps in shared memory
+constexpr int SUMS = 2 * WARPS + 2;  // floats that `converged` (state_pass.cuh) keeps in shared memory
 constexpr float NORM_EPS = 1e-6f;    // q, k normalisation: x / sqrt(|x|^2 + eps)
 
 SLEEPKERN_DEVICE float load_one(const void* data, Type type, int64_t i) {
@@ -45,12 +45,12 @@ SLEEPKERN_DEVICE void store_one(void* data, Type type, int64_t i, float x) {
   }
 }
 
-// Elements i.. i + 7 of which `valid` are there, the rest 0; 16 bytes at a time where they are aligned.
+// Loads elements i ... i + 7: the first `valid` ones, and 0 for the rest; 16 bytes at a time where they are aligned.
 SLEEPKERN_DEVICE void load_eight(float (&x)[8], const void* data, Type type, int64_t i, int valid) {
   const int width = type == Type::float32 ? 4 : 2;
   const char* p = static_cast<const char*>(data) + i * width;
   if (valid < 8 || (reinterpret_cast<uintptr_t>(p) & 15) != 0) {
-    // Rare, and kept small: code that does not fit the instruction cache would cost every call.
+    // This branch is rare and its code small: code that does not fit the instruction cache would slow every call.
 #pragma unroll
     for (int e = 0; e < 8; ++e) x[e] = 0.0f;
 #pragma unroll 1
@@ -75,9 +75,9 @@ SLEEPKERN_DEVICE void load_eight(float (&x)[8], const void* data, Type type, int
   }
 }
 
-// Rows of a chunk, `width` numbers from element `offset` of each, into a tile [CHUNK][COLUMNS] padded with 0.
-// scaled(row, column, x) is what is written for x; with `normalize` rows have length 1 first.
-// A warp takes 8 rows, so that the 8 lanes of a 16-byte store hit 8 rows of a core.
+// Loads rows of a chunk, `width` elements from element `offset` of each, to a tile [CHUNK][COLUMNS] padded with 0. With
+// `normalize` a row first gets length 1; then scaled(row, column, x) is stored for x. A warp takes 8 rows, so that 8
+// lanes of a 16-byte store write 8 rows of a core.
 template <Mode MODE, int COLUMNS, class Scaled>
 SLEEPKERN_DEVICE void load_tile(Number<MODE>* tile, const Rows& rows, const Chunk& chunk, int64_t offset, int width,
                                 bool normalize, Scaled scaled) {

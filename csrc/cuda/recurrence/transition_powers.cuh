@@ -1,14 +1,17 @@
-// The passes of a replay as powers of its transition, forward and backward: S_(n+1) = A S_n + B, both in one launch.
+// The passes of a replay as powers of its transition, S_(n+1) = A S_n + B. The forward and the backward are one launch
+// each.
 //
-//   powers   d = S_1 - S_0; S_(n+1) = S_n + d; d <- A d        keeps S_0 ... S_(N-1), K V numbers each
-//   adjoint  dB += dstate; dA += dstate S_n^T; dstate <- A^T dstate        for n = N-2 ... 0, from dstate = gradient of
-//   S_(N-1)
+//   powers            d = S_1 - S_0; S_(n+1) = S_n + d; d <- A d                stores S_0 ... S_(N-1)
+//   powers_backward   dB += dstate; dA += dstate S_n^T; dstate <- A^T dstate    for n = N-2 ... 0
 //
-//   blockIdx.x = (sequence * HV + head) * value_blocks + value block; warp w has columns 16 w.. of it
+// dstate starts as the gradient of S_(N-1).
 //
-// A is in shared memory for all passes (64 K at K = 128). Powers: S and d in registers, KP / 2 each. Adjoint: dstate in
-// registers, and 16 rows of dA a warp, which sum over value columns and so pass through shared memory: dstate and S_n,
-// 64 columns at a time (32 K each). Value blocks give dA in parts; the parts are added outside, in order.
+//   blockIdx.x = (sequence * HV + head) * value_blocks + v-tile; warp w has columns 16 w ... of it
+//
+// A is in shared memory for all passes (64 K at K = 128). The forward has S and d in registers, KP / 2 each. The
+// backward has dstate in registers, and 16 rows of dA a warp. dA sums over value columns, so dstate and S_n pass
+// through shared memory, 64 columns at a time (32 K each). Each v-tile gives a part of dA; the caller adds the parts in
+// order.
 #pragma once
 
 #include "cuda/arch/mma_tiles.h"
@@ -18,10 +21,10 @@
 
 namespace sleepkern::cuda {
 
-constexpr int COLUMNS = 64;         // value columns that are in shared memory at a time
-constexpr Mode FULL = Mode::exact;  // gradients are made in float32 whatever the inputs are
+constexpr int COLUMNS = 64;         // value columns in shared memory at a time
+constexpr Mode FULL = Mode::exact;  // gradients are computed in float32 for inputs of any type
 
-// A square matrix [K][K] into a tile [KP][KP], transposed on request.
+// Loads a square matrix [K][K] to a tile [KP][KP], transposed if `transposed`.
 template <int KP>
 SLEEPKERN_DEVICE void load_square(Number<FULL>* tile, const float* A, int K, bool transposed) {
   for (int e = threadIdx.x; e < KP * KP; e += THREADS) {
@@ -31,7 +34,7 @@ SLEEPKERN_DEVICE void load_square(Number<FULL>* tile, const float* A, int K, boo
   }
 }
 
-// sum += S in memory, sum = S the first time.
+// sum += S in memory; sum = S if `first`.
 template <int KP>
 SLEEPKERN_DEVICE void add_state(const State<KP>& S, float* sum, bool first, int K, int V, int column) {
   each_number<KP>(S, sum, K, V, column, [first](float x, bool inside, float* at) {
@@ -61,7 +64,7 @@ powers_kernel(const Chain c) {
 #pragma unroll 1
   for (int pass = 1; pass < c.passes; ++pass) {
     if (pass > 1) transform<FULL, KP>(d, A);
-    // The state is read back, so that no register holds it through the product.
+    // The state is loaded again, so that no register holds it during the product.
     load_state<KP>(S, c.states + ((pass - 1) * c.heads + head) * size, c.K, c.V, column);
 #pragma unroll
     for (int n = 0; n < KP / 8; ++n) {

@@ -80,7 +80,7 @@ class Packed:
         """The sizes and weights of a layer; what changes from call to call is still 0."""
         hidden, mixer, into = _hidden(layer), layer.mixer, torch.cat(layer.mixer.inputs())
         up, down = _after(layer.mlp_norm, layer.up), _float(layer.down)
-        # What leaves the square is to be of down's size: up takes the root of it.
+        # relu(up)^2 gets the balance of down: up takes the root of it.
         root = 2.0 ** round(self._exponent(down, _square(up) * up.shape[1] * math.sqrt(1.5)) / 2)
         packed = _C.Layer()
         packed.recurrent, packed.H = layer.recurrent, mixer.heads
@@ -175,7 +175,7 @@ def packed(blocks: Sequence[Any], layers: Sequence[LayerWeights], dtype: torch.d
 
 
 def forget(block: Any) -> None:
-    """What was packed of the stack that begins with this block."""
+    """The packed weights of the stack that begins with this block."""
     _packed.pop(block, None)
 
 
@@ -207,8 +207,8 @@ def _is_even(squares: Tensor) -> bool:
 
 
 def _room(*sizes: int) -> Tensor:
-    """Floats that are about to be written whole, in huge pages where there are any: the first touch of small ones took
-    8 of the 303 ms of 64 windows."""
+    """Allocate floats that are about to be written whole, in huge pages where there are any: the first touch of small
+    pages took 8 of the 303 ms of 64 windows."""
     made = torch.empty(sizes, **_FLOATS)
     _C.prefer_huge_pages(made.data_ptr(), made.nbytes)
     return made
@@ -236,7 +236,7 @@ def _after(norm: Tensor, weight: Tensor) -> Tensor:
 
 
 def _mixed_size(layer: LayerWeights) -> float:
-    """About how large the numbers are that leave the mixer: of the gated norm its gains, of attention its values."""
+    """About how large the outputs of the mixer are: as its gains with a gated norm, as its values with attention."""
     mixer, d = layer.mixer, layer.width
     if isinstance(mixer, GatedDeltaWeights):
         return float(_float(mixer.norm).square().mean().sqrt())

@@ -55,7 +55,7 @@ def method_of(problem: Problem) -> str:
 
 
 def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
-    """Readouts and final state of `problem.passes` passes."""
+    """Compute the output of the last of `problem.passes` passes and the final state."""
     if problem.passes == 1 and problem.tol is None:
         return RecurrenceResult(*_one_pass(problem, x, x.state, problem.output))
     passes, method = problem.passes, method_of(problem)
@@ -78,7 +78,7 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
 
 
 def _replay(problem: Problem, x: Tensors, method: str) -> RecurrenceResult:
-    """Passes over factors that are made once; outputs by an ordinary pass from the state before the last."""
+    """Run passes over factors that are made once; outputs by an ordinary pass from the state before the last."""
     size = (problem.sequences, problem.HV, problem.K, problem.V)
     final = x.k.new_empty(size, dtype=torch.float32)
     state = None if x.state is None else x.state.contiguous()
@@ -106,7 +106,7 @@ def _replay(problem: Problem, x: Tensors, method: str) -> RecurrenceResult:
 
 
 def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
-    """Gradients of q, k, v, g, beta, state."""
+    """Compute the gradients of q, k, v, g, beta and state."""
     if problem.passes == 1:
         return _one_backward(problem, x, x.state, do, dstate)
     passes_done = None
@@ -116,7 +116,7 @@ def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | N
 
 
 def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.OneBackward]:
-    """What the gradients of a replay are put together from."""
+    """The two functions that a replay's gradients need: the state after one pass, and the backward of one pass."""
     return _state_after, _one_backward
 
 
@@ -125,7 +125,7 @@ def _state_after(problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
 
 
 def step(problem: Problem, x: Tensors) -> Tensor:
-    """Readouts [B,T,HV,V]; the state is updated in place, also where it is not contiguous."""
+    """Compute the outputs [B,T,HV,V]; the state is updated in place, also where it is not contiguous."""
     assert x.state is not None
     state = x.state.contiguous()
     o, _ = _one_pass(problem, x, state, True, final=state)
