@@ -65,7 +65,7 @@ def cuda_launches(device: str) -> None:
         one.run(one.inputs(device))
     for K in (32, 128):
         A, states = 0.1 * torch.randn(1, 2, K, K, device=device), torch.randn(2, 1, 2, K, 48, device=device)
-        cuda.adjoint(A, cuda.powers(A, states[0], states[1], 3), states[0], None)
+        cuda.powers_backward(A, cuda.powers(A, states[0], states[1], 3), states[0], None)
     model = SleepLM(8, width=64, heads=2, blocks=2, window=20).to(device, torch.bfloat16)
     h = torch.randn(3, 20, 64, device=device).bfloat16()
     with torch.no_grad():

@@ -69,7 +69,7 @@ inline Problem describe(int gate, bool delta, bool normalize, float scale, int64
   problem.g = rows("g", g);
   problem.beta = rows("beta", beta);
   problem.state = reinterpret_cast<const float*>(state);
-  problem.reads = problem.q.data != nullptr;
+  problem.want_output = problem.q.data != nullptr;
   check(problem);
   return problem;
 }

@@ -52,7 +52,7 @@ void check(const Layer& l, const Blocks& b) {
 
 void check_form(Form form) {
   check_between("form", static_cast<int64_t>(form), 0, 2);
-  if (form == Form::bfloat16 && !multiplies_pairs()) {
+  if (form == Form::bfloat16 && !multiplies_bf16()) {
     refuse("form", "bfloat16", "plain or winograd with this instruction set");
   }
 }
@@ -203,7 +203,7 @@ void bind_blocks(py::module_& m) {
       py::arg("memory"), py::arg("bytes"), "Advice for memory that is about to be written whole.");
   m.def("panel_width", &panel_width);
   m.def("adds_beside_products", &adds_beside_products, "Whether Form.winograd is the faster one here.");
-  m.def("multiplies_pairs", &multiplies_pairs, "Whether products of the instruction set in use can take bfloat16.");
+  m.def("multiplies_bf16", &multiplies_bf16, "Whether products of the instruction set in use can take bfloat16.");
 }
 
 }  // namespace sleepkern

@@ -10,16 +10,16 @@ namespace py = pybind11;
 namespace sleepkern {
 namespace {
 
-cuda::BlocksCall with_layers(const cuda::BlocksCall& call, const py::list& layers) {
-  cuda::BlocksCall whole = call;
+cuda::BlocksParams with_layers(const cuda::BlocksParams& params, const py::list& layers) {
+  cuda::BlocksParams whole = params;
   if (layers.size() > cuda::MOST_LAYERS) throw std::runtime_error("sleepkern: more layers than a launch takes");
   whole.depth = 0;
   for (const py::handle layer : layers) whole.layers[whole.depth++] = layer.cast<const cuda::BlockLayer&>();
   return whole;
 }
 
-void run_blocks(const cuda::BlocksCall& call, const py::list& layers, uintptr_t stream) {
-  const cuda::BlocksCall whole = with_layers(call, layers);
+void run_blocks(const cuda::BlocksParams& params, const py::list& layers, uintptr_t stream) {
+  const cuda::BlocksParams whole = with_layers(params, layers);
   py::gil_scoped_release unlocked;
   cuda::sleep_blocks(whole, reinterpret_cast<void*>(stream));
 }
@@ -40,7 +40,7 @@ void bind_layer(py::module_& m) {
   SLEEPKERN_FIELD(W);
   SLEEPKERN_FIELD(into);
   SLEEPKERN_FIELD(hidden);
-  SLEEPKERN_FIELD(first_unit);
+  SLEEPKERN_FIELD(first_sum);
   SLEEPKERN_FIELD(mixer_eps);
   SLEEPKERN_FIELD(mlp_eps);
   // gated DeltaNet
@@ -64,7 +64,7 @@ void bind_layer(py::module_& m) {
 }
 
 void bind_call(py::module_& m) {
-  using Struct = cuda::BlocksCall;
+  using Struct = cuda::BlocksParams;
   py::class_<Struct> type(m, "CudaBlocks", py::module_local());
   type.def(py::init([] { return Struct{}; }));
   SLEEPKERN_FIELD(tiles);
@@ -85,14 +85,14 @@ void bind_call(py::module_& m) {
   SLEEPKERN_FIELD(passes);
   SLEEPKERN_FIELD(reinject);
   SLEEPKERN_FIELD(carry);
-  SLEEPKERN_FIELD(units);
+  SLEEPKERN_FIELD(sums);
 }
 
 void bind_weight_order(py::module_& m) {
   using cuda::WeightOrder;
   py::class_<WeightOrder>(m, "CudaWeightOrder", py::module_local())
-      .def(py::init([](const cuda::BlocksCall& call, const py::list& layers, const std::vector<int>& hidden) {
-             return cuda::weight_order(with_layers(call, layers), hidden);
+      .def(py::init([](const cuda::BlocksParams& params, const py::list& layers, const std::vector<int>& hidden) {
+             return cuda::weight_order(with_layers(params, layers), hidden);
            }),
            py::arg("call"), py::arg("layers"), py::arg("hidden"))
       .def_readonly("stages", &WeightOrder::stages)
@@ -128,8 +128,8 @@ void bind_cuda_blocks(py::module_& m) {
   m.def("cuda_blocks", &run_blocks, arg("call"), arg("layers"), arg("stream"));
   m.def(
       "cuda_blocks_memory",
-      [](const cuda::BlocksCall& call, const py::list& layers) {
-        return cuda::blocks_memory(with_layers(call, layers));
+      [](const cuda::BlocksParams& params, const py::list& layers) {
+        return cuda::blocks_memory(with_layers(params, layers));
       },
       arg("call"), arg("layers"), "Bytes of shared memory of a CTA.");
 }

@@ -49,39 +49,39 @@ struct CudaReplay {
 void run_replay(const CudaReplay& replay, const Inputs& inputs, Address offsets, Address state, Address o,
                 Address final_state, Address residual, Address passes_done, Address before_last, Address tiles,
                 Address chunk_decay, Address U, Address queries, Address stream) {
-  cuda::Call call{};
+  cuda::ReplayParams call{};
   call.p = replay.problem.with(inputs, offsets, state, o, final_state);
   call.mode = replay.mode;
   call.passes = replay.passes;
   call.tol = replay.tol;
   call.residual = at<float>(residual);
-  call.made = at<int32_t>(passes_done);
+  call.passes_done = at<int32_t>(passes_done);
   call.affine = replay.affine;
-  call.rank = replay.token_space;
+  call.token_space = replay.token_space;
   call.before = at<float>(before_last);
   check_at_least("block", replay.block, 1);
-  call.block = replay.block;
-  call.value_blocks = static_cast<int>((call.p.V + replay.block - 1) / replay.block);
+  call.v_tile = replay.block;
+  call.v_tiles = static_cast<int>((call.p.V + replay.block - 1) / replay.block);
   call.slots = replay.slots;
   call.factors = {at<void>(tiles), at<float>(chunk_decay), at<float>(U), at<void>(queries)};
   py::gil_scoped_release unlocked;
   if (replay.single_chunk) {
-    cuda::window(call, at<void>(stream));
+    cuda::single_chunk(call, at<void>(stream));
   } else {
-    cuda::prepare(call, at<void>(stream));
-    cuda::replay(call, at<void>(stream));
+    cuda::chunk_factors(call, at<void>(stream));
+    cuda::multi_chunk(call, at<void>(stream));
   }
 }
 
-cuda::Chain powers_of(int64_t heads, int K, int V, int passes, int block, Address A, Address states) {
+cuda::PowersParams powers_of(int64_t heads, int K, int V, int passes, int block, Address A, Address states) {
   check_at_least("block", block, 1);
-  cuda::Chain c{};
+  cuda::PowersParams c{};
   c.heads = heads;
   c.K = K;
   c.V = V;
   c.passes = passes;
-  c.block = block;
-  c.value_blocks = (V + block - 1) / block;
+  c.v_tile = block;
+  c.v_tiles = (V + block - 1) / block;
   c.A = at<float>(A);
   c.states = at<float>(states);
   return c;
@@ -89,7 +89,7 @@ cuda::Chain powers_of(int64_t heads, int K, int V, int passes, int block, Addres
 
 void run_powers(int64_t heads, int K, int V, int passes, int block, Address A, Address states, Address start,
                 Address after, Address stream) {
-  cuda::Chain c = powers_of(heads, K, V, passes, block, A, states);
+  cuda::PowersParams c = powers_of(heads, K, V, passes, block, A, states);
   c.start = at<float>(start);
   c.after = at<float>(after);
   py::gil_scoped_release unlocked;
@@ -98,25 +98,25 @@ void run_powers(int64_t heads, int K, int V, int passes, int block, Address A, A
 
 void run_powers_backward(int64_t heads, int K, int V, int passes, int block, Address A, Address states,
                          Address passes_done, Address last, Address dA, Address dB, Address dstart, Address stream) {
-  cuda::Chain c = powers_of(heads, K, V, passes, block, A, states);
-  c.made = at<int32_t>(passes_done);
+  cuda::PowersParams c = powers_of(heads, K, V, passes, block, A, states);
+  c.passes_done = at<int32_t>(passes_done);
   c.last = at<float>(last);
   c.dA = at<float>(dA);
   c.dB = at<float>(dB);
   c.dstart = at<float>(dstart);
   py::gil_scoped_release unlocked;
-  cuda::adjoint(c, at<void>(stream));
+  cuda::powers_backward(c, at<void>(stream));
 }
 
 // The states are updated in place.
 void run_decode(const CudaProblem& problem, const Inputs& inputs, Address states, Address o, Address indices,
                 int64_t stride, Address stream) {
-  cuda::Steps steps{};
-  steps.p = problem.with(inputs, 0, states, o, states);
-  steps.places = at<int64_t>(indices);
-  steps.stride = stride;
+  cuda::DecodeParams params{};
+  params.p = problem.with(inputs, 0, states, o, states);
+  params.indices = at<int64_t>(indices);
+  params.stride = stride;
   py::gil_scoped_release unlocked;
-  cuda::step(steps, at<void>(stream));
+  cuda::decode(params, at<void>(stream));
 }
 
 #define SLEEPKERN_FIELD(name) bind_field(type, #name, &Struct::name)
@@ -169,15 +169,15 @@ void bind_cuda(py::module_& m) {
         arg("stream"));
   m.def("cuda_decode", &run_decode, arg("problem"), py::kw_only(), arg("inputs"), arg("states"), arg("o"),
         arg("indices"), arg("stride"), arg("stream"));
-  m.def("cuda_single_chunk_memory", &cuda::window_memory, py::kw_only(), arg("mode"), arg("K"), arg("output"),
+  m.def("cuda_single_chunk_memory", &cuda::single_chunk_memory, py::kw_only(), arg("mode"), arg("K"), arg("output"),
         arg("channel"), "Bytes of shared memory of a CTA; chunk_factors needs the same.");
-  m.def("cuda_multi_chunk_memory", &cuda::replay_memory, py::kw_only(), arg("mode"), arg("K"), arg("output"),
+  m.def("cuda_multi_chunk_memory", &cuda::multi_chunk_memory, py::kw_only(), arg("mode"), arg("K"), arg("output"),
         arg("block"), arg("slots"), "Bytes of shared memory of a CTA.");
-  m.def("cuda_powers_memory", &cuda::chain_memory, py::kw_only(), arg("K"), arg("backward"),
+  m.def("cuda_powers_memory", &cuda::powers_memory, py::kw_only(), arg("K"), arg("backward"),
         "Bytes of shared memory of a CTA.");
   m.attr("cuda_chunk") = cuda::CHUNK;
   m.attr("cuda_widest_key") = cuda::WIDEST_KEY;
-  m.attr("cuda_widest_block") = cuda::WIDEST_BLOCK;
+  m.attr("cuda_widest_block") = cuda::WIDEST_V_TILE;
   m.attr("cuda_value_tile") = cuda::VALUES;
 }
 

@@ -130,7 +130,7 @@ bool is_plain(const PlainCall& c, Problem& p) {
   p.gate = c.gate;
   p.delta = c.delta;
   p.normalize = c.normalize;
-  p.reads = true;
+  p.want_output = true;
   p.sequences = c.k->shape[0];
   p.T = c.k->shape[1];
   p.H = c.k->shape[2];

@@ -39,14 +39,14 @@ std::vector<Field<Call>> problem_fields() {
 
 // The checks of all three entry points. Outputs are wanted if q is given.
 void complete(Problem& problem) {
-  problem.reads = problem.q.data != nullptr;
+  problem.want_output = problem.q.data != nullptr;
   check(problem);
   check_offsets(problem.offsets, problem.sequences, problem.T);
 }
 
 void run_forward(Problem& problem) {
   complete(problem);
-  check_given("o", problem.o, problem.reads && problem.first(problem.sequences) > 0);
+  check_given("o", problem.o, problem.want_output && problem.first(problem.sequences) > 0);
   check_given("final_state", problem.final_state, problem.sequences > 0);
   py::gil_scoped_release unlocked;
   forward(problem);
@@ -55,8 +55,8 @@ void run_forward(Problem& problem) {
 void run_backward(BackwardCall& call) {
   complete(call);
   const int64_t tokens = call.first(call.sequences);
-  check_rows("do", call.dout, tokens, call.reads);
-  check_given("dq", call.dq, call.reads && tokens > 0);
+  check_rows("do", call.dout, tokens, call.want_output);
+  check_given("dq", call.dq, call.want_output && tokens > 0);
   check_given("dk", call.dk, tokens > 0);
   check_given("dv", call.dv, tokens > 0);
   check_given("dg", call.dg, call.gate != Gate::none && tokens > 0);

@@ -71,9 +71,9 @@ struct Blocks {
 void sleep_blocks(const Blocks& blocks);
 
 // pack_weight packs a matrix [n, depth] as the weights of a product: [panels, depth, panel_width()], with n rounded up
-// to whole panels of panel_width() outputs, in packed_size() floats. Form::bfloat16 needs multiplies_pairs().
+// to whole panels of panel_width() outputs, in packed_size() floats. Form::bfloat16 needs multiplies_bf16().
 int64_t panel_width();
-bool multiplies_pairs();
+bool multiplies_bf16();
 bool adds_beside_products();  // whether Form::winograd is faster than Form::plain here
 int64_t packed_size(int64_t n, int64_t depth, Form form);
 void pack_weight(const float* matrix, int64_t n, int64_t depth, Form form, void* packed);

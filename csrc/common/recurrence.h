@@ -11,7 +11,7 @@ struct Problem {
   Gate gate;
   bool delta;
   bool normalize;
-  bool reads;  // whether o, or in a backward dq, is wanted
+  bool want_output;  // whether o, or in a backward dq, is wanted
   float scale;
   int64_t sequences, T, H, HV, K, V;
   const int64_t* offsets;  // [sequences + 1] token offsets when packed, else nullptr: sequence n starts at n * T

@@ -35,7 +35,7 @@ static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, ArenaCu
   a.row = take(LANES * round_up(D, LANES));
 }
 
-struct Head {
+struct AttentionHead {
   const float *q, *k, *v;  // [L, .] rows of the window, `stride` floats apart
   int64_t stride, L, D, kept;
   const float *keys, *values;    // [kept, D] cached tokens
@@ -70,7 +70,7 @@ SLEEPKERN_INLINE void pack_head(AttentionArrays& a, int64_t n, int64_t D, float*
   }
 }
 
-SLEEPKERN_STAGE void pack_attention(const Head& h, AttentionArrays& a) {
+SLEEPKERN_STAGE void pack_attention(const AttentionHead& h, AttentionArrays& a) {
   const int64_t S = h.kept + h.L, D = h.D, bytes = D * sizeof(float);
   const float scale = 1 / std::sqrt(static_cast<float>(D));
   pack_head(a, h.L, D, a.queries,
@@ -98,7 +98,8 @@ SLEEPKERN_STAGE void pack_attention(const Head& h, AttentionArrays& a) {
 
 // Replaces the transposed scores of PANEL queries from `first` on by their exponentials, and stores each query's sum.
 // Of the keys [0, keys) query t sees those up to kept + t.
-SLEEPKERN_STAGE void softmax(const Head& h, const AttentionArrays& a, int64_t first, int64_t keys, float* sums) {
+SLEEPKERN_STAGE void softmax(const AttentionHead& h, const AttentionArrays& a, int64_t first, int64_t keys,
+                             float* sums) {
   alignas(64) float index[LANES];
   for (int l = 0; l < LANES; ++l) index[l] = static_cast<float>(l);
   SLEEPKERN_EACH_VEC(n) {
@@ -123,7 +124,7 @@ SLEEPKERN_STAGE void softmax(const Head& h, const AttentionArrays& a, int64_t fi
   }
 }
 
-SLEEPKERN_STAGE void attend(const Head& h) {
+SLEEPKERN_STAGE void attend(const AttentionHead& h) {
   const int64_t S = h.kept + h.L, depth = round_up(S, ROWS);
   AttentionArrays& a = thread_local_arrays<AttentionArrays>(h.L, S, h.D);
   pack_attention(h, a);

@@ -42,7 +42,7 @@ void sleep_blocks(const Blocks& b) {
 
 int64_t panel_width() { return implementation().panel_width; }
 
-bool multiplies_pairs() { return implementation().pairs; }
+bool multiplies_bf16() { return implementation().bf16; }
 
 bool adds_beside_products() { return implementation().adders(); }
 

@@ -86,7 +86,7 @@ struct Team {
 
 // Sequences [first, first + sequences) of a call. E is the panels' element for the call's form.
 template <class E>
-struct Group {
+struct SequenceGroup {
   const Blocks& b;
   BlockArrays& a;
   Team team;
@@ -131,12 +131,12 @@ struct Group {
   void mix_recurrent(const Layer& l, int64_t pass) const;
   void convolve_inputs(const Layer& l, int64_t pass) const;
   void rates(const Layer& l) const;
-  void ingest(const Layer& l) const;
+  void run_recurrence(const Layer& l) const;
   void attend_window(const Layer& l, int64_t pass) const;
 };
 
 template <class E>
-void Group<E>::convolve_inputs(const Layer& l, int64_t pass) const {
+void SequenceGroup<E>::convolve_inputs(const Layer& l, int64_t pass) const {
   const int64_t kept = first * (l.W - 1) * l.channels();
   Convolution c{};
   c.sequences = sequences;
@@ -155,7 +155,7 @@ void Group<E>::convolve_inputs(const Layer& l, int64_t pass) const {
 
 // g = log sigmoid(decay + decay_bias), beta = strength sigmoid(.)
 template <class E>
-void Group<E>::rates(const Layer& l) const {
+void SequenceGroup<E>::rates(const Layer& l) const {
   const int64_t stride = round_up(l.into_width, PANEL);
   const float* from = a.wide + l.channels() + l.HV * l.V;
   for (int64_t row = 0; row < a.rows; ++row) {
@@ -168,12 +168,12 @@ void Group<E>::rates(const Layer& l) const {
 }
 
 template <class E>
-void Group<E>::ingest(const Layer& l) const {
+void SequenceGroup<E>::run_recurrence(const Layer& l) const {
   const int64_t size = l.HV * l.K * l.V, count = sequences * size;
   float* state = l.state + first * size;
   Problem p{};
   p.gate = Gate::head;
-  p.delta = p.normalize = p.reads = true;
+  p.delta = p.normalize = p.want_output = true;
   p.scale = 1 / std::sqrt(static_cast<float>(l.K));
   p.sequences = sequences;
   p.T = b.L;
@@ -189,7 +189,7 @@ void Group<E>::ingest(const Layer& l) const {
   p.state = state;
   p.final_state = a.after;
   p.o = a.mixed;
-  team.each(sequences * l.HV, 1, [&](int64_t begin, int64_t end) { forward_units(p, 1, begin, end); });
+  team.each(sequences * l.HV, 1, [&](int64_t begin, int64_t end) { forward_tasks(p, 1, begin, end); });
   double change = 0, after = 0;
   for (int64_t i = 0; i < count; i += 4096) {  // a long sum is a sum of short ones
     const int64_t end = min_of(i + 4096, count);
@@ -214,10 +214,10 @@ void Group<E>::ingest(const Layer& l) const {
 }
 
 template <class E>
-void Group<E>::mix_recurrent(const Layer& l, int64_t pass) const {
+void SequenceGroup<E>::mix_recurrent(const Layer& l, int64_t pass) const {
   convolve_inputs(l, pass);
   rates(l);
-  ingest(l);
+  run_recurrence(l);
   GatedNorm norm{};
   norm.tokens = a.rows;
   norm.heads = l.HV;
@@ -233,15 +233,15 @@ void Group<E>::mix_recurrent(const Layer& l, int64_t pass) const {
 }
 
 template <class E>
-void Group<E>::attend_window(const Layer& l, int64_t pass) const {
+void SequenceGroup<E>::attend_window(const Layer& l, int64_t pass) const {
   const int64_t D = b.d / l.H, S = l.kept + b.L;
   const bool last = pass + 1 == b.passes;
   team.each(sequences * l.H, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / l.H, head = unit % l.H, at = (first + n) * l.H + head;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / l.H, head = task % l.H, at = (first + n) * l.H + head;
       const int64_t stride = round_up(l.into_width, PANEL);
       const float* row = a.wide + n * b.L * stride + head * D;
-      Head h{};
+      AttentionHead h{};
       h.q = row;
       h.k = row + b.d;
       h.v = row + 2 * b.d;
@@ -266,29 +266,30 @@ void Group<E>::attend_window(const Layer& l, int64_t pass) const {
 }
 
 template <class E>
-void Group<E>::run_pass(int64_t pass) const {
+void SequenceGroup<E>::run_pass(int64_t pass) const {
   a.changes[0] = a.changes[1] = 0;
   for (const Layer& l : b.layers) {
     pack(a.h, a.d_padded, b.d, l.into.balance, &l.mixer_eps);
-    multiply(multiply_panel<Ending::put, E>, a.x, l.into.packed, l.into_width, b.d, a.wide,
+    multiply(multiply_panel<Epilogue::store, E>, a.x, l.into.packed, l.into_width, b.d, a.wide,
              round_up(l.into_width, PANEL));
     l.recurrent ? mix_recurrent(l, pass) : attend_window(l, pass);
-    multiply(multiply_panel<Ending::add, E>, a.x, l.out.packed, b.d, l.recurrent ? l.HV * l.V : b.d, a.h, a.d_padded);
+    multiply(multiply_panel<Epilogue::add_residual, E>, a.x, l.out.packed, b.d, l.recurrent ? l.HV * l.V : b.d, a.h,
+             a.d_padded);
     pack(a.h, a.d_padded, b.d, l.up.balance, &l.mlp_eps);
-    multiply(multiply_panel<Ending::square, E>, a.x, l.up.packed, l.hidden, b.d, a.wide, 0);
+    multiply(multiply_panel<Epilogue::relu_squared, E>, a.x, l.up.packed, l.hidden, b.d, a.wide, 0);
     if constexpr (IS_WINOGRAD<E>) {
       const E* hidden = reinterpret_cast<const E*>(a.wide);
       team.each(a.padded / ROWS, 4, [&](int64_t begin, int64_t end) {
         sum_pairs(hidden + begin * ROWS * l.hidden, end - begin, l.hidden, a.sums + begin * ROWS);
       });
     }
-    multiply(multiply_panel<Ending::add, E>, a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
+    multiply(multiply_panel<Epilogue::add_residual, E>, a.wide, l.down, b.d, l.hidden, a.h, a.d_padded);
   }
 }
 
 // Runs all passes. changes [passes][2] are sums of squares over the group's states: of a pass's change, and after it.
 template <class E>
-void Group<E>::run(double* changes) const {
+void SequenceGroup<E>::run(double* changes) const {
   float* h = b.h + first * b.L * b.d;
   const size_t row_bytes = b.d * sizeof(float);
   std::memset(a.h, 0, a.padded * a.d_padded * sizeof(float));
@@ -315,11 +316,11 @@ void run_group(const Blocks& b, int64_t first, int64_t sequences, bool shared, d
   const Team team{shared};
   switch (b.form) {
     case Form::plain:
-      return Group<float>{b, arrays, team, first, sequences}.run(changes);
+      return SequenceGroup<float>{b, arrays, team, first, sequences}.run(changes);
     case Form::winograd:
-      return Group<Winograd>{b, arrays, team, first, sequences}.run(changes);
+      return SequenceGroup<Winograd>{b, arrays, team, first, sequences}.run(changes);
     case Form::bfloat16:
-      if constexpr (DOTS) Group<Pair>{b, arrays, team, first, sequences}.run(changes);
+      if constexpr (DOTS) SequenceGroup<Bf16x2>{b, arrays, team, first, sequences}.run(changes);
   }
 }
 

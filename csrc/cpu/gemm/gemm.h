@@ -1,5 +1,5 @@
-// Products of activations with packed weights, by the micro-kernel of microkernel.h. E is float, Winograd, or Pair for
-// bfloat16.
+// Products of activations with packed weights, by the micro-kernel of microkernel.h. E is float, Winograd, or Bf16x2
+// for bfloat16.
 //
 // Weights are stored in panels over their outputs, [n / PANEL][depth][PANEL], activations x in micro-panels
 // (pack_lhs.h). A panel of weights stays in L2 while all micro-panels of a group of rows are multiplied by it, and a
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t LINE = 16;  // floats of a cache line
 // The steps of a tile between two prefetches. A burst of prefetches would delay the tile's own loads.
-constexpr int64_t STRIDE = TRIPLE;
+constexpr int64_t PREFETCH_STEPS = TRIPLE;
 
 template <class E>
 struct Product {
@@ -39,14 +39,14 @@ struct Product {
 // Prefetches the next panel of weights, a share of it at each step. It issues two cache lines a step without a check
 // whether they are new: a branch would cost more than a line that is prefetched twice. With fewer than three tiles a
 // share is more than two lines, and the rest is left to the hardware prefetcher.
-struct Following {
+struct WeightPrefetch {
   const char* next;
   int64_t share;
 
   template <class E>
-  Following(const Product<E>& p, int64_t panel)
+  WeightPrefetch(const Product<E>& p, int64_t panel)
       : next(reinterpret_cast<const char*>(p.weight + (panel + 1) * p.depth * PANEL)) {
-    const int64_t times = (p.rows + ROWS - 1) / ROWS * (p.depth / STRIDE + 1);
+    const int64_t times = (p.rows + ROWS - 1) / ROWS * (p.depth / PREFETCH_STEPS + 1);
     share = (p.depth * PANEL * static_cast<int64_t>(sizeof(E)) + times - 1) / times;
   }
   void step() {
@@ -59,10 +59,11 @@ struct Following {
 // Adds a product to a tile, and prefetches weights meanwhile.
 template <int HEIGHT, class E>
 SLEEPKERN_INLINE void accumulate(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth,
-                                 Following& following) {
-  for (; depth >= STRIDE; depth -= STRIDE, left += STRIDE * ROWS, right += STRIDE * PANEL) {
-    multiply_add<1, ROWS>(t, left, right, STRIDE);
-    following.step();
+                                 WeightPrefetch& prefetch) {
+  for (; depth >= PREFETCH_STEPS;
+       depth -= PREFETCH_STEPS, left += PREFETCH_STEPS * ROWS, right += PREFETCH_STEPS * PANEL) {
+    multiply_add<1, ROWS>(t, left, right, PREFETCH_STEPS);
+    prefetch.step();
   }
   multiply_add<1, ROWS>(t, left, right, depth);
 }
@@ -77,9 +78,9 @@ SLEEPKERN_INLINE void store_squares(TileOf<HEIGHT>& t, E* micro_panel) {
   float* to = reinterpret_cast<float*>(micro_panel);
   SLEEPKERN_EACH_OF(HEIGHT, r)
     SLEEPKERN_EACH_VEC(n) t.at[r][n] = squared_relu(t.at[r][n]);
-  if constexpr (IS_PAIR<E>) {
+  if constexpr (IS_BF16X2<E>) {
     Vec rows[ROWS] = {};
-    SLEEPKERN_EACH_OF(HEIGHT, r) rows[r] = reinterpret_cast<Vec>(pair_neighbours(t.at[r][0], t.at[r][1]));
+    SLEEPKERN_EACH_OF(HEIGHT, r) rows[r] = reinterpret_cast<Vec>(bf16x2_of(t.at[r][0], t.at[r][1]));
     store_transposed(rows, to);
   } else {
     SLEEPKERN_EACH_VEC(n) {
@@ -92,47 +93,47 @@ SLEEPKERN_INLINE void store_squares(TileOf<HEIGHT>& t, E* micro_panel) {
 
 // What a product does with its result: it stores it to y or adds it to y, both row-major, or it stores relu(.)^2 in
 // micro-panels.
-enum class Ending { put, add, square };
+enum class Epilogue { store, add_residual, relu_squared };
 
 // Prefetches the memory that a tile will write or be added to: without it the tile would wait at its end.
 template <int64_t COUNT>
-SLEEPKERN_INLINE void ask_for(const float* to) {
+SLEEPKERN_INLINE void prefetch_output(const float* to) {
   for (int64_t i = 0; i < COUNT; i += LINE) __builtin_prefetch(to + i, 1, 3);
 }
 
 // Multiplies HEIGHT rows from `row` on, the first of a micro-panel, by panel number `panel` of the weights.
-template <Ending END, int HEIGHT, class E>
-SLEEPKERN_INLINE void multiply_tile(const Product<E>& p, int64_t panel, int64_t row, Following& following) {
+template <Epilogue EPILOGUE, int HEIGHT, class E>
+SLEEPKERN_INLINE void multiply_tile(const Product<E>& p, int64_t panel, int64_t row, WeightPrefetch& prefetch) {
   float* y = static_cast<float*>(p.y) + row * p.stride + panel * PANEL;
   E* micro_panel = static_cast<E*>(p.y) + row * steps<E>(p.width) + steps<E>(panel * PANEL) * ROWS;
-  if constexpr (END == Ending::square) {
-    ask_for<steps<E>(PANEL) * ROWS>(reinterpret_cast<const float*>(micro_panel));
+  if constexpr (EPILOGUE == Epilogue::relu_squared) {
+    prefetch_output<steps<E>(PANEL) * ROWS>(reinterpret_cast<const float*>(micro_panel));
   } else {
-    SLEEPKERN_EACH_OF(HEIGHT, r) ask_for<PANEL>(y + r * p.stride);
+    SLEEPKERN_EACH_OF(HEIGHT, r) prefetch_output<PANEL>(y + r * p.stride);
   }
   TileOf<HEIGHT> t;
   clear(t);
-  accumulate(t, p.x + row * p.depth, p.weight + panel * p.depth * PANEL, p.depth, following);
+  accumulate(t, p.x + row * p.depth, p.weight + panel * p.depth * PANEL, p.depth, prefetch);
   if constexpr (IS_WINOGRAD<E>) add_pair_sums(t, p.x_sums + row, p.weight_sums() + panel * PANEL);
-  if constexpr (END == Ending::square) {
+  if constexpr (EPILOGUE == Epilogue::relu_squared) {
     store_squares(t, micro_panel);
   } else {
-    if (END == Ending::add) add(t, y, p.stride);
+    if (EPILOGUE == Epilogue::add_residual) add(t, y, p.stride);
     store(t, y, p.stride);
   }
 }
 
 // Multiplies all rows by panel number `panel` of the weights. The last tile has only the quarters that hold rows, and
 // no fewer than two.
-template <Ending END, class E>
+template <Epilogue EPILOGUE, class E>
 SLEEPKERN_STAGE void multiply_panel(const Product<E>& p, int64_t panel) {
-  Following following(p, panel);
+  WeightPrefetch prefetch(p, panel);
   int64_t row = 0;
-  for (; row + ROWS / 4 * 3 < p.rows; row += ROWS) multiply_tile<END, ROWS>(p, panel, row, following);
+  for (; row + ROWS / 4 * 3 < p.rows; row += ROWS) multiply_tile<EPILOGUE, ROWS>(p, panel, row, prefetch);
   if (row + ROWS / 2 < p.rows) {
-    multiply_tile<END, ROWS / 4 * 3>(p, panel, row, following);
+    multiply_tile<EPILOGUE, ROWS / 4 * 3>(p, panel, row, prefetch);
   } else if (row < p.rows) {
-    multiply_tile<END, ROWS / 2>(p, panel, row, following);
+    multiply_tile<EPILOGUE, ROWS / 2>(p, panel, row, prefetch);
   }
 }
 
@@ -153,7 +154,7 @@ SLEEPKERN_INLINE void pack_outputs(const float* matrix, int64_t n, int64_t depth
   for (int64_t i = 0; i < width; ++i) {
     E* to = packed + column_at(i, steps<E>(depth));
     for (int64_t d = 0; d < steps<E>(depth); ++d) {
-      if constexpr (IS_PAIR<E>) {
+      if constexpr (IS_BF16X2<E>) {
         to[d * PANEL] = {interleave(broadcast(weight(i, 2 * d)), broadcast(weight(i, 2 * d + 1)))[0]};
       } else {
         to[d * PANEL] = {weight(i, d)};
@@ -168,7 +169,7 @@ SLEEPKERN_INLINE void pack_outputs(const float* matrix, int64_t n, int64_t depth
 
 int64_t packed_size(int64_t n, int64_t depth, Form form) {
   const int64_t width = round_up(n, PANEL);
-  if (form == Form::bfloat16) return width * steps<Pair>(depth);
+  if (form == Form::bfloat16) return width * steps<Bf16x2>(depth);
   return width * (form == Form::winograd ? depth + 1 : depth);
 }
 
@@ -179,7 +180,7 @@ void pack_matrix(const float* matrix, int64_t n, int64_t depth, Form form, void*
     case Form::winograd:
       return pack_outputs(matrix, n, depth, static_cast<Winograd*>(packed));
     case Form::bfloat16:
-      if (DOTS) pack_outputs(matrix, n, depth, static_cast<Pair*>(packed));
+      if (DOTS) pack_outputs(matrix, n, depth, static_cast<Bf16x2*>(packed));
   }
 }
 

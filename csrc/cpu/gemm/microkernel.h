@@ -72,7 +72,7 @@ SLEEPKERN_INLINE void scale_rows(Tile& t, const float* by) {
 }
 
 // tile += sign * left^T right over `depth` steps. `left` is a panel, or another matrix with steps of WIDTH, advanced to
-// the tile's first row. E is float or Pair.
+// the tile's first row. E is float or Bf16x2.
 template <int SIGN, int WIDTH = PANEL, int HEIGHT, class E>
 SLEEPKERN_INLINE void multiply_add(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth) {
   for (int64_t d = 0; d < depth; ++d) {
@@ -98,7 +98,7 @@ SLEEPKERN_INLINE void add_triangle(Tile& t, const float* p, const float* rows) {
   }
 }
 
-SLEEPKERN_INLINE void add_triangle(Tile& t, const Pair* p, const Pair* rows) {
+SLEEPKERN_INLINE void add_triangle(Tile& t, const Bf16x2* p, const Bf16x2* rows) {
   constexpr uint32_t EARLIER = 0xffff;
   SLEEPKERN_EACH_OF(ROWS / 2, j) {
     SLEEPKERN_EACH_ROW(r) {
@@ -144,8 +144,8 @@ SLEEPKERN_INLINE int64_t column_at(int64_t column, int64_t depth) {
 
 // Transposes a matrix in panels to panels: [columns / PANEL][depth][PANEL] to [rows / PANEL][transposed_depth][PANEL].
 // rows and columns are multiples of LANES.
-SLEEPKERN_STAGE void turn(const float* panels, int64_t depth, int64_t rows, int64_t columns, float* transposed,
-                          int64_t transposed_depth) {
+SLEEPKERN_STAGE void transpose_panels(const float* panels, int64_t depth, int64_t rows, int64_t columns,
+                                      float* transposed, int64_t transposed_depth) {
   for (int64_t c = 0; c < columns; c += LANES) {
     for (int64_t r = 0; r < rows; r += LANES) {
       transpose(panels + column_at(c, depth) + r * PANEL, PANEL,
@@ -197,7 +197,7 @@ SLEEPKERN_INLINE void upper_gram(const E* left, const E* right, int64_t depth, i
 }
 
 // Converts an even number of rows of a panel to bf16x2, two rows in one.
-SLEEPKERN_INLINE void pair_rows(const float* rows, int64_t count, Pair* pairs) {
+SLEEPKERN_INLINE void rows_to_bf16x2(const float* rows, int64_t count, Bf16x2* pairs) {
   for (int64_t t = 0; t < count; t += 2) {
     SLEEPKERN_EACH_VEC(n) {
       const float* row = rows + t * PANEL + n * LANES;

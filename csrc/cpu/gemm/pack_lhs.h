@@ -45,8 +45,8 @@ SLEEPKERN_INLINE void scaled_part(const float* row, int64_t n, float factor, flo
 // LANES steps of a row, each element times factor, as bits.
 template <class E>
 SLEEPKERN_INLINE Vec scaled_steps(const float* row, float factor) {
-  if constexpr (IS_PAIR<E>) {
-    return reinterpret_cast<Vec>(pair_neighbours(load(row) * factor, load(row + LANES) * factor));
+  if constexpr (IS_BF16X2<E>) {
+    return reinterpret_cast<Vec>(bf16x2_of(load(row) * factor, load(row + LANES) * factor));
   } else {
     return load(row) * factor;
   }
@@ -56,7 +56,7 @@ SLEEPKERN_INLINE Vec scaled_steps(const float* row, float factor) {
 template <class E>
 SLEEPKERN_STAGE void pack_micro_panel(const float* rows, int64_t stride, int64_t n, const float* factor,
                                       E* micro_panel) {
-  constexpr int64_t WIDTH = IS_PAIR<E> ? 2 * LANES : LANES;
+  constexpr int64_t WIDTH = IS_BF16X2<E> ? 2 * LANES : LANES;
   const int64_t depth = steps<E>(n);
   float* to = reinterpret_cast<float*>(micro_panel);
   bool all_there = true;

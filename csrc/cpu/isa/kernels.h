@@ -26,7 +26,7 @@ extern const Implementation table;
 const Implementation table = {
     SLEEPKERN_STRING(SLEEPKERN_ISA),
     supported,
-    forward_units,
+    forward_tasks,
     backward_heads,
     replay_heads,
     convolve,

@@ -22,37 +22,37 @@ namespace {
 
 constexpr int64_t SEGMENT = 64;
 
-struct Adjoint {
+struct BackwardBuffers {
   int64_t segment, segments;  // chunks of a segment, segments of the longest sequence
   int64_t V_rows, K_panels;   // V rounded up to whole panels; number of key panels
   int64_t values_size;        // floats of a chunk's values, [V_panels][CHUNK][PANEL]
   int64_t state_size;         // floats of a state in panels
-  float* marks;               // [segments] states before the segments, in panels
+  float* segment_states;      // [segments] states before the segments, in panels
   float* states;              // [segment] states before the chunks of a segment, transposed
   float* writes;              // [segment] Vn of its chunks, each [V_panels][CHUNK][PANEL]
 
-  float* dstate;                                    // [V_panels][K_rows][PANEL]  gradient of the state after the chunk
-  float* dstate_transposed;                         // [K_panels][V_rows][PANEL]
-  float* dout;                                      // [V_panels][CHUNK][PANEL]  dO
-  float* dout_transposed;                           // [CHUNK / PANEL][V_rows][PANEL]
-  float* dvalues;                                   // like dout: dR, of b (v - k E S)
-  float* dvalues_transposed;                        // like dout_transposed
-  float* writes_transposed;                         // like dout_transposed: Vn
-  float *scaled_dout, *scaled_dvalues;              // [CHUNK][PANEL] one panel, rows times output_scale or key_scale
-  float *scores_transposed, *gram_kk_transposed;    // [CHUNK / PANEL][CHUNK][PANEL]  P, M: row i, column j
-  float *dscores, *dcouplings;                      // like Workspace::scores: row j, column i
-  float *dscores_transposed, *dgram_kk_transposed;  // row i, column j; dcouplings times b_i
-  float *dreaders, *dheld, *dkeys;                  // [K_panels][CHUNK][PANEL]  dq; z; dk-, then dk
-  float* dgates;                                    // same: dg, for channel decay
-  float* end;                                       // [K_rows] chunk decay <S, dS> of each row of the state
-  float* gains;                                     // like dscores: dP P + dM M, for head decay
-  float* beta_lanes;                                // [CHUNK][LANES] parts of sums over channels, as the next three
+  float* dstate;                        // [V_panels][K_rows][PANEL]  gradient of the state after the chunk
+  float* dstate_transposed;             // [K_panels][V_rows][PANEL]
+  float* dout;                          // [V_panels][CHUNK][PANEL]  dO
+  float* dout_transposed;               // [CHUNK / PANEL][V_rows][PANEL]
+  float* dvalues;                       // like dout: dR, of b (v - k E S)
+  float* dvalues_transposed;            // like dout_transposed
+  float* writes_transposed;             // like dout_transposed: Vn
+  float *scaled_dout, *scaled_dvalues;  // [CHUNK][PANEL] one panel, rows times output_scale or prediction_scale
+  float *gram_qk_transposed, *gram_kk_transposed;    // [CHUNK / PANEL][CHUNK][PANEL]  P, M: row i, column j
+  float *dgram_qk, *dgram_kk;                        // like Workspace::gram_qk: row j, column i
+  float *dgram_qk_transposed, *dgram_kk_transposed;  // row i, column j; dgram_kk times b_i
+  float *dq_panels, *dz_panels, *dk_panels;          // [K_panels][CHUNK][PANEL]  dq; z; dk-, then dk
+  float* dgates;                                     // same: dg, for channel decay
+  float* dchunk_decay;                               // [K_rows] chunk decay <S, dS> of each row of the state
+  float* gains;                                      // like dgram_qk: dP P + dM M, for head decay
+  float* beta_lanes;                                 // [CHUNK][LANES] parts of sums over channels, as the next three
   float *gate_lanes, *write_lanes;  // head decay: terms of dg that are summed from a token on, and up to it
   float* pair_lanes;                // head decay: the term of dg from pairs of an earlier and a later token
   float* row;                       // one token's gradient
 };
 
-static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t longest, ArenaCursor& take) {
+static void lay_out(BackwardBuffers& a, const Problem& p, const Workspace& w, int64_t longest, ArenaCursor& take) {
   const int64_t chunks = max_of((longest + CHUNK - 1) / CHUNK, 1);
   a.segment = min_of(chunks, max_of(SEGMENT, static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))))));
   a.segments = (chunks + a.segment - 1) / a.segment;
@@ -60,7 +60,7 @@ static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t lo
   a.K_panels = w.K_rows / PANEL;
   a.values_size = a.V_rows * CHUNK;
   a.state_size = w.state_size;
-  a.marks = take(a.segments > 1 ? a.segments * w.state_size : 0);
+  a.segment_states = take(a.segments > 1 ? a.segments * w.state_size : 0);
   a.states = take(a.segment * w.state_size);
   a.writes = take(a.segment * a.values_size);
   a.dstate = take(w.state_size);
@@ -70,13 +70,13 @@ static void lay_out(Adjoint& a, const Problem& p, const Workspace& w, int64_t lo
   }
   a.scaled_dout = take(CHUNK * PANEL);
   a.scaled_dvalues = take(CHUNK * PANEL);
-  for (float** gram : {&a.scores_transposed, &a.gram_kk_transposed, &a.dscores, &a.dcouplings, &a.dscores_transposed,
+  for (float** gram : {&a.gram_qk_transposed, &a.gram_kk_transposed, &a.dgram_qk, &a.dgram_kk, &a.dgram_qk_transposed,
                        &a.dgram_kk_transposed}) {
     *gram = take(CHUNK * CHUNK);
   }
-  for (float** keys : {&a.dreaders, &a.dheld, &a.dkeys}) *keys = take(w.K_rows * CHUNK);
+  for (float** keys : {&a.dq_panels, &a.dz_panels, &a.dk_panels}) *keys = take(w.K_rows * CHUNK);
   a.dgates = take(p.gate == Gate::channel ? w.K_rows * CHUNK : 0);
-  a.end = take(w.K_rows);
+  a.dchunk_decay = take(w.K_rows);
   a.gains = take(p.gate == Gate::head ? CHUNK * CHUNK : 0);
   for (float** lanes : {&a.beta_lanes, &a.gate_lanes, &a.write_lanes, &a.pair_lanes}) *lanes = take(CHUNK * LANES);
   a.row = take(w.row_size);

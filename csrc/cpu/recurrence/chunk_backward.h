@@ -39,7 +39,7 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 // Loads dO of the chunk, zero beyond count up to whole panels of tokens.
-SLEEPKERN_STAGE void load_dout(const Chunk& c, const Workspace& w, const Adjoint& a, const Rows& dout) {
+SLEEPKERN_STAGE void load_dout(const Chunk& c, const Workspace& w, const BackwardBuffers& a, const Rows& dout) {
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
     const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
     for (int64_t t = 0; t < round_up(c.count, PANEL); ++t) {
@@ -51,22 +51,22 @@ SLEEPKERN_STAGE void load_dout(const Chunk& c, const Workspace& w, const Adjoint
 }
 
 // Computes dR of one value panel, last tokens first.
-SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel) {
+SLEEPKERN_STAGE void backward_values(const Chunk& c, const Workspace& w, const BackwardBuffers& a, int64_t panel) {
   const float *dstate = a.dstate + panel * w.K_rows * PANEL, *dout = a.dout + panel * CHUNK * PANEL;
-  const float* end_keys = w.end_keys ? w.end_keys : w.keys;
+  const float* k_tail_columns = w.k_tail_columns ? w.k_tail_columns : w.keys;
   float* dvalues = a.dvalues + panel * CHUNK * PANEL;
   for (int64_t j = c.padded - ROWS; j >= 0; j -= ROWS) {
     Tile t;
     clear(t);
-    multiply_add<1>(t, end_keys + column_at(j, w.K), dstate, w.K);
-    scale_rows(t, w.to_end + j);
-    if (c.p.reads) {
-      multiply_add<1>(t, a.scores_transposed + column_at(j, CHUNK) + j * PANEL, dout + j * PANEL, c.count - j);
+    multiply_add<1>(t, k_tail_columns + column_at(j, w.K), dstate, w.K);
+    scale_rows(t, w.decay_to_end + j);
+    if (c.p.want_output) {
+      multiply_add<1>(t, a.gram_qk_transposed + column_at(j, CHUNK) + j * PANEL, dout + j * PANEL, c.count - j);
     }
     if (c.p.delta) {
       const float* M = a.gram_kk_transposed + column_at(j, CHUNK);
-      const int64_t behind = j + ROWS;
-      multiply_add<-1>(t, M + behind * PANEL, dvalues + behind * PANEL, c.count - behind);
+      const int64_t after = j + ROWS;
+      multiply_add<-1>(t, M + after * PANEL, dvalues + after * PANEL, c.count - after);
       substitute_back(t, M + j * PANEL);
     }
     store(t, dvalues + j * PANEL);
@@ -76,7 +76,7 @@ SLEEPKERN_STAGE void adjoint_values(const Chunk& c, const Workspace& w, const Ad
 
 // Computes scale dP D and dM D, and the transposes of both, the latter times b_i. With head decay it also computes the
 // pairs' terms of dg.
-SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adjoint& a) {
+SLEEPKERN_STAGE void backward_grams(const Chunk& c, const Workspace& w, const BackwardBuffers& a) {
   const int64_t end = round_up(c.count, PANEL);
   auto finish = [&](const float* gram, float factor, bool add) {
     float* gains = c.p.gate == Gate::head ? a.gains : nullptr;
@@ -85,18 +85,18 @@ SLEEPKERN_STAGE void adjoint_grams(const Chunk& c, const Workspace& w, const Adj
       return x * load(w.decays + at) * factor;
     };
   };
-  if (c.p.reads) {
-    upper_gram<1>(a.writes_transposed, a.dout_transposed, a.V_rows, c.count, CHUNK, a.dscores,
-                  finish(w.scores, c.p.scale, false));
+  if (c.p.want_output) {
+    upper_gram<1>(a.writes_transposed, a.dout_transposed, a.V_rows, c.count, CHUNK, a.dgram_qk,
+                  finish(w.gram_qk, c.p.scale, false));
   }
   if (c.p.delta) {
-    upper_gram<-1>(a.writes_transposed, a.dvalues_transposed, a.V_rows, c.count, CHUNK, a.dcouplings,
-                   finish(w.gram_kk, 1, c.p.reads));
-    for (int64_t i = 0; i < c.count; ++i) a.dcouplings[column_at(i, CHUNK) + i * PANEL] = 0;
+    upper_gram<-1>(a.writes_transposed, a.dvalues_transposed, a.V_rows, c.count, CHUNK, a.dgram_kk,
+                   finish(w.gram_kk, 1, c.p.want_output));
+    for (int64_t i = 0; i < c.count; ++i) a.dgram_kk[column_at(i, CHUNK) + i * PANEL] = 0;
   }
-  if (c.p.reads) turn(a.dscores, CHUNK, end, end, a.dscores_transposed, CHUNK);
+  if (c.p.want_output) transpose_panels(a.dgram_qk, CHUNK, end, end, a.dgram_qk_transposed, CHUNK);
   if (!c.p.delta) return;
-  turn(a.dcouplings, CHUNK, end, end, a.dgram_kk_transposed, CHUNK);
+  transpose_panels(a.dgram_kk, CHUNK, end, end, a.dgram_kk_transposed, CHUNK);
   for (int64_t j = 0; j < end; j += PANEL) {
     for (int64_t i = 0; i < end; ++i) {
       float* row = a.dgram_kk_transposed + j * CHUNK + i * PANEL;
@@ -112,7 +112,7 @@ SLEEPKERN_INLINE void scale_by_rows(Tile& t, const float* rows) {
 }
 
 // Sums the pairs' terms of dg with head decay: `reach` of token i is the sum of its pairs with j < t.
-SLEEPKERN_STAGE void gather_pairs(const Chunk& c, const Adjoint& a) {
+SLEEPKERN_STAGE void gather_pairs(const Chunk& c, const BackwardBuffers& a) {
   alignas(64) float reach[CHUNK] = {};
   for (int64_t t = 1; t < c.count; ++t) {
     const int64_t j = t - 1;
@@ -137,7 +137,8 @@ SLEEPKERN_INLINE void gather_rows(const Tile& t, const float* x, const float* by
 }
 
 // dq, z and dk- each take all key panels before the next one begins: the tokens' operands then stay in L1.
-SLEEPKERN_STAGE void adjoint_q_panels(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+SLEEPKERN_STAGE void backward_queries(const Chunk& c, const Workspace& w, const BackwardBuffers& a,
+                                      const float* state) {
   const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
@@ -146,19 +147,20 @@ SLEEPKERN_STAGE void adjoint_q_panels(const Chunk& c, const Workspace& w, const 
       Tile t;
       clear(t);
       multiply_add<1>(t, a.dout_transposed + column_at(i, a.V_rows), S, w.V);
-      scale_rows(t, w.read_scale + i);
-      if (w.since_rows) {
-        scale_by_rows(t, w.since_rows + at + i * PANEL);
+      scale_rows(t, w.output_scale + i);
+      if (w.decay_from_start_rows) {
+        scale_by_rows(t, w.decay_from_start_rows + at + i * PANEL);
       } else {
         if (head_decay) gather_rows(t, w.q_panels_transposed + at + i * PANEL, nullptr, a.gate_lanes + i * LANES);
-        multiply_add<1>(t, a.dscores + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
+        multiply_add<1>(t, a.dgram_qk + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
       }
-      store(t, a.dreaders + at + i * PANEL);
+      store(t, a.dq_panels + at + i * PANEL);
     }
   }
 }
 
-SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjoint& a, const float* state) {
+SLEEPKERN_STAGE void backward_prediction(const Chunk& c, const Workspace& w, const BackwardBuffers& a,
+                                         const float* state) {
   const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
@@ -167,19 +169,19 @@ SLEEPKERN_STAGE void adjoint_held(const Chunk& c, const Workspace& w, const Adjo
       Tile t;
       clear(t);
       multiply_add<-1>(t, a.dvalues_transposed + column_at(i, a.V_rows), S, w.V);
-      scale_rows(t, w.since_start + i);
-      if (w.since_rows) {
-        scale_by_rows(t, w.since_rows + at + i * PANEL);
+      scale_rows(t, w.decay_from_start + i);
+      if (w.decay_from_start_rows) {
+        scale_by_rows(t, w.decay_from_start_rows + at + i * PANEL);
       } else {
         if (head_decay) gather_rows(t, k + i * PANEL, w.beta + i, a.gate_lanes + i * LANES);
-        multiply_add<1>(t, a.dcouplings + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
+        multiply_add<1>(t, a.dgram_kk + column_at(i, CHUNK), k, min_of(i + ROWS, c.count));
       }
-      store(t, a.dheld + at + i * PANEL);
+      store(t, a.dz_panels + at + i * PANEL);
     }
   }
 }
 
-SLEEPKERN_STAGE void adjoint_k_tails(const Chunk& c, const Workspace& w, const Adjoint& a) {
+SLEEPKERN_STAGE void backward_keys(const Chunk& c, const Workspace& w, const BackwardBuffers& a) {
   const bool head_decay = c.p.gate == Gate::head;
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * CHUNK * PANEL;
@@ -190,35 +192,35 @@ SLEEPKERN_STAGE void adjoint_k_tails(const Chunk& c, const Workspace& w, const A
       Tile t;
       clear(t);
       multiply_add<1>(t, a.writes_transposed + column_at(i, a.V_rows), dS, w.V);
-      scale_rows(t, w.to_end + i);
-      if (w.until_rows) {
-        scale_by_rows(t, w.until_rows + at + i * PANEL);
+      scale_rows(t, w.decay_to_end + i);
+      if (w.decay_to_end_rows) {
+        scale_by_rows(t, w.decay_to_end_rows + at + i * PANEL);
       } else {
         if (head_decay) gather_rows(t, k + i * PANEL, nullptr, a.write_lanes + i * LANES);
-        if (c.p.reads) multiply_add<1>(t, a.dscores_transposed + gram, q + i * PANEL, c.count - i);
+        if (c.p.want_output) multiply_add<1>(t, a.dgram_qk_transposed + gram, q + i * PANEL, c.count - i);
         if (c.p.delta) multiply_add<1>(t, a.dgram_kk_transposed + gram, k + i * PANEL, c.count - i);
       }
-      store(t, a.dkeys + at + i * PANEL);
+      store(t, a.dk_panels + at + i * PANEL);
     }
   }
 }
 
 // Adds k.z to db and completes dk, of one key panel. The tokens' k are `stride` floats apart.
-SLEEPKERN_STAGE void gather_key_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const float* k,
+SLEEPKERN_STAGE void gather_key_gradients(const Chunk& c, const Workspace& w, const BackwardBuffers& a, const float* k,
                                           int64_t stride, int64_t panel) {
   for (int64_t t = 0; t < c.count; ++t) {
     const int64_t at = (panel * CHUNK + t) * PANEL;
     SLEEPKERN_EACH_VEC(n) {
       const int64_t x = at + n * LANES;
-      const Vec z = load(a.dheld + x);
+      const Vec z = load(a.dz_panels + x);
       store(a.beta_lanes + t * LANES, load(a.beta_lanes + t * LANES) + load(k + t * stride + n * LANES) * z);
-      store(a.dkeys + x, load(a.dkeys + x) + z * w.beta[t]);
+      store(a.dk_panels + x, load(a.dk_panels + x) + z * w.beta[t]);
     }
   }
 }
 
 // chunk decay <S, dS> of each row of the state.
-SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const float* state) {
+SLEEPKERN_STAGE void backward_chunk_decay(const Workspace& w, const BackwardBuffers& a, const float* state) {
   for (int64_t panel = 0; panel < a.K_panels; ++panel) {
     const int64_t at = panel * a.V_rows * PANEL;
     Vec total[VECS] = {};
@@ -228,82 +230,83 @@ SLEEPKERN_STAGE void adjoint_end(const Workspace& w, const Adjoint& a, const flo
     SLEEPKERN_EACH_VEC(n) {
       const int64_t d = panel * PANEL + n * LANES;
       // mutant: gate-gradient-without-final-state
-      store(a.end + d, total[n] * load(w.keep + d));
+      store(a.dchunk_decay + d, total[n] * load(w.chunk_decay + d));
     }
   }
 }
 
 // Takes dS of one value panel from after the chunk to before it.
-SLEEPKERN_STAGE void adjoint_state(const Chunk& c, const Workspace& w, const Adjoint& a, int64_t panel, Ahead& ahead) {
+SLEEPKERN_STAGE void backward_state(const Chunk& c, const Workspace& w, const BackwardBuffers& a, int64_t panel,
+                                    PrefetchSchedule& prefetch) {
   float* dstate = a.dstate + panel * w.K_rows * PANEL;
   const int64_t at = panel * CHUNK * PANEL;
-  if (c.p.reads) scale_tokens(c, a.dout + at, w.read_scale, a.scaled_dout);
-  if (c.p.delta) scale_tokens(c, a.dvalues + at, w.key_scale, a.scaled_dvalues);
+  if (c.p.want_output) scale_tokens(c, a.dout + at, w.output_scale, a.scaled_dout);
+  if (c.p.delta) scale_tokens(c, a.dvalues + at, w.prediction_scale, a.scaled_dvalues);
   for (int64_t d = 0; d < w.K; d += ROWS) {
     const int64_t left = column_at(d, CHUNK);
     Tile t;
     load(t, dstate + d * PANEL);
-    scale_rows(t, w.keep + d);
-    if (c.p.reads) multiply_add<1>(t, w.q_panels_transposed + left, a.scaled_dout, c.count);
+    scale_rows(t, w.chunk_decay + d);
+    if (c.p.want_output) multiply_add<1>(t, w.q_panels_transposed + left, a.scaled_dout, c.count);
     if (c.p.delta) multiply_add<-1>(t, w.keys_transposed + left, a.scaled_dvalues, c.count);
     store(t, dstate + d * PANEL);
-    ahead.step();
+    prefetch.step();
   }
 }
 
-// The chunk that is computed next, for prefetching. `unit` is its head's if it is the first of the head, else -1.
+// The chunk that is computed next, for prefetching. `bh` is its head's if it is the first of the head, else -1.
 struct Next {
   Chunk chunk;
-  int64_t unit;
+  int64_t bh;
 };
 
 // Plans the prefetch of all rows that the next chunk reads and writes.
-static void plan_prefetch(const Next& next, const Workspace& w, const Gradients& out, Ahead& ahead) {
+static void plan_prefetch(const Next& next, const Workspace& w, const Gradients& out, PrefetchSchedule& prefetch) {
   const Chunk& c = next.chunk;
   const Problem& p = c.p;
   if (c.count <= 0) return;
-  ahead.add_inputs(c);
-  ahead.add(c, {out.dk, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
-  ahead.add(c, {out.dv, p.HV * w.V, p.v.type}, c.head * w.V, w.V);
-  if (p.gate == Gate::channel) ahead.add(c, {out.dg, p.HV * w.K, p.g.type}, c.head * w.K, w.K);
-  if (p.reads) ahead.add(c, out.dout, c.head * w.V, w.V);
-  if (p.reads) ahead.add(c, {out.dq, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
+  prefetch.add_inputs(c);
+  prefetch.add(c, {out.dk, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
+  prefetch.add(c, {out.dv, p.HV * w.V, p.v.type}, c.head * w.V, w.V);
+  if (p.gate == Gate::channel) prefetch.add(c, {out.dg, p.HV * w.K, p.g.type}, c.head * w.K, w.K);
+  if (p.want_output) prefetch.add(c, out.dout, c.head * w.V, w.V);
+  if (p.want_output) prefetch.add(c, {out.dq, p.H * w.K, out.key_type}, c.key_head() * w.K, w.K);
   for (const float* states : {p.state, out.dfinal, static_cast<const float*>(out.dstate)}) {
-    if (next.unit >= 0 && states) ahead.add_state(p, states, next.unit);
+    if (next.bh >= 0 && states) prefetch.add_state(p, states, next.bh);
   }
 }
 
 // Computes all gradients of one chunk. `state`, transposed, is the state before it and `writes` its Vn. `next` is
 // computed after it: the chunk before it in time, or one of another head.
-SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gradients& out, const float* state,
-                             const float* writes, bool add, const Next& next) {
+SLEEPKERN_STAGE void chunk_backward(const Chunk& c, Workspace& w, BackwardBuffers& a, const Gradients& out,
+                                    const float* state, const float* writes, bool add, const Next& next) {
   const int64_t end = round_up(c.count, PANEL);
-  turn(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_transposed, a.V_rows);
+  transpose_panels(a.dstate, w.K_rows, w.K_rows, a.V_rows, a.dstate_transposed, a.V_rows);
   std::memset(a.beta_lanes, 0, CHUNK * LANES * sizeof(float));
   for (float* lanes : {a.gate_lanes, a.write_lanes, a.pair_lanes}) {
     std::memset(lanes, 0, CHUNK * LANES * sizeof(float));
   }
-  if (c.p.reads) {
+  if (c.p.want_output) {
     load_dout(c, w, a, out.dout);
-    turn(a.dout, CHUNK, end, a.V_rows, a.dout_transposed, a.V_rows);
-    turn(w.scores, CHUNK, end, end, a.scores_transposed, CHUNK);
+    transpose_panels(a.dout, CHUNK, end, a.V_rows, a.dout_transposed, a.V_rows);
+    transpose_panels(w.gram_qk, CHUNK, end, end, a.gram_qk_transposed, CHUNK);
   }
-  if (c.p.delta) turn(w.gram_kk, CHUNK, end, end, a.gram_kk_transposed, CHUNK);
+  if (c.p.delta) transpose_panels(w.gram_kk, CHUNK, end, end, a.gram_kk_transposed, CHUNK);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-    adjoint_values(c, w, a, panel);
+    backward_values(c, w, a, panel);
     write_dv(c, w, a, out, panel);
   }
-  if (c.p.delta) turn(a.dvalues, CHUNK, end, a.V_rows, a.dvalues_transposed, a.V_rows);
-  turn(writes, CHUNK, end, a.V_rows, a.writes_transposed, a.V_rows);
-  adjoint_grams(c, w, a);
-  if (c.p.reads) adjoint_q_panels(c, w, a, state);
-  if (c.p.delta) adjoint_held(c, w, a, state);
-  adjoint_k_tails(c, w, a);
-  if (c.p.gate != Gate::none) adjoint_end(w, a, state);
-  if (c.p.gate == Gate::head && (c.p.reads || c.p.delta)) gather_pairs(c, a);
+  if (c.p.delta) transpose_panels(a.dvalues, CHUNK, end, a.V_rows, a.dvalues_transposed, a.V_rows);
+  transpose_panels(writes, CHUNK, end, a.V_rows, a.writes_transposed, a.V_rows);
+  backward_grams(c, w, a);
+  if (c.p.want_output) backward_queries(c, w, a, state);
+  if (c.p.delta) backward_prediction(c, w, a, state);
+  backward_keys(c, w, a);
+  if (c.p.gate != Gate::none) backward_chunk_decay(w, a, state);
+  if (c.p.gate == Gate::head && (c.p.want_output || c.p.delta)) gather_pairs(c, a);
   if (c.p.gate == Gate::channel) {
     gather_gates(c, w, a);
-    adjoint_channel_grams(c, w, a);
+    backward_channel_grams(c, w, a);
   }
   const Tokens x(w);
   for (int64_t panel = 0; c.p.delta && panel < a.K_panels; ++panel) {
@@ -311,9 +314,9 @@ SLEEPKERN_STAGE void adjoint(const Chunk& c, Workspace& w, Adjoint& a, const Gra
   }
   write_key_gradients(c, w, a, out, add);
   write_gate_gradients(c, w, a, out);
-  Ahead ahead(state_tiles(w));
-  plan_prefetch(next, w, out, ahead);
-  for (int64_t panel = 0; panel < w.V_panels; ++panel) adjoint_state(c, w, a, panel, ahead);
+  PrefetchSchedule prefetch(state_tiles(w));
+  plan_prefetch(next, w, out, prefetch);
+  for (int64_t panel = 0; panel < w.V_panels; ++panel) backward_state(c, w, a, panel, prefetch);
 }
 
 }  // namespace

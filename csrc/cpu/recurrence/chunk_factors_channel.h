@@ -55,8 +55,8 @@ static void load_channel_rows(const Chunk& c, Workspace& w) {
     if (t < c.count) load_row(c.row(c.p.g, t, c.head * w.K), c.p.g.type, w.K, g);
     if (t < c.count) clear_beyond(g, w.K);
     for (int64_t d = 0; d < w.row_size; d += LANES) store(g + d, exp_nonpositive(load(g + d)));
-    w.key_norm[t] = load_token(c, w, c.p.k, t, w.key_rows + t * w.row_size);
-    if (c.p.reads) w.reader_norm[t] = load_token(c, w, c.p.q, t, w.reader_rows + t * w.row_size);
+    w.k_norm[t] = load_token(c, w, c.p.k, t, w.k_rows + t * w.row_size);
+    if (c.p.want_output) w.q_norm[t] = load_token(c, w, c.p.q, t, w.q_rows + t * w.row_size);
   }
 }
 
@@ -83,21 +83,21 @@ static void level_gram(const Workspace& w, int64_t start, int64_t h, const float
 static void base_grams(const Chunk& c, const Workspace& w, int64_t start) {
   float* reach = w.rows;
   for (int64_t j = start; j < start + BASE; ++j) {
-    std::memcpy(reach, w.key_rows + j * w.row_size, w.row_size * sizeof(float));
+    std::memcpy(reach, w.k_rows + j * w.row_size, w.row_size * sizeof(float));
     for (int64_t i = start; i < start + BASE; ++i) {
-      const float *k = w.key_rows + i * w.row_size, *q = w.reader_rows + i * w.row_size;
-      Vec coupling{}, score{};
+      const float *k = w.k_rows + i * w.row_size, *q = w.q_rows + i * w.row_size;
+      Vec kk{}, qk{};
       for (int64_t d = 0; i >= j && d < w.row_size; d += LANES) {
         Vec x = load(reach + d);
         if (i > j) {
           x = flush_subnormal(x * load(w.gates + i * w.row_size + d));
           store(reach + d, x);
         }
-        if (c.p.delta) coupling += x * load(k + d);
-        if (c.p.reads) score += x * load(q + d);
+        if (c.p.delta) kk += x * load(k + d);
+        if (c.p.want_output) qk += x * load(q + d);
       }
-      if (c.p.delta) w.gram_kk[column_at(i, CHUNK) + j * PANEL] = sum(coupling);
-      if (c.p.reads) w.scores[column_at(i, CHUNK) + j * PANEL] = sum(score);
+      if (c.p.delta) w.gram_kk[column_at(i, CHUNK) + j * PANEL] = sum(kk);
+      if (c.p.want_output) w.gram_qk[column_at(i, CHUNK) + j * PANEL] = sum(qk);
     }
   }
 }
@@ -123,43 +123,45 @@ static void split_decay(const Workspace& w, int64_t h) {
   }
 }
 
-static void prepare_channel_grams(const Chunk& c, Workspace& w) {
+static void channel_grams(const Chunk& c, Workspace& w) {
   const int64_t end = round_up(c.count, PANEL);
   for (int64_t h = CHUNK / 2; h >= BASE; h /= 2) {
     if (h >= end) continue;
     split_decay(w, h);
-    pack_decayed(w, w.key_rows, end, w.level_keys);
-    if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.level_q_panels);
+    pack_decayed(w, w.k_rows, end, w.level_keys);
+    if (c.p.want_output) pack_decayed(w, w.q_rows, end, w.level_q_panels);
     for (int64_t start = 0; start + h < end; start += 2 * h) {
       if (c.p.delta) level_gram(w, start, h, w.level_keys, w.gram_kk);
-      if (c.p.reads) level_gram(w, start, h, w.level_q_panels, w.scores);
+      if (c.p.want_output) level_gram(w, start, h, w.level_q_panels, w.gram_qk);
     }
   }
   for (int64_t start = 0; start < end; start += BASE) base_grams(c, w, start);
   if (c.p.delta) scale_columns(w.gram_kk, end, w.beta, 0);
-  if (c.p.reads) scale_columns(w.scores, end, nullptr, c.p.scale);
+  if (c.p.want_output) scale_columns(w.gram_qk, end, nullptr, c.p.scale);
 }
 
-SLEEPKERN_STAGE void prepare_channel_decay(const Chunk& c, Workspace& w) {
+SLEEPKERN_STAGE void chunk_factors_channel(const Chunk& c, Workspace& w) {
   const int64_t end = round_up(c.count, PANEL);
   load_channel_rows(c, w);
-  prepare_channel_grams(c, w);
+  channel_grams(c, w);
   running_decay(w, 0, CHUNK, 1, true);
   const float* all = w.factors + (CHUNK - 1) * w.row_size;
-  for (int64_t d = 0; d < w.K_rows; d += LANES) store(w.keep + d, load(all + d));
-  pack_decayed(w, w.key_rows, end, w.keys, w.keys_transposed);
-  if (c.p.reads) pack_decayed(w, w.reader_rows, end, w.q_panels, w.q_panels_transposed);
-  for (int64_t t = 0; w.since_rows && t < end; ++t) pack_row(w, w.factors + t * w.row_size, t, w.since_rows);
+  for (int64_t d = 0; d < w.K_rows; d += LANES) store(w.chunk_decay + d, load(all + d));
+  pack_decayed(w, w.k_rows, end, w.keys, w.keys_transposed);
+  if (c.p.want_output) pack_decayed(w, w.q_rows, end, w.q_panels, w.q_panels_transposed);
+  for (int64_t t = 0; w.decay_from_start_rows && t < end; ++t)
+    pack_row(w, w.factors + t * w.row_size, t, w.decay_from_start_rows);
   running_decay(w, CHUNK - 1, CHUNK, -1, false);
   for (int64_t t = 0; t < end; ++t) {
     float* row = w.factors + t * w.row_size;
-    if (w.until_rows) pack_row(w, row, t, w.until_rows);
+    if (w.decay_to_end_rows) pack_row(w, row, t, w.decay_to_end_rows);
     for (int64_t d = 0; d < w.row_size; d += LANES) {
-      store(row + d, load(row + d) * load(w.key_rows + t * w.row_size + d));
+      store(row + d, load(row + d) * load(w.k_rows + t * w.row_size + d));
     }
     pack_row(w, row, t, w.k_tails);
   }
-  for (int64_t t = 0; w.end_keys && t < end; t += LANES) pack_tokens(w, w.factors + t * w.row_size, t, w.end_keys);
+  for (int64_t t = 0; w.k_tail_columns && t < end; t += LANES)
+    pack_tokens(w, w.factors + t * w.row_size, t, w.k_tail_columns);
 }
 
 }  // namespace

@@ -83,13 +83,13 @@ SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t
   }
 }
 
-SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t t, Pair* panels) {
-  const int64_t depth = steps<Pair>(w.K);
-  Pair* columns = panels + column_at(t, depth);
+SLEEPKERN_INLINE void pack_tokens(const Workspace& w, const float* rows, int64_t t, Bf16x2* panels) {
+  const int64_t depth = steps<Bf16x2>(w.K);
+  Bf16x2* columns = panels + column_at(t, depth);
   alignas(64) float block[LANES * LANES], transposed[LANES * LANES];  // words of bits; a transpose moves them unchanged
   for (int64_t d = 0; d < depth; d += LANES) {
     for (int l = 0; l < LANES; ++l) {
-      store(block + l * LANES, reinterpret_cast<Vec>(load_pairs(rows + l * w.row_size + 2 * d)));
+      store(block + l * LANES, reinterpret_cast<Vec>(load_bf16x2(rows + l * w.row_size + 2 * d)));
     }
     transpose(block, LANES, transposed, LANES);
     for (int64_t c = 0; c < min_of(LANES, depth - d); ++c) {
@@ -111,11 +111,11 @@ SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t
   for (int l = 0; l < LANES; ++l) pack_row(w, rows + l * w.row_size, t + l, transposed);
 }
 
-SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, Pair* transposed) {
+SLEEPKERN_INLINE void pack_rows(const Workspace& w, const float* rows, int64_t t, Bf16x2* transposed) {
   for (int l = 0; l < LANES; l += 2) {
     const float* row = rows + l * w.row_size;
     for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-      Pair* to = transposed + d * CHUNK / 2 + (t + l) / 2 * PANEL;
+      Bf16x2* to = transposed + d * CHUNK / 2 + (t + l) / 2 * PANEL;
       SLEEPKERN_EACH_VEC(n) {
         const float* at = row + d + n * LANES;
         store(to + n * LANES, interleave(load(at), load(at + w.row_size)));

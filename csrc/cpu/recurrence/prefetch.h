@@ -12,16 +12,16 @@ namespace {
 // Prefetches the rows of the next chunk, one between two tiles of the current chunk. The hardware prefetcher does not
 // follow these rows: they are a whole token apart, each on a page of its own. A burst of prefetches would delay the
 // loads of the current chunk.
-struct Ahead {
+struct PrefetchSchedule {
   struct Tensor {
     const char* row;
     int64_t rows, stride, bytes;
   };
   Tensor tensors[12];  // k, v, q, g, o or its gradient, their gradients, states
-  int64_t count = 0, tensor = 0, total = 0, turns, due = 0;
+  int64_t count = 0, tensor = 0, total = 0, steps, due = 0;
 
-  // `turns` says how often step is called until the current chunk is done.
-  explicit Ahead(int64_t turns) : turns(turns) {}
+  // `steps` says how often step is called until the current chunk is done.
+  explicit PrefetchSchedule(int64_t steps) : steps(steps) {}
 
   // Adds rows of n elements of a chunk's tokens.
   void add(const Chunk& c, const Rows& x, int64_t offset, int64_t n) {
@@ -36,21 +36,21 @@ struct Ahead {
   }
 
   // Adds a head's state in the caller's layout.
-  void add_state(const Problem& p, const float* states, int64_t unit) {
+  void add_state(const Problem& p, const float* states, int64_t bh) {
     const int64_t bytes = p.V * static_cast<int64_t>(sizeof(float));
-    add(states + unit * p.K * p.V, p.K, bytes, bytes);
+    add(states + bh * p.K * p.V, p.K, bytes, bytes);
   }
 
   void add_inputs(const Chunk& c) {
     const Problem& p = c.p;
     add(c, p.k, c.key_head() * p.K, p.K);
     add(c, p.v, c.head * p.V, p.V);
-    if (p.reads) add(c, p.q, c.key_head() * p.K, p.K);
+    if (p.want_output) add(c, p.q, c.key_head() * p.K, p.K);
     if (p.gate == Gate::channel) add(c, p.g, c.head * p.K, p.K);
   }
 
   void step() {
-    for (due += total; due >= turns && tensor < count; due -= turns) {
+    for (due += total; due >= steps && tensor < count; due -= steps) {
       Tensor& x = tensors[tensor];
       for (int64_t b = 0; b < x.bytes; b += 64) __builtin_prefetch(x.row + b, 0, 2);
       x.row += x.stride;

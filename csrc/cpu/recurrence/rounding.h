@@ -38,60 +38,60 @@ static bool rounds_too_much(double error, double size) { return error > ROUNDING
 // decay for i >= j; the diagonal is known.
 SLEEPKERN_STAGE void expect_in_state(const Chunk& c, Workspace& w, double resemblance) {
   ChunkRounding& r = w.chunk_rounding;
-  double own = 0, left = 1, moved = 0;
-  for (int64_t t = 0; t < c.count; ++t) own += static_cast<double>(r.key_length[t]) * r.key_length[t];
+  double diagonal = 0, left = 1, moved = 0;
+  for (int64_t t = 0; t < c.count; ++t) diagonal += static_cast<double>(r.k_length[t]) * r.k_length[t];
   const double pairs = c.count * (c.count - 1) / 2;
-  const double alike = pairs > 0 ? (resemblance > own ? (resemblance - own) / pairs : 0) : 0;
+  const double alike = pairs > 0 ? (resemblance > diagonal ? (resemblance - diagonal) / pairs : 0) : 0;
   for (int64_t t = 0; t < c.count; ++t) {
-    const double length = r.key_length[t], write = static_cast<double>(w.beta[t]) * length;
+    const double length = r.k_length[t], write = static_cast<double>(w.beta[t]) * length;
     left *= 1 - (2 - write) * w.beta[t] * alike;
     moved += write * write / w.K;
-    r.written[t] = static_cast<float>(length * w.to_end[t] * w.to_end[t]);
+    r.written[t] = static_cast<float>(length * w.decay_to_end[t] * w.decay_to_end[t]);
   }
   for (int64_t t = c.count; t < c.padded; ++t) r.written[t] = 0;
-  const double kept = static_cast<double>(w.keep[0]) * w.keep[0];
+  const double kept = static_cast<double>(w.chunk_decay[0]) * w.chunk_decay[0];
   r.keeps = kept * (c.p.delta ? left : 1);
-  r.turns = c.p.delta ? kept * (moved < 2 ? moved : 2) : 0;
+  r.moves = c.p.delta ? kept * (moved < 2 ? moved : 2) : 0;
 }
 
 SLEEPKERN_STAGE void expect_in_outputs(const Chunk& c, Workspace& w) {
   ChunkRounding& r = w.chunk_rounding;
-  double reads = 0;
+  double output_gain = 0;
   for (int64_t t = 0; t < c.count; ++t) {
-    const double scale = c.p.scale * w.since_start[t];
-    reads += r.reader_length[t] * scale * scale;
+    const double scale = c.p.scale * w.decay_from_start[t];
+    output_gain += r.q_length[t] * scale * scale;
   }
-  r.reads = reads / w.K;
+  r.output_gain = output_gain / w.K;
   for (int64_t j = 0; j < c.padded; ++j) {
     Vec squares{};
     for (int64_t i = j / PANEL * PANEL; i < c.count; i += PANEL) {
       SLEEPKERN_EACH_VEC(n) {
-        const Vec score = load(w.scores + i * CHUNK + j * PANEL + n * LANES);
-        squares += score * score;
+        const Vec qk = load(w.gram_qk + i * CHUNK + j * PANEL + n * LANES);
+        squares += qk * qk;
       }
     }
-    r.read_off[j] = sum(squares);
+    r.output_squares[j] = sum(squares);
   }
 }
 
 struct Written {
-  float by_state, by_outputs;  // sums of |Vn_t|^2 times `written` and `read_off`
+  float by_state, by_outputs;  // sums of |Vn_t|^2 times `written` and `output_squares`
 };
 
-// Converts the values of a panel to bf16x2: unchanged for outputs, and times to_write for the state.
-SLEEPKERN_STAGE Written pair_values(const Chunk& c, const Workspace& w) {
+// Converts the values of a panel to bf16x2: unchanged for outputs, and times write_scale for the state.
+SLEEPKERN_STAGE Written values_to_bf16x2(const Chunk& c, const Workspace& w) {
   const ChunkRounding& r = w.chunk_rounding;
   Vec by_state{}, by_outputs{};
   for (int64_t t = 0; t < c.padded; t += 2) {
     SLEEPKERN_EACH_VEC(n) {
       const Vec low = load(w.values + t * PANEL + n * LANES), high = load(w.values + (t + 1) * PANEL + n * LANES);
       const int64_t at = t / 2 * PANEL + n * LANES;
-      store(w.write_pairs + at, interleave(low * w.to_write[t], high * w.to_write[t + 1]));
+      store(w.writes_bf16 + at, interleave(low * w.write_scale[t], high * w.write_scale[t + 1]));
       const Vec low_square = low * low, high_square = high * high;
       by_state += low_square * r.written[t] + high_square * r.written[t + 1];
-      if (!c.p.reads) continue;
-      store(w.value_pairs + at, interleave(low, high));
-      by_outputs += low_square * r.read_off[t] + high_square * r.read_off[t + 1];
+      if (!c.p.want_output) continue;
+      store(w.values_bf16 + at, interleave(low, high));
+      by_outputs += low_square * r.output_squares[t] + high_square * r.output_squares[t + 1];
     }
   }
   return {sum(by_state), sum(by_outputs)};
@@ -104,25 +104,25 @@ static Rounding before_any(double state) { return {state, 0, ROUNDING_LIMIT * RO
 static void expect(Workspace& w, int64_t panel, const Written& written, double output, double state) {
   const ChunkRounding& r = w.chunk_rounding;
   Rounding& x = w.rounding[panel];
-  const double transposed = r.turns * x.state, off = written.by_outputs;
+  const double rounded = r.moves * x.state, off = written.by_outputs;
   const double error =
-      r.reads * (x.state_error + MEAN_SQUARE_ROUNDING * (x.state + transposed)) + 2 * MEAN_SQUARE_ROUNDING * off;
+      r.output_gain * (x.state_error + MEAN_SQUARE_ROUNDING * (x.state + rounded)) + 2 * MEAN_SQUARE_ROUNDING * off;
   if (std::isfinite(output + error)) {  // a token that is NaN says nothing about earlier tokens
     x.output += output;
     x.output_error += error;
   }
-  const double made = MEAN_SQUARE_ROUNDING * (transposed + written.by_state);
-  x.state_error = r.keeps * x.state_error + made;
-  x.kept_error = r.keeps * x.kept_error + made;
+  const double added = MEAN_SQUARE_ROUNDING * (rounded + written.by_state);
+  x.state_error = r.keeps * x.state_error + added;
+  x.kept_error = r.keeps * x.kept_error + added;
   x.state = state;
-  if (rounds_too_much(x.kept_error, x.state)) w.left_out |= uint32_t{1} << panel;
+  if (rounds_too_much(x.kept_error, x.state)) w.skipped |= uint32_t{1} << panel;
 }
 
 // Drops panels whose outputs are too wrong, at the end of a sequence.
 static void judge_outputs(Workspace& w) {
   for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
     const Rounding& x = w.rounding[panel];
-    if (rounds_too_much(x.output_error, x.output)) w.left_out |= uint32_t{1} << panel;
+    if (rounds_too_much(x.output_error, x.output)) w.skipped |= uint32_t{1} << panel;
   }
 }
 

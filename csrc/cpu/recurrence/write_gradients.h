@@ -14,7 +14,7 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 // Writes dv = b dR of one value panel, and adds dR.v to db.
-SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const Adjoint& a, const Gradients& out,
+SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const BackwardBuffers& a, const Gradients& out,
                               int64_t panel) {
   const int64_t first = panel * PANEL, width = min_of(PANEL, w.V - first);
   const int64_t size = c.p.v.type == Type::float32 ? 4 : 2;
@@ -34,9 +34,9 @@ SLEEPKERN_STAGE void write_dv(const Chunk& c, const Workspace& w, const Adjoint&
 
 // Writes one token's dq or dk, back through the normalisation x = norm * raw. With `add` it is added to the gradient
 // that an earlier value head of the same key head wrote.
-SLEEPKERN_INLINE void write_key_gradient(const Chunk& c, const Workspace& w, const Adjoint& a, const float* transposed,
-                                         const float* x, int64_t stride, float norm, int64_t t, const Gradients& out,
-                                         void* to, bool add) {
+SLEEPKERN_INLINE void write_key_gradient(const Chunk& c, const Workspace& w, const BackwardBuffers& a,
+                                         const float* transposed, const float* x, int64_t stride, float norm, int64_t t,
+                                         const Gradients& out, void* to, bool add) {
   Vec along{};
   for (int64_t d = 0; d < w.K_rows; d += LANES) {
     const Vec dx = load(transposed + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL);
@@ -61,19 +61,19 @@ struct Tokens {
   int64_t token, panel;
 
   explicit Tokens(const Workspace& w)
-      : k(w.since_rows ? w.key_rows : w.keys_transposed),
-        q(w.since_rows ? w.reader_rows : w.q_panels_transposed),
-        token(w.since_rows ? w.row_size : PANEL),
-        panel(w.since_rows ? PANEL : CHUNK * PANEL) {}
+      : k(w.decay_from_start_rows ? w.k_rows : w.keys_transposed),
+        q(w.decay_from_start_rows ? w.q_rows : w.q_panels_transposed),
+        token(w.decay_from_start_rows ? w.row_size : PANEL),
+        panel(w.decay_from_start_rows ? PANEL : CHUNK * PANEL) {}
 };
 
-SLEEPKERN_STAGE void write_key_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const Gradients& out,
-                                         bool add) {
+SLEEPKERN_STAGE void write_key_gradients(const Chunk& c, const Workspace& w, const BackwardBuffers& a,
+                                         const Gradients& out, bool add) {
   const Tokens x(w);
   for (int64_t t = 0; t < c.count; ++t) {
     const int64_t at = t * x.token;
-    write_key_gradient(c, w, a, a.dkeys, x.k + at, x.panel, w.key_norm[t], t, out, out.dk, add);
-    if (c.p.reads) write_key_gradient(c, w, a, a.dreaders, x.q + at, x.panel, w.reader_norm[t], t, out, out.dq, add);
+    write_key_gradient(c, w, a, a.dk_panels, x.k + at, x.panel, w.k_norm[t], t, out, out.dk, add);
+    if (c.p.want_output) write_key_gradient(c, w, a, a.dq_panels, x.q + at, x.panel, w.q_norm[t], t, out, out.dq, add);
   }
 }
 
@@ -82,22 +82,23 @@ static void store_scalar(float x, Type type, int64_t i, void* to) {
   store_row(lanes, type, 1, static_cast<char*>(to) + i * (type == Type::float32 ? 4 : 2));
 }
 
-SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, const Adjoint& a, const Gradients& out) {
+SLEEPKERN_STAGE void write_gate_gradients(const Chunk& c, const Workspace& w, const BackwardBuffers& a,
+                                          const Gradients& out) {
   const Problem& p = c.p;
   for (int64_t t = 0; out.dbeta && t < c.count; ++t) {
     store_scalar(sum(load(a.beta_lanes + t * LANES)), p.beta.type, (c.first + t) * p.HV + c.head, out.dbeta);
   }
   if (p.gate == Gate::head) {
-    double before = 0, behind = 0, own[CHUNK];
-    for (int64_t d = 0; d < w.K; ++d) before += a.end[d];
+    double before = 0, after = 0, local[CHUNK];
+    for (int64_t d = 0; d < w.K; ++d) before += a.dchunk_decay[d];
     for (int64_t t = 0; t < c.count; ++t) {
       // mutant: gate-gradient-with-cancellation
-      own[t] = before + sum(load(a.pair_lanes + t * LANES));
+      local[t] = before + sum(load(a.pair_lanes + t * LANES));
       before += sum(load(a.write_lanes + t * LANES));
     }
     for (int64_t t = c.count - 1; t >= 0; --t) {
-      behind += sum(load(a.gate_lanes + t * LANES));
-      store_scalar(static_cast<float>(own[t] + behind), p.g.type, (c.first + t) * p.HV + c.head, out.dg);
+      after += sum(load(a.gate_lanes + t * LANES));
+      store_scalar(static_cast<float>(local[t] + after), p.g.type, (c.first + t) * p.HV + c.head, out.dg);
     }
   }
   if (p.gate == Gate::channel) {

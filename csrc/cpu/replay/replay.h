@@ -18,11 +18,11 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 // Plans the prefetch of a head's first block and of its states.
-static void plan_prefetch(const Problem& p, int64_t unit, Ahead& ahead) {
-  const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
-  ahead.add_inputs(Chunk(p, first, min_of(tokens, REPLAY_BLOCK), unit % p.HV));
-  if (p.state) ahead.add_state(p, p.state, unit);
-  ahead.add_state(p, p.final_state, unit);
+static void plan_prefetch(const Problem& p, int64_t bh, PrefetchSchedule& prefetch) {
+  const int64_t first = p.first(bh / p.HV), tokens = p.first(bh / p.HV + 1) - first;
+  prefetch.add_inputs(Chunk(p, first, min_of(tokens, REPLAY_BLOCK), bh % p.HV));
+  if (p.state) prefetch.add_state(p, p.state, bh);
+  prefetch.add_state(p, p.final_state, bh);
 }
 
 constexpr int64_t PASSES_AHEAD = 1024;  // the prefetch of the next head is spread over at most so many passes
@@ -30,28 +30,28 @@ constexpr int64_t PASSES_AHEAD = 1024;  // the prefetch of the next head is spre
 // Computes heads [begin, end) of sequences * HV, one after the other.
 void replay_heads(const Problem& p, const Replay& r, int64_t begin, int64_t end) {
   Workspace& w = thread_local_arrays<Workspace>(p, true);
-  const Window& window = thread_local_arrays<Window>(w, p.longest());
-  const Rank& rank = thread_local_arrays<Rank>(w);
-  for (int64_t unit = begin; unit < end && !stops(r.interrupt); ++unit) {
-    const int64_t first = p.first(unit / p.HV), tokens = p.first(unit / p.HV + 1) - first;
-    load_state(w, p.state, unit, w.state);
+  const WindowFactors& window = thread_local_arrays<WindowFactors>(w, p.longest());
+  const TokenSpace& space = thread_local_arrays<TokenSpace>(w);
+  for (int64_t bh = begin; bh < end && !stops(r.interrupt); ++bh) {
+    const int64_t first = p.first(bh / p.HV), tokens = p.first(bh / p.HV + 1) - first;
+    load_state(w, p.state, bh, w.state);
     for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
       const int64_t at = block * REPLAY_BLOCK;
-      make_block(p, w, window, first + at, min_of(REPLAY_BLOCK, tokens - at), unit % p.HV, block);
+      make_block(p, w, window, first + at, min_of(REPLAY_BLOCK, tokens - at), bh % p.HV, block);
     }
-    const bool in_rows = r.rank && tokens > 0;
+    const bool in_token_space = r.rank && tokens > 0;
     const int64_t blocks = (tokens + REPLAY_BLOCK - 1) / REPLAY_BLOCK;
-    Ahead ahead(state_tiles(w) * (in_rows ? 1 : min_of(r.passes, PASSES_AHEAD) * blocks));
-    if (unit + 1 < end) plan_prefetch(p, unit + 1, ahead);
-    bool by_passes = !in_rows;
-    if (in_rows) {
+    PrefetchSchedule prefetch(state_tiles(w) * (in_token_space ? 1 : min_of(r.passes, PASSES_AHEAD) * blocks));
+    if (bh + 1 < end) plan_prefetch(p, bh + 1, prefetch);
+    bool by_passes = !in_token_space;
+    if (in_token_space) {
       const double before = p.state ? distance(w.state, nullptr, w.state_size) : 0;
-      replay_in_rows(p, w, window, rank, r, tokens, ahead);
-      by_passes = cancels(w, rank, before);
-      if (by_passes) load_state(w, p.state, unit, w.state);
+      replay_in_token_space(p, w, window, space, r, tokens, prefetch);
+      by_passes = cancels(w, space, before);
+      if (by_passes) load_state(w, p.state, bh, w.state);
     }
-    if (by_passes) replay_passes(w, window, r, unit, tokens, p.delta, ahead);
-    store_state(w, w.state, unit, p.final_state);
+    if (by_passes) replay_passes(w, window, r, bh, tokens, p.delta, prefetch);
+    store_state(w, w.state, bh, p.final_state);
   }
 }
 

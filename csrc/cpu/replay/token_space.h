@@ -37,33 +37,33 @@ namespace {
 constexpr int64_t UNBALANCED_PASSES = 4;  // up to so many passes lose less than the factors' own rounding
 
 // Square matrices [REPLAY_BLOCK / PANEL][REPLAY_BLOCK][PANEL] over the block's rows, and rows of one value panel.
-struct Rank {
+struct TokenSpace {
   float* Z;  // transposed (row j, column i): a left operand
   float *R, *R_transposed;
   float *Z_stride, *Z_doubled;         // Z_m, transposed and plain
   float *G, *C;                        // plain, while they are computed
   float *G_transposed, *C_transposed;  // transposed: left operands
-  float *held, *next;                  // [REPLAY_BLOCK][PANEL]  H, the next Y
-  float *values, *stride_values;       // Y; G U
-  float* stride_held;                  // C H
-  float* keep;                         // [K_rows]  a^N
+  float *H, *next;                     // [REPLAY_BLOCK][PANEL]  H, the next Y
+  float *Y, *stride_U;                 // Y; G U
+  float* stride_H;                     // C H
+  float* total_decay;                  // [K_rows]  a^N
 };
 
 // The factors of a step. A step is one pass, or the passes of a stride.
-struct RankStep {
-  float gamma;
+struct TokenSpaceStep {
+  float decay;
   const float *Z, *U, *H;
 };
 
-static void lay_out(Rank& x, const Workspace& w, ArenaCursor& take) {
+static void lay_out(TokenSpace& x, const Workspace& w, ArenaCursor& take) {
   for (float** square :
        {&x.Z, &x.R, &x.R_transposed, &x.Z_stride, &x.Z_doubled, &x.G, &x.C, &x.G_transposed, &x.C_transposed}) {
     *square = take(REPLAY_BLOCK * REPLAY_BLOCK);
   }
-  for (float** rows : {&x.held, &x.next, &x.values, &x.stride_values, &x.stride_held}) {
+  for (float** rows : {&x.H, &x.next, &x.Y, &x.stride_U, &x.stride_H}) {
     *rows = take(REPLAY_BLOCK * PANEL);
   }
-  x.keep = take(w.K_rows);
+  x.total_decay = take(w.K_rows);
 }
 
 // The stride, a power of two, with the fewest multiply-adds for all passes, in units of rows^2.
@@ -81,7 +81,7 @@ static int64_t cheapest_stride(int64_t passes, int64_t rows, int64_t columns) {
 }
 
 // out = by X - Z X for one panel X of columns; Z is given transposed.
-SLEEPKERN_STAGE void advance(const Factors& f, const float* Z, float by, const float* X, float* out) {
+SLEEPKERN_STAGE void advance(const BlockFactors& f, const float* Z, float by, const float* X, float* out) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
     load(t, X + i * PANEL);
@@ -126,7 +126,7 @@ SLEEPKERN_INLINE void factor_diagonal(Tile& t, float* panel, int64_t i, float* i
 }
 
 // Replaces x.R = Kt Kt^T by its Cholesky factor R, upper triangular, with zeros left of the diagonal.
-SLEEPKERN_STAGE void factor(const Factors& f, const Rank& x, float* inverse_diagonal) {
+SLEEPKERN_STAGE void factor(const BlockFactors& f, const TokenSpace& x, float* inverse_diagonal) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     const float* above = x.R + column_at(i, REPLAY_BLOCK);
     for (int64_t j = i / PANEL * PANEL; j < f.rows; j += PANEL) {
@@ -148,7 +148,7 @@ SLEEPKERN_STAGE void factor(const Factors& f, const Rank& x, float* inverse_diag
 }
 
 // rows <- R rows of one panel, from the first row on: a row is replaced only after its last use.
-SLEEPKERN_STAGE void multiply_by_factor(const Factors& f, const Rank& x, float* rows) {
+SLEEPKERN_STAGE void multiply_by_factor(const BlockFactors& f, const TokenSpace& x, float* rows) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
     clear(t);
@@ -158,7 +158,8 @@ SLEEPKERN_STAGE void multiply_by_factor(const Factors& f, const Rank& x, float* 
 }
 
 // rows <- R^-T rows of one panel.
-SLEEPKERN_STAGE void divide_by_factor(const Factors& f, const Rank& x, const float* inverse_diagonal, float* rows) {
+SLEEPKERN_STAGE void divide_by_factor(const BlockFactors& f, const TokenSpace& x, const float* inverse_diagonal,
+                                      float* rows) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     const float* above = x.R + column_at(i, REPLAY_BLOCK);
     Tile t;
@@ -171,8 +172,8 @@ SLEEPKERN_STAGE void divide_by_factor(const Factors& f, const Rank& x, const flo
 
 // Balances the factors of the block, whose W is in window.W. A small term is added to the diagonal of Kt Kt^T, which is
 // singular if two keys are equal. R need not be exact, since any invertible R balances correctly.
-SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Rank& x, const Factors& f,
-                             int64_t tokens) {
+SLEEPKERN_STAGE void balance(const Workspace& w, const WindowFactors& window, const TokenSpace& x,
+                             const BlockFactors& f, int64_t tokens) {
   constexpr float LITTLE = 1e-4f;
   const int64_t end = round_up(tokens, PANEL), rows = round_up(f.rows, LANES);
   alignas(64) float inverse_diagonal[REPLAY_BLOCK] = {};
@@ -180,7 +181,8 @@ SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Ran
     float* k_tails = f.k_tails + d * REPLAY_BLOCK;
     for (int64_t at = f.rows * PANEL; at < end * PANEL; at += LANES) store(k_tails + at, Vec{});
   }
-  turn(f.k_tails, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);  // f.W is only scratch here; W is stored to it below
+  transpose_panels(f.k_tails, REPLAY_BLOCK, end, w.K_rows, f.W,
+                   w.K_rows);  // f.W is only scratch here; W is stored to it below
   upper_gram<1>(f.W, f.W, w.K_rows, tokens, REPLAY_BLOCK, x.R, [](Vec g, int64_t, int64_t) { return g; });
   float largest = 0;
   for (int64_t i = 0; i < tokens; ++i) largest = std::fmax(largest, x.R[column_at(i, REPLAY_BLOCK) + i * PANEL]);
@@ -189,20 +191,20 @@ SLEEPKERN_STAGE void balance(const Workspace& w, const Window& window, const Ran
     diagonal = i < tokens ? diagonal + LITTLE * largest : 1.0f;
   }
   factor(f, x, inverse_diagonal);
-  turn(x.R, REPLAY_BLOCK, rows, end, x.R_transposed, REPLAY_BLOCK);
+  transpose_panels(x.R, REPLAY_BLOCK, rows, end, x.R_transposed, REPLAY_BLOCK);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) multiply_by_factor(f, x, f.U + panel * REPLAY_BLOCK * PANEL);
   for (int64_t d = 0; d < w.K_rows; d += PANEL) {
     multiply_by_factor(f, x, window.W + d * REPLAY_BLOCK);
     divide_by_factor(f, x, inverse_diagonal, f.k_tails + d * REPLAY_BLOCK);
   }
-  turn(window.W, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);
+  transpose_panels(window.W, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);
 }
 
 // Computes Z of the block, transposed; rows up to a whole vector are zero.
-SLEEPKERN_STAGE void prepare_rank(const Workspace& w, const Window& window, const Rank& x, const Factors& f,
-                                  int64_t tokens) {
+SLEEPKERN_STAGE void token_transition(const Workspace& w, const WindowFactors& window, const TokenSpace& x,
+                                      const BlockFactors& f, int64_t tokens) {
   const int64_t end = round_up(tokens, PANEL);
-  turn(f.k_tails, REPLAY_BLOCK, round_up(tokens, LANES), w.K_rows, window.W, w.K_rows);
+  transpose_panels(f.k_tails, REPLAY_BLOCK, round_up(tokens, LANES), w.K_rows, window.W, w.K_rows);
   for (int64_t i = 0; i < end; i += PANEL) {
     float* Z = x.Z + i * REPLAY_BLOCK;
     for (int64_t j = 0; j < f.rows; j += ROWS) {
@@ -217,11 +219,11 @@ SLEEPKERN_STAGE void prepare_rank(const Workspace& w, const Window& window, cons
 
 // Computes Z_m, G_m and C_m for m = stride by doubling from m = 2, where they are linear in Z. Z_m is skipped if no
 // step needs it.
-SLEEPKERN_STAGE void prepare_stride(const Rank& x, const Factors& f, int64_t stride, bool repeated) {
+SLEEPKERN_STAGE void stride_factors(const TokenSpace& x, const BlockFactors& f, int64_t stride, bool repeated) {
   const int64_t end = round_up(f.rows, PANEL), rows = round_up(f.rows, LANES);
   const size_t bytes = f.rows * PANEL * sizeof(float);
-  float gamma = f.keep[0];
-  turn(x.Z, REPLAY_BLOCK, rows, end, x.Z_doubled, REPLAY_BLOCK);
+  float decay = f.chunk_decay[0];
+  transpose_panels(x.Z, REPLAY_BLOCK, rows, end, x.Z_doubled, REPLAY_BLOCK);
   for (int64_t at = 0; at < end * REPLAY_BLOCK; at += LANES) {
     const Vec minus = -load(x.Z_doubled + at);
     store(x.G + at, minus);
@@ -230,8 +232,8 @@ SLEEPKERN_STAGE void prepare_stride(const Rank& x, const Factors& f, int64_t str
   for (int64_t i = 0; i < f.rows; ++i) {
     const int64_t diagonal = column_at(i, REPLAY_BLOCK) + i * PANEL;
     // mutant: stride-without-a-pass
-    x.G[diagonal] += 1 + gamma;
-    x.C[diagonal] += 2 * gamma;
+    x.G[diagonal] += 1 + decay;
+    x.C[diagonal] += 2 * decay;
   }
   auto replace = [&](float* square, const float* Z, float by) {
     for (int64_t i = 0; i < end; i += PANEL) {
@@ -240,22 +242,22 @@ SLEEPKERN_STAGE void prepare_stride(const Rank& x, const Factors& f, int64_t str
     }
   };
   const float* Z = x.Z;
-  for (int64_t made = 2;; made *= 2) {
-    if (made == stride && !repeated) break;
-    replace(x.Z_doubled, Z, 2 * gamma);
-    turn(x.Z_doubled, REPLAY_BLOCK, rows, end, x.Z_stride, REPLAY_BLOCK);
+  for (int64_t passes_done = 2;; passes_done *= 2) {
+    if (passes_done == stride && !repeated) break;
+    replace(x.Z_doubled, Z, 2 * decay);
+    transpose_panels(x.Z_doubled, REPLAY_BLOCK, rows, end, x.Z_stride, REPLAY_BLOCK);
     Z = x.Z_stride;
-    gamma *= gamma;
-    if (made == stride) break;
-    replace(x.G, Z, 1 + gamma);
-    replace(x.C, Z, 2 * gamma);
+    decay *= decay;
+    if (passes_done == stride) break;
+    replace(x.G, Z, 1 + decay);
+    replace(x.C, Z, 2 * decay);
   }
-  turn(x.G, REPLAY_BLOCK, rows, end, x.G_transposed, REPLAY_BLOCK);
-  turn(x.C, REPLAY_BLOCK, rows, end, x.C_transposed, REPLAY_BLOCK);
+  transpose_panels(x.G, REPLAY_BLOCK, rows, end, x.G_transposed, REPLAY_BLOCK);
+  transpose_panels(x.C, REPLAY_BLOCK, rows, end, x.C_transposed, REPLAY_BLOCK);
 }
 
 // next = a Y + U + reach H - Z Y; `first` means that Y is zero.
-SLEEPKERN_STAGE void make_step(const Factors& f, const RankStep& s, float reach, bool first, const float* Y,
+SLEEPKERN_STAGE void make_step(const BlockFactors& f, const TokenSpaceStep& s, float reach, bool first, const float* Y,
                                float* next) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
@@ -263,7 +265,7 @@ SLEEPKERN_STAGE void make_step(const Factors& f, const RankStep& s, float reach,
       SLEEPKERN_EACH_VEC(n) {
         const int64_t at = (i + r) * PANEL + n * LANES;
         // mutant: first-state-without-decay
-        t.at[r][n] = load(Y + at) * s.gamma + load(s.U + at) + load(s.H + at) * reach;
+        t.at[r][n] = load(Y + at) * s.decay + load(s.U + at) + load(s.H + at) * reach;
       }
     }
     if (!first) multiply_add<-1>(t, s.Z + column_at(i, REPLAY_BLOCK), Y, f.rows);
@@ -272,7 +274,7 @@ SLEEPKERN_STAGE void make_step(const Factors& f, const RankStep& s, float reach,
 }
 
 // out = left X for one panel X of columns.
-SLEEPKERN_STAGE void multiply_rows(const Factors& f, const float* left, const float* X, float* out) {
+SLEEPKERN_STAGE void multiply_rows(const BlockFactors& f, const float* left, const float* X, float* out) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
     clear(t);
@@ -282,56 +284,58 @@ SLEEPKERN_STAGE void multiply_rows(const Factors& f, const float* left, const fl
 }
 
 // Runs all passes of one value panel; `state` goes from S_0 to S_N. from_zero: S_0 is zero.
-SLEEPKERN_STAGE void replay_rank(const Workspace& w, const Rank& x, const Factors& f, const Replay& r, int64_t stride,
-                                 const float* U, bool delta, bool from_zero, float* state, Ahead& ahead) {
-  float *Y = x.values, *next = x.next, reach = 1;
+SLEEPKERN_STAGE void replay_panel(const Workspace& w, const TokenSpace& x, const BlockFactors& f, const Replay& r,
+                                  int64_t stride, const float* U, bool delta, bool from_zero, float* state,
+                                  PrefetchSchedule& prefetch) {
+  float *Y = x.Y, *next = x.next, reach = 1;
   const size_t bytes = f.rows * PANEL * sizeof(float);
   std::memset(Y, 0, bytes);
-  std::memset(x.held, 0, bytes);
-  if (delta && !from_zero) write_values(w, f, x.held, state, x.held);  // -W S_0
-  int64_t made = 0;
-  auto make = [&](const RankStep& s, int64_t count) {
-    for (; made + count <= r.passes && !stops(r.interrupt); made += count) {
-      make_step(f, s, reach, made == 0 || !delta, Y, next);
-      reach *= s.gamma;
+  std::memset(x.H, 0, bytes);
+  if (delta && !from_zero) write_values(w, f, x.H, state, x.H);  // -W S_0
+  int64_t passes_done = 0;
+  auto make = [&](const TokenSpaceStep& s, int64_t count) {
+    for (; passes_done + count <= r.passes && !stops(r.interrupt); passes_done += count) {
+      make_step(f, s, reach, passes_done == 0 || !delta, Y, next);
+      reach *= s.decay;
       float* const last = Y;
       Y = next;
       next = last;
     }
   };
-  const RankStep one{f.keep[0], x.Z, U, x.held};
+  const TokenSpaceStep one{f.chunk_decay[0], x.Z, U, x.H};
   if (stride > 1) {
-    multiply_rows(f, x.G_transposed, U, x.stride_values);
-    multiply_rows(f, x.C_transposed, x.held, x.stride_held);
-    float gamma = one.gamma;
-    for (int64_t n = 1; n < stride; n *= 2) gamma *= gamma;
-    make({gamma, x.Z_stride, x.stride_values, x.stride_held}, stride);
+    multiply_rows(f, x.G_transposed, U, x.stride_U);
+    multiply_rows(f, x.C_transposed, x.H, x.stride_H);
+    float decay = one.decay;
+    for (int64_t n = 1; n < stride; n *= 2) decay *= decay;
+    make({decay, x.Z_stride, x.stride_U, x.stride_H}, stride);
   }
   make(one, 1);
-  for (int64_t d = 0; d < w.K_rows; ++d) x.keep[d] = reach;
-  write_state(w, f, x.keep, Y, state, ahead);
+  for (int64_t d = 0; d < w.K_rows; ++d) x.total_decay[d] = reach;
+  write_state(w, f, x.total_decay, Y, state, prefetch);
 }
 
 // Runs all passes of a head over its one block.
-SLEEPKERN_STAGE void replay_in_rows(const Problem& p, const Workspace& w, const Window& window, const Rank& x,
-                                    const Replay& r, int64_t tokens, Ahead& ahead) {
-  const Factors f = factors_of(window, w, 0, tokens);
+SLEEPKERN_STAGE void replay_in_token_space(const Problem& p, const Workspace& w, const WindowFactors& window,
+                                           const TokenSpace& x, const Replay& r, int64_t tokens,
+                                           PrefetchSchedule& prefetch) {
+  const BlockFactors f = factors_of(window, w, 0, tokens);
   const int64_t stride = p.delta ? cheapest_stride(r.passes, f.rows, w.V_panels * PANEL) : 1;
   if (p.delta && r.passes > UNBALANCED_PASSES) balance(w, window, x, f, tokens);
-  if (p.delta) prepare_rank(w, window, x, f, tokens);
-  if (stride > 1) prepare_stride(x, f, stride, r.passes / stride > 1);
+  if (p.delta) token_transition(w, window, x, f, tokens);
+  if (stride > 1) stride_factors(x, f, stride, r.passes / stride > 1);
   for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-    replay_rank(w, x, f, r, stride, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
-                w.state + panel * w.K_rows * PANEL, ahead);
+    replay_panel(w, x, f, r, stride, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
+                 w.state + panel * w.K_rows * PANEL, prefetch);
   }
 }
 
 // Whether the token-space form has lost digits: S_N = a^N S_0 + Kt^T Y is a difference of two large terms if the
 // passes erase nearly all of S_0, and then its rounding error is large. A pass by wy starts from the state that the
 // pass before it left, and loses none.
-static bool cancels(const Workspace& w, const Rank& x, double before) {
+static bool cancels(const Workspace& w, const TokenSpace& x, double before) {
   constexpr double MOST = 4;
-  return x.keep[0] * before > MOST * distance(w.state, nullptr, w.state_size);
+  return x.total_decay[0] * before > MOST * distance(w.state, nullptr, w.state_size);
 }
 
 }  // namespace

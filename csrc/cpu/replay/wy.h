@@ -17,7 +17,7 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 // out = U - W S of one value panel.
-SLEEPKERN_STAGE void write_values(const Workspace& w, const Factors& f, const float* U, const float* state,
+SLEEPKERN_STAGE void write_values(const Workspace& w, const BlockFactors& f, const float* U, const float* state,
                                   float* out) {
   for (int64_t i = 0; i < f.rows; i += ROWS) {
     Tile t;
@@ -28,14 +28,14 @@ SLEEPKERN_STAGE void write_values(const Workspace& w, const Factors& f, const fl
 }
 
 // state <- chunk_decay state + Kt^T values of one value panel.
-SLEEPKERN_STAGE void write_state(const Workspace& w, const Factors& f, const float* keep, const float* values,
-                                 float* state, Ahead& ahead) {
+SLEEPKERN_STAGE void write_state(const Workspace& w, const BlockFactors& f, const float* chunk_decay,
+                                 const float* values, float* state, PrefetchSchedule& prefetch) {
   for (int64_t d = 0; d < w.K; d += ROWS) {
     Tile t;
     load(t, state + d * PANEL);
-    scale_rows(t, keep + d);
+    scale_rows(t, chunk_decay + d);
     multiply_add<1>(t, f.k_tails + column_at(d, REPLAY_BLOCK), values, f.rows);
-    ahead.step();
+    prefetch.step();
     store(t, state + d * PANEL);
   }
 }
@@ -58,7 +58,7 @@ static double distance(const float* a, const float* b, int64_t n) {
 struct ConvergenceTest {
   double previous = 0, residual = INFINITY;
 
-  bool settled(double step, double size, double tol) {
+  bool converged(double step, double size, double tol) {
     const double ratio = step / max_of_double(previous, 1e-30);
     const double left = step == 0 ? 0 : ratio < 1 ? step * ratio / max_of_double(1 - ratio, 1e-30) : INFINITY;
     residual = left / max_of_double(size, 1e-30);
@@ -69,32 +69,32 @@ struct ConvergenceTest {
 };
 
 // Runs r.passes passes, or fewer with tol.
-SLEEPKERN_STAGE void replay_passes(Workspace& w, const Window& x, const Replay& r, int64_t unit, int64_t tokens,
-                                   bool delta, Ahead& ahead) {
-  ConvergenceTest converging;
-  int64_t made = 0;
-  for (bool done = false; made < r.passes && !done && !stops(r.interrupt); ++made) {
+SLEEPKERN_STAGE void replay_passes(Workspace& w, const WindowFactors& x, const Replay& r, int64_t bh, int64_t tokens,
+                                   bool delta, PrefetchSchedule& prefetch) {
+  ConvergenceTest test;
+  int64_t passes_done = 0;
+  for (bool done = false; passes_done < r.passes && !done && !stops(r.interrupt); ++passes_done) {
     if (r.tol > 0) std::memcpy(x.before, w.state, w.state_size * sizeof(float));
     for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
-      const Factors f = factors_of(x, w, block, min_of(REPLAY_BLOCK, tokens - block * REPLAY_BLOCK));
+      const BlockFactors f = factors_of(x, w, block, min_of(REPLAY_BLOCK, tokens - block * REPLAY_BLOCK));
       for (int64_t panel = 0; panel < w.V_panels; ++panel) {
         float* state = w.state + panel * w.K_rows * PANEL;
         const float* U = f.U + panel * REPLAY_BLOCK * PANEL;
         if (delta) write_values(w, f, U, state, x.values);
-        write_state(w, f, f.keep, delta ? x.values : U, state, ahead);
+        write_state(w, f, f.chunk_decay, delta ? x.values : U, state, prefetch);
       }
     }
     if (r.tol <= 0) continue;
     const double step = distance(w.state, x.before, w.state_size);
-    if (made == 0) {
-      converging.previous = step;
+    if (passes_done == 0) {
+      test.previous = step;
     } else {
-      done = converging.settled(step, distance(w.state, nullptr, w.state_size), r.tol);
+      done = test.converged(step, distance(w.state, nullptr, w.state_size), r.tol);
     }
   }
-  if (r.residual) r.residual[unit] = static_cast<float>(converging.residual);
-  if (r.passes_done) r.passes_done[unit] = static_cast<int32_t>(made);
-  if (r.before) store_state(w, x.before, unit, r.before);
+  if (r.residual) r.residual[bh] = static_cast<float>(test.residual);
+  if (r.passes_done) r.passes_done[bh] = static_cast<int32_t>(passes_done);
+  if (r.before) store_state(w, x.before, bh, r.before);
 }
 
 }  // namespace

@@ -58,53 +58,53 @@ bool set_implementation(const char* name) {
 // Calls run(begin, end) on ranges of tasks of equal work, on several threads; a value head costs `flop_per_token` a
 // token. Work of less than about 20 microseconds costs more to hand out than to do.
 template <class Run>
-static void over_units(const Problem& problem, int64_t units, double flop_per_token, Run run) {
+static void over_tasks(const Problem& problem, int64_t tasks, double flop_per_token, Run run) {
   const int64_t tokens = problem.offsets ? problem.T : problem.sequences * problem.T;
-  const double flop = flop_per_token * problem.HV * (tokens + 1) / units;
+  const double flop = flop_per_token * problem.HV * (tokens + 1) / tasks;
   const int64_t grain = static_cast<int64_t>(1e6 / flop) + 1;
   auto body = [](int64_t begin, int64_t end, void* run) { (*static_cast<Run*>(run))(begin, end); };
-  parallel_for(units, grain, body, &run);
+  parallel_for(tasks, grain, body, &run);
 }
 
-static void prepare_output(const Problem& p, void* output, int64_t numbers_per_token, Type type) {
+static void huge_pages_for_output(const Problem& p, void* output, int64_t elements_per_token, Type type) {
   const int64_t tokens = p.offsets ? p.T : p.sequences * p.T;
-  prefer_huge_pages(output, tokens * numbers_per_token * (type == Type::float32 ? 4 : 2));
+  prefer_huge_pages(output, tokens * elements_per_token * (type == Type::float32 ? 4 : 2));
 }
 
-static void prepare_states(const Problem& p, float* states) {
+static void huge_pages_for_states(const Problem& p, float* states) {
   prefer_huge_pages(states, p.sequences * p.HV * p.K * p.V * static_cast<int64_t>(sizeof(float)));
 }
 
 void forward(const Problem& p) {
   if (p.sequences == 0) return;
   const Implementation& isa = implementation();
-  prepare_output(p, p.o, p.HV * p.V, p.v.type);
-  prepare_states(p, p.final_state);
+  huge_pages_for_output(p, p.o, p.HV * p.V, p.v.type);
+  huge_pages_for_states(p, p.final_state);
   // With fewer heads than threads a head is cut into v-tiles. Each v-tile computes the chunk factors again, an eighth
   // of the work at K = V = 128.
   const int64_t heads = p.sequences * p.HV, threads = thread_count();
-  const int64_t blocks = heads < threads && p.longest() > DECODE_LIMIT ? (threads + heads - 1) / heads : 1;
-  over_units(p, heads * blocks, 8.0 * p.K * p.V,
-             [&](int64_t begin, int64_t end) { isa.forward(p, blocks, begin, end); });
+  const int64_t v_tiles = heads < threads && p.longest() > DECODE_LIMIT ? (threads + heads - 1) / heads : 1;
+  over_tasks(p, heads * v_tiles, 8.0 * p.K * p.V,
+             [&](int64_t begin, int64_t end) { isa.forward(p, v_tiles, begin, end); });
 }
 
 void backward(const Problem& p, const Gradients& out) {
   if (p.sequences == 0) return;
   const Implementation& isa = implementation();
-  prepare_output(p, out.dq, p.H * p.K, out.key_type);
-  prepare_output(p, out.dk, p.H * p.K, out.key_type);
-  prepare_output(p, out.dv, p.HV * p.V, p.v.type);
-  prepare_states(p, out.dstate);
-  if (p.gate == Gate::channel) prepare_output(p, out.dg, p.HV * p.K, p.g.type);
-  over_units(p, p.sequences * p.H, 20.0 * p.K * p.V,
+  huge_pages_for_output(p, out.dq, p.H * p.K, out.key_type);
+  huge_pages_for_output(p, out.dk, p.H * p.K, out.key_type);
+  huge_pages_for_output(p, out.dv, p.HV * p.V, p.v.type);
+  huge_pages_for_states(p, out.dstate);
+  if (p.gate == Gate::channel) huge_pages_for_output(p, out.dg, p.HV * p.K, p.g.type);
+  over_tasks(p, p.sequences * p.H, 20.0 * p.K * p.V,
              [&](int64_t begin, int64_t end) { isa.backward(p, out, begin, end); });
 }
 
 void replay(const Problem& p, const Replay& r) {
   if (p.sequences == 0) return;
   const Implementation& isa = implementation();
-  prepare_states(p, p.final_state);
-  over_units(p, p.sequences * p.HV, 4.0 * p.K * p.V * r.passes,
+  huge_pages_for_states(p, p.final_state);
+  over_tasks(p, p.sequences * p.HV, 4.0 * p.K * p.V * r.passes,
              [&](int64_t begin, int64_t end) { isa.replay(p, r, begin, end); });
 }
 

@@ -14,7 +14,7 @@ struct Implementation {
   bool (*supported)();
   // Tasks [begin, end) of the sequences * HV * v_tiles of a problem: each head is cut into `v_tiles` independent
   // v-tiles.
-  void (*forward)(const Problem&, int64_t blocks, int64_t begin, int64_t end);
+  void (*forward)(const Problem&, int64_t v_tiles, int64_t begin, int64_t end);
   // Key heads [begin, end) of the sequences * H of a problem.
   void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end);
   // Heads [begin, end) of the sequences * HV of a problem.
@@ -37,7 +37,7 @@ struct Implementation {
   int64_t (*packed_size)(int64_t n, int64_t depth, Form form);
   int64_t panel_width;
   bool (*adders)();  // whether additions run beside multiplications, which makes Winograd's product faster
-  bool pairs;        // whether the machine has products of bfloat16
+  bool bf16;         // whether the machine has products of bfloat16
   // Floating-point operations a second that one core reaches on registers, measured for `seconds`.
   double (*peak)(double seconds);
 };

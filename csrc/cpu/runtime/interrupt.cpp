@@ -6,7 +6,7 @@
 
 namespace sleepkern {
 
-constexpr int64_t PREFETCH_DISTANCE = 50;  // milliseconds
+constexpr int64_t CHECK_INTERVAL = 50;  // milliseconds
 
 bool stops(Interrupt* interrupt) {
   if (!interrupt) return false;
@@ -19,9 +19,9 @@ bool stops(Interrupt* interrupt) {
   clock_gettime(CLOCK_MONOTONIC, &now);
 #endif
   const int64_t milliseconds = now.tv_sec * 1000 + now.tv_nsec / 1000000;
-  if (interrupt->due == 0) interrupt->due = milliseconds + PREFETCH_DISTANCE;
+  if (interrupt->due == 0) interrupt->due = milliseconds + CHECK_INTERVAL;
   if (milliseconds < interrupt->due) return false;
-  interrupt->due = milliseconds + PREFETCH_DISTANCE;
+  interrupt->due = milliseconds + CHECK_INTERVAL;
   if (interrupt->signalled()) interrupt->stop = true;
   return interrupt->stop;
 }

@@ -18,23 +18,23 @@ constexpr bool DOTS = false;
 #endif
 
 // The element of a panel where operands are bfloat16; elsewhere it is float.
-struct Pair {
+struct Bf16x2 {
   uint32_t bits;
 };
 
 typedef uint32_t BitVecUnaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 template <class E>
-constexpr bool IS_PAIR = std::is_same_v<E, Pair>;
+constexpr bool IS_BF16X2 = std::is_same_v<E, Bf16x2>;
 
 // The steps of a product over a depth of n.
 template <class E>
 SLEEPKERN_INLINE constexpr int64_t steps(int64_t n) {
-  return IS_PAIR<E> ? (n + 1) / 2 : n;
+  return IS_BF16X2<E> ? (n + 1) / 2 : n;
 }
 
-SLEEPKERN_INLINE BitVec load(const Pair* p) { return *reinterpret_cast<const BitVecUnaligned*>(p); }
-SLEEPKERN_INLINE void store(Pair* p, BitVec x) { *reinterpret_cast<BitVecUnaligned*>(p) = x; }
+SLEEPKERN_INLINE BitVec load(const Bf16x2* p) { return *reinterpret_cast<const BitVecUnaligned*>(p); }
+SLEEPKERN_INLINE void store(Bf16x2* p, BitVec x) { *reinterpret_cast<BitVecUnaligned*>(p) = x; }
 
 // Words whose low halves come from `low` and whose high halves come from `high`.
 SLEEPKERN_INLINE BitVec interleave(Vec low, Vec high) {
@@ -49,7 +49,7 @@ SLEEPKERN_INLINE BitVec interleave(Vec low, Vec high) {
 }
 
 // 2 LANES elements as words of two neighbours each.
-SLEEPKERN_INLINE BitVec pair_neighbours(Vec first, Vec second) {
+SLEEPKERN_INLINE BitVec bf16x2_of(Vec first, Vec second) {
 #ifdef __AVX512BF16__
   return reinterpret_cast<BitVec>(
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
@@ -62,7 +62,7 @@ SLEEPKERN_INLINE BitVec pair_neighbours(Vec first, Vec second) {
 }
 
 // The same of 2 LANES floats in memory.
-SLEEPKERN_INLINE BitVec load_pairs(const float* p) { return pair_neighbours(load(p), load(p + LANES)); }
+SLEEPKERN_INLINE BitVec load_bf16x2(const float* p) { return bf16x2_of(load(p), load(p + LANES)); }
 
 SLEEPKERN_INLINE Vec dot(Vec sum, BitVec a, BitVec b) {
 #ifdef __AVX512BF16__
@@ -81,7 +81,7 @@ SLEEPKERN_INLINE Vec multiply_add(Vec sum, float a, Vec b) {
 }
 
 template <int SIGN>
-SLEEPKERN_INLINE Vec multiply_add(Vec sum, Pair a, BitVec b) {
+SLEEPKERN_INLINE Vec multiply_add(Vec sum, Bf16x2 a, BitVec b) {
   static_assert(SIGN > 0, "there is no instruction that subtracts");
   return dot(sum, broadcast_bits(a.bits), b);
 }

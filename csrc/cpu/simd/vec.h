@@ -38,7 +38,9 @@ typedef uint16_t HalfVecUnaligned __attribute__((vector_size(LANES * 2), aligned
 // These replace std::min and std::max, which are templates that all ISA files would share (see the top of the file).
 SLEEPKERN_INLINE constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 SLEEPKERN_INLINE constexpr int64_t max_of(int64_t a, int64_t b) { return a < b ? b : a; }
-SLEEPKERN_INLINE constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+SLEEPKERN_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 SLEEPKERN_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 SLEEPKERN_INLINE void store(float* p, Vec x) { *reinterpret_cast<VecUnaligned*>(p) = x; }

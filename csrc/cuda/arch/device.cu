@@ -18,8 +18,8 @@ std::vector<Device> devices() {
   std::vector<Device> found;
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp p;
-    const cudaError_t asked = cudaGetDeviceProperties(&p, i);
-    if (asked != cudaSuccess) throw std::runtime_error(cudaGetErrorString(asked));
+    const cudaError_t found_one = cudaGetDeviceProperties(&p, i);
+    if (found_one != cudaSuccess) throw std::runtime_error(cudaGetErrorString(found_one));
     found.push_back({p.name, p.major, p.minor, p.totalGlobalMem, p.multiProcessorCount, p.sharedMemPerBlockOptin});
   }
   return found;

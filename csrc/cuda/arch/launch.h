@@ -37,19 +37,19 @@ void run(const char* name, void (*kernel)(Arguments), Grid grid, int threads, in
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   }
   void* packed[] = {const_cast<Arguments*>(&arguments)};
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  cudaLaunchConfig_t how{};
-  how.gridDim = blocks;
-  how.blockDim = dim3(threads);
-  how.dynamicSmemBytes = shared;
-  how.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeClusterDimension;
-  together.val.clusterDim.x = static_cast<unsigned>(cluster);
-  together.val.clusterDim.y = together.val.clusterDim.z = 1;
-  how.attrs = &together;
-  how.numAttrs = cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelExC(&how, reinterpret_cast<const void*>(kernel), packed));
+  const dim3 ctas(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  cudaLaunchConfig_t config{};
+  config.gridDim = ctas;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute cluster_size{};
+  cluster_size.id = cudaLaunchAttributeClusterDimension;
+  cluster_size.val.clusterDim.x = static_cast<unsigned>(cluster);
+  cluster_size.val.clusterDim.y = cluster_size.val.clusterDim.z = 1;
+  config.attrs = &cluster_size;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), packed));
 }
 #endif
 

@@ -14,7 +14,7 @@
 namespace sleepkern::cuda {
 
 // The precision of products: bfloat16, or float32 that is split into two tf32 values, with three products for one.
-enum class Mode { bf16, exact };
+enum class Mode { bf16, fp32x3 };
 
 template <Mode MODE>
 struct Traits {
@@ -52,24 +52,24 @@ SLEEPKERN_DEVICE Number<MODE> narrow(float x) {
 }
 
 template <Mode MODE>
-SLEEPKERN_DEVICE void put(Number<MODE>* tile, int columns, int row, int column, float x) {
+SLEEPKERN_DEVICE void store_element(Number<MODE>* tile, int columns, int row, int column, float x) {
   tile[at<MODE>(columns, row, column)] = narrow<MODE>(x);
 }
 
 // Stores two neighbours from an even column on, as accumulators hold them.
 template <Mode MODE>
-SLEEPKERN_DEVICE void put_pair(Number<MODE>* tile, int columns, int row, int column, float x, float y) {
+SLEEPKERN_DEVICE void store_pair(Number<MODE>* tile, int columns, int row, int column, float x, float y) {
   if constexpr (MODE == Mode::bf16) {
     *reinterpret_cast<uint32_t*>(tile + at<MODE>(columns, row, column)) = pack_bf16(x, y);
   } else {
-    put<MODE>(tile, columns, row, column, x);
-    put<MODE>(tile, columns, row, column + 1, y);
+    store_element<MODE>(tile, columns, row, column, x);
+    store_element<MODE>(tile, columns, row, column + 1, y);
   }
 }
 
 // Stores eight neighbours from a column on that is a multiple of 8.
 template <Mode MODE>
-SLEEPKERN_DEVICE void put_eight(Number<MODE>* tile, int columns, int row, int column, const float (&x)[8]) {
+SLEEPKERN_DEVICE void store_eight(Number<MODE>* tile, int columns, int row, int column, const float (&x)[8]) {
   Number<MODE>* p = tile + at<MODE>(columns, row, column);
   if constexpr (MODE == Mode::bf16) {
     *reinterpret_cast<uint4*>(p) =
@@ -84,14 +84,14 @@ SLEEPKERN_DEVICE void put_eight(Number<MODE>* tile, int columns, int row, int co
 template <Mode MODE>
 struct Fragment {
   uint32_t high[4];
-  uint32_t low[MODE == Mode::exact ? 4 : 1];
+  uint32_t low[MODE == Mode::fp32x3 ? 4 : 1];
 };
 
 // x = high + low up to 2^-21 of x. high is rounded by integer arithmetic (cvt.rna is a dozen instructions on some
 // architectures), which makes 0 of a NaN; low is truncated, which keeps the NaN.
 template <Mode MODE>
 SLEEPKERN_DEVICE void split(Fragment<MODE>& f) {
-  if constexpr (MODE == Mode::exact) {
+  if constexpr (MODE == Mode::fp32x3) {
     constexpr uint32_t TF32 = 0xffffe000;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -107,12 +107,12 @@ SLEEPKERN_DEVICE int lane_of_warp() { return threadIdx.x & 31; }
 // Loads fragments of a tile [rows][COLUMNS] in shared memory: 16 rows from 16 * block on, STEP columns from STEP * step
 // on; transposed, 16 columns and STEP rows. Each lane keeps one address; blocks and steps are constant offsets from it.
 template <Mode MODE, int COLUMNS>
-struct Reader {
+struct FragmentLoader {
   static constexpr int CORE = 128, CORES = COLUMNS / CORE_COLUMNS<MODE>;  // bytes; cores in a row of them
   SharedAddress base;
 
   // (row, column): the core of the lane's row address for ldmatrix
-  SLEEPKERN_DEVICE Reader(const Number<MODE>* tile, int row, int column)
+  SLEEPKERN_DEVICE FragmentLoader(const Number<MODE>* tile, int row, int column)
       : base(shared_address(tile) + opaque((row * CORES + column) * CORE + 16 * (lane_of_warp() & 7))) {}
   SLEEPKERN_DEVICE Fragment<MODE> load(int block, int step) const {
     Fragment<MODE> f;
@@ -123,27 +123,28 @@ struct Reader {
 };
 
 template <Mode MODE, int COLUMNS>
-struct LeftReader : Reader<MODE, COLUMNS> {
-  SLEEPKERN_DEVICE explicit LeftReader(const Number<MODE>* tile)
-      : Reader<MODE, COLUMNS>(tile, (lane_of_warp() >> 3) & 1, lane_of_warp() >> 4) {}
+struct LeftLoader : FragmentLoader<MODE, COLUMNS> {
+  SLEEPKERN_DEVICE explicit LeftLoader(const Number<MODE>* tile)
+      : FragmentLoader<MODE, COLUMNS>(tile, (lane_of_warp() >> 3) & 1, lane_of_warp() >> 4) {}
 };
 
 template <Mode MODE, int COLUMNS>
-struct RightReader : Reader<MODE, COLUMNS> {
-  SLEEPKERN_DEVICE explicit RightReader(const Number<MODE>* tile)
-      : Reader<MODE, COLUMNS>(tile, lane_of_warp() >> 4, (lane_of_warp() >> 3) & 1) {}
+struct RightLoader : FragmentLoader<MODE, COLUMNS> {
+  SLEEPKERN_DEVICE explicit RightLoader(const Number<MODE>* tile)
+      : FragmentLoader<MODE, COLUMNS>(tile, lane_of_warp() >> 4, (lane_of_warp() >> 3) & 1) {}
 };
 
 // ldmatrix transposes cores of two-byte elements; words are loaded one by one.
 template <Mode MODE, int COLUMNS, bool RIGHT>
-struct TransposedReader {
+struct TransposedLoader {
   static constexpr int CORE = 128, CORES = COLUMNS / CORE_COLUMNS<MODE>;
   SharedAddress base;
 
-  SLEEPKERN_DEVICE explicit TransposedReader(const Number<MODE>* tile) : base(shared_address(tile) + opaque(place())) {}
-  SLEEPKERN_DEVICE static int place() {
+  SLEEPKERN_DEVICE explicit TransposedLoader(const Number<MODE>* tile)
+      : base(shared_address(tile) + opaque(offset())) {}
+  SLEEPKERN_DEVICE static int offset() {
     const int lane = lane_of_warp(), g = lane >> 2, t = lane & 3;
-    if (MODE == Mode::exact) return (g & 1) * CORE + 32 * t + 4 * (g >> 1);
+    if (MODE == Mode::fp32x3) return (g & 1) * CORE + 32 * t + 4 * (g >> 1);
     const int low = (lane >> 3) & 1, high = lane >> 4;
     return ((RIGHT ? low : high) * CORES + (RIGHT ? high : low)) * CORE + 16 * (lane & 7);
   }

@@ -121,7 +121,7 @@ SLEEPKERN_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xff
 // Asynchronous copies from global to shared memory. A phase of an mbarrier ends when all copies that a CTA issued
 // between copy_begin and copy_end are complete. From compute capability 9.0 on one thread issues them to the bulk copy
 // engine; before, every thread copies its share. All addresses and sizes are multiples of 16 bytes.
-struct Arrival {
+struct Mbarrier {
   uint64_t bits;
 };
 
@@ -132,7 +132,7 @@ constexpr bool BULK = false;
 #endif
 
 // Called by one thread, before a block_barrier; `threads` threads will issue copies together.
-SLEEPKERN_DEVICE void arrival_create(Arrival* a, int threads) {
+SLEEPKERN_DEVICE void mbarrier_create(Mbarrier* a, int threads) {
   const int count = BULK ? 1 : threads;
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(count) : "memory");
 #if __CUDA_ARCH__ >= 900
@@ -140,10 +140,10 @@ SLEEPKERN_DEVICE void arrival_create(Arrival* a, int threads) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-SLEEPKERN_DEVICE void arrival_create(Arrival* a) { arrival_create(a, blockDim.x); }
+SLEEPKERN_DEVICE void mbarrier_create(Mbarrier* a) { mbarrier_create(a, blockDim.x); }
 
 // All threads of the CTA call the next three functions.
-SLEEPKERN_DEVICE void copy_begin(Arrival* a, int bytes) {
+SLEEPKERN_DEVICE void copy_begin(Mbarrier* a, int bytes) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes) : "memory");
@@ -151,7 +151,7 @@ SLEEPKERN_DEVICE void copy_begin(Arrival* a, int bytes) {
 #endif
 }
 
-SLEEPKERN_DEVICE void copy_part(Arrival* a, void* to, const void* from, int bytes) {
+SLEEPKERN_DEVICE void copy_part(Mbarrier* a, void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
   if (threadIdx.x == 0) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -168,14 +168,14 @@ SLEEPKERN_DEVICE void copy_part(Arrival* a, void* to, const void* from, int byte
 #endif
 }
 
-SLEEPKERN_DEVICE void copy_end(Arrival* a) {
+SLEEPKERN_DEVICE void copy_end(Mbarrier* a) {
 #if __CUDA_ARCH__ < 900
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(a)) : "memory");
 #endif
 }
 
 // A whole phase, by the threads of one warp, for an mbarrier of 32 threads.
-SLEEPKERN_DEVICE void warp_copy(Arrival* a, void* to, const void* from, int bytes) {
+SLEEPKERN_DEVICE void warp_copy(Mbarrier* a, void* to, const void* from, int bytes) {
 #if __CUDA_ARCH__ >= 900
   if ((threadIdx.x & 31) == 0) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes) : "memory");
@@ -202,7 +202,7 @@ SLEEPKERN_DEVICE void warp_prefetch(const void* from, int bytes) {
 }
 
 // Waits for the end of the phase of this parity: 0 for the first, then 1, 0, ...
-SLEEPKERN_DEVICE void copy_wait(Arrival* a, int parity) {
+SLEEPKERN_DEVICE void copy_wait(Mbarrier* a, int parity) {
   uint32_t done = 0;
   while (!done) {
     asm volatile(
@@ -238,10 +238,10 @@ SLEEPKERN_DEVICE void cluster_wait() {
 
 // The address of this CTA's p in the CTA of number cta_rank of the cluster.
 using RemoteAddress = uint32_t;
-SLEEPKERN_DEVICE RemoteAddress remote_address(const void* p, int rank) {
+SLEEPKERN_DEVICE RemoteAddress remote_address(const void* p, int cta_rank) {
   RemoteAddress at = shared_address(p);
 #if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(cta_rank));
 #endif
   return at;
 }

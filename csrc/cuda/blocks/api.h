@@ -7,8 +7,8 @@
 
 namespace sleepkern::cuda {
 
-int64_t blocks_memory(const BlocksCall& call);  // bytes of shared memory that a CTA needs
+int64_t blocks_memory(const BlocksParams& call);  // bytes of shared memory that a CTA needs
 
-void sleep_blocks(const BlocksCall& call, void* stream);
+void sleep_blocks(const BlocksParams& call, void* stream);
 
 }  // namespace sleepkern::cuda

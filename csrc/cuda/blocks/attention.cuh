@@ -22,12 +22,12 @@
 namespace sleepkern::cuda {
 
 // The keys and values of a window and head in global memory, [kept + L][D].
-struct Kept {
+struct CachedKV {
   char *keys, *values;
   Type type;
   int D;
 
-  SLEEPKERN_DEVICE Kept(const BlocksCall& c, const BlockLayer& l, const Place& p, int w, int head)
+  SLEEPKERN_DEVICE CachedKV(const BlocksParams& c, const BlockLayer& l, const Cta& p, int w, int head)
       : type(static_cast<Type>(c.type)), D(l.K) {
     const int64_t at = static_cast<int64_t>(p.first + w) * c.cluster * l.heads + p.rank * l.heads + head;
     const int64_t first = at * (l.kept + c.L) * D * (type == Type::float32 ? 4 : 2);
@@ -37,7 +37,7 @@ struct Kept {
   SLEEPKERN_DEVICE float one(const char* from, int token, int d, int tokens) const {
     return token < tokens && d < D ? load_one(from, type, static_cast<int64_t>(token) * D + d) : 0.0f;
   }
-  // Right operands, as RightReader and TransposedReader load them: 16 tokens from `first` on, 16 columns from d0 on.
+  // Right operands, as RightLoader and TransposedLoader load them: 16 tokens from `first` on, 16 columns from d0 on.
   SLEEPKERN_DEVICE Fragment<Mode::bf16> key_fragment(int first, int d0, int tokens) const {
     const int g = lane_of_warp() >> 2, t = lane_of_warp() & 3;
     Fragment<Mode::bf16> f;
@@ -62,11 +62,11 @@ struct Kept {
 
 // Divides q and k of each row by their root mean square and multiplies by the gain. With `keep` it stores k in global
 // memory.
-SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide,
+SLEEPKERN_DEVICE void normalise_heads(const BlocksParams& c, const BlockLayer& l, const Cta& p, uint16_t* wide,
                                       bool keep) {
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
-    const Divided of = divided(task, cores);
+    const Division of = divide(task, cores);
     const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // heads of q, then of k
     const bool query = head < l.heads;
     const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
@@ -82,9 +82,9 @@ SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, 
       for (int e = 0; e < 8; ++e) x[e] *= factor * gain[e];
       *at = eight_of(x);
       if (!kept) continue;
-      const Divided place = divided(row, c.padded());
-      const Kept to(c, l, p, place.quotient, head - l.heads);
-      const int64_t first = static_cast<int64_t>(l.kept + place.rest) * l.K;
+      const Division position = divide(row, c.padded());
+      const CachedKV to(c, l, p, position.quotient, head - l.heads);
+      const int64_t first = static_cast<int64_t>(l.kept + position.rest) * l.K;
       for (int e = 0; e < 8; ++e) {
         if (d + e < l.K) store_one(to.keys, to.type, first + d + e, x[e]);
       }
@@ -92,25 +92,25 @@ SLEEPKERN_DEVICE void normalise_heads(const BlocksCall& c, const BlockLayer& l, 
   }
 }
 
-SLEEPKERN_DEVICE void keep_values(const BlocksCall& c, const BlockLayer& l, const Place& p, const uint16_t* wide) {
+SLEEPKERN_DEVICE void keep_values(const BlocksParams& c, const BlockLayer& l, const Cta& p, const uint16_t* wide) {
   const int each = l.heads * l.K;
   for (int e = opaque(threadIdx.x); e < p.windows * c.L * each; e += THREADS) {
-    const Divided row = divided(e, each), place = divided(row.quotient, c.L), of = divided(row.rest, l.K);
-    const Kept to(c, l, p, place.quotient, of.quotient);
+    const Division row = divide(e, each), position = divide(row.quotient, c.L), of = divide(row.rest, l.K);
+    const CachedKV to(c, l, p, position.quotient, of.quotient);
     const int column = (2 * l.heads + of.quotient) * l.KP + of.rest;
-    const float x = from_bf16(wide[at<Mode::bf16>(l.into, place.quotient * c.padded() + place.rest, column)]);
-    store_one(to.values, to.type, static_cast<int64_t>(l.kept + place.rest) * l.K + of.rest, x);
+    const float x = from_bf16(wide[at<Mode::bf16>(l.into, position.quotient * c.padded() + position.rest, column)]);
+    store_one(to.values, to.type, static_cast<int64_t>(l.kept + position.rest) * l.K + of.rest, x);
   }
 }
 
 // Online softmax of 16 queries over 16 keys at a time: maximum and sum of each of a lane's two rows, and the sum of the
 // values so far.
 template <int KEYS>
-struct Reading {
+struct OnlineSoftmax {
   static constexpr int MOST = KEYS / 8;
   float o[MOST][4], highest[2], sum[2];
 
-  SLEEPKERN_DEVICE Reading() {
+  SLEEPKERN_DEVICE OnlineSoftmax() {
     clear(o);
     highest[0] = highest[1] = -INFINITY;
     sum[0] = sum[1] = 0.0f;
@@ -161,14 +161,14 @@ struct Reading {
 
 // Computes 16 queries of window w, from query 16 * block on.
 template <int KEYS>
-SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
-                                  int head, int block) {
+SLEEPKERN_DEVICE void attend_block(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m, int w,
+                                   int head, int block) {
   const int start = w * c.padded(), groups = l.KP / 16;
   const int q_at = head * l.KP, k_at = l.heads * l.KP + q_at, v_at = l.heads * l.KP + k_at;
   const Blocks16 wide(c, m.wide(), l.into, w);
-  Reading<KEYS> read;
+  OnlineSoftmax<KEYS> softmax;
   for (int first = 0; first < l.kept; first += 16) {
-    const Kept kept(c, l, p, w, head);
+    const CachedKV kept(c, l, p, w, head);
     float scores[2][4];
     clear(scores);
 #pragma unroll 1
@@ -178,7 +178,7 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
       mma<Mode::bf16>(scores[0], q, k, 0);
       mma<Mode::bf16>(scores[1], q, k, 1);
     }
-    read.add(
+    softmax.add(
         scores, groups, [&](int, int j) { return first + j < l.kept; },
         [&](int n) { return kept.value_fragment(opaque(first), 16 * n, l.kept); });  // opaque: one fragment at a time
   }
@@ -193,42 +193,42 @@ SLEEPKERN_DEVICE void read_window(const BlocksCall& c, const BlockLayer& l, cons
       mma<Mode::bf16>(scores[1], q, k, 1);
     }
     // mutant: pad-rows-read-beyond-their-window
-    read.add(
+    softmax.add(
         scores, groups, [&](int i, int j) { return keys < block || j <= i; },
         [&](int n) { return wide.right_transposed(start + 16 * keys, v_at + 16 * n); });
   }
   uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float sum = read.sum[r] + shuffle_xor(read.sum[r], 1);
+    float sum = softmax.sum[r] + shuffle_xor(softmax.sum[r], 1);
     sum += shuffle_xor(sum, 2);
     const int t = 16 * block + row_of(2 * r);
     if (t >= c.padded()) continue;
     const float factor = t < c.L ? quotient(1.0f, sum) : 0.0f;
 #pragma unroll
-    for (int n = 0; n < read.MOST; ++n) {
+    for (int n = 0; n < softmax.MOST; ++n) {
       if (n >= 2 * groups) continue;
       mixed[word_of(c.tiles, start + t, head * l.KP + column_of(n, 0))] =
-          pack_bf16(read.o[n][2 * r] * factor, read.o[n][2 * r + 1] * factor);
+          pack_bf16(softmax.o[n][2 * r] * factor, softmax.o[n][2 * r + 1] * factor);
     }
   }
 }
 
 template <int KEYS>
-SLEEPKERN_DEVICE void attend(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int pass) {
+SLEEPKERN_DEVICE void attend(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m, int pass) {
   const bool keep = pass + 1 == c.passes;
   normalise_heads(c, l, p, m.wide(), keep);
   if (keep) keep_values(c, l, p, m.wide());
   block_barrier();
   const int blocks = (c.L + 15) / 16, tasks = p.windows * l.heads * blocks;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
-    const Divided of = divided(task, blocks), window = divided(of.quotient, l.heads);
-    read_window<KEYS>(c, l, p, m, window.quotient, window.rest, blocks - 1 - of.rest);
+    const Division of = divide(task, blocks), window = divide(of.quotient, l.heads);
+    attend_block<KEYS>(c, l, p, m, window.quotient, window.rest, blocks - 1 - of.rest);
   }
   uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
   const int first = p.windows * c.padded(), pairs = l.mixed() / 2;
   for (int e = opaque(threadIdx.x); e < (16 * c.tiles - first) * pairs; e += THREADS) {
-    const Divided of = divided(e, pairs);
+    const Division of = divide(e, pairs);
     mixed[word_of(c.tiles, first + of.quotient, 2 * of.rest)] = 0;
   }
 }

@@ -34,10 +34,10 @@ constexpr int ALONE = 2;                        // the most tiles without cluste
 constexpr float REINJECT_EPS = 1.1920929e-07f;  // torch's for float32
 
 template <int TILES, int KEYS>
-struct Group {
-  const BlocksCall& c;
-  const Shared& m;
-  const Place& p;
+struct ClusterGroup {
+  const BlocksParams& c;
+  const SmemLayout& m;
+  const Cta& p;
 
   SLEEPKERN_DEVICE int own_groups() const { return c.own_groups(); }
   SLEEPKERN_DEVICE int all_groups() const { return c.all_groups(); }
@@ -49,11 +49,11 @@ struct Group {
   SLEEPKERN_DEVICE void each_tile(int first, int last, Tile tile) const {
     const int warp = opaque(threadIdx.x) >> 5, start = first * TILES;
 #pragma unroll 1
-    for (int unit = start + ((warp - start) & (WARPS - 1)); unit < last * TILES; unit += WARPS) {
-      float4* at = reinterpret_cast<float4*>(m.h()) + unit * 64 + lane_of_warp();
+    for (int index = start + ((warp - start) & (WARPS - 1)); index < last * TILES; index += WARPS) {
+      float4* at = reinterpret_cast<float4*>(m.h()) + index * 64 + lane_of_warp();
       const float4 low = at[0], high = at[32];
       float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-      if (!tile(unit / TILES, unit % TILES, x)) continue;
+      if (!tile(index / TILES, index % TILES, x)) continue;
       at[0] = make_float4(x[0], x[1], x[2], x[3]);
       at[32] = make_float4(x[4], x[5], x[6], x[7]);
     }
@@ -85,7 +85,7 @@ struct Group {
   }
 
   // Writes h in bf16 and its sums of squares to all CTAs. A cluster barrier must follow.
-  SLEEPKERN_DEVICE void publish() const {
+  SLEEPKERN_DEVICE void all_gather_h() const {
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
       const int all = p.rank * own_groups() + group;
       const uint4 words =
@@ -111,7 +111,7 @@ struct Group {
   }
 
   // Waits for the h of all CTAs and computes the norm's factor of each row. It ends with a CTA's barrier.
-  SLEEPKERN_DEVICE void meet(float eps) const {
+  SLEEPKERN_DEVICE void wait_for_h(float eps) const {
     // mutant: no-cluster-barrier-before-h-is-read
     cluster_arrive();
     cluster_wait();
@@ -129,7 +129,7 @@ struct Group {
   // alternation, the last step through `received`. So the buffer of one exchange is read while the next exchange writes
   // the other, and a CTA computes while others arrive at the barrier. A warp computes two n-groups at a time, both of
   // one exchange, or one of this exchange and one of the next.
-  SLEEPKERN_DEVICE void add_product(Stream& weights, const uint4* left, int steps, bool last) const {
+  SLEEPKERN_DEVICE void add_product(WeightStream& weights, const uint4* left, int steps, bool last) const {
     const int exchanges = c.exchanges(), warp = threadIdx.x >> 5;
     const bool both =
         paired(TILES) && c.cluster * c.exchange > WARPS;  // c.pairs_in_exchange() with TILES as a constant
@@ -140,28 +140,28 @@ struct Group {
       const int groups = c.exchange_size(n), others = both ? groups - WARPS : follows ? c.exchange_size(n + 1) : 0;
       Products<TILES> one, other;
       if (warp < groups) multiply_groups<TILES>(weights, left, steps, warp < others, one, other);
-      meet_and_receive(n - 1, exchanges);
-      if (warp < groups) send(place_of(n, exchanges), warp, one);
-      if (both && warp < others) send(place_of(n, exchanges), warp + WARPS, other);
+      reduce_scatter_add(n - 1, exchanges);
+      if (warp < groups) reduce_scatter_send(buffer_of(n, exchanges), warp, one);
+      if (both && warp < others) reduce_scatter_send(buffer_of(n, exchanges), warp + WARPS, other);
       cluster_arrive();
       if (!follows) continue;
-      meet_and_receive(n, exchanges);
+      reduce_scatter_add(n, exchanges);
       ++n;
-      if (warp < others) send(place_of(n, exchanges), warp, other);
+      if (warp < others) reduce_scatter_send(buffer_of(n, exchanges), warp, other);
       cluster_arrive();
     }
-    meet_and_receive(exchanges - 1, exchanges);
-    if (!last) publish();
+    reduce_scatter_add(exchanges - 1, exchanges);
+    if (!last) all_gather_h();
   }
 
   // mutant: one-buffer-for-two-exchanges
-  SLEEPKERN_DEVICE float* place_of(int n, int exchanges) const { return m.received((exchanges - 1 - n) & 1); }
+  SLEEPKERN_DEVICE float* buffer_of(int n, int exchanges) const { return m.received((exchanges - 1 - n) & 1); }
 
   // Sends the i-th n-group of an exchange to the CTA of its columns.
-  SLEEPKERN_DEVICE void send(float* place, int i, const Products<TILES>& acc) const {
-    const Divided of = divided(i, c.cluster);
+  SLEEPKERN_DEVICE void reduce_scatter_send(float* buffer, int i, const Products<TILES>& acc) const {
+    const Division of = divide(i, c.cluster);
     const int slot = p.rank * c.exchange + of.quotient;
-    const float4* to = reinterpret_cast<const float4*>(place) + slot * TILES * 64 + lane_of_warp();
+    const float4* to = reinterpret_cast<const float4*>(buffer) + slot * TILES * 64 + lane_of_warp();
     const RemoteAddress at = remote_address(to, of.rest);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -175,16 +175,16 @@ struct Group {
   }
 
   // Waits for all CTAs, then adds the partial sums of exchange n to h in the order of ranks.
-  SLEEPKERN_DEVICE void meet_and_receive(int n, int exchanges) const {
+  SLEEPKERN_DEVICE void reduce_scatter_add(int n, int exchanges) const {
     // mutant: no-cluster-wait-before-partials-are-added
     cluster_wait();
     if (n < 0) return;
-    const float4* place = reinterpret_cast<const float4*>(place_of(n, exchanges));
+    const float4* buffer = reinterpret_cast<const float4*>(buffer_of(n, exchanges));
     const int first = n * c.exchange, end = first + c.exchange < own_groups() ? first + c.exchange : own_groups();
     each_tile(first, end, [&](int group, int tile, float (&x)[8]) {
 #pragma unroll 2
       for (int r = 0; r < c.cluster; ++r) {
-        const float4* part = place + ((r * c.exchange + group - first) * TILES + tile) * 64 + lane_of_warp();
+        const float4* part = buffer + ((r * c.exchange + group - first) * TILES + tile) * 64 + lane_of_warp();
         const float4 a = part[0], b = part[32];
         const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -195,7 +195,7 @@ struct Group {
   }
 
   // Stores q, k, v and gate as a tile.
-  SLEEPKERN_DEVICE void put_inputs(const BlockLayer& l, int group, const Products<TILES>& acc) const {
+  SLEEPKERN_DEVICE void store_inputs(const BlockLayer& l, int group, const Products<TILES>& acc) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -204,7 +204,7 @@ struct Group {
         for (int i = 0; i < 4; i += 2) {
           const int row = 16 * tile + row_of(i), column = 16 * group + column_of(n, i);
           const float scale = m.scale()[row];
-          put_pair<Mode::bf16>(m.wide(), l.into, row, column, acc[tile][n][i] * scale, acc[tile][n][i + 1] * scale);
+          store_pair<Mode::bf16>(m.wide(), l.into, row, column, acc[tile][n][i] * scale, acc[tile][n][i + 1] * scale);
         }
       }
     }
@@ -214,7 +214,7 @@ struct Group {
   // them as all warps take for q, k, v and gate. So the warps share the terms (split K), and their partial sums are
   // added in order. The partial sums are in the memory of `received`, to which no CTA writes before this one has
   // arrived at an exchange.
-  SLEEPKERN_DEVICE void find_rates(const BlockLayer& l, Stream& weights) const {
+  SLEEPKERN_DEVICE void find_rates(const BlockLayer& l, WeightStream& weights) const {
     const int warp = threadIdx.x >> 5, splits = c.splits();
     float4* parts = reinterpret_cast<float4*>(m.received(false));
     for (int group = 0; group < (l.rates() + 15) / 16; ++group) {
@@ -250,7 +250,7 @@ struct Group {
   }
 
   // Stores relu(up)^2 as a left operand.
-  SLEEPKERN_DEVICE void put_hidden(const BlockLayer& l, int group, const Products<TILES>& acc) const {
+  SLEEPKERN_DEVICE void store_hidden(const BlockLayer& l, int group, const Products<TILES>& acc) const {
     uint4* to = reinterpret_cast<uint4*>(m.wide()) + group * TILES * 32 + lane_of_warp();
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -270,14 +270,14 @@ struct Group {
 
   // The mixer, then the MLP, as two iterations of one loop: most instructions run once a layer, so their number matters
   // for the instruction cache. With the widest states a loop would take too many registers, and is unrolled.
-  SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, Stream& weights, int pass, bool last) const {
+  SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, WeightStream& weights, int pass, bool last) const {
 #pragma unroll KEYS / 64
     for (int half = 0; half < 2; ++half) {
       const bool mixer = half == 0;
-      meet(mixer ? l.mixer_eps : l.mlp_eps);
+      wait_for_h(mixer ? l.mixer_eps : l.mlp_eps);
       product<TILES>(weights, m.x(), all_groups(), (mixer ? l.into : l.hidden) / 16,
                      [&](int group, const Products<TILES>& acc) {
-                       mixer ? put_inputs(l, group, acc) : put_hidden(l, group, acc);
+                       mixer ? store_inputs(l, group, acc) : store_hidden(l, group, acc);
                      });
       if (mixer) {
         find_rates(l, weights);
@@ -286,14 +286,14 @@ struct Group {
         l.recurrent ? mix_recurrent<KEYS>(c, l, p, m, pass) : attend<KEYS>(c, l, p, m, pass);
       }
       block_barrier();
-      add_product(weights, Shared::at<uint4>(mixer ? c.at.x : c.at.wide), (mixer ? l.mixed() : l.hidden) / 16,
+      add_product(weights, SmemLayout::at<uint4>(mixer ? c.at.x : c.at.wide), (mixer ? l.mixed() : l.hidden) / 16,
                   last && !mixer);
     }
   }
 
   // h <- h / rms(h) + the input of the first pass. h has been gathered before, and is gathered again.
   SLEEPKERN_DEVICE void reinject() const {
-    meet(REINJECT_EPS);
+    wait_for_h(REINJECT_EPS);
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) x[i] *= m.scale()[16 * tile + row_of(i & 3)];
@@ -302,24 +302,24 @@ struct Group {
     });
     cluster_arrive();  // this CTA has read the sums of squares
     cluster_wait();
-    publish();
+    all_gather_h();
   }
 };
 
 template <int TILES, int KEYS>
-SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
-  const Shared m{c};
-  const Place p(c);
+SLEEPKERN_DEVICE void run_group(const BlocksParams& c) {
+  const SmemLayout m{c};
+  const Cta p(c);
   m.use();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < WARPS * c.ring; ++i) arrival_create(m.arrivals() + i, 32);
+    for (int i = 0; i < WARPS * c.ring; ++i) mbarrier_create(m.mbarriers() + i, 32);
   }
   cluster_arrive();  // all CTAs have started, and their shared memory can be written
   cluster_wait();
-  Stream weights(c, p.rank, m.ring(), m.arrivals());
-  const Group<TILES, KEYS> group{c, m, p};
+  WeightStream weights(c, p.rank, m.ring(), m.mbarriers());
+  const ClusterGroup<TILES, KEYS> group{c, m, p};
   group.load();
-  group.publish();
+  group.all_gather_h();
   for (int pass = 0; pass < c.passes; ++pass) {
     if (pass > 0 && c.reinject) group.reinject();
     for (int i = 0; i < c.depth; ++i) {
@@ -332,7 +332,7 @@ SLEEPKERN_DEVICE void run_group(const BlocksCall& c) {
 // KEYS is the width of the widest head. Without clusters a CTA has all columns of h, which leaves memory for few rows.
 template <int TILES, int KEYS>
 SLEEPKERN_KERNEL(THREADS, 1)
-blocks_kernel(SLEEPKERN_CONSTANT BlocksCall c) {
+blocks_kernel(SLEEPKERN_CONSTANT BlocksParams c) {
   if constexpr (CLUSTERS || TILES <= ALONE) {
     run_group<TILES, KEYS>(c);
   } else {

@@ -10,17 +10,17 @@
 
 namespace sleepkern::cuda {
 
-inline std::string describe(const BlocksCall& c) {
+inline std::string describe(const BlocksParams& c) {
   return "B = " + std::to_string(c.B) + ", L = " + std::to_string(c.L) + ", d = " + std::to_string(c.d) +
          ", layers = " + std::to_string(c.depth) + ", passes = " + std::to_string(c.passes) +
          ", cluster = " + std::to_string(c.cluster) + ", windows of a cluster = " + std::to_string(c.group);
 }
 
-int64_t blocks_memory(const BlocksCall& call) { return places_of(call).end; }
+int64_t blocks_memory(const BlocksParams& call) { return smem_offsets(call).end; }
 
-void sleep_blocks(const BlocksCall& given, void* stream) {
-  BlocksCall call = given;
-  call.at = places_of(given);
+void sleep_blocks(const BlocksParams& given, void* stream) {
+  BlocksParams call = given;
+  call.at = smem_offsets(given);
   const Grid grid{static_cast<int64_t>((call.B + call.group - 1) / call.group) * call.cluster, 1};
   const auto launch = [&](auto kernel) {
     run("blocks", kernel, grid, THREADS, call.at.end, call, stream, call.cluster);

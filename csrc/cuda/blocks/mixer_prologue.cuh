@@ -23,30 +23,30 @@
 namespace sleepkern::cuda {
 
 // The model's channel of this CTA's channel c, -1 for padding.
-SLEEPKERN_DEVICE int channel_of(const BlocksCall& call, const BlockLayer& l, int rank, int c) {
+SLEEPKERN_DEVICE int channel_of(const BlocksParams& call, const BlockLayer& l, int rank, int c) {
   const int keys = l.heads * l.KP, all_keys = call.cluster * l.heads * l.K;
   if (c < 2 * keys) {
-    const Divided part = divided(c, keys), head = divided(part.rest, l.KP);
+    const Division part = divide(c, keys), head = divide(part.rest, l.KP);
     return head.rest < l.K ? part.quotient * all_keys + (rank * l.heads + head.quotient) * l.K + head.rest : -1;
   }
   c -= 2 * keys;
-  const Divided head = divided(c, l.VP);
+  const Division head = divide(c, l.VP);
   return head.rest < l.V ? 2 * all_keys + (rank * l.value_heads + head.quotient) * l.V + head.rest : -1;
 }
 
 // The inputs of the convolution before the window, tokens -1, -2, ...
-struct Past {
+struct PastInputs {
   const void* data;
   Type type;
   int W;
   int64_t channels;  // channels of the model
 
-  SLEEPKERN_DEVICE Past(const BlocksCall& c, const BlockLayer& l, int pass)
+  SLEEPKERN_DEVICE PastInputs(const BlocksParams& c, const BlockLayer& l, int pass)
       : data(l.past), type(static_cast<Type>(c.type)), W(l.W) {
     channels = static_cast<int64_t>(c.cluster) * (2 * l.heads * l.K + l.value_heads * l.V);
     if (c.carry && pass > 0) data = last(c, l, pass - 1);
   }
-  SLEEPKERN_DEVICE char* last(const BlocksCall& c, const BlockLayer& l, int pass) const {
+  SLEEPKERN_DEVICE char* last(const BlocksParams& c, const BlockLayer& l, int pass) const {
     const int64_t size = static_cast<int64_t>(c.B) * (W - 1) * channels * (type == Type::float32 ? 4 : 2);
     return static_cast<char*>(l.last) + (pass & 1) * size;
   }
@@ -57,15 +57,15 @@ struct Past {
 };
 
 // Stores the last W - 1 inputs, for the next window or the next pass.
-SLEEPKERN_DEVICE void keep_last(const BlocksCall& c, const BlockLayer& l, const Place& p, const uint16_t* wide,
+SLEEPKERN_DEVICE void keep_last(const BlocksParams& c, const BlockLayer& l, const Cta& p, const uint16_t* wide,
                                 int pass) {
   if (!c.carry && pass + 1 < c.passes) return;
-  const Past past(c, l, pass);
+  const PastInputs past(c, l, pass);
   void* to = past.last(c, l, pass);
   const int rows = l.W - 1;
   for (int e = opaque(threadIdx.x); e < p.windows * rows * l.channels(); e += THREADS) {
-    const Divided of = divided(e, l.channels()), place = divided(of.quotient, rows);
-    const int local = of.rest, j = place.rest, w = place.quotient;
+    const Division of = divide(e, l.channels()), position = divide(of.quotient, rows);
+    const int local = of.rest, j = position.rest, w = position.quotient;
     const int t = c.L - rows + j, channel = channel_of(c, l, p.rank, local);
     if (channel < 0) continue;
     const float x =
@@ -75,8 +75,8 @@ SLEEPKERN_DEVICE void keep_last(const BlocksCall& c, const BlockLayer& l, const 
 }
 
 // Two channels of token t < 0 of a window, as a word.
-SLEEPKERN_DEVICE float pair_before(const BlocksCall& c, const BlockLayer& l, const Place& p, const Past& past, int w,
-                                   int t, int column) {
+SLEEPKERN_DEVICE float pair_before(const BlocksParams& c, const BlockLayer& l, const Cta& p, const PastInputs& past,
+                                   int w, int t, int column) {
   float x[2];
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
@@ -89,15 +89,15 @@ SLEEPKERN_DEVICE float pair_before(const BlocksCall& c, const BlockLayer& l, con
 
 // The short convolution in place. A warp takes 8 channels of a window and 8 tokens at a time; a lane takes two channels
 // of one token, and holds them of the token 8 before it as well. Shuffles give it the earlier tokens of other lanes.
-SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const Place& p, uint16_t* wide, int pass) {
+SLEEPKERN_DEVICE void convolve(const BlocksParams& c, const BlockLayer& l, const Cta& p, uint16_t* wide, int pass) {
   const int chunks = l.channels() / 8, lane = lane_of_warp(), g = lane >> 2;
-  const Past past(c, l, pass);
+  const PastInputs past(c, l, pass);
   const float4* taps = reinterpret_cast<const float4*>(l.taps) + p.rank * l.channels();
   const int warp = threadIdx.x >> 5, tasks = chunks * p.windows, pair = 2 * (lane & 3);
-  const auto column_of_task = [&](int task) { return 8 * divided(task, chunks).rest + pair; };
+  const auto column_of_task = [&](int task) { return 8 * divide(task, chunks).rest + pair; };
   float4 low = taps[column_of_task(warp)], high = taps[column_of_task(warp) + 1];
   for (int task = warp; task < tasks; task += WARPS) {
-    const int w = divided(task, chunks).quotient, column = column_of_task(task);
+    const int w = divide(task, chunks).quotient, column = column_of_task(task);
     const float low_taps[TAPS] = {low.w, low.z, low.y, low.x}, high_taps[TAPS] = {high.w, high.z, high.y, high.x};
     const int following =
         column_of_task(task + WARPS < tasks ? task + WARPS : task);  // the task whose taps are loaded meanwhile
@@ -120,10 +120,10 @@ SLEEPKERN_DEVICE void convolve(const BlocksCall& c, const BlockLayer& l, const P
 }
 
 // Computes factors [2][heads][rows]: 1 / |q| K^-1/2 and 1 / |k| of each row. A warp takes 8 rows, with 4 lanes a row.
-SLEEPKERN_DEVICE void find_factors(const BlocksCall& c, const BlockLayer& l, uint16_t* wide, float* factors) {
+SLEEPKERN_DEVICE void find_factors(const BlocksParams& c, const BlockLayer& l, uint16_t* wide, float* factors) {
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
-    const Divided of = divided(task, cores);
+    const Division of = divide(task, cores);
     const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // heads of q, then of k
     const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
     const float scale = head < l.heads ? rsqrtf(static_cast<float>(l.K)) : 1.0f;
@@ -132,11 +132,11 @@ SLEEPKERN_DEVICE void find_factors(const BlocksCall& c, const BlockLayer& l, uin
 }
 
 // Computes o / rms(o) . gain . silu(gate) of each row as a left operand; rows without a token become 0.
-SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m) {
+SLEEPKERN_DEVICE void gated_norm(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m) {
   const int cores = 2 * c.tiles, lane = lane_of_warp();
   uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
   for (int task = threadIdx.x >> 5; task < l.value_heads * cores; task += WARPS) {
-    const Divided of = divided(task, cores);
+    const Division of = divide(task, cores);
     const int row = 8 * of.rest + (lane & 7), head = of.quotient;
     const int from = 2 * l.heads * l.KP + head * l.VP, gates = from + l.value_heads * l.VP;
     const float square = sum_of_squares(m.wide(), l.into, row, from, l.VP);
@@ -159,7 +159,7 @@ SLEEPKERN_DEVICE void gated_norm(const BlocksCall& c, const BlockLayer& l, const
 }
 
 template <int KEYS>
-SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m,
+SLEEPKERN_DEVICE void mix_recurrent(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m,
                                     int pass) {
   keep_last(c, l, p, m.wide(), pass);
   block_barrier();
@@ -167,12 +167,12 @@ SLEEPKERN_DEVICE void mix_recurrent(const BlocksCall& c, const BlockLayer& l, co
   block_barrier();
   find_factors(c, l, m.wide(), m.factors());
   block_barrier();
-  each_unit(c, l, p, [&](int w, int head, int block) { prepare_unit(c, l, p, m, w, head, block); });
+  each_token_block(c, l, p, [&](int w, int head, int block) { token_block_factors(c, l, p, m, w, head, block); });
   block_barrier();
   const int groups = l.VP / 16, tasks = p.windows * l.value_heads * groups;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
-    const Divided of = divided(task, groups), window = divided(of.quotient, l.value_heads);
-    state_pass_over<KEYS>(c, l, p, m, pass, window.quotient, window.rest, 16 * of.rest);
+    const Division of = divide(task, groups), window = divide(of.quotient, l.value_heads);
+    state_pass<KEYS>(c, l, p, m, pass, window.quotient, window.rest, 16 * of.rest);
   }
   block_barrier();
   gated_norm(c, l, p, m);

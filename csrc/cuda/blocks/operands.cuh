@@ -61,7 +61,7 @@ struct Blocks16 {
   const uint16_t* tile;
   int cores, last;  // cores in a row of cores; the window's last row of cores
 
-  SLEEPKERN_DEVICE Blocks16(const BlocksCall& c, const uint16_t* tile, int columns, int window)
+  SLEEPKERN_DEVICE Blocks16(const BlocksParams& c, const uint16_t* tile, int columns, int window)
       // mutant: rows-beyond-a-window-are-its-neighbours
       : tile(tile), cores(columns / 8), last((window + 1) * c.padded() / 8 - 1) {}
 

@@ -39,7 +39,7 @@ struct BlockLayer {
   int32_t heads, value_heads;  // of this CTA
   int32_t K, V, KP, VP, W;     // KP, VP: K and V with zeros up to a multiple of 16
   int32_t into, hidden;        // columns, multiples of 16; `into` without the rates
-  int32_t first_unit;          // index of the layer's first sums in `changes`
+  int32_t first_sum;           // index of the layer's first sums in `changes`
   float mixer_eps, mlp_eps, decay_bias, strength, gain_eps, q_eps, k_eps;
 
   constexpr int channels() const { return 2 * heads * KP + value_heads * VP; }
@@ -49,12 +49,12 @@ struct BlockLayer {
 };
 
 // The offsets of the arrays in shared memory (smem_layout.cuh). As arguments they take no registers.
-struct Places {
-  int32_t h, x, squares, scale, received, wide, rates, factors, ring, arrivals, end;
+struct SmemOffsets {
+  int32_t h, x, squares, scale, received, wide, rates, factors, ring, mbarriers, end;
   int32_t received_too;  // within x
 };
 
-struct BlocksCall {
+struct BlocksParams {
   const void* h;          // [B, L, d]
   void* out;              // the same, after all passes
   const void* weights;    // streams of fragments: weight_stream.cuh
@@ -68,9 +68,9 @@ struct BlocksCall {
   int32_t exchange;  // n-groups of each CTA that one exchange sums
   int32_t ring;      // stages of a warp's ring in shared memory
   int32_t B, L, d, passes, reinject, carry;
-  int32_t columns;       // columns of h in one CTA, a multiple of 16
-  int32_t units, depth;  // pairs of sums of a pass; layers
-  Places at;
+  int32_t columns;      // columns of h in one CTA, a multiple of 16
+  int32_t sums, depth;  // pairs of sums of a pass; layers
+  SmemOffsets at;
   BlockLayer layers[MOST_LAYERS];
 
   constexpr int splits()
@@ -91,6 +91,6 @@ struct BlocksCall {
   constexpr int padded() const { return (L + 7) / 8 * 8; }  // rows of a window, padded to whole cores of 8 rows
   constexpr int blocks() const { return (L + 15) / 16; }    // token blocks of 16 tokens of a window
 };
-static_assert(sizeof(BlocksCall) <= 4096);
+static_assert(sizeof(BlocksParams) <= 4096);
 
 }  // namespace sleepkern::cuda

@@ -26,31 +26,33 @@
 namespace sleepkern::cuda {
 
 // One block of 16 tokens of a head: X and P as right operands, and the factors of its tokens.
-struct Unit {
-  uint4* X;       // [lane]; M [16][16] is stored in the memory of X and P first
-  uint4* P;       // [lane]
-  float4* scale;  // [token] b, b exp(G) / |k|, exp(G) / |q|, exp(G_C - G) / |k|
-  float* gamma;   // exp(G_C)
+struct TokenBlock {
+  uint4* X;            // [lane]; M [16][16] is stored in the memory of X and P first
+  uint4* P;            // [lane]
+  float4* scale;       // [token] b, b exp(G) / |k|, exp(G) / |q|, exp(G_C - G) / |k|
+  float* block_decay;  // exp(G_C)
 
-  SLEEPKERN_DEVICE Unit(const BlocksCall& c, const BlockLayer& l, const Shared& m, int w, int head, int block) {
-    char* base = m.units(l) + static_cast<int64_t>((w * l.value_heads + head) * c.blocks() + block) * UNIT;
+  SLEEPKERN_DEVICE TokenBlock(const BlocksParams& c, const BlockLayer& l, const SmemLayout& m, int w, int head,
+                              int block) {
+    char* base =
+        m.token_blocks(l) + static_cast<int64_t>((w * l.value_heads + head) * c.blocks() + block) * TOKEN_BLOCK_BYTES;
     X = reinterpret_cast<uint4*>(base);
     P = X + 32;
     scale = reinterpret_cast<float4*>(P + 32);
-    gamma = reinterpret_cast<float*>(scale + 16);
+    block_decay = reinterpret_cast<float*>(scale + 16);
   }
 };
 
 template <class Each>
-SLEEPKERN_DEVICE void each_unit(const BlocksCall& c, const BlockLayer& l, const Place& p, Each each) {
-  const int units = p.windows * l.value_heads * c.blocks();
-  for (int unit = threadIdx.x >> 5; unit < units; unit += WARPS) {
-    const Divided of = divided(unit, c.blocks()), window = divided(of.quotient, l.value_heads);
+SLEEPKERN_DEVICE void each_token_block(const BlocksParams& c, const BlockLayer& l, const Cta& p, Each each) {
+  const int tasks = p.windows * l.value_heads * c.blocks();
+  for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
+    const Division of = divide(task, c.blocks()), window = divide(of.quotient, l.value_heads);
     each(window.quotient, window.rest, of.rest);
   }
 }
 
-SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
+SLEEPKERN_DEVICE void invert_token_block(const TokenBlock& factors, const float* M) {
   const int lane = lane_of_warp(), column = lane & 15;
   float x[16];
 #pragma unroll
@@ -68,7 +70,7 @@ SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
     x[i] = sum[0] + sum[1] + (sum[2] + sum[3]);
   }
   warp_barrier();  // all lanes have read M
-  uint16_t* X = reinterpret_cast<uint16_t*>(unit.X);
+  uint16_t* X = reinterpret_cast<uint16_t*>(factors.X);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {  // both halves of the warp compute the same columns
     const int word = 2 * (i >> 3) + (column >> 3), owner = (i & 7) * 4 + ((column & 7) >> 1);
@@ -76,11 +78,11 @@ SLEEPKERN_DEVICE void invert_unit(const Unit& unit, const float* M) {
   }
 }
 
-SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m, int w,
-                                   int head, int block) {
+SLEEPKERN_DEVICE void token_block_factors(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m,
+                                          int w, int head, int block) {
   const int lane = lane_of_warp(), rows = 16 * c.tiles, start = w * c.padded() + 16 * block;
   const int key_head = l.key_head(head), q_at = key_head * l.KP, k_at = l.heads * l.KP + q_at;
-  const Unit unit(c, l, m, w, head, block);
+  const TokenBlock factors(c, l, m, w, head, block);
   // The lane's token; the upper half of the warp has the same tokens.
   const int token = lane & 15, row = start + token;
   float G = 0.0f, b = 0.0f, q_factor = 0.0f, k_factor = 0.0f;
@@ -97,8 +99,8 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
   }
   const float last = shuffle_from(G, 15), grown = decayed(G);
   if (lane < 16) {
-    unit.scale[token] = make_float4(b, b * k_factor * grown, q_factor * grown, k_factor * decayed(last - G));
-    if (lane == 15) *unit.gamma = grown;
+    factors.scale[token] = make_float4(b, b * k_factor * grown, q_factor * grown, k_factor * decayed(last - G));
+    if (lane == 15) *factors.block_decay = grown;
   }
   const Blocks16 wide(c, m.wide(), l.into, w);
   float kk[2][4], qk[2][4];
@@ -114,11 +116,11 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
       mma<Mode::bf16>(qk[half], q, right, half);
     }
   }
-  float* M = reinterpret_cast<float*>(unit.X);
-  float P[2][4], until[2], write[2], read[2];  // of the lane's two rows i
+  float* M = reinterpret_cast<float*>(factors.X);
+  float P[2][4], G_i[2], write[2], read[2];  // of the lane's two rows i
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    until[r] = shuffle_from(G, row_of(2 * r));
+    G_i[r] = shuffle_from(G, row_of(2 * r));
     write[r] = shuffle_from(b * k_factor, row_of(2 * r));
     read[r] = shuffle_from(q_factor, row_of(2 * r));
   }
@@ -127,11 +129,11 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       const int j = column_of(n, odd);
-      const float since = shuffle_from(G, j), length = shuffle_from(k_factor, j);
+      const float G_j = shuffle_from(G, j), k_scale = shuffle_from(k_factor, j);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int e = 2 * r + odd, i = row_of(e);
-        const float between = decayed(fminf(until[r] - since, 0.0f)) * length;
+        const float between = decayed(fminf(G_i[r] - G_j, 0.0f)) * k_scale;
         M[16 * i + j] = i > j ? write[r] * kk[n][e] * between : 0.0f;
         P[n][e] = i >= j ? read[r] * qk[n][e] * between : 0.0f;
       }
@@ -139,9 +141,9 @@ SLEEPKERN_DEVICE void prepare_unit(const BlocksCall& c, const BlockLayer& l, con
   }
   // mutant: no-warp-barrier-before-inversion
   warp_barrier();
-  invert_unit(unit, M);
-  unit.P[lane] = make_uint4(pack_bf16(P[0][0], P[0][1]), pack_bf16(P[1][0], P[1][1]), pack_bf16(P[0][2], P[0][3]),
-                            pack_bf16(P[1][2], P[1][3]));
+  invert_token_block(factors, M);
+  factors.P[lane] = make_uint4(pack_bf16(P[0][0], P[0][1]), pack_bf16(P[1][0], P[1][1]), pack_bf16(P[0][2], P[0][3]),
+                               pack_bf16(P[1][2], P[1][3]));
 }
 
 // S^T [16 value columns from v0 on][K] of a head of a window, and its address.
@@ -197,8 +199,8 @@ struct StateTile {
 
 // Scans window w for 16 value columns from v0 on of value head `head`.
 template <int KEYS>
-SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, const Place& p, const Shared& m,
-                                      int pass, int w, int head, int v0) {
+SLEEPKERN_DEVICE void state_pass(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m,
+                                 int pass, int w, int head, int v0) {
   const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
   const int q_at = l.key_head(head) * l.KP, k_at = l.heads * l.KP + q_at;
   const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;
@@ -209,7 +211,7 @@ SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, 
   Tile state(l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V, l.K, l.V, v0);
   if (begun) state.load();
   for (int block = 0; block < c.blocks(); ++block) {
-    const Unit unit(c, l, m, w, head, block);
+    const TokenBlock factors(c, l, m, w, head, block);
     const int start = w * c.padded() + 16 * block;
     float R[2][4], O[2][4], D[2][4];
     clear(R);
@@ -231,7 +233,7 @@ SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, 
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (i < 2) scale[n][i] = unit.scale[column_of(n, i)];
+        if (i < 2) scale[n][i] = factors.scale[column_of(n, i)];
         const float4& of = scale[n][i & 1];
         const int token = 16 * block + column_of(n, i);
         const uint16_t* v = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
@@ -239,7 +241,8 @@ SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, 
         O[n][i] *= of.z;
       }
     }
-    const Fragment<Mode::bf16> X = load_fragment(unit.X + lane_of_warp()), P = load_fragment(unit.P + lane_of_warp());
+    const Fragment<Mode::bf16> X = load_fragment(factors.X + lane_of_warp()),
+                               P = load_fragment(factors.P + lane_of_warp());
     const Fragment<Mode::bf16> rest = left_of<Mode::bf16>(R, 0);
 #pragma unroll
     for (int half = 0; half < 2; ++half) mma<Mode::bf16>(D[half], rest, X, half);
@@ -257,7 +260,7 @@ SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, 
       }
     }
     const Fragment<Mode::bf16> kept = left_of<Mode::bf16>(D, 0);
-    const float gamma = *unit.gamma;
+    const float block_decay = *factors.block_decay;
 #pragma unroll
     for (int n = 0; n < Tile::TILES / 2; ++n) {
       if (n >= steps) continue;
@@ -266,7 +269,7 @@ SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, 
       for (int half = 0; half < 2; ++half) {
         float (&S)[4] = state.S[2 * n + half];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) S[i] *= gamma;
+        for (int i = 0; i < 4; ++i) S[i] *= block_decay;
         mma<Mode::bf16>(S, kept, k, half);
       }
     }
@@ -280,8 +283,8 @@ SLEEPKERN_DEVICE void state_pass_over(const BlocksCall& c, const BlockLayer& l, 
     size += shuffle_xor(size, lanes);
   }
   if (lane_of_warp() != 0) return;
-  const int place = ((p.first + w) * HV + number) * (l.VP / 16) + v0 / 16;
-  float* sums = c.changes + 2 * (static_cast<int64_t>(pass) * c.units + l.first_unit + place);
+  const int index = ((p.first + w) * HV + number) * (l.VP / 16) + v0 / 16;
+  float* sums = c.changes + 2 * (static_cast<int64_t>(pass) * c.sums + l.first_sum + index);
   sums[0] = change;
   sums[1] = size;
 }

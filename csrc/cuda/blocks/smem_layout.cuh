@@ -9,10 +9,10 @@
 
 namespace sleepkern::cuda {
 
-constexpr int UNIT = 1408;  // bytes of the factors of a block of 16 tokens of a head (recurrence.cuh)
+constexpr int TOKEN_BLOCK_BYTES = 1408;  // bytes of the factors of a block of 16 tokens of a head (recurrence.cuh)
 
-// Computes the offsets on the host, in the order of the arrays in memory; Shared describes the arrays.
-inline Places places_of(const BlocksCall& c) {
+// Computes the offsets on the host, in the order of the arrays in memory; SmemLayout describes the arrays.
+inline SmemOffsets smem_offsets(const BlocksParams& c) {
   int64_t wide = 0, rates = 0, heads = 0, mixed = 0, scratch = 0;  // maximum over the layers; the last two in bytes
   const auto raise = [](int64_t& x, int64_t y) { x = x < y ? y : x; };
   const int64_t rows = 16 * c.tiles, all = c.cluster * c.columns;
@@ -23,7 +23,7 @@ inline Places places_of(const BlocksCall& c) {
     raise(rates, l.rates());
     raise(heads, l.heads);
     raise(mixed, 2 * rows * l.mixed());
-    raise(scratch, 2 * rows * l.mixed() + c.group * (l.recurrent ? l.value_heads * c.blocks() * UNIT : 0));
+    raise(scratch, 2 * rows * l.mixed() + c.group * (l.recurrent ? l.value_heads * c.blocks() * TOKEN_BLOCK_BYTES : 0));
   }
   const int64_t parts = 4 * c.cluster * c.exchange * 16 * rows;
   if (c.exchange * 16 < c.columns) raise(scratch, mixed + parts);  // several exchanges
@@ -34,7 +34,7 @@ inline Places places_of(const BlocksCall& c) {
     arena.take<char>(bytes);
     return static_cast<int32_t>(at);
   };
-  Places at{};
+  SmemOffsets at{};
   at.h = take(4 * rows * c.columns);
   at.x = take(scratch);
   at.squares = take(4 * rows * all / 16);
@@ -44,18 +44,18 @@ inline Places places_of(const BlocksCall& c) {
   at.rates = take(4 * rows * rates);
   at.factors = take(8 * heads * rows);
   at.ring = take(WARPS * c.ring * STAGE);
-  at.arrivals = take(WARPS * c.ring * sizeof(Arrival));
+  at.mbarriers = take(WARPS * c.ring * sizeof(Mbarrier));
   at.end = static_cast<int32_t>(arena.used);
   at.received_too = at.x + static_cast<int32_t>(scratch - parts);
   return at;
 }
 
-struct Shared {
-  const BlocksCall& c;
+struct SmemLayout {
+  const BlocksParams& c;
 
   template <class T>
-  SLEEPKERN_DEVICE static T* at(int32_t place) {
-    return reinterpret_cast<T*>(shared_memory() + place);
+  SLEEPKERN_DEVICE static T* at(int32_t offset) {
+    return reinterpret_cast<T*>(shared_memory() + offset);
   }
   // [columns / 16][tiles][2][32][4] this CTA's columns of the residual, as accumulators
   SLEEPKERN_DEVICE float* h() const { return at<float>(c.at.h); }
@@ -63,7 +63,7 @@ struct Shared {
   SLEEPKERN_DEVICE uint4* x() const { return at<uint4>(c.at.x); }
   // [mixed / 16][tiles][32] output of the mixer, in the memory of x; after it the factors of the mixer's token blocks
   SLEEPKERN_DEVICE uint4* mixed() const { return x(); }
-  SLEEPKERN_DEVICE char* units(const BlockLayer& l) const { return at<char>(c.at.x + 32 * c.tiles * l.mixed()); }
+  SLEEPKERN_DEVICE char* token_blocks(const BlockLayer& l) const { return at<char>(c.at.x + 32 * c.tiles * l.mixed()); }
   // [all columns / 16][rows] sums of h^2 over 16 columns; all CTAs write to it
   SLEEPKERN_DEVICE float* squares() const { return at<float>(c.at.squares); }
   // [rows] factor of a row in the current norm
@@ -79,42 +79,42 @@ struct Shared {
   SLEEPKERN_DEVICE float* factors() const { return at<float>(c.at.factors); }
   // [WARPS][ring][STAGE] weights, and [WARPS][ring] their mbarriers
   SLEEPKERN_DEVICE char* ring() const { return at<char>(c.at.ring); }
-  SLEEPKERN_DEVICE Arrival* arrivals() const { return at<Arrival>(c.at.arrivals); }
+  SLEEPKERN_DEVICE Mbarrier* mbarriers() const { return at<Mbarrier>(c.at.mbarriers); }
 
   // Tells the emulator which bytes may be accessed.
   SLEEPKERN_DEVICE void use() const {
-    const int32_t* place = &c.at.h;
-    for (int i = 0; i < 10; ++i) use_shared(shared_memory() + place[i], place[i + 1] - place[i] - GUARD);
+    const int32_t* offset = &c.at.h;
+    for (int i = 0; i < 10; ++i) use_shared(shared_memory() + offset[i], offset[i + 1] - offset[i] - GUARD);
   }
 };
 
 // x / y and its remainder, for integers from 0 to 2^20. An integer division takes three times as long, and there are
 // many between the products of a layer.
-struct Divided {
+struct Division {
   int quotient, rest;
 };
-SLEEPKERN_DEVICE Divided divided(int x, int y) {
+SLEEPKERN_DEVICE Division divide(int x, int y) {
   const int n = static_cast<int>(quotient(static_cast<float>(x) + 0.5f, static_cast<float>(y)));
   return {n, x - n * y};
 }
 
 // A CTA's rank in its cluster, and the windows [first, first + windows) of that cluster.
-struct Place {
+struct Cta {
   int rank, first, windows;
 
-  SLEEPKERN_DEVICE explicit Place(const BlocksCall& c) {
+  SLEEPKERN_DEVICE explicit Cta(const BlocksParams& c) {
     rank = static_cast<int>(blockIdx.x) % c.cluster;
     first = static_cast<int>(blockIdx.x) / c.cluster * c.group;
     windows = c.B - first < c.group ? c.B - first : c.group;
   }
   // Whether a row is a token, and not padding of its window or of the group.
-  SLEEPKERN_DEVICE bool has_token(const BlocksCall& c, int row) const {
-    const Divided of = divided(row, c.padded());
+  SLEEPKERN_DEVICE bool has_token(const BlocksParams& c, int row) const {
+    const Division of = divide(row, c.padded());
     return of.quotient < windows && of.rest < c.L;
   }
   // The index of a row's token in h [B, L, d].
-  SLEEPKERN_DEVICE int64_t token(const BlocksCall& c, int row) const {
-    const Divided of = divided(row, c.padded());
+  SLEEPKERN_DEVICE int64_t token(const BlocksParams& c, int row) const {
+    const Division of = divide(row, c.padded());
     return static_cast<int64_t>(first + of.quotient) * c.L + of.rest;
   }
 };

@@ -48,7 +48,7 @@ inline std::vector<WarpTask> product_tasks(int groups) {
 }
 
 // The tasks of find_rates, where warps share the steps of each n-group.
-inline std::vector<WarpTask> rates_tasks(const BlocksCall& c, int groups) {
+inline std::vector<WarpTask> rates_tasks(const BlocksParams& c, int groups) {
   std::vector<WarpTask> tasks;
   for (int group = 0; group < groups; ++group) {
     for (int warp = 0; warp < c.splits(); ++warp) tasks.push_back({warp, group, -1, warp, c.splits()});
@@ -58,7 +58,7 @@ inline std::vector<WarpTask> rates_tasks(const BlocksCall& c, int groups) {
 
 // The n-groups of 16 columns of h in exchange n, in the order in which add_product sends them: one for each CTA, then
 // the next one for each.
-inline std::vector<int> exchange_groups(const BlocksCall& c, int n) {
+inline std::vector<int> exchange_groups(const BlocksParams& c, int n) {
   std::vector<int> groups;
   for (int i = 0; i < c.exchange_size(n); ++i) {
     groups.push_back(i % c.cluster * c.own_groups() + n * c.exchange + i / c.cluster);
@@ -67,7 +67,7 @@ inline std::vector<int> exchange_groups(const BlocksCall& c, int n) {
 }
 
 // The tasks of add_product: a warp's second n-group belongs to the same exchange or to the next one.
-inline std::vector<WarpTask> exchange_tasks(const BlocksCall& c) {
+inline std::vector<WarpTask> exchange_tasks(const BlocksParams& c) {
   std::vector<WarpTask> tasks;
   for (int n = 0; n < c.exchanges(); ++n) {
     std::vector<int> one = exchange_groups(c, n), other;
@@ -117,8 +117,8 @@ inline void append_padded(std::vector<int32_t>& to, int32_t first, int32_t scale
 // One layer in one CTA. `hidden` is that of the model, `first` the index of the layer's first weight.
 class LayerOrder {
  public:
-  LayerOrder(const BlocksCall& call, const BlockLayer& layer, int hidden, int rank, int32_t first)
-      : c(call), l(layer), hidden(hidden), rank(rank), first(first) {}
+  LayerOrder(const BlocksParams& call, const BlockLayer& layer, int hidden, int cta_rank, int32_t first)
+      : c(call), l(layer), hidden(hidden), cta_rank(cta_rank), first(first) {}
 
   int32_t append(std::vector<int32_t>* streams) const {
     const int keys = c.cluster * l.heads * l.K, values = c.cluster * l.value_heads * l.V;
@@ -135,10 +135,10 @@ class LayerOrder {
     heads(mixed.terms, out, l.value_heads, l.V, l.VP, 1);
     append_tasks(streams, mixed, exchange_tasks(c));
     LocalWeight wider{{}, columns(1)}, narrower{columns(hidden), {}};
-    const int own = std::clamp(hidden - rank * l.hidden, 0, l.hidden);
-    append_padded(wider.outputs, up + rank * l.hidden * c.d, c.d, own, l.hidden);
+    const int own = std::clamp(hidden - cta_rank * l.hidden, 0, l.hidden);
+    append_padded(wider.outputs, up + cta_rank * l.hidden * c.d, c.d, own, l.hidden);
     append_tasks(streams, wider, product_tasks(l.hidden / 16));
-    append_padded(narrower.terms, down + rank * l.hidden, 1, own, l.hidden);
+    append_padded(narrower.terms, down + cta_rank * l.hidden, 1, own, l.hidden);
     append_tasks(streams, narrower, exchange_tasks(c));
     return down + c.d * hidden;
   }
@@ -153,32 +153,33 @@ class LayerOrder {
   // This CTA's heads of a weight that begins at `start`, each padded to a multiple of 16.
   void heads(std::vector<int32_t>& to, int32_t start, int count, int width, int padded, int32_t scale) const {
     for (int head = 0; head < count; ++head) {
-      append_padded(to, start + (rank * count + head) * width * scale, scale, width, padded);
+      append_padded(to, start + (cta_rank * count + head) * width * scale, scale, width, padded);
     }
   }
   LocalWeight rates_weight(int32_t start) const {
     LocalWeight w{{}, columns(1)};
     const int heads = l.value_heads;
-    append_padded(w.outputs, start + rank * heads * c.d, c.d, heads, heads);
-    append_padded(w.outputs, start + (c.cluster + rank) * heads * c.d, c.d, heads, (l.rates() + 15) / 16 * 16 - heads);
+    append_padded(w.outputs, start + cta_rank * heads * c.d, c.d, heads, heads);
+    append_padded(w.outputs, start + (c.cluster + cta_rank) * heads * c.d, c.d, heads,
+                  (l.rates() + 15) / 16 * 16 - heads);
     return w;
   }
 
-  const BlocksCall& c;
+  const BlocksParams& c;
   const BlockLayer& l;
-  int hidden, rank;
+  int hidden, cta_rank;
   int32_t first;
 };
 
 // hidden [depth] has the hidden columns of each layer in the model.
-inline WeightOrder weight_order(const BlocksCall& c, const std::vector<int>& hidden) {
+inline WeightOrder weight_order(const BlocksParams& c, const std::vector<int>& hidden) {
   WeightOrder order;
   order.streams.resize(c.cluster * WARPS);
   int32_t first = 1;
   for (int i = 0; i < c.depth; ++i) {
     int32_t next = first;
-    for (int rank = 0; rank < c.cluster; ++rank) {
-      next = LayerOrder(c, c.layers[i], hidden.at(i), rank, first).append(order.streams.data() + rank * WARPS);
+    for (int cta_rank = 0; cta_rank < c.cluster; ++cta_rank) {
+      next = LayerOrder(c, c.layers[i], hidden.at(i), cta_rank, first).append(order.streams.data() + cta_rank * WARPS);
     }
     first = next;
   }

@@ -20,7 +20,7 @@ namespace sleepkern::cuda {
 
 // Stages of a warp that are prefetched to L2 before their copy is issued. The ring alone does not cover the latency of
 // memory, and the weights of all layers may not fit L2 (Depo's have 66 MB).
-constexpr int AHEAD = 16;
+constexpr int PREFETCH_STAGES = 16;
 
 // Loads 16 bytes a lane through a generic address, which the compiler resolves to shared memory.
 SLEEPKERN_DEVICE Fragment<Mode::bf16> load_fragment(const uint4* at) {
@@ -34,56 +34,56 @@ SLEEPKERN_DEVICE int word_of(int tiles, int row, int column) {
   return (((column >> 4) * tiles + (row >> 4)) * 32 + lane) * 4 + ((row >> 3) & 1) + 2 * ((column >> 3) & 1);
 }
 
-struct Stream {
-  const BlocksCall& c;
+struct WeightStream {
+  const BlocksParams& c;
   const char* from;  // the warp's stages
   char* ring;
-  Arrival* arrivals;
+  Mbarrier* mbarriers;
   int count;       // stages of a pass
   int left, next;  // stages whose copy is not issued yet; index in the pass of the next one
   int slot, parity;
 
-  SLEEPKERN_DEVICE Stream(const BlocksCall& c, int rank, char* rings, Arrival* all) : c(c) {
+  SLEEPKERN_DEVICE WeightStream(const BlocksParams& c, int cta_rank, char* rings, Mbarrier* all) : c(c) {
     const int warp = threadIdx.x >> 5;
-    const int32_t* mine = c.stages + 2 * (rank * WARPS + warp);
+    const int32_t* mine = c.stages + 2 * (cta_rank * WARPS + warp);
     from = static_cast<const char*>(c.weights) + static_cast<int64_t>(mine[0]) * STAGE;
     count = mine[1];
     left = count * c.passes;
     next = slot = parity = 0;
     ring = rings + warp * c.ring * STAGE;
-    arrivals = all + warp * c.ring;
-    plan_prefetch(-AHEAD, AHEAD + c.ring);
-    for (int s = 0; s < c.ring; ++s) ask(s);
+    mbarriers = all + warp * c.ring;
+    plan_prefetch(-PREFETCH_STAGES, PREFETCH_STAGES + c.ring);
+    for (int s = 0; s < c.ring; ++s) issue(s);
   }
 
-  // Prefetches to L2 the stages that follow AHEAD stages after the next one, but none of the next pass.
+  // Prefetches to L2 the stages that follow PREFETCH_STAGES stages after the next one, but none of the next pass.
   SLEEPKERN_DEVICE void plan_prefetch(int stages) const { plan_prefetch(next, stages); }
-  SLEEPKERN_DEVICE void plan_prefetch(int place, int stages) const {
-    const int first = place + AHEAD, most = count - first;
+  SLEEPKERN_DEVICE void plan_prefetch(int position, int stages) const {
+    const int first = position + PREFETCH_STAGES, most = count - first;
     // mutant: prefetch-beyond-the-last-weights
     warp_prefetch(from + static_cast<int64_t>(first) * STAGE, (stages < most ? stages : most) * STAGE);
   }
 
-  SLEEPKERN_DEVICE void ask(int s) {
+  SLEEPKERN_DEVICE void issue(int s) {
     if (left == 0) return;
     --left;
-    warp_copy(arrivals + s, ring + s * STAGE, from + static_cast<int64_t>(next) * STAGE, STAGE);
+    warp_copy(mbarriers + s, ring + s * STAGE, from + static_cast<int64_t>(next) * STAGE, STAGE);
     next = next + 1 == count ? 0 : next + 1;
   }
 
   // Waits for the ring's first stage and loads its two fragments.
   SLEEPKERN_DEVICE void front(Fragment<Mode::bf16>& first, Fragment<Mode::bf16>& second) const {
     // mutant: no-wait-for-weights
-    copy_wait(arrivals + slot, parity);
+    copy_wait(mbarriers + slot, parity);
     const uint4* at = reinterpret_cast<const uint4*>(ring + slot * STAGE) + lane_of_warp();
     first = load_fragment(at);
     second = load_fragment(at + FRAGMENT / sizeof(uint4));
   }
   // Releases the ring's first stage and issues the next copy to its memory. It is called after the products: the matrix
   // units are busy meanwhile, and since the whole warp takes part in a product, all lanes have read their operands.
-  SLEEPKERN_DEVICE void turn() {
+  SLEEPKERN_DEVICE void release() {
     // mutant: weights-overwrite-the-next-slot
-    ask(slot);
+    issue(slot);
     if (++slot == c.ring) {
       slot = 0;
       parity ^= 1;
@@ -107,8 +107,8 @@ SLEEPKERN_DEVICE void multiply_step(Products<TILES>& acc, const uint4* left, con
 
 // Computes one n-group, or two of them together, over the steps first, first + stride, ...
 template <int TILES>
-SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int steps, bool two, Products<TILES>& one,
-                                      Products<TILES>& other, int first = 0, int stride = 1) {
+SLEEPKERN_DEVICE void multiply_groups(WeightStream& weights, const uint4* left, int steps, bool two,
+                                      Products<TILES>& one, Products<TILES>& other, int first = 0, int stride = 1) {
   weights.plan_prefetch(two ? steps : (steps + 1) / 2);  // an upper bound where warps share the steps
   left += lane_of_warp();
 #pragma unroll
@@ -130,7 +130,7 @@ SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int st
           mma<Mode::bf16>(other[m][half], a, next, half);
         }
       }
-      weights.turn();
+      weights.release();
     }
     return;
   }
@@ -139,19 +139,19 @@ SLEEPKERN_DEVICE void multiply_groups(Stream& weights, const uint4* left, int st
     weights.front(b, next);
     multiply_step<TILES>(one, left + step * TILES * 32, b);
     if (step + stride < steps) multiply_step<TILES>(one, left + (step + stride) * TILES * 32, next);
-    weights.turn();
+    weights.release();
   }
 }
 
-// Calls made(group, products) for all n-groups.
-template <int TILES, class Made>
-SLEEPKERN_DEVICE void product(Stream& weights, const uint4* left, int steps, int groups, Made made) {
+// Calls each(group, products) for all n-groups.
+template <int TILES, class Each>
+SLEEPKERN_DEVICE void product(WeightStream& weights, const uint4* left, int steps, int groups, Each each) {
   for (int first = threadIdx.x >> 5; first < groups; first += 2 * WARPS) {
     const bool two = first + WARPS < groups;
     Products<TILES> one, other;
     multiply_groups<TILES>(weights, left, steps, two, one, other);
-    made(first, one);
-    if (two) made(first + WARPS, other);
+    each(first, one);
+    if (two) each(first + WARPS, other);
   }
 }
 

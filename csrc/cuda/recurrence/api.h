@@ -8,15 +8,15 @@
 namespace sleepkern::cuda {
 
 // Bytes of shared memory that a CTA needs.
-int64_t window_memory(int mode, int K, bool reads, bool channel);  // also that of chunk_factors
-int64_t replay_memory(int mode, int K, bool reads, int block, int slots);
-int64_t chain_memory(int K, bool backward);
+int64_t single_chunk_memory(int mode, int K, bool want_output, bool channel);  // also that of chunk_factors
+int64_t multi_chunk_memory(int mode, int K, bool want_output, int v_tile, int slots);
+int64_t powers_memory(int K, bool backward);
 
-void window(const Call& call, void* stream);
-void prepare(const Call& call, void* stream);
-void replay(const Call& call, void* stream);
-void powers(const Chain& chain, void* stream);
-void adjoint(const Chain& chain, void* stream);
-void step(const Steps& steps, void* stream);
+void single_chunk(const ReplayParams& call, void* stream);
+void chunk_factors(const ReplayParams& call, void* stream);
+void multi_chunk(const ReplayParams& call, void* stream);
+void powers(const PowersParams& params, void* stream);
+void powers_backward(const PowersParams& params, void* stream);
+void decode(const DecodeParams& steps, void* stream);
 
 }  // namespace sleepkern::cuda

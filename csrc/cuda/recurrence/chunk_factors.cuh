@@ -21,25 +21,25 @@ namespace sleepkern::cuda {
 
 // Computes M and P with one decay a token: the decay multiplies the finished products.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void scores(const Problem& p, const Chunk& chunk, const Number<MODE>* keys,
-                             const Workspace<MODE, KP, CHANNEL>& w, Number<MODE>* P) {
+SLEEPKERN_DEVICE void grams(const Problem& p, const Chunk& chunk, const Number<MODE>* keys,
+                            const ChunkScratch<MODE, KP, CHANNEL>& w, Number<MODE>* P) {
   const int blocks = chunk.blocks(), warp = threadIdx.x >> 5;
   const int pairs = blocks * (blocks + 1) / 2;
   for (int task = warp; task < (P ? 2 * pairs : pairs); task += WARPS) {
-    const bool read = task >= pairs;
-    int I = 0, J = read ? task - pairs : task;
+    const bool is_qk = task >= pairs;
+    int I = 0, J = is_qk ? task - pairs : task;
     while (J > I) J -= ++I;
     float acc[2][4];
     clear(acc);
-    const LeftReader<MODE, KP> left(read ? w.Q : keys);
-    const RightReader<MODE, KP> right(keys);
+    const LeftLoader<MODE, KP> left(is_qk ? w.Q : keys);
+    const RightLoader<MODE, KP> right(keys);
     for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(acc, left.load(I, step), right, step, 1, J);
     const Decay<KP, CHANNEL> decay{w.G};
     each_element(acc, I, J, [&](int i, int j, float x) {
-      if (read) {
-        put<MODE>(P, CHUNK, i, j, i >= j ? p.scale * x * decay.between(i, j, 0) : 0.0f);
+      if (is_qk) {
+        store_element<MODE>(P, CHUNK, i, j, i >= j ? p.scale * x * decay.between(i, j, 0) : 0.0f);
       } else {
-        put<Mode::exact>(w.M, CHUNK, i, j, i > j ? w.beta[i] * x * decay.between(i, j, 0) : 0.0f);
+        store_element<Mode::fp32x3>(w.M, CHUNK, i, j, i > j ? w.beta[i] * x * decay.between(i, j, 0) : 0.0f);
       }
     });
   }
@@ -48,8 +48,8 @@ SLEEPKERN_DEVICE void scores(const Problem& p, const Chunk& chunk, const Number<
 // Computes XD and XT of X = (I + M)^-1. First a lane computes a column of each diagonal block. Then a warp computes the
 // column of blocks below one: X_IJ^T = -(sum of X_LJ^T M_IL^T over J <= L < I) X_II^T.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void invert(const Chunk& chunk, const Workspace<MODE, KP, CHANNEL>& w) {
-  constexpr Mode FULL = Mode::exact;
+SLEEPKERN_DEVICE void invert(const Chunk& chunk, const ChunkScratch<MODE, KP, CHANNEL>& w) {
+  constexpr Mode FULL = Mode::fp32x3;
   const int blocks = chunk.blocks(), warp = threadIdx.x >> 5, J = threadIdx.x >> 4, c = threadIdx.x & 15;
   if (J < blocks) {
     float x[16];
@@ -65,14 +65,14 @@ SLEEPKERN_DEVICE void invert(const Chunk& chunk, const Workspace<MODE, KP, CHANN
     }
   }
   block_barrier();
-  const LeftReader<FULL, CHUNK> above(w.XT);
-  const RightReader<FULL, CHUNK> erased(w.M);
-  const RightReader<FULL, 16> diagonal(w.XD);
+  const LeftLoader<FULL, CHUNK> above(w.XT);
+  const RightLoader<FULL, CHUNK> below(w.M);
+  const RightLoader<FULL, 16> diagonal(w.XD);
   for (int I = warp + 1; I < blocks; ++I) {
     float sum[2][4], block[2][4];
     clear(sum);
     clear(block);
-    for (int step = 2 * warp; step < 2 * I; ++step) multiply<FULL>(sum, above.load(warp, step), erased, step, 1, I);
+    for (int step = 2 * warp; step < 2 * I; ++step) multiply<FULL>(sum, above.load(warp, step), below, step, 1, I);
 #pragma unroll
     for (int step = 0; step < 2; ++step) multiply<FULL>(block, left_of<FULL>(sum, step), diagonal, step, 1, I);
     each_element(block, warp, I, [&](int j, int i, float x) { w.XT[at<FULL>(CHUNK, j, i)] = -x; });
@@ -83,32 +83,32 @@ SLEEPKERN_DEVICE void invert(const Chunk& chunk, const Workspace<MODE, KP, CHANN
 
 // Stores X diag(b E) and X diag(b) as left operands.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void scale_inverse(const Chunk& chunk, const Workspace<MODE, KP, CHANNEL>& w) {
+SLEEPKERN_DEVICE void scale_inverse(const Chunk& chunk, const ChunkScratch<MODE, KP, CHANNEL>& w) {
   const int rows = 16 * chunk.blocks();
   const Decay<KP, CHANNEL> decay{w.G};
   for (int e = threadIdx.x; e < CHUNK * CHUNK / 2; e += THREADS) {
     const int i = e & (CHUNK - 1), j = 2 * (e / CHUNK);
     float x[2] = {}, y[2] = {};
     for (int n = 0; n < 2; ++n) {
-      if (i < rows && j + n <= i) x[n] = w.XT[at<Mode::exact>(CHUNK, j + n, i)] * w.beta[j + n];
+      if (i < rows && j + n <= i) x[n] = w.XT[at<Mode::fp32x3>(CHUNK, j + n, i)] * w.beta[j + n];
       if (!CHANNEL) y[n] = x[n] * decay.from_start(j + n, 0);
     }
-    put_pair<MODE>(w.XB, CHUNK, i, j, x[0], x[1]);
-    if (!CHANNEL) put_pair<MODE>(w.XE, CHUNK, i, j, y[0], y[1]);
+    store_pair<MODE>(w.XB, CHUNK, i, j, x[0], x[1]);
+    if (!CHANNEL) store_pair<MODE>(w.XE, CHUNK, i, j, y[0], y[1]);
   }
 }
 
 // Computes -W [CHUNK][KP] = -X diag(b) (E k), 16 rows and half of the columns a warp; rows beyond the tokens are 0.
 template <Mode MODE, int KP>
-SLEEPKERN_DEVICE void erase_factor(const Chunk& chunk, const Number<MODE>* inverse, const Number<MODE>* keys,
-                                   Number<MODE>* W) {
+SLEEPKERN_DEVICE void factor_W(const Chunk& chunk, const Number<MODE>* inverse, const Number<MODE>* keys,
+                               Number<MODE>* W) {
   static_assert(WARPS == 8 && CHUNK == 64, "a warp takes a quarter of the rows and half of the columns");
   const int warp = threadIdx.x >> 5, I = warp >> 1, half = warp & 1;
   float acc[KP / 16][4];
   clear(acc);
   if (I < chunk.blocks()) {
-    const LeftReader<MODE, CHUNK> left(inverse);
-    const TransposedReader<MODE, KP, true> right(keys);
+    const LeftLoader<MODE, CHUNK> left(inverse);
+    const TransposedLoader<MODE, KP, true> right(keys);
     for (int step = 0; step < 16 * (I + 1) / STEP<MODE>; ++step) {
       multiply<MODE>(acc, left.load(I, step), right, step, KP / 32, half * KP / 32);
     }
@@ -117,17 +117,17 @@ SLEEPKERN_DEVICE void erase_factor(const Chunk& chunk, const Number<MODE>* inver
   for (int n = 0; n < KP / 16; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      put_pair<MODE>(W, KP, 16 * I + row_of(i), half * KP / 2 + column_of(n, i), -acc[n][i], -acc[n][i + 1]);
+      store_pair<MODE>(W, KP, 16 * I + row_of(i), half * KP / 2 + column_of(n, i), -acc[n][i], -acc[n][i + 1]);
     }
   }
 }
 
 // Computes U of 16 value columns as accumulators U^T [16][CHUNK]; `group` is the group of columns in the tile of v.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void write_factor(const Workspace<MODE, KP, CHANNEL>& w, int group, int blocks,
-                                   float (&U)[CHUNK / 8][4]) {
-  const TransposedReader<MODE, VALUES, false> left(w.V);
-  const RightReader<MODE, CHUNK> right(w.XB);
+SLEEPKERN_DEVICE void factor_U(const ChunkScratch<MODE, KP, CHANNEL>& w, int group, int blocks,
+                               float (&U)[CHUNK / 8][4]) {
+  const TransposedLoader<MODE, VALUES, false> left(w.V);
+  const RightLoader<MODE, CHUNK> right(w.XB);
   clear(U);
   for (int step = 0; step < 16 * blocks / STEP<MODE>; ++step) {
     multiply<MODE>(U, left.load(group, step), right, step, blocks);
@@ -146,8 +146,8 @@ SLEEPKERN_DEVICE void load_queries(const Problem& p, const Chunk& chunk, Number<
 // Computes all factors but U and Qe. keys and W are tiles [CHUNK][KP]; P is [CHUNK][CHUNK], nullptr without outputs. It
 // ends with a barrier. finish_keys later replaces `keys`.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number<MODE>* keys, Number<MODE>* W,
-                                    Number<MODE>* P, const Workspace<MODE, KP, CHANNEL>& w) {
+SLEEPKERN_DEVICE void compute_chunk_factors(const Problem& p, const Chunk& chunk, Number<MODE>* keys, Number<MODE>* W,
+                                            Number<MODE>* P, const ChunkScratch<MODE, KP, CHANNEL>& w) {
   const int64_t offset = static_cast<int64_t>(chunk.head / static_cast<int>(p.HV / p.H)) * p.K;
   auto plain = [](int, int, float x) { return x; };
   load_gates<KP, CHANNEL>(p, chunk, w.G, w.beta);
@@ -160,9 +160,9 @@ SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number
   if constexpr (CHANNEL) {
     sum_blocks<KP>(w.G);
     block_barrier();
-    channel_scores<MODE, KP, CHANNEL>(p, chunk, keys, w, P);
+    channel_grams<MODE, KP, CHANNEL>(p, chunk, keys, w, P);
   } else {
-    scores<MODE, KP, CHANNEL>(p, chunk, keys, w, P);
+    grams<MODE, KP, CHANNEL>(p, chunk, keys, w, P);
   }
   // mutant: no-barrier-before-inversion
   block_barrier();
@@ -173,19 +173,19 @@ SLEEPKERN_DEVICE void prepare_chunk(const Problem& p, const Chunk& chunk, Number
                         [&](int row, int d, float x) { return x * Decay<KP, CHANNEL>{w.G}.from_start(row, d); });
   }
   block_barrier();
-  erase_factor<MODE, KP>(chunk, CHANNEL ? w.XB : w.XE, keys, W);
+  factor_W<MODE, KP>(chunk, CHANNEL ? w.XB : w.XE, keys, W);
   block_barrier();
 }
 
 // Stores Kt in the memory of k, and the chunk decay; a barrier must follow.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void finish_keys(const Problem& p, const Chunk& chunk, Number<MODE>* keys, float* gamma,
+SLEEPKERN_DEVICE void finish_keys(const Problem& p, const Chunk& chunk, Number<MODE>* keys, float* chunk_decay,
                                   const float* G) {
   const int64_t offset = static_cast<int64_t>(chunk.head / static_cast<int>(p.HV / p.H)) * p.K;
   const Decay<KP, CHANNEL> decay{G};
   load_tile<MODE, KP>(keys, p.k, chunk, offset, p.K, p.normalize,
                       [&](int row, int d, float x) { return x * decay.to_end(row, d); });
-  for (int d = threadIdx.x; d < KP; d += THREADS) gamma[d] = decay.from_start(CHUNK - 1, d);
+  for (int d = threadIdx.x; d < KP; d += THREADS) chunk_decay[d] = decay.from_start(CHUNK - 1, d);
 }
 
 }  // namespace sleepkern::cuda

@@ -34,11 +34,11 @@ SLEEPKERN_DEVICE Fragment<MODE> fragment_of(bool right, Element element) {
 }
 
 template <Mode MODE, int KP>
-SLEEPKERN_DEVICE void channel_block(const Problem& p, const Number<MODE>* keys, const Workspace<MODE, KP, true>& w,
+SLEEPKERN_DEVICE void channel_block(const Problem& p, const Number<MODE>* keys, const ChunkScratch<MODE, KP, true>& w,
                                     Number<MODE>* P, int I, int J) {
-  float erased[2][4], read[2][4];
-  clear(erased);
-  clear(read);
+  float kk[2][4], qk[2][4];
+  clear(kk);
+  clear(qk);
 #pragma unroll 1
   for (int step = 0; step < KP / STEP<MODE>; ++step) {
     const int d0 = step * STEP<MODE>;
@@ -58,17 +58,17 @@ SLEEPKERN_DEVICE void channel_block(const Problem& p, const Number<MODE>* keys, 
         // mutant: decay-of-the-row-after
         return widen(rows[at<MODE>(KP, i, d0 + d)]) * decayed(w.G[i * KP + d0 + d]);
       });
-      mma<MODE>(which ? read[0] : erased[0], left, right, 0);
-      mma<MODE>(which ? read[1] : erased[1], left, right, 1);
+      mma<MODE>(which ? qk[0] : kk[0], left, right, 0);
+      mma<MODE>(which ? qk[1] : kk[1], left, right, 1);
     }
   }
-  each_element(erased, I, J, [&](int i, int j, float x) { put<Mode::exact>(w.M, CHUNK, i, j, w.beta[i] * x); });
-  if (P) each_element(read, I, J, [&](int i, int j, float x) { put<MODE>(P, CHUNK, i, j, p.scale * x); });
+  each_element(kk, I, J, [&](int i, int j, float x) { store_element<Mode::fp32x3>(w.M, CHUNK, i, j, w.beta[i] * x); });
+  if (P) each_element(qk, I, J, [&](int i, int j, float x) { store_element<MODE>(P, CHUNK, i, j, p.scale * x); });
 }
 
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void channel_scores(const Problem& p, const Chunk& chunk, const Number<MODE>* keys,
-                                     const Workspace<MODE, KP, true>& w, Number<MODE>* P) {
+SLEEPKERN_DEVICE void channel_grams(const Problem& p, const Chunk& chunk, const Number<MODE>* keys,
+                                    const ChunkScratch<MODE, KP, true>& w, Number<MODE>* P) {
   const int blocks = chunk.blocks(), warp = threadIdx.x >> 5;
   const Decay<KP, true> decay{w.G};
   for (int task = warp; task < blocks * (blocks - 1) / 2; task += WARPS) {
@@ -78,16 +78,16 @@ SLEEPKERN_DEVICE void channel_scores(const Problem& p, const Chunk& chunk, const
   }
   for (int e = threadIdx.x; e < blocks * 256; e += THREADS) {
     const int i = 16 * (e >> 8) + ((e >> 4) & 15), j = 16 * (e >> 8) + (e & 15);
-    float erased = 0.0f, read = 0.0f;
+    float kk = 0.0f, qk = 0.0f;
     if (i >= j) {
       for (int d = 0; d < KP; ++d) {
         const float x = widen(keys[at<MODE>(KP, j, d)]) * decay.between(i, j, d);
-        erased += widen(keys[at<MODE>(KP, i, d)]) * x;
-        if (P) read += widen(w.Q[at<MODE>(KP, i, d)]) * x;
+        kk += widen(keys[at<MODE>(KP, i, d)]) * x;
+        if (P) qk += widen(w.Q[at<MODE>(KP, i, d)]) * x;
       }
     }
-    put<Mode::exact>(w.M, CHUNK, i, j, i > j ? w.beta[i] * erased : 0.0f);
-    if (P) put<MODE>(P, CHUNK, i, j, p.scale * read);
+    store_element<Mode::fp32x3>(w.M, CHUNK, i, j, i > j ? w.beta[i] * kk : 0.0f);
+    if (P) store_element<MODE>(P, CHUNK, i, j, p.scale * qk);
   }
 }
 

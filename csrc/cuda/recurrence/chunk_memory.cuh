@@ -13,10 +13,12 @@
 
 namespace sleepkern::cuda {
 
-constexpr float FORGET = -105.0f;  // exp of it is 0 in float32; differences of G stay exact where g is less, or -inf
+// A log decay below this value is replaced by it: exp of it is 0 in float32, and with -inf a difference of two G would
+// be NaN. The value is not the CPU's of common/limits.h, which sums G in double: here sums of floats must stay exact.
+constexpr float MIN_LOG_DECAY = -105.0f;
 
 template <Mode MODE, int KP, bool CHANNEL>
-struct Workspace {
+struct ChunkScratch {
   using N = Number<MODE>;
   N* V;       // [CHUNK][VALUES]
   float* M;   // [CHUNK][CHUNK]
@@ -28,7 +30,7 @@ struct Workspace {
   float* G;   // see Decay
   float* beta;
 
-  SLEEPKERN_BOTH explicit Workspace(Arena& arena) {
+  SLEEPKERN_BOTH explicit ChunkScratch(Arena& arena) {
     V = arena.take<N>(CHUNK * VALUES);
     M = arena.take<float>(CHUNK * CHUNK);
     XE = reinterpret_cast<N*>(M);
@@ -48,18 +50,18 @@ template <Mode MODE, int KP, bool CHANNEL>
 struct ChunkMemory {
   Arena arena;
   Number<MODE>*keys, *W;
-  float *gamma, *sums;  // decay of the chunk; scratch of `converged`
-  Workspace<MODE, KP, CHANNEL> scratch;
+  float *chunk_decay, *sums;  // decay of the chunk; scratch of `converged`
+  ChunkScratch<MODE, KP, CHANNEL> scratch;
   Number<MODE>* P;
 
-  SLEEPKERN_BOTH ChunkMemory(char* base, bool reads)
+  SLEEPKERN_BOTH ChunkMemory(char* base, bool want_output)
       : arena{base},
         keys(arena.take<Number<MODE>>(CHUNK * KP)),
         W(arena.take<Number<MODE>>(CHUNK * KP)),
-        gamma(arena.take<float>(KP)),
+        chunk_decay(arena.take<float>(KP)),
         sums(arena.take<float>(SUMS)),
         scratch(arena),
-        P(reads ? arena.take<Number<MODE>>(CHUNK * CHUNK) : nullptr) {}
+        P(want_output ? arena.take<Number<MODE>>(CHUNK * CHUNK) : nullptr) {}
 };
 
 // The running sum G is used in differences, which are small where G itself may be large. With one decay a token G is
@@ -99,7 +101,8 @@ SLEEPKERN_DEVICE void load_gates(const Problem& p, const Chunk& chunk, float* G,
       float sum = 0.0f;
       for (int j = 16 * (e / KP); j < 16 * (e / KP) + 16; ++j) {
         if (j < chunk.tokens && d < p.K) {
-          sum += fmaxf(FORGET, load_one(p.g.data, p.g.type, (chunk.first + j) * p.g.stride + chunk.head * p.K + d));
+          sum +=
+              fmaxf(MIN_LOG_DECAY, load_one(p.g.data, p.g.type, (chunk.first + j) * p.g.stride + chunk.head * p.K + d));
         }
         G[j * KP + d] = sum;
       }
@@ -114,7 +117,7 @@ SLEEPKERN_DEVICE void load_gates(const Problem& p, const Chunk& chunk, float* G,
     for (int j = lane; j < CHUNK; j += 32) {
       float sum = 0.0f, low = 0.0f;
       if (j < chunk.tokens && p.g.data) {
-        sum = fmaxf(FORGET, load_one(p.g.data, p.g.type, (chunk.first + j) * p.g.stride + chunk.head));
+        sum = fmaxf(MIN_LOG_DECAY, load_one(p.g.data, p.g.type, (chunk.first + j) * p.g.stride + chunk.head));
       }
       for (int step = 1; step < 32; step *= 2) {
         const float other = shuffle_up(sum, step), other_low = shuffle_up(low, step);

@@ -5,11 +5,11 @@
 
 namespace sleepkern::cuda {
 
-void step(const Steps& steps, void* stream) {
-  const Problem& p = steps.p;
-  const Grid grid{p.sequences * p.HV, (p.V + STEP_COLUMNS - 1) / STEP_COLUMNS};
-  auto* kernel = p.K <= 64 ? step_kernel<8> : p.K <= 128 ? step_kernel<16> : step_kernel<32>;
-  run("step", kernel, grid, STEP_THREADS, 0, steps, stream);
+void decode(const DecodeParams& params, void* stream) {
+  const Problem& p = params.p;
+  const Grid grid{p.sequences * p.HV, (p.V + DECODE_COLUMNS - 1) / DECODE_COLUMNS};
+  auto* kernel = p.K <= 64 ? decode_kernel<8> : p.K <= 128 ? decode_kernel<16> : decode_kernel<32>;
+  run("decode", kernel, grid, DECODE_THREADS, 0, params, stream);
 }
 
 }  // namespace sleepkern::cuda

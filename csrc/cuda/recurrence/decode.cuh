@@ -17,8 +17,8 @@
 
 namespace sleepkern::cuda {
 
-constexpr int STEP_THREADS = 128;
-constexpr int STEP_COLUMNS = 64;  // value columns of a CTA
+constexpr int DECODE_THREADS = 128;
+constexpr int DECODE_COLUMNS = 64;  // value columns of a CTA
 
 // Loads a lane's four columns of a row of the state, by one vector load where the row is aligned.
 SLEEPKERN_DEVICE float4 load_four(const float* row, int valid, bool aligned) {
@@ -51,23 +51,23 @@ SLEEPKERN_DEVICE void load_rows(float (&x)[8], const Rows& rows, int64_t token, 
 }
 
 template <int ROWS>
-SLEEPKERN_KERNEL(STEP_THREADS, ROWS <= 8    ? 4
-                               : ROWS <= 16 ? 3
-                                            : 2)
-step_kernel(const Steps s) {
+SLEEPKERN_KERNEL(DECODE_THREADS, ROWS <= 8    ? 4
+                                 : ROWS <= 16 ? 3
+                                              : 2)
+decode_kernel(const DecodeParams s) {
   const Problem& p = s.p;
   const int64_t sequence = blockIdx.x / p.HV;
   const int head = static_cast<int>(blockIdx.x % p.HV), K = static_cast<int>(p.K), V = static_cast<int>(p.V);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = (lane >> 2) * ROWS;
-  const int column = static_cast<int>(blockIdx.y) * STEP_COLUMNS + 16 * warp + 4 * (lane & 3), valid = V - column;
-  if (static_cast<int>(blockIdx.y) * STEP_COLUMNS + 16 * warp >= V) return;  // the whole warp returns
-  const int64_t place = s.places ? s.places[sequence] : sequence;
+  const int column = static_cast<int>(blockIdx.y) * DECODE_COLUMNS + 16 * warp + 4 * (lane & 3), valid = V - column;
+  if (static_cast<int>(blockIdx.y) * DECODE_COLUMNS + 16 * warp >= V) return;  // the whole warp returns
+  const int64_t index = s.indices ? s.indices[sequence] : sequence;
   const int64_t key = static_cast<int64_t>(head / static_cast<int>(p.HV / p.H)) * K;
   const bool aligned = V % 4 == 0 && s.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.final_state) % 16 == 0;
-  float* state = p.final_state + place * s.stride + static_cast<int64_t>(head) * K * V + column;
+  float* state = p.final_state + index * s.stride + static_cast<int64_t>(head) * K * V + column;
 
   float S[ROWS][4];
-  if (place >= 0) {
+  if (index >= 0) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       // mutant: a-row-beyond-the-state-is-read
@@ -80,9 +80,9 @@ step_kernel(const Steps s) {
   }
   for (int64_t token = sequence * p.T; token < (sequence + 1) * p.T; ++token) {
     float out[4] = {};
-    if (place >= 0) {
+    if (index >= 0) {
       // Eight rows at a time. The sums for the normalisation are part of the same round of shuffles.
-      float kk = 0.0f, qq = 0.0f, kq = 0.0f, erased[4] = {}, read[4] = {}, k[8], q[8], g[8];
+      float kk = 0.0f, qq = 0.0f, kq = 0.0f, prediction[4] = {}, output[4] = {}, k[8], q[8], g[8];
       const float a = p.gate == Gate::head ? decayed(load_one(p.g.data, p.g.type, token * p.g.stride + head)) : 1.0f;
 #pragma unroll
       for (int r = 0; r < ROWS; r += 8) {
@@ -100,8 +100,8 @@ step_kernel(const Steps s) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             S[r + i][e] *= decay;
-            erased[e] += S[r + i][e] * k[i];
-            read[e] += S[r + i][e] * q[i];
+            prediction[e] += S[r + i][e] * k[i];
+            output[e] += S[r + i][e] * q[i];
           }
         }
       }
@@ -114,8 +114,8 @@ step_kernel(const Steps s) {
       for (int e = 0; e < 4; ++e) {
         const int64_t at = token * p.v.stride + static_cast<int64_t>(head) * V + column + e;
         const float v = e < valid ? load_one(p.v.data, p.v.type, at) : 0.0f;
-        u[e] = beta * (p.delta ? v - k_scale * sum_rows(erased[e]) : v);
-        out[e] = p.scale * q_scale * (sum_rows(read[e]) + kq * u[e]);
+        u[e] = beta * (p.delta ? v - k_scale * sum_rows(prediction[e]) : v);
+        out[e] = p.scale * q_scale * (sum_rows(output[e]) + kq * u[e]);
       }
 #pragma unroll
       for (int r = 0; r < ROWS; r += 8) {
@@ -133,7 +133,7 @@ step_kernel(const Steps s) {
     }
   }
   // mutant: padded-rows-of-a-pool-are-written
-  if (place < 0) return;
+  if (index < 0) return;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     if (first + r < K) {

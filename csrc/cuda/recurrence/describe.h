@@ -12,12 +12,12 @@ inline std::string describe(const Problem& p) {
   return "sequences = " + std::to_string(p.sequences) + ", T = " + std::to_string(p.T) +
          ", HV = " + std::to_string(p.HV) + ", K = " + std::to_string(p.K) + ", V = " + std::to_string(p.V);
 }
-inline std::string describe(const Call& c) {
-  return describe(c.p) + ", passes = " + std::to_string(c.passes) + ", block = " + std::to_string(c.block) +
+inline std::string describe(const ReplayParams& c) {
+  return describe(c.p) + ", passes = " + std::to_string(c.passes) + ", v_tile = " + std::to_string(c.v_tile) +
          ", slots = " + std::to_string(c.slots);
 }
-inline std::string describe(const Steps& s) { return describe(s.p); }
-inline std::string describe(const Chain& c) {
+inline std::string describe(const DecodeParams& s) { return describe(s.p); }
+inline std::string describe(const PowersParams& c) {
   return "heads = " + std::to_string(c.heads) + ", K = " + std::to_string(c.K) + ", V = " + std::to_string(c.V) +
          ", passes = " + std::to_string(c.passes);
 }

@@ -31,7 +31,7 @@ template <class Use>
 void with_kernel(int mode, int64_t K, Use use) {
   with_width(K, [&](auto width) {
     if (mode == static_cast<int>(Mode::bf16)) return use(ModeOf<Mode::bf16>(), width);
-    use(ModeOf<Mode::exact>(), width);
+    use(ModeOf<Mode::fp32x3>(), width);
   });
 }
 

@@ -7,26 +7,26 @@
 
 namespace sleepkern::cuda {
 
-int64_t window_memory(int mode, int K, bool reads, bool channel) {
+int64_t single_chunk_memory(int mode, int K, bool want_output, bool channel) {
   int64_t bytes = 0;
   with_kernel(mode, K, [&](auto m, auto width) {
     constexpr Mode MODE = decltype(m)::value;
     constexpr int KP = decltype(width)::value;
-    bytes = channel ? ChunkMemory<MODE, KP, true>(nullptr, reads).arena.used
-                    : ChunkMemory<MODE, KP, false>(nullptr, reads).arena.used;
+    bytes = channel ? ChunkMemory<MODE, KP, true>(nullptr, want_output).arena.used
+                    : ChunkMemory<MODE, KP, false>(nullptr, want_output).arena.used;
   });
   return bytes;
 }
 
-void window(const Call& call, void* stream) {
+void single_chunk(const ReplayParams& call, void* stream) {
   const bool channel = call.p.gate == Gate::channel;
-  const Grid grid{call.p.sequences * call.p.HV * call.value_blocks, 1};
-  const int64_t shared = window_memory(call.mode, static_cast<int>(call.p.K), call.p.reads, channel);
+  const Grid grid{call.p.sequences * call.p.HV * call.v_tiles, 1};
+  const int64_t shared = single_chunk_memory(call.mode, static_cast<int>(call.p.K), call.p.want_output, channel);
   with_kernel(call.mode, call.p.K, [&](auto m, auto width) {
     constexpr Mode MODE = decltype(m)::value;
     constexpr int KP = decltype(width)::value;
-    run("window", channel ? window_kernel<MODE, KP, true> : window_kernel<MODE, KP, false>, grid, THREADS, shared, call,
-        stream);
+    run("single_chunk", channel ? single_chunk_kernel<MODE, KP, true> : single_chunk_kernel<MODE, KP, false>, grid,
+        THREADS, shared, call, stream);
   });
 }
 

@@ -1,7 +1,7 @@
 // Replay of a window of one chunk, in one launch: the CTA computes the chunk factors in its shared memory, runs all
 // passes over them, and computes the outputs of the last one.
 //
-//   blockIdx.x = (sequence * HV + head) * value_blocks + v-tile; warp w has columns 16 w ... of it
+//   blockIdx.x = (sequence * HV + head) * v_tiles + v-tile; warp w has columns 16 w ... of it
 //
 // rank: the state after pass n is a^n S0 + Kt^T Y_n with Y_0 = 0 and Y_(n+1) = a Y_n + U - a^n W S0 - Z Y_n, Z =
 // W Kt^T: 64 x 64 products instead of 64 x K x 2. The first iteration of the loop runs all passes but the last.
@@ -28,14 +28,14 @@ SLEEPKERN_DEVICE void transition_of_rows(const Number<MODE>* W, const Number<MOD
   const int warp = threadIdx.x >> 5, I = warp >> 1, half = warp & 1;
   float acc[CHUNK / 16][4];
   clear(acc);
-  const LeftReader<MODE, KP> left(W);
-  const RightReader<MODE, KP> right(keys);
+  const LeftLoader<MODE, KP> left(W);
+  const RightLoader<MODE, KP> right(keys);
   for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(acc, left.load(I, step), right, step, 2, 2 * half);
 #pragma unroll
   for (int n = 0; n < CHUNK / 16; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      put_pair<MODE>(Z, CHUNK, 16 * I + row_of(i), 32 * half + column_of(n, i), acc[n][i], acc[n][i + 1]);
+      store_pair<MODE>(Z, CHUNK, 16 * I + row_of(i), 32 * half + column_of(n, i), acc[n][i], acc[n][i + 1]);
     }
   }
 }
@@ -43,26 +43,26 @@ SLEEPKERN_DEVICE void transition_of_rows(const Number<MODE>* W, const Number<MOD
 // Runs passes in token space: Y starts as U - W S0 and becomes that of pass number `passes`. Returns
 // chunk_decay^passes. reload(values) loads U.
 template <Mode MODE, class Reload>
-SLEEPKERN_DEVICE float rank_passes(Values& Y, const Number<MODE>* Z, float gamma, int passes, int blocks,
-                                   Reload reload) {
-  Values erased, U;
+SLEEPKERN_DEVICE float token_space_passes(Values& Y, const Number<MODE>* Z, float chunk_decay, int passes, int blocks,
+                                          Reload reload) {
+  Values H, U;
   reload(U);
 #pragma unroll
   for (int n = 0; n < CHUNK / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) erased[n][i] = Y[n][i] - U[n][i];
+    for (int i = 0; i < 4; ++i) H[n][i] = Y[n][i] - U[n][i];
   }
-  float power = gamma;
+  float power = chunk_decay;
 #pragma unroll 1
   for (int pass = 1; pass < passes; ++pass) {
-    const RightReader<MODE, CHUNK> right(Z);
+    const RightLoader<MODE, CHUNK> right(Z);
     Values next;
     reload(next);
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; ++n) {
 #pragma unroll
       // mutant: token-space-erases-undecayed
-      for (int i = 0; i < 4; ++i) next[n][i] += gamma * Y[n][i] + power * erased[n][i];
+      for (int i = 0; i < 4; ++i) next[n][i] += chunk_decay * Y[n][i] + power * H[n][i];
     }
 #pragma unroll
     for (int step = 0; step < CHUNK / STEP<MODE>; ++step) {
@@ -73,43 +73,43 @@ SLEEPKERN_DEVICE float rank_passes(Values& Y, const Number<MODE>* Z, float gamma
 #pragma unroll
       for (int i = 0; i < 4; ++i) Y[n][i] = next[n][i];
     }
-    power *= gamma;
+    power *= chunk_decay;
   }
   return power;
 }
 
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_KERNEL(THREADS, 1)
-window_kernel(const Call c) {
+single_chunk_kernel(const ReplayParams c) {
   const Problem& p = c.p;
-  const int lane = blockIdx.x / c.value_blocks, warp = threadIdx.x >> 5;
+  const int bh = blockIdx.x / c.v_tiles, warp = threadIdx.x >> 5;
   const int HV = static_cast<int>(p.HV), T = static_cast<int>(p.T);
-  const Chunk chunk{static_cast<int64_t>(lane / HV) * T, T, lane % HV};
+  const Chunk chunk{static_cast<int64_t>(bh / HV) * T, T, bh % HV};
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), blocks = chunk.blocks();
-  const int first = static_cast<int>(blockIdx.x % c.value_blocks) * c.block;
-  const int column = 16 * warp < c.block ? first + 16 * warp : V;  // V: none
+  const int first = static_cast<int>(blockIdx.x % c.v_tiles) * c.v_tile;
+  const int column = 16 * warp < c.v_tile ? first + 16 * warp : V;  // V: none
   // No register is free during a pass, so values that a pass uses once are computed at their use.
-  const auto again = [&] { return Chunk{static_cast<int64_t>(opaque(lane) / HV) * T, T, opaque(lane) % HV}; };
-  const auto state = [&](auto* base) { return base + static_cast<int64_t>(opaque(lane)) * p.K * p.V; };
-  ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.reads);
+  const auto again = [&] { return Chunk{static_cast<int64_t>(opaque(bh) / HV) * T, T, opaque(bh) % HV}; };
+  const auto state = [&](auto* base) { return base + static_cast<int64_t>(opaque(bh)) * p.K * p.V; };
+  ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.want_output);
 
-  prepare_chunk<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
+  compute_chunk_factors<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
   // fp32x3 has no registers for U. The tile of v has U's size and holds it; the v-tile is then no wider than that tile.
-  constexpr bool PARKED = MODE == Mode::exact;
+  constexpr bool PARKED = MODE == Mode::fp32x3;
   float* parked = reinterpret_cast<float*>(m.scratch.V);
   Values U;
   clear(U);
-  for (int start = 0; start < c.block; start += VALUES) {
+  for (int start = 0; start < c.v_tile; start += VALUES) {
     load_tile<MODE, VALUES>(m.scratch.V, p.v, chunk, static_cast<int64_t>(chunk.head) * V + first + start,
                             V - first - start, false, [](int, int, float x) { return x; });
     // mutant: no-barrier-before-v-is-read
     block_barrier();
     const int group = warp - start / 16;
-    if (group >= 0 && group < VALUES / 16) write_factor<MODE, KP, CHANNEL>(m.scratch, group, blocks, U);
+    if (group >= 0 && group < VALUES / 16) factor_U<MODE, KP, CHANNEL>(m.scratch, group, blocks, U);
     block_barrier();
     if (PARKED && warp < VALUES / 16) store_values(U, parked, warp);
   }
-  finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.gamma, m.scratch.G);
+  finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.chunk_decay, m.scratch.G);
   block_barrier();
 
   const auto reload = [&](Values& values) {
@@ -125,18 +125,18 @@ window_kernel(const Call c) {
   };
   const bool stops = c.stops();
   State<KP> S;
-  const bool rank = !CHANNEL && c.rank;
-  if (rank) {
+  const bool token_space = !CHANNEL && c.token_space;
+  if (token_space) {
     transition_of_rows<MODE, KP>(m.W, m.keys, m.scratch.XE);
     block_barrier();
   }
   load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V, column);
-  int made = 0;
+  int passes_done = 0;
   int last = stops ? -1 : c.passes - 1;  // the pass with outputs
 #pragma unroll 1
   while (true) {
-    const bool read = p.reads && made == last;
-    if (read) {
+    const bool last_pass = p.want_output && passes_done == last;
+    if (last_pass) {
       block_barrier();
       load_queries<MODE, KP, CHANNEL>(p, again(), m.scratch.Q, m.scratch.G);
       block_barrier();
@@ -149,26 +149,27 @@ window_kernel(const Call c) {
       Values values;
       reload(values);
       correct<MODE, KP>(values, S, m.W, blocks);
-      if (read) read_out<MODE, KP>(S, values, m.scratch.Q, m.P, p, again(), column);
-      if (rank && made == 0) {
-        const float power = rank_passes<MODE>(values, m.scratch.XE, m.gamma[0], c.passes - 1, blocks, reload);
+      if (last_pass) chunk_output<MODE, KP>(S, values, m.scratch.Q, m.P, p, again(), column);
+      if (token_space && passes_done == 0) {
+        const float power =
+            token_space_passes<MODE>(values, m.scratch.XE, m.chunk_decay[0], c.passes - 1, blocks, reload);
         load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V,
                        column);  // loaded again, so that no register holds it during the passes
         scale(S, [power](int) { return power; });
       } else {
-        scale(S, [&](int d) { return m.gamma[d]; });
+        scale(S, [&](int d) { return m.chunk_decay[d]; });
       }
       add_rows<MODE, KP>(S, values, m.keys, blocks);
     }
-    made += rank && made == 0 ? c.passes - 1 : 1;
-    if (read) break;
+    passes_done += token_space && passes_done == 0 ? c.passes - 1 : 1;
+    if (last_pass) break;
     if (stops) {
       const float step = square_step<KP>(S, state(p.final_state), K, V, column);
-      if (converged(c, lane, m.sums, made, step, square_sum<KP>(S)) || made == c.passes) {
-        if (!p.reads) break;
-        last = made;  // this pass runs again, with outputs, from the state before it; it is not counted twice
+      if (converged(c, bh, m.sums, passes_done, step, square_sum<KP>(S)) || passes_done == c.passes) {
+        if (!p.want_output) break;
+        last = passes_done;  // this pass runs again, with outputs, from the state before it; it is not counted twice
       }
-    } else if (made == c.passes) {
+    } else if (passes_done == c.passes) {
       break;
     }
   }

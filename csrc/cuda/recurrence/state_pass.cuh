@@ -70,7 +70,7 @@ SLEEPKERN_DEVICE void store_values(const Values& values, float* U, int group) {
 // Vn = values - W S; values is U, or 0.
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void correct(Values& values, const State<KP>& S, const Number<MODE>* W, int blocks) {
-  const RightReader<MODE, KP> right(W);
+  const RightLoader<MODE, KP> right(W);
 #pragma unroll
   for (int step = 0; step < KP / STEP<MODE>; ++step)
     multiply<MODE>(values, left_of<MODE>(S, step), right, step, blocks);
@@ -79,7 +79,7 @@ SLEEPKERN_DEVICE void correct(Values& values, const State<KP>& S, const Number<M
 // d <- A d. The bf16 fragments take half of the registers of d, so all of them are made before d is overwritten.
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void transform(State<KP>& d, const Number<MODE>* A) {
-  const RightReader<MODE, KP> right(A);
+  const RightLoader<MODE, KP> right(A);
   if constexpr (MODE == Mode::bf16) {
     Fragment<MODE> left[KP / STEP<MODE>];
 #pragma unroll
@@ -103,7 +103,7 @@ SLEEPKERN_DEVICE void transform(State<KP>& d, const Number<MODE>* A) {
 // S^T += values^T Kt.
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void add_rows(State<KP>& S, const Values& values, const Number<MODE>* keys, int blocks) {
-  const TransposedReader<MODE, KP, true> right(keys);
+  const TransposedLoader<MODE, KP, true> right(keys);
 #pragma unroll
   for (int step = 0; step < CHUNK / STEP<MODE>; ++step) {
     if (step * STEP<MODE> < 16 * blocks) multiply<MODE>(S, left_of<MODE>(values, step), right, step);
@@ -122,26 +122,26 @@ SLEEPKERN_DEVICE void scale(float (&S)[TILES][4], Decay decay) {
 }
 
 template <Mode MODE, int KP>
-SLEEPKERN_DEVICE void advance(State<KP>& S, const Values& values, const Number<MODE>* keys, const float* gamma,
+SLEEPKERN_DEVICE void advance(State<KP>& S, const Values& values, const Number<MODE>* keys, const float* chunk_decay,
                               int blocks) {
-  scale(S, [gamma](int d) { return gamma[d]; });
+  scale(S, [chunk_decay](int d) { return chunk_decay[d]; });
   add_rows<MODE, KP>(S, values, keys, blocks);
 }
 
 // Computes o of a chunk and stores it. S is the state before the chunk, `values` its corrected values.
 template <Mode MODE, int KP>
-SLEEPKERN_DEVICE void read_out(const State<KP>& S, const Values& values, const Number<MODE>* Qe, const Number<MODE>* P,
-                               const Problem& p, const Chunk& chunk, int column) {
+SLEEPKERN_DEVICE void chunk_output(const State<KP>& S, const Values& values, const Number<MODE>* Qe,
+                                   const Number<MODE>* P, const Problem& p, const Chunk& chunk, int column) {
   Values O;
   clear(O);
   const int blocks = chunk.blocks();
-  const RightReader<MODE, KP> queries(Qe);
-  const RightReader<MODE, CHUNK> scores(P);
+  const RightLoader<MODE, KP> queries(Qe);
+  const RightLoader<MODE, CHUNK> gram_qk(P);
 #pragma unroll
   for (int step = 0; step < KP / STEP<MODE>; ++step) multiply<MODE>(O, left_of<MODE>(S, step), queries, step, blocks);
 #pragma unroll
   for (int step = 0; step < CHUNK / STEP<MODE>; ++step) {
-    if (step * STEP<MODE> < 16 * blocks) multiply<MODE>(O, left_of<MODE>(values, step), scores, step, blocks);
+    if (step * STEP<MODE> < 16 * blocks) multiply<MODE>(O, left_of<MODE>(values, step), gram_qk, step, blocks);
   }
   const int v = column + row_of(0), left = chunk.tokens - column_of(0, 0);
   const int64_t pitch = p.HV * p.V;
@@ -179,10 +179,12 @@ SLEEPKERN_DEVICE float square_sum(const State<KP>& S) {
   return sum;
 }
 
-// Whether a head may stop after pass number `made`, whose step and state have these sums of squares (0 from warps
-// without columns): |d| r / (1 - r) <= tol |S|, r = |d| / |d of the pass before|. All threads of the CTA get the same
-// answer. `sums` has two floats a warp, and |d| of this pass and of the pass before, so that no register holds them.
-SLEEPKERN_DEVICE bool converged(const Call& c, int64_t lane, float* sums, int made, float step, float state) {
+// Whether a head may stop after pass number `passes_done`, whose step and state have these sums of squares (0 from
+// warps without columns): |d| r / (1 - r) <= tol |S|, r = |d| / |d of the pass before|. All threads of the CTA get the
+// same answer. `sums` has two floats a warp, and |d| of this pass and of the pass before, so that no register holds
+// them.
+SLEEPKERN_DEVICE bool converged(const ReplayParams& c, int64_t bh, float* sums, int passes_done, float step,
+                                float state) {
   for (int mask = 16; mask > 0; mask /= 2) {
     step += shuffle_xor(step, mask);
     state += shuffle_xor(state, mask);
@@ -201,16 +203,16 @@ SLEEPKERN_DEVICE bool converged(const Call& c, int64_t lane, float* sums, int ma
   step = sqrtf(step);
   float* sizes = sums + 2 * WARPS;
   float residual = INFINITY;
-  if (made > 1) {
-    const float ratio = step / fmaxf(sizes[(made - 1) & 1], 1e-30f);
+  if (passes_done > 1) {
+    const float ratio = step / fmaxf(sizes[(passes_done - 1) & 1], 1e-30f);
     float left = ratio < 1.0f ? step * ratio / fmaxf(1.0f - ratio, 1e-30f) : INFINITY;
     if (step == 0.0f) left = 0.0f;
     residual = left / fmaxf(sqrtf(state), 1e-30f);
   }
   if (threadIdx.x == 0) {
-    sizes[made & 1] = step;
-    c.residual[lane] = residual;
-    c.made[lane] = made;
+    sizes[passes_done & 1] = step;
+    c.residual[bh] = residual;
+    c.passes_done[bh] = passes_done;
   }
   return residual <= c.tol;
 }

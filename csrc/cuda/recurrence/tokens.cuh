@@ -1,6 +1,7 @@
 // The addresses of tokens, and their loads: any input type and row stride, eight elements at a time.
 #pragma once
 
+#include "common/limits.h"
 #include "common/recurrence.h"
 #include "common/types.h"
 #include "cuda/arch/mma_tiles.h"
@@ -29,7 +30,7 @@ SLEEPKERN_BOTH int64_t slots_of(const Problem& p) {
 SLEEPKERN_BOTH int groups_of(const Problem& p) { return static_cast<int>((p.V + 15) / 16); }
 
 constexpr int SUMS = 2 * WARPS + 2;  // floats that `converged` (state_pass.cuh) keeps in shared memory
-constexpr float NORM_EPS = 1e-6f;    // q, k normalisation: x / sqrt(|x|^2 + eps)
+constexpr float NORM_EPS = static_cast<float>(sleepkern::NORM_EPS);
 
 SLEEPKERN_DEVICE float load_one(const void* data, Type type, int64_t i) {
   if (type == Type::float32) return static_cast<const float*>(data)[i];
@@ -104,7 +105,7 @@ SLEEPKERN_DEVICE void load_tile(Number<MODE>* tile, const Rows& rows, const Chun
     if (column < COLUMNS) {
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[i][e] = scaled(row, column + e, x[i][e] * factor);
-      put_eight<MODE>(tile, COLUMNS, row, column, x[i]);
+      store_eight<MODE>(tile, COLUMNS, row, column, x[i]);
     }
   }
 }

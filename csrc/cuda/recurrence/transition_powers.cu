@@ -6,7 +6,7 @@
 
 namespace sleepkern::cuda {
 
-int64_t chain_memory(int K, bool backward) {
+int64_t powers_memory(int K, bool backward) {
   int64_t bytes = 0;
   with_width(K, [&](auto width) {
     constexpr int KP = decltype(width)::value;
@@ -18,17 +18,18 @@ int64_t chain_memory(int K, bool backward) {
   return bytes;
 }
 
-void powers(const Chain& chain, void* stream) {
-  const Grid grid{chain.heads * chain.value_blocks, 1};
-  with_width(chain.K, [&](auto width) {
-    run("powers", powers_kernel<decltype(width)::value>, grid, THREADS, chain_memory(chain.K, false), chain, stream);
+void powers(const PowersParams& params, void* stream) {
+  const Grid grid{params.heads * params.v_tiles, 1};
+  with_width(params.K, [&](auto width) {
+    run("powers", powers_kernel<decltype(width)::value>, grid, THREADS, powers_memory(params.K, false), params, stream);
   });
 }
 
-void adjoint(const Chain& chain, void* stream) {
-  const Grid grid{chain.heads * chain.value_blocks, 1};
-  with_width(chain.K, [&](auto width) {
-    run("adjoint", adjoint_kernel<decltype(width)::value>, grid, THREADS, chain_memory(chain.K, true), chain, stream);
+void powers_backward(const PowersParams& params, void* stream) {
+  const Grid grid{params.heads * params.v_tiles, 1};
+  with_width(params.K, [&](auto width) {
+    run("powers_backward", powers_backward_kernel<decltype(width)::value>, grid, THREADS, powers_memory(params.K, true),
+        params, stream);
   });
 }
 

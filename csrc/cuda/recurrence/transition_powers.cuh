@@ -6,7 +6,7 @@
 //
 // dstate starts as the gradient of S_(N-1).
 //
-//   blockIdx.x = (sequence * HV + head) * value_blocks + v-tile; warp w has columns 16 w ... of it
+//   blockIdx.x = (sequence * HV + head) * v_tiles + v-tile; warp w has columns 16 w ... of it
 //
 // A is in shared memory for all passes (64 K at K = 128). The forward has S and d in registers, KP / 2 each. The
 // backward has dstate in registers, and 16 rows of dA a warp. dA sums over value columns, so dstate and S_n pass
@@ -21,8 +21,8 @@
 
 namespace sleepkern::cuda {
 
-constexpr int COLUMNS = 64;         // value columns in shared memory at a time
-constexpr Mode FULL = Mode::exact;  // gradients are computed in float32 for inputs of any type
+constexpr int COLUMNS = 64;          // value columns in shared memory at a time
+constexpr Mode FULL = Mode::fp32x3;  // gradients are computed in float32 for inputs of any type
 
 // Loads a square matrix [K][K] to a tile [KP][KP], transposed if `transposed`.
 template <int KP>
@@ -30,7 +30,7 @@ SLEEPKERN_DEVICE void load_square(Number<FULL>* tile, const float* A, int K, boo
   for (int e = threadIdx.x; e < KP * KP; e += THREADS) {
     const int i = e / KP, j = e % KP;
     const float x = i < K && j < K ? A[i * K + j] : 0.0f;
-    put<FULL>(tile, KP, transposed ? j : i, transposed ? i : j, x);
+    store_element<FULL>(tile, KP, transposed ? j : i, transposed ? i : j, x);
   }
 }
 
@@ -44,14 +44,14 @@ SLEEPKERN_DEVICE void add_state(const State<KP>& S, float* sum, bool first, int 
 
 template <int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
-powers_kernel(const Chain c) {
-  const int64_t head = blockIdx.x / c.value_blocks, size = int64_t{c.K} * c.V;
-  const int warp = threadIdx.x >> 5, column = static_cast<int>(blockIdx.x % c.value_blocks) * c.block + 16 * warp;
+powers_kernel(const PowersParams c) {
+  const int64_t head = blockIdx.x / c.v_tiles, size = int64_t{c.K} * c.V;
+  const int warp = threadIdx.x >> 5, column = static_cast<int>(blockIdx.x % c.v_tiles) * c.v_tile + 16 * warp;
   Arena arena{shared_memory()};
   auto* A = arena.take<Number<FULL>>(KP * KP);
   load_square<KP>(A, c.A + head * c.K * c.K, c.K, false);
   block_barrier();
-  if (16 * warp >= c.block || column >= c.V) return;
+  if (16 * warp >= c.v_tile || column >= c.V) return;
   State<KP> S, d;
   load_state<KP>(S, c.start ? c.start + head * size : nullptr, c.K, c.V, column);
   store_state<KP>(S, c.states + head * size, c.K, c.V, column);
@@ -77,11 +77,11 @@ powers_kernel(const Chain c) {
 
 template <int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
-adjoint_kernel(const Chain c) {
-  const int64_t head = blockIdx.x / c.value_blocks, size = int64_t{c.K} * c.V;
-  const int part = static_cast<int>(blockIdx.x % c.value_blocks), warp = threadIdx.x >> 5;
-  const int first = part * c.block, column = first + 16 * warp;
-  const bool active = 16 * warp < c.block && column < c.V;
+powers_backward_kernel(const PowersParams c) {
+  const int64_t head = blockIdx.x / c.v_tiles, size = int64_t{c.K} * c.V;
+  const int part = static_cast<int>(blockIdx.x % c.v_tiles), warp = threadIdx.x >> 5;
+  const int first = part * c.v_tile, column = first + 16 * warp;
+  const bool active = 16 * warp < c.v_tile && column < c.V;
   Arena arena{shared_memory()};
   auto* A = arena.take<Number<FULL>>(KP * KP);
   auto* L = arena.take<Number<FULL>>(KP * COLUMNS);
@@ -95,34 +95,34 @@ adjoint_kernel(const Chain c) {
   clear(dA);
   bool first_pass = true;
 #pragma unroll 1
-  for (int n = (c.made ? c.made[head] : c.passes) - 2; n >= 0; --n) {
+  for (int n = (c.passes_done ? c.passes_done[head] : c.passes) - 2; n >= 0; --n) {
     const float* S = c.states + (n * c.heads + head) * size;
-    for (int start = 0; start < c.block && first + start < c.V; start += COLUMNS) {
+    for (int start = 0; start < c.v_tile && first + start < c.V; start += COLUMNS) {
       block_barrier();
       const int v0 = 16 * warp - start;
       if (v0 >= 0 && v0 < COLUMNS) {
 #pragma unroll
         for (int t = 0; t < KP / 8; ++t) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) put<FULL>(L, COLUMNS, column_of(t, i), v0 + row_of(i), dstate[t][i]);
+          for (int i = 0; i < 4; ++i) store_element<FULL>(L, COLUMNS, column_of(t, i), v0 + row_of(i), dstate[t][i]);
         }
       }
       for (int e = threadIdx.x; e < KP * COLUMNS; e += THREADS) {
         const int d = e / COLUMNS, v = first + start + e % COLUMNS;
-        put<FULL>(R, COLUMNS, d, e % COLUMNS, d < c.K && v < c.V ? S[int64_t{d} * c.V + v] : 0.0f);
+        store_element<FULL>(R, COLUMNS, d, e % COLUMNS, d < c.K && v < c.V ? S[int64_t{d} * c.V + v] : 0.0f);
       }
       // mutant: no-barrier-before-dstate-is-read
       block_barrier();
       if (16 * warp < KP) {
-        const LeftReader<FULL, COLUMNS> left(L);
-        const RightReader<FULL, COLUMNS> right(R);
+        const LeftLoader<FULL, COLUMNS> left(L);
+        const RightLoader<FULL, COLUMNS> right(R);
 #pragma unroll 1
         for (int step = 0; step < COLUMNS / STEP<FULL>; ++step) multiply<FULL>(dA, left.load(warp, step), right, step);
       }
       if (active && v0 >= 0 && v0 < COLUMNS) {
         add_state<KP>(dstate, dB, first_pass, c.K, c.V, column);
-        const TransposedReader<FULL, COLUMNS, false> left(L);
-        const RightReader<FULL, KP> right(A);
+        const TransposedLoader<FULL, COLUMNS, false> left(L);
+        const RightLoader<FULL, KP> right(A);
         clear(dstate);
 #pragma unroll 1
         for (int step = 0; step < KP / STEP<FULL>; ++step)

@@ -183,7 +183,7 @@ def multiplies_bfloat16(dtype: torch.dtype) -> bool:
     """True if products with weights take bfloat16 operands for h of this type. The processor must multiply bfloat16 in
     one instruction, and h be bfloat16, or float32 with torch.set_float32_matmul_precision("medium")."""
     allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-    return bool(_C.multiplies_pairs()) and (dtype == torch.bfloat16 or allowed)
+    return bool(_C.multiplies_bf16()) and (dtype == torch.bfloat16 or allowed)
 
 
 def form_for(dtype: torch.dtype) -> Any:

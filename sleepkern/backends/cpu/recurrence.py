@@ -40,7 +40,7 @@ def kernel(problem: Problem) -> str:
         return f"C++ {_C.isa()}, replay {method_of(problem)}"
     if _C.decode_limit >= problem.T:
         return f"C++ {_C.isa()}, token by token"
-    rounded = _C.multiplies_pairs() and problem.dtype == torch.bfloat16 and problem.rule.gate == "head"
+    rounded = _C.multiplies_bf16() and problem.dtype == torch.bfloat16 and problem.rule.gate == "head"
     return f"C++ {_C.isa()}, chunked" + (", products of bfloat16, of float32 where errors add up" if rounded else "")
 
 

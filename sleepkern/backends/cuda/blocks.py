@@ -107,21 +107,21 @@ def run(problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequenc
     out = torch.empty_like(h)
     layers: list[CudaBlockLayer] = []
     after: list[RecurrentState | KVState] = []
-    alive, units = [], 0
+    alive, sums = [], 0
     for prepared, weights, state in zip(packed_weights.layers, problem.layers, states, strict=True):
         layer = _C.CudaBlockLayer(prepared)
-        layer.first_unit = units
+        layer.first_sum = sums
         now, kept = (_recurrent if weights.recurrent else _attention)(layer, weights, state, h, passes)
         if weights.recurrent:
-            units += B * found.cluster * layer.value_heads * layer.VP // TILE
+            sums += B * found.cluster * layer.value_heads * layer.VP // TILE
         layers.append(layer)
         after.append(now)
         alive.append(kept)
-    changes = h.new_empty(passes, units, 2, dtype=torch.float32)
+    changes = h.new_empty(passes, sums, 2, dtype=torch.float32)
     call = call_of(found, L)
     call.h, call.out, call.changes = h.data_ptr(), out.data_ptr(), changes.data_ptr()
     call.weights, call.stages = packed_weights.stream.data_ptr(), packed_weights.order.stages.data_ptr()
-    call.type, call.B, call.d, call.units = TYPE_CODES[h.dtype], B, d, units
+    call.type, call.B, call.d, call.sums = TYPE_CODES[h.dtype], B, d, sums
     call.passes, call.reinject, call.carry = passes, problem.reinject, problem.carry
     with on_device_of(h):
         _C.cuda_blocks(call, layers, stream_of(h))

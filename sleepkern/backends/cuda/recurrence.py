@@ -121,7 +121,7 @@ def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | N
         passes_done = forward(problem._replace(output=False), x._replace(q=None)).passes
     one_pass, one_backward = ordinary.pieces(problem)
     fits = _C.cuda_powers_memory(K=problem.K, backward=True) <= gpu.current_device().shared_memory
-    chain = replay_backward.Chain(powers, adjoint) if fits else replay_backward.TORCH
+    chain = replay_backward.Chain(powers, powers_backward) if fits else replay_backward.TORCH
     return replay_backward.backward(problem, x, do, dstate, passes_done, one_pass, one_backward, chain)
 
 
@@ -148,7 +148,9 @@ def powers(A: Tensor, start: Tensor, after: Tensor, passes: int) -> Tensor:
     return states
 
 
-def adjoint(A: Tensor, states: Tensor, last: Tensor, passes_done: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def powers_backward(
+    A: Tensor, states: Tensor, last: Tensor, passes_done: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute dA, dB and the gradient of S_0 from `last`, the gradient of the state before each head's last pass."""
     passes, n, HV, K, V = states.shape
     A, last = A.contiguous(), last.contiguous()
@@ -224,7 +226,7 @@ def _replay(problem: Problem, x: Tensors) -> RecurrenceResult:
 
 
 def _chunk_factors(p: Problem, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Allocate the chunk factors (csrc/cuda/recurrence/params.h Factors) between the two launches of a replay."""
+    """Allocate the chunk factors (csrc/cuda/recurrence/params.h ChunkFactors) between the two launches of a replay."""
     width = 64 if p.K <= 64 else 128
     n, C, dtype = _chunks(p) * p.HV, _C.cuda_chunk, torch.bfloat16 if _mode(p) == "bf16" else torch.float32
     return (

@@ -226,25 +226,25 @@ inline float shuffle_from(float x, int lane) {  // each lane asks for one of its
   return from_bits(words[0]);
 }
 
-struct Arrival {
+struct Mbarrier {
   uint64_t bits;
 };
 
-inline void arrival_create(Arrival* a, int threads) {
+inline void mbarrier_create(Mbarrier* a, int threads) {
   const int count = cuda_on_cpu::options.capability >= 90 ? 1 : threads;
   cuda_on_cpu::machine.phases[a] = {count, count, 0, 0, {}, {}};
 }
 
-inline void arrival_create(Arrival* a) { arrival_create(a, static_cast<int>(blockDim.x)); }
+inline void mbarrier_create(Mbarrier* a) { mbarrier_create(a, static_cast<int>(blockDim.x)); }
 
-inline void copy_begin(Arrival* a, int bytes) {
+inline void copy_begin(Mbarrier* a, int bytes) {
   if (cuda_on_cpu::options.capability < 90 || threadIdx.x != 0) return;
   cuda_on_cpu::Phase& p = cuda_on_cpu::machine.phases.at(a);
   p.bytes += bytes;
   --p.missing;
 }
 
-inline void copy_part(Arrival* a, void* to, const void* from, int bytes) {
+inline void copy_part(Mbarrier* a, void* to, const void* from, int bytes) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
     cuda_on_cpu::give_up("a copy that is not aligned to 16 bytes");
   }
@@ -260,13 +260,13 @@ inline void copy_part(Arrival* a, void* to, const void* from, int bytes) {
   if (cuda_on_cpu::options.early_copies) cuda_on_cpu::finish_copies(p);
 }
 
-inline void copy_end(Arrival* a) {
+inline void copy_end(Mbarrier* a) {
   cuda_on_cpu::Phase& p = cuda_on_cpu::machine.phases.at(a);
   if (cuda_on_cpu::options.capability < 90) --p.missing;
   if (cuda_on_cpu::options.capability < 90 || threadIdx.x == 0) cuda_on_cpu::try_to_end(p, !p.waiting.empty());
 }
 
-inline void warp_copy(Arrival* a, void* to, const void* from, int bytes) {
+inline void warp_copy(Mbarrier* a, void* to, const void* from, int bytes) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
     cuda_on_cpu::give_up("a copy that is not aligned to 16 bytes");
   }
@@ -290,7 +290,7 @@ inline void warp_prefetch(const void* from, int bytes) {
   }
 }
 
-inline void copy_wait(Arrival* a, int parity) {
+inline void copy_wait(Mbarrier* a, int parity) {
   cuda_on_cpu::Phase& p = cuda_on_cpu::machine.phases.at(a);
   if (p.parity == parity) cuda_on_cpu::try_to_end(p, true);
   if (p.parity != parity) return;

@@ -47,7 +47,7 @@ struct Copy {
   const void* from;
   int bytes;
 };
-struct Phase {  // of an Arrival
+struct Phase {  // of an Mbarrier
   int expected = 0, missing = 0, parity = 0;
   int64_t bytes = 0;  // announced and not yet copied
   std::vector<Copy> copies;
@@ -193,7 +193,7 @@ inline void finish_copies(Phase& p) {
   p.copies.clear();
 }
 
-// End the phase if all arrivals are in; copies may be forced to take place now.
+// End the phase if all mbarriers are in; copies may be forced to take place now.
 inline void try_to_end(Phase& p, bool force) {
   if (p.missing > 0) return;
   if (force || options.early_copies) finish_copies(p);

@@ -35,11 +35,11 @@ MOST_MEGABYTES = 8.5
 ROOT = Path(__file__).resolve().parents[3]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory a block may have, by architecture: one build for each."""
+"""Bytes of shared memory a CTA may have, by architecture: one build for each."""
 REGISTERS = 65536
-MODES = ("bf16", "exact")
+MODES = ("bf16", "fp32x3")
 WIDTHS = (64, 128)
-CHAIN = ("powers", "adjoint")
+POWERS = ("powers", "powers_backward")
 BLOCKS = {
     (2, 64): (1, 24, 256, 4), (5, 64): (1, 75, 512, 8), (8, 64): (1, 128, 256, 4),
     (2, 128): (1, 24, 256, 2), (5, 128): (1, 75, 256, 2), (8, 128): (1, 128, 96, 1),
@@ -58,30 +58,32 @@ class Kernel(NamedTuple):
     tiles: int = 0
 
     def threads(self) -> int:
-        """Of a block."""
-        return 128 if self.name == "step" else 256
+        """The threads of a CTA."""
+        return 128 if self.name == "decode" else 256
 
     def together(self) -> int:
-        """Blocks that a multiprocessor is promised to hold at once, as the kernels' launch bounds have it."""
-        if self.name == "step":
+        """The CTAs that a multiprocessor holds at once by the kernel's launch bounds."""
+        if self.name == "decode":
             return {64: 4, 128: 3, 256: 2}[self.width]
-        return 2 if self.name == "prepare" else 1
+        return 2 if self.name == "chunk_factors" else 1
 
     def shared(self, capability: int) -> int:
-        """Bytes of shared memory of its smallest plan that reads out, on an architecture."""
+        """Bytes of shared memory of its smallest plan with outputs, on an architecture."""
         mode = MODES.index(self.mode) if self.mode else 0
-        if self.name in ("window", "prepare"):
+        if self.name in ("single_chunk", "chunk_factors"):
             return int(_C.cuda_single_chunk_memory(mode=mode, K=self.width, output=True, channel=self.channel))
         if self.name in ("state_pass", "affine"):
             output, block = self.name == "state_pass", _C.cuda_widest_block
             return int(_C.cuda_multi_chunk_memory(mode=mode, K=self.width, output=output, block=block, slots=1))
         if self.name == "blocks":
             return blocks_memory(capability, *BLOCKS[self.tiles, self.width])
-        return int(_C.cuda_powers_memory(K=self.width, backward=self.name == "adjoint")) if self.name in CHAIN else 0
+        if self.name in POWERS:
+            return int(_C.cuda_powers_memory(K=self.width, backward=self.name == "powers_backward"))
+        return 0
 
 
 def blocks_memory(capability: int, B: int, L: int, d: int, heads: int) -> int:
-    """Bytes of shared memory of attention and gated DeltaNet in turns, of an MLP of factor 4."""
+    """Bytes of shared memory of a stack that alternates attention and gated DeltaNet, with an MLP of factor 4."""
     shapes = tuple(planning.LayerShape(r, heads, heads, d // heads, d // heads, 4, 4 * d) for r in (False, True))
     plan = planning.plan(B, L, d, shapes, Device((capability // 10, 0), SHARED[capability], 132))
     assert plan is not None
@@ -89,13 +91,13 @@ def blocks_memory(capability: int, B: int, L: int, d: int, heads: int) -> int:
 
 
 COLUMNS = ["kernel", "rows", "products", "K to", "decay", "sm", "registers", "stack", "shared", "mma", "instructions"]
-"""Of the table; what is wrong follows."""
-REFUSED = {(Kernel(name, "exact", 128, True), 80) for name in ("window", "prepare")}
+"""The columns of the table; the last one is the fault."""
+REFUSED = {(Kernel(name, "fp32x3", 128, True), 80) for name in ("single_chunk", "chunk_factors")}
 """Kernels whose shared memory an architecture does not have: `why_not` says so there."""
 
 
 class Built(NamedTuple):
-    """What became of a kernel on one architecture."""
+    """A kernel of the built module on one architecture."""
 
     registers: int
     stack: int
@@ -107,15 +109,15 @@ def expected() -> Iterator[Kernel]:
     for mode in MODES:
         for width in WIDTHS:
             for channel in (False, True):
-                yield Kernel("window", mode, width, channel)
-                yield Kernel("prepare", mode, width, channel)
+                yield Kernel("single_chunk", mode, width, channel)
+                yield Kernel("chunk_factors", mode, width, channel)
             yield Kernel("state_pass", mode, width)
             yield Kernel("affine", mode, width)
     for width in WIDTHS:
         yield Kernel("powers", "", width)
-        yield Kernel("adjoint", "", width)
+        yield Kernel("powers_backward", "", width)
     for width in (64, 128, 256):
-        yield Kernel("step", "", width)
+        yield Kernel("decode", "", width)
     for tiles in _C.CudaBlocksConstants.TILES:
         for width in WIDTHS:
             yield Kernel("blocks", "", width, tiles=tiles)
@@ -157,12 +159,12 @@ def _kernel(mangled: str) -> Kernel | None:
         return None
     name, mode, numbers, channel = match.groups()
     *tiles, width = (int(n) for n in re.findall(r"\d+", numbers))
-    width *= 8 if name == "step" else 1  # an eighth of the rows a lane
+    width *= 8 if name == "decode" else 1  # an eighth of the rows a lane
     return Kernel(name, MODES[int(mode)] if mode else "", width, channel == "1", *tiles)
 
 
 def faults(kernel: Kernel, capability: int, built: Built | None) -> Iterator[str]:
-    """What is wrong with a kernel."""
+    """Yield the faults of a kernel."""
     if built is None:
         yield "missing"
         return
@@ -170,12 +172,12 @@ def faults(kernel: Kernel, capability: int, built: Built | None) -> Iterator[str
     if built.stack > 0 or ops["STL"] + ops["LDL"] > 0:
         yield f"spills: a stack of {built.stack} bytes"
     if -(-built.registers // 8) * 8 * kernel.threads() * kernel.together() > REGISTERS:
-        yield f"{built.registers} registers x {kernel.threads()} threads x {kernel.together()} blocks"
+        yield f"{built.registers} registers x {kernel.threads()} threads x {kernel.together()} CTAs"
     if ops.total() < 500:
         yield f"an empty body ({ops.total()} instructions)"
     if kernel.shared(capability) > SHARED[capability] and (kernel, capability) not in REFUSED:
         yield f"{kernel.shared(capability)} bytes of shared memory"
-    if kernel.name != "step" and (ops["HMMA"] == 0 or ops["LDSM"] == 0):
+    if kernel.name != "decode" and (ops["HMMA"] == 0 or ops["LDSM"] == 0):
         yield "no matrix units, or no matrix loads"
     if kernel.name in ("state_pass", "affine", "blocks"):
         for copy in set(COPIES.values()):
@@ -190,7 +192,7 @@ def faults(kernel: Kernel, capability: int, built: Built | None) -> Iterator[str
 SPILLING = """
 namespace sleepkern::cuda {
 template <int ROWS>
-__global__ void __launch_bounds__(1024, 2) step_kernel(float* x, int rounds) {
+__global__ void __launch_bounds__(1024, 2) decode_kernel(float* x, int rounds) {
   float S[2 * ROWS];
   for (int r = 0; r < 2 * ROWS; ++r) S[r] = x[r * 1024 + threadIdx.x];
   for (int i = 0; i < rounds; ++i) {
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(1024, 2) step_kernel(float* x, int rounds) {
   }
   for (int r = 0; r < 2 * ROWS; ++r) x[r * 1024 + threadIdx.x] = S[r];
 }
-template __global__ void step_kernel<32>(float*, int);
+template __global__ void decode_kernel<32>(float*, int);
 }
 """
 """64 numbers a thread where there are registers for 32."""
@@ -207,11 +209,11 @@ template __global__ void step_kernel<32>(float*, int);
 def sees_a_spill() -> bool:
     """Whether a kernel that has too few registers is found to spill."""
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "step.cu", Path(folder) / "step.sm_80.cubin"
+        source, target = Path(folder) / "decode.cu", Path(folder) / "decode.sm_80.cubin"
         source.write_text(SPILLING)
         subprocess.run(["nvcc", "-arch=sm_80", "-cubin", str(source), "-o", str(target)], check=True)
         built = _take_apart_elf(target)
-    kernel = Kernel("step", "", 256)
+    kernel = Kernel("decode", "", 256)
     return any(fault.startswith("spills") for fault in faults(kernel, 80, built[kernel, 80]))
 
 
@@ -250,7 +252,9 @@ def main() -> int:
                     built.opcodes.total(),
                 )
                 numbers = [str(n) for n in counts]
-            decay = "" if kernel.name not in ("window", "prepare") else "channel" if kernel.channel else "head, none"
+            decay = "channel" if kernel.channel else "head, none"
+            if kernel.name not in ("single_chunk", "chunk_factors"):
+                decay = ""
             what = (kernel.name, str(16 * kernel.tiles or ""), kernel.mode, str(kernel.width), decay, str(capability))
             table.add_row(*what, *numbers, f"[red]{fault}[/]")
     console.print(table)
