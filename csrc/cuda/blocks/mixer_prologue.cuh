@@ -167,7 +167,7 @@ SLEEPKERN_DEVICE void mix_recurrent(const BlocksParams& c, const BlockLayer& l, 
   block_barrier();
   find_factors(c, l, m.wide(), m.factors());
   block_barrier();
-  each_token_block(c, l, p, [&](int w, int head, int block) { token_block_factors(c, l, p, m, w, head, block); });
+  each_token_block(c, l, p, [&](int w, int head, int block) { token_block_factors(c, l, m, w, head, block); });
   block_barrier();
   const int groups = l.VP / 16, tasks = p.windows * l.value_heads * groups;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {

@@ -78,36 +78,46 @@ SLEEPKERN_DEVICE void invert_token_block(const TokenBlock& factors, const float*
   }
 }
 
-SLEEPKERN_DEVICE void token_block_factors(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m,
-                                          int w, int head, int block) {
-  const int lane = lane_of_warp(), rows = 16 * c.tiles, start = w * c.padded() + 16 * block;
-  const int key_head = l.key_head(head), q_at = key_head * l.KP, k_at = l.heads * l.KP + q_at;
-  const TokenBlock factors(c, l, m, w, head, block);
-  // The lane's token; the upper half of the warp has the same tokens.
-  const int token = lane & 15, row = start + token;
-  float G = 0.0f, b = 0.0f, q_factor = 0.0f, k_factor = 0.0f;
-  if (16 * block + token < c.L) {
-    G = m.rates()[row * l.rates() + head];
-    b = m.rates()[row * l.rates() + l.value_heads + head];
-    q_factor = m.factors()[key_head * rows + row];
-    k_factor = m.factors()[(l.heads + key_head) * rows + row];
-  }
+// The scalars of a lane's token; the upper half of the warp has the same tokens.
+struct TokenScalars {
+  float G, beta, q_scale, k_scale;  // G is the running sum of log decay
+
+  SLEEPKERN_DEVICE TokenScalars(const BlocksParams& c, const BlockLayer& l, const SmemLayout& m, int w, int head,
+                                int block)
+      : G(0.0f), beta(0.0f), q_scale(0.0f), k_scale(0.0f) {
+    const int key_head = l.key_head(head), rows = 16 * c.tiles;
+    const int token = lane_of_warp() & 15, row = w * c.padded() + 16 * block + token;
+    if (16 * block + token < c.L) {
+      G = m.rates()[row * l.rates() + head];
+      beta = m.rates()[row * l.rates() + l.value_heads + head];
+      q_scale = m.factors()[key_head * rows + row];
+      k_scale = m.factors()[(l.heads + key_head) * rows + row];
+    }
 #pragma unroll
-  for (int step = 1; step < 16; step *= 2) {
-    const float other = shuffle_up(G, step);
-    if (token >= step) G += other;
+    for (int step = 1; step < 16; step *= 2) {
+      const float other = shuffle_up(G, step);
+      if (token >= step) G += other;
+    }
   }
-  const float last = shuffle_from(G, 15), grown = decayed(G);
-  if (lane < 16) {
-    factors.scale[token] = make_float4(b, b * k_factor * grown, q_factor * grown, k_factor * decayed(last - G));
-    if (lane == 15) *factors.block_decay = grown;
+
+  // Stores the factors by which the scan multiplies this token's terms, and the decay of the block.
+  SLEEPKERN_DEVICE void store(const TokenBlock& factors) const {
+    const int lane = lane_of_warp();
+    const float last = shuffle_from(G, 15), grown = decayed(G);
+    if (lane < 16) {
+      factors.scale[lane] = make_float4(beta, beta * k_scale * grown, q_scale * grown, k_scale * decayed(last - G));
+      if (lane == 15) *factors.block_decay = grown;
+    }
   }
-  const Blocks16 wide(c, m.wide(), l.into, w);
-  float kk[2][4], qk[2][4];
+};
+
+// k k^T and q k^T of 16 tokens from row `start` on of `wide`.
+SLEEPKERN_DEVICE void token_block_grams(const Blocks16& wide, int start, int q_at, int k_at, int KP, float (&kk)[2][4],
+                                        float (&qk)[2][4]) {
   clear(kk);
   clear(qk);
 #pragma unroll 1
-  for (int d = 0; d < l.KP; d += 16) {
+  for (int d = 0; d < KP; d += 16) {
     const Fragment<Mode::bf16> k = wide.left(start, k_at + d), q = wide.left(start, q_at + d);
     const Fragment<Mode::bf16> right = wide.right(start, k_at + d);
 #pragma unroll
@@ -116,20 +126,24 @@ SLEEPKERN_DEVICE void token_block_factors(const BlocksParams& c, const BlockLaye
       mma<Mode::bf16>(qk[half], q, right, half);
     }
   }
-  float* M = reinterpret_cast<float*>(factors.X);
-  float P[2][4], G_i[2], write[2], read[2];  // of the lane's two rows i
+}
+
+// Stores M in shared memory and makes P of qk: both grams times the factors of their tokens and the decay between them.
+SLEEPKERN_DEVICE void decay_grams(const TokenScalars& x, const float (&kk)[2][4], const float (&qk)[2][4], float* M,
+                                  float (&P)[2][4]) {
+  float G_i[2], write[2], read[2];  // of the lane's two rows i
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    G_i[r] = shuffle_from(G, row_of(2 * r));
-    write[r] = shuffle_from(b * k_factor, row_of(2 * r));
-    read[r] = shuffle_from(q_factor, row_of(2 * r));
+    G_i[r] = shuffle_from(x.G, row_of(2 * r));
+    write[r] = shuffle_from(x.beta * x.k_scale, row_of(2 * r));
+    read[r] = shuffle_from(x.q_scale, row_of(2 * r));
   }
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       const int j = column_of(n, odd);
-      const float G_j = shuffle_from(G, j), k_scale = shuffle_from(k_factor, j);
+      const float G_j = shuffle_from(x.G, j), k_scale = shuffle_from(x.k_scale, j);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int e = 2 * r + odd, i = row_of(e);
@@ -139,11 +153,24 @@ SLEEPKERN_DEVICE void token_block_factors(const BlocksParams& c, const BlockLaye
       }
     }
   }
+}
+
+// Computes the factors of token block `block` of a head in window w, by one warp.
+SLEEPKERN_DEVICE void token_block_factors(const BlocksParams& c, const BlockLayer& l, const SmemLayout& m, int w,
+                                          int head, int block) {
+  const int q_at = l.key_head(head) * l.KP, k_at = l.heads * l.KP + q_at;
+  const TokenBlock factors(c, l, m, w, head, block);
+  const TokenScalars tokens(c, l, m, w, head, block);
+  tokens.store(factors);
+  float kk[2][4], qk[2][4], P[2][4];
+  token_block_grams(Blocks16(c, m.wide(), l.into, w), w * c.padded() + 16 * block, q_at, k_at, l.KP, kk, qk);
+  float* M = reinterpret_cast<float*>(factors.X);
+  decay_grams(tokens, kk, qk, M, P);
   // mutant: no-warp-barrier-before-inversion
   warp_barrier();
   invert_token_block(factors, M);
-  factors.P[lane] = make_uint4(pack_bf16(P[0][0], P[0][1]), pack_bf16(P[1][0], P[1][1]), pack_bf16(P[0][2], P[0][3]),
-                               pack_bf16(P[1][2], P[1][3]));
+  factors.P[lane_of_warp()] = make_uint4(pack_bf16(P[0][0], P[0][1]), pack_bf16(P[1][0], P[1][1]),
+                                         pack_bf16(P[0][2], P[0][3]), pack_bf16(P[1][2], P[1][3]));
 }
 
 // S^T [16 value columns from v0 on][K] of a head of a window, and its address.
@@ -197,96 +224,127 @@ struct StateTile {
   }
 };
 
-// Scans window w for 16 value columns from v0 on of value head `head`.
+// The columns of a head in `wide`, whose rows have `into` columns: q, k, and 16 value columns.
+struct HeadColumns {
+  int q, k, v, steps, into;
+};
+
+// The elements of 16 tokens and 16 value columns in a lane, as accumulators.
+using TokenValues = float[2][4];
+
+// R = S^T k^T and O = S^T q^T of the 16 tokens from row `start` on.
 template <int KEYS>
-SLEEPKERN_DEVICE void state_pass(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m,
-                                 int pass, int w, int head, int v0) {
-  const int steps = l.KP / 16, HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head;
-  const int q_at = l.key_head(head) * l.KP, k_at = l.heads * l.KP + q_at;
-  const int v_at = 2 * l.heads * l.KP + head * l.VP + v0;
-  const int into = opaque(l.into);  // without opaque all offsets in the tile are computed before the loop
-  const Blocks16 wide(c, m.wide(), into, w);
-  const bool begun = l.continued || pass > 0;
-  using Tile = StateTile<KEYS>;
-  Tile state(l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V, l.K, l.V, v0);
-  if (begun) state.load();
-  for (int block = 0; block < c.blocks(); ++block) {
-    const TokenBlock factors(c, l, m, w, head, block);
-    const int start = w * c.padded() + 16 * block;
-    float R[2][4], O[2][4], D[2][4];
-    clear(R);
-    clear(O);
-    clear(D);
+SLEEPKERN_DEVICE void multiply_state(const StateTile<KEYS>& state, const Blocks16& wide, const HeadColumns& head,
+                                     int start, TokenValues& R, TokenValues& O) {
+  clear(R);
+  clear(O);
 #pragma unroll
-    for (int step = 0; step < Tile::TILES / 2; ++step) {
-      if (step >= steps) continue;
-      const Fragment<Mode::bf16> left = left_of<Mode::bf16>(state.S, step);
-      const Fragment<Mode::bf16> k = wide.right(start, k_at + 16 * step), q = wide.right(start, q_at + 16 * step);
+  for (int step = 0; step < StateTile<KEYS>::TILES / 2; ++step) {
+    if (step >= head.steps) continue;
+    const Fragment<Mode::bf16> left = left_of<Mode::bf16>(state.S, step);
+    const Fragment<Mode::bf16> k = wide.right(start, head.k + 16 * step), q = wide.right(start, head.q + 16 * step);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        mma<Mode::bf16>(R[half], left, k, half);
-        mma<Mode::bf16>(O[half], left, q, half);
-      }
-    }
-    float4 scale[2][2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i < 2) scale[n][i] = factors.scale[column_of(n, i)];
-        const float4& of = scale[n][i & 1];
-        const int token = 16 * block + column_of(n, i);
-        const uint16_t* v = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
-        R[n][i] = token < c.L ? of.x * from_bf16(*v) - of.y * R[n][i] : 0.0f;
-        O[n][i] *= of.z;
-      }
-    }
-    const Fragment<Mode::bf16> X = load_fragment(factors.X + lane_of_warp()),
-                               P = load_fragment(factors.P + lane_of_warp());
-    const Fragment<Mode::bf16> rest = left_of<Mode::bf16>(R, 0);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) mma<Mode::bf16>(D[half], rest, X, half);
-    const Fragment<Mode::bf16> written = left_of<Mode::bf16>(D, 0);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) mma<Mode::bf16>(O[half], written, P, half);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint16_t* o = m.wide() + at<Mode::bf16>(into, start + column_of(n, i), v_at + row_of(i));
-        if (16 * block + column_of(n, i) < c.L) *o = narrow<Mode::bf16>(O[n][i]);
-        // mutant: written-values-are-not-decayed
-        D[n][i] *= scale[n][i & 1].w;
-      }
-    }
-    const Fragment<Mode::bf16> kept = left_of<Mode::bf16>(D, 0);
-    const float block_decay = *factors.block_decay;
-#pragma unroll
-    for (int n = 0; n < Tile::TILES / 2; ++n) {
-      if (n >= steps) continue;
-      const Fragment<Mode::bf16> k = wide.right_transposed(start, k_at + 16 * n);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float (&S)[4] = state.S[2 * n + half];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) S[i] *= block_decay;
-        mma<Mode::bf16>(S, kept, k, half);
-      }
+    for (int half = 0; half < 2; ++half) {
+      mma<Mode::bf16>(R[half], left, k, half);
+      mma<Mode::bf16>(O[half], left, q, half);
     }
   }
+}
+
+// From R and O of multiply_state: D, the values that the block writes, times their decay to its end; o replaces v.
+SLEEPKERN_DEVICE void correct_values(const TokenBlock& factors, const HeadColumns& head, uint16_t* tile, int start,
+                                     int tokens, TokenValues& R, TokenValues& O, TokenValues& D) {
+  float4 scale[2][2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < 2) scale[n][i] = factors.scale[column_of(n, i)];
+      const float4& of = scale[n][i & 1];
+      const uint16_t* v = tile + at<Mode::bf16>(head.into, start + column_of(n, i), head.v + row_of(i));
+      R[n][i] = column_of(n, i) < tokens ? of.x * from_bf16(*v) - of.y * R[n][i] : 0.0f;
+      O[n][i] *= of.z;
+    }
+  }
+  const Fragment<Mode::bf16> X = load_fragment(factors.X + lane_of_warp()),
+                             P = load_fragment(factors.P + lane_of_warp());
+  const Fragment<Mode::bf16> rest = left_of<Mode::bf16>(R, 0);
+  clear(D);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) mma<Mode::bf16>(D[half], rest, X, half);
+  const Fragment<Mode::bf16> written = left_of<Mode::bf16>(D, 0);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) mma<Mode::bf16>(O[half], written, P, half);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint16_t* o = tile + at<Mode::bf16>(head.into, start + column_of(n, i), head.v + row_of(i));
+      if (column_of(n, i) < tokens) *o = narrow<Mode::bf16>(O[n][i]);
+      // mutant: written-values-are-not-decayed
+      D[n][i] *= scale[n][i & 1].w;
+    }
+  }
+}
+
+// S^T <- block_decay S^T + D^T k.
+template <int KEYS>
+SLEEPKERN_DEVICE void update_state(StateTile<KEYS>& state, const Blocks16& wide, const HeadColumns& head, int start,
+                                   float block_decay, const TokenValues& D) {
+  const Fragment<Mode::bf16> written = left_of<Mode::bf16>(D, 0);
+#pragma unroll
+  for (int n = 0; n < StateTile<KEYS>::TILES / 2; ++n) {
+    if (n >= head.steps) continue;
+    const Fragment<Mode::bf16> k = wide.right_transposed(start, head.k + 16 * n);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float (&S)[4] = state.S[2 * n + half];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) S[i] *= block_decay;
+      mma<Mode::bf16>(S, written, k, half);
+    }
+  }
+}
+
+// Stores the state of a warp, and adds up its sums of squares: of its change, and of itself.
+template <int KEYS>
+SLEEPKERN_DEVICE void store_state_and_sums(const StateTile<KEYS>& state, bool begun, float* sums) {
+  constexpr int TILES = StateTile<KEYS>::TILES;
   float change = 0.0f, size = 0.0f;
-  state.template store<0, Tile::TILES / 2>(begun, change, size);
-  state.template store<Tile::TILES / 2, Tile::TILES>(begun, change, size);
+  state.template store<0, TILES / 2>(begun, change, size);
+  state.template store<TILES / 2, TILES>(begun, change, size);
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     change += shuffle_xor(change, lanes);
     size += shuffle_xor(size, lanes);
   }
   if (lane_of_warp() != 0) return;
-  const int index = ((p.first + w) * HV + number) * (l.VP / 16) + v0 / 16;
-  float* sums = c.changes + 2 * (static_cast<int64_t>(pass) * c.sums + l.first_sum + index);
   sums[0] = change;
   sums[1] = size;
+}
+
+// Scans window w for 16 value columns from v0 on of value head `head`.
+template <int KEYS>
+SLEEPKERN_DEVICE void state_pass(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m,
+                                 int pass, int w, int head, int v0) {
+  const int HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head, q_at = l.key_head(head) * l.KP;
+  // without opaque all offsets in the tile are computed before the loop
+  const HeadColumns columns{q_at, l.heads * l.KP + q_at, 2 * l.heads * l.KP + head * l.VP + v0, l.KP / 16,
+                            opaque(l.into)};
+  const Blocks16 wide(c, m.wide(), columns.into, w);
+  const bool begun = l.continued || pass > 0;
+  StateTile<KEYS> state(l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V, l.K, l.V, v0);
+  if (begun) state.load();
+  for (int block = 0; block < c.blocks(); ++block) {
+    const TokenBlock factors(c, l, m, w, head, block);
+    const int start = w * c.padded() + 16 * block;
+    TokenValues R, O, D;
+    multiply_state(state, wide, columns, start, R, O);
+    correct_values(factors, columns, m.wide(), start, c.L - 16 * block, R, O, D);
+    update_state(state, wide, columns, start, *factors.block_decay, D);
+  }
+  const int index = ((p.first + w) * HV + number) * (l.VP / 16) + v0 / 16;
+  store_state_and_sums(state, begun, c.changes + 2 * (static_cast<int64_t>(pass) * c.sums + l.first_sum + index));
 }
 
 }  // namespace sleepkern::cuda

@@ -50,6 +50,101 @@ SLEEPKERN_DEVICE void load_rows(float (&x)[8], const Rows& rows, int64_t token, 
   load_eight(x, rows.data, rows.type, token * rows.stride + offset + first, left < 0 ? 0 : left < 8 ? left : 8);
 }
 
+// The part of the state that a lane holds: ROWS rows from `first` on and four value columns, of which `valid` exist.
+template <int ROWS>
+struct LaneState {
+  float S[ROWS][4];
+  float* data;  // row 0 of these columns
+  int first, K, V, valid;
+  bool aligned;
+
+  SLEEPKERN_DEVICE void load() {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      // mutant: a-row-beyond-the-state-is-read
+      const float4 x = load_four(data + static_cast<int64_t>(first + r) * V, first + r < K ? valid : 0, aligned);
+      S[r][0] = x.x;
+      S[r][1] = x.y;
+      S[r][2] = x.z;
+      S[r][3] = x.w;
+    }
+  }
+  SLEEPKERN_DEVICE void store() const {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (first + r < K) {
+        const float4 x = make_float4(S[r][0], S[r][1], S[r][2], S[r][3]);
+        store_four(data + static_cast<int64_t>(first + r) * V, x, valid, aligned);
+      }
+    }
+  }
+};
+
+// The sums of a token over the rows of a lane: |k|^2, |q|^2, k.q, S^T k and S^T q.
+struct TokenSums {
+  float kk, qq, kq, prediction[4], output[4];
+};
+
+// Decays the state and sums over its rows. Eight rows at a time; the sums for the normalisation are part of the same
+// round of shuffles.
+template <int ROWS>
+SLEEPKERN_DEVICE TokenSums decay_and_sum(const Problem& p, LaneState<ROWS>& state, int64_t token, int head,
+                                         int64_t key) {
+  TokenSums sums{};
+  float k[8], q[8], g[8];
+  const float a = p.gate == Gate::head ? decayed(load_one(p.g.data, p.g.type, token * p.g.stride + head)) : 1.0f;
+#pragma unroll
+  for (int r = 0; r < ROWS; r += 8) {
+    // without opaque the loads of all rows are issued first, which takes too many registers
+    const int row = opaque(state.first + r);
+    load_rows(k, p.k, token, key, row, state.K);
+    load_rows(q, p.q, token, key, row, state.K);
+    if (p.gate == Gate::channel) load_rows(g, p.g, token, static_cast<int64_t>(head) * state.K, row, state.K);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float decay = p.gate == Gate::channel ? decayed(g[i]) : a;
+      sums.kk += k[i] * k[i];
+      sums.qq += q[i] * q[i];
+      sums.kq += k[i] * q[i];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        state.S[r + i][e] *= decay;
+        sums.prediction[e] += state.S[r + i][e] * k[i];
+        sums.output[e] += state.S[r + i][e] * q[i];
+      }
+    }
+  }
+  return sums;
+}
+
+// One token: its outputs to `out`, and the state after it.
+template <int ROWS>
+SLEEPKERN_DEVICE void decode_token(const Problem& p, LaneState<ROWS>& state, int64_t token, int head, int64_t key,
+                                   int column, float (&out)[4]) {
+  const TokenSums sums = decay_and_sum(p, state, token, head, key);
+  const float k_scale = p.normalize ? rsqrtf(sum_rows(sums.kk) + NORM_EPS) : 1.0f;
+  const float q_scale = p.normalize ? rsqrtf(sum_rows(sums.qq) + NORM_EPS) : 1.0f;
+  const float beta = p.beta.data ? load_one(p.beta.data, p.beta.type, token * p.beta.stride + head) : 1.0f;
+  const float kq = sum_rows(sums.kq) * k_scale;
+  float u[4], k[8];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int64_t at = token * p.v.stride + static_cast<int64_t>(head) * state.V + column + e;
+    const float v = e < state.valid ? load_one(p.v.data, p.v.type, at) : 0.0f;
+    u[e] = beta * (p.delta ? v - k_scale * sum_rows(sums.prediction[e]) : v);
+    out[e] = p.scale * q_scale * (sum_rows(sums.output[e]) + kq * u[e]);
+  }
+#pragma unroll
+  for (int r = 0; r < ROWS; r += 8) {
+    load_rows(k, p.k, token, key, state.first + r, state.K);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) state.S[r + i][e] += k_scale * k[i] * u[e];
+    }
+  }
+}
+
 template <int ROWS>
 SLEEPKERN_KERNEL(DECODE_THREADS, ROWS <= 8    ? 4
                                  : ROWS <= 16 ? 3
@@ -64,69 +159,18 @@ decode_kernel(const DecodeParams s) {
   const int64_t index = s.indices ? s.indices[sequence] : sequence;
   const int64_t key = static_cast<int64_t>(head / static_cast<int>(p.HV / p.H)) * K;
   const bool aligned = V % 4 == 0 && s.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.final_state) % 16 == 0;
-  float* state = p.final_state + index * s.stride + static_cast<int64_t>(head) * K * V + column;
 
-  float S[ROWS][4];
-  if (index >= 0) {
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      // mutant: a-row-beyond-the-state-is-read
-      const float4 x = load_four(state + static_cast<int64_t>(first + r) * V, first + r < K ? valid : 0, aligned);
-      S[r][0] = x.x;
-      S[r][1] = x.y;
-      S[r][2] = x.z;
-      S[r][3] = x.w;
-    }
-  }
+  LaneState<ROWS> state;
+  state.data = p.final_state + index * s.stride + static_cast<int64_t>(head) * K * V + column;
+  state.first = first;
+  state.K = K;
+  state.V = V;
+  state.valid = valid;
+  state.aligned = aligned;
+  if (index >= 0) state.load();
   for (int64_t token = sequence * p.T; token < (sequence + 1) * p.T; ++token) {
     float out[4] = {};
-    if (index >= 0) {
-      // Eight rows at a time. The sums for the normalisation are part of the same round of shuffles.
-      float kk = 0.0f, qq = 0.0f, kq = 0.0f, prediction[4] = {}, output[4] = {}, k[8], q[8], g[8];
-      const float a = p.gate == Gate::head ? decayed(load_one(p.g.data, p.g.type, token * p.g.stride + head)) : 1.0f;
-#pragma unroll
-      for (int r = 0; r < ROWS; r += 8) {
-        const int row =
-            opaque(first + r);  // without opaque the loads of all rows are issued first, which takes too many registers
-        load_rows(k, p.k, token, key, row, K);
-        load_rows(q, p.q, token, key, row, K);
-        if (p.gate == Gate::channel) load_rows(g, p.g, token, static_cast<int64_t>(head) * K, row, K);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float decay = p.gate == Gate::channel ? decayed(g[i]) : a;
-          kk += k[i] * k[i];
-          qq += q[i] * q[i];
-          kq += k[i] * q[i];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            S[r + i][e] *= decay;
-            prediction[e] += S[r + i][e] * k[i];
-            output[e] += S[r + i][e] * q[i];
-          }
-        }
-      }
-      const float k_scale = p.normalize ? rsqrtf(sum_rows(kk) + NORM_EPS) : 1.0f;
-      const float q_scale = p.normalize ? rsqrtf(sum_rows(qq) + NORM_EPS) : 1.0f;
-      const float beta = p.beta.data ? load_one(p.beta.data, p.beta.type, token * p.beta.stride + head) : 1.0f;
-      float u[4];
-      kq = sum_rows(kq) * k_scale;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int64_t at = token * p.v.stride + static_cast<int64_t>(head) * V + column + e;
-        const float v = e < valid ? load_one(p.v.data, p.v.type, at) : 0.0f;
-        u[e] = beta * (p.delta ? v - k_scale * sum_rows(prediction[e]) : v);
-        out[e] = p.scale * q_scale * (sum_rows(output[e]) + kq * u[e]);
-      }
-#pragma unroll
-      for (int r = 0; r < ROWS; r += 8) {
-        load_rows(k, p.k, token, key, first + r, K);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) S[r + i][e] += k_scale * k[i] * u[e];
-        }
-      }
-    }
+    if (index >= 0) decode_token(p, state, token, head, key, column, out);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (lane < 4 && e < valid) store_one(p.o, p.v.type, (token * p.HV + head) * p.V + column + e, out[e]);
@@ -134,13 +178,7 @@ decode_kernel(const DecodeParams s) {
   }
   // mutant: padded-rows-of-a-pool-are-written
   if (index < 0) return;
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    if (first + r < K) {
-      const float4 x = make_float4(S[r][0], S[r][1], S[r][2], S[r][3]);
-      store_four(state + static_cast<int64_t>(first + r) * V, x, valid, aligned);
-    }
-  }
+  state.store();
 }
 
 }  // namespace sleepkern::cuda

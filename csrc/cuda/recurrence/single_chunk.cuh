@@ -78,6 +78,47 @@ SLEEPKERN_DEVICE float token_space_passes(Values& Y, const Number<MODE>* Z, floa
   return power;
 }
 
+// fp32x3 has no registers for U. The tile of v has U's size and holds it; the v-tile is then no wider than that tile.
+template <Mode MODE>
+constexpr bool PARKED = MODE == Mode::fp32x3;
+
+// Computes the factors of a chunk in shared memory and U of the v-tile that begins at column `first`. It ends with a
+// barrier.
+template <Mode MODE, int KP, bool CHANNEL>
+SLEEPKERN_DEVICE void factors_of_v_tile(const ReplayParams& c, const Chunk& chunk, int first,
+                                        const ChunkMemory<MODE, KP, CHANNEL>& m, Values& U) {
+  const Problem& p = c.p;
+  const int warp = threadIdx.x >> 5, V = static_cast<int>(p.V), blocks = chunk.blocks();
+  compute_chunk_factors<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
+  clear(U);
+  for (int start = 0; start < c.v_tile; start += VALUES) {
+    load_tile<MODE, VALUES>(m.scratch.V, p.v, chunk, static_cast<int64_t>(chunk.head) * V + first + start,
+                            V - first - start, false, [](int, int, float x) { return x; });
+    // mutant: no-barrier-before-v-is-read
+    block_barrier();
+    const int group = warp - start / 16;
+    if (group >= 0 && group < VALUES / 16) factor_U<MODE, KP, CHANNEL>(m.scratch, group, blocks, U);
+    block_barrier();
+    if (PARKED<MODE> && warp < VALUES / 16) store_values(U, reinterpret_cast<float*>(m.scratch.V), warp);
+  }
+  finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.chunk_decay, m.scratch.G);
+  block_barrier();
+}
+
+// Loads U, which is parked in `tile` or in registers.
+template <Mode MODE>
+SLEEPKERN_DEVICE void load_U(Values& values, const Values& U, const Number<MODE>* tile) {
+  if constexpr (PARKED<MODE>) {
+    load_values(values, tile, threadIdx.x >> 5);
+  } else {
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[n][i] = U[n][i];
+    }
+  }
+}
+
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_KERNEL(THREADS, 1)
 single_chunk_kernel(const ReplayParams c) {
@@ -93,36 +134,9 @@ single_chunk_kernel(const ReplayParams c) {
   const auto state = [&](auto* base) { return base + static_cast<int64_t>(opaque(bh)) * p.K * p.V; };
   ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.want_output);
 
-  compute_chunk_factors<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
-  // fp32x3 has no registers for U. The tile of v has U's size and holds it; the v-tile is then no wider than that tile.
-  constexpr bool PARKED = MODE == Mode::fp32x3;
-  float* parked = reinterpret_cast<float*>(m.scratch.V);
   Values U;
-  clear(U);
-  for (int start = 0; start < c.v_tile; start += VALUES) {
-    load_tile<MODE, VALUES>(m.scratch.V, p.v, chunk, static_cast<int64_t>(chunk.head) * V + first + start,
-                            V - first - start, false, [](int, int, float x) { return x; });
-    // mutant: no-barrier-before-v-is-read
-    block_barrier();
-    const int group = warp - start / 16;
-    if (group >= 0 && group < VALUES / 16) factor_U<MODE, KP, CHANNEL>(m.scratch, group, blocks, U);
-    block_barrier();
-    if (PARKED && warp < VALUES / 16) store_values(U, parked, warp);
-  }
-  finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.chunk_decay, m.scratch.G);
-  block_barrier();
-
-  const auto reload = [&](Values& values) {
-    if constexpr (PARKED) {
-      load_values(values, parked, warp);
-    } else {
-#pragma unroll
-      for (int n = 0; n < CHUNK / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) values[n][i] = U[n][i];
-      }
-    }
-  };
+  factors_of_v_tile<MODE, KP, CHANNEL>(c, chunk, first, m, U);
+  const auto reload = [&](Values& values) { load_U<MODE>(values, U, m.scratch.V); };
   const bool stops = c.stops();
   State<KP> S;
   const bool token_space = !CHANNEL && c.token_space;
@@ -140,8 +154,8 @@ single_chunk_kernel(const ReplayParams c) {
       block_barrier();
       load_queries<MODE, KP, CHANNEL>(p, again(), m.scratch.Q, m.scratch.G);
       block_barrier();
-      if (stops)
-        load_state<KP>(S, state(p.final_state), K, V, column);  // the state before the last pass, which runs again
+      // the state before the last pass, which runs again
+      if (stops) load_state<KP>(S, state(p.final_state), K, V, column);
     } else if (stops) {
       store_state<KP>(S, state(p.final_state), K, V, column);
     }
@@ -153,8 +167,8 @@ single_chunk_kernel(const ReplayParams c) {
       if (token_space && passes_done == 0) {
         const float power =
             token_space_passes<MODE>(values, m.scratch.XE, m.chunk_decay[0], c.passes - 1, blocks, reload);
-        load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V,
-                       column);  // loaded again, so that no register holds it during the passes
+        // loaded again, so that no register holds it during the passes
+        load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V, column);
         scale(S, [power](int) { return power; });
       } else {
         scale(S, [&](int d) { return m.chunk_decay[d]; });
