@@ -50,7 +50,7 @@ void run_replay(const CudaReplay& replay, const Inputs& inputs, Address offsets,
                 Address final_state, Address residual, Address passes_done, Address before_last, Address tiles,
                 Address chunk_decay, Address U, Address queries, Address stream) {
   cuda::ReplayParams call{};
-  call.p = replay.problem.with(inputs, offsets, state, o, final_state);
+  call.problem = replay.problem.with(inputs, offsets, state, o, final_state);
   call.mode = replay.mode;
   call.passes = replay.passes;
   call.tol = replay.tol;
@@ -61,7 +61,7 @@ void run_replay(const CudaReplay& replay, const Inputs& inputs, Address offsets,
   call.before = at<float>(before_last);
   check_at_least("block", replay.block, 1);
   call.v_tile = replay.block;
-  call.v_tiles = static_cast<int>((call.p.V + replay.block - 1) / replay.block);
+  call.v_tiles = static_cast<int>((call.problem.V + replay.block - 1) / replay.block);
   call.slots = replay.slots;
   call.factors = {at<void>(tiles), at<float>(chunk_decay), at<float>(U), at<void>(queries)};
   py::gil_scoped_release unlocked;
@@ -112,7 +112,7 @@ void run_powers_backward(int64_t heads, int K, int V, int passes, int block, Add
 void run_decode(const CudaProblem& problem, const Inputs& inputs, Address states, Address o, Address indices,
                 int64_t stride, Address stream) {
   cuda::DecodeParams params{};
-  params.p = problem.with(inputs, 0, states, o, states);
+  params.problem = problem.with(inputs, 0, states, o, states);
   params.indices = at<int64_t>(indices);
   params.stride = stride;
   py::gil_scoped_release unlocked;

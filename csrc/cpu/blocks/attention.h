@@ -26,13 +26,13 @@ struct AttentionArrays {
   float* row;      // [LANES][D] rows being packed
 };
 
-static void lay_out(AttentionArrays& a, int64_t L, int64_t S, int64_t D, ArenaCursor& take) {
+static void lay_out(AttentionArrays& arrays, int64_t L, int64_t S, int64_t D, ArenaCursor& take) {
   const int64_t below = (round_up(D, LANES) - D) * PANEL;  // pack_head writes beyond the last panel
-  a.queries = take(round_up(L, PANEL) * D + below);
-  a.keys = take(round_up(S, PANEL) * D + below);
-  a.values = take(round_up(D, PANEL) * round_up(S, ROWS));
-  a.scores = take(round_up(S, PANEL) * PANEL);
-  a.row = take(LANES * round_up(D, LANES));
+  arrays.queries = take(round_up(L, PANEL) * D + below);
+  arrays.keys = take(round_up(S, PANEL) * D + below);
+  arrays.values = take(round_up(D, PANEL) * round_up(S, ROWS));
+  arrays.scores = take(round_up(S, PANEL) * PANEL);
+  arrays.row = take(LANES * round_up(D, LANES));
 }
 
 struct AttentionHead {
@@ -55,56 +55,57 @@ static void normalise_row(const float* from, const float* gain, float eps, float
 // Packs rows [0, n) in panels, with zero rows up to a whole panel; row_of(row, out) writes one row to `out`. A panel's
 // last vector may extend beyond its steps into the next panel, which is written later.
 template <class RowOf>
-SLEEPKERN_INLINE void pack_head(AttentionArrays& a, int64_t n, int64_t D, float* panels, RowOf row_of) {
+SLEEPKERN_INLINE void pack_head(AttentionArrays& arrays, int64_t n, int64_t D, float* panels, RowOf row_of) {
   const int64_t row_size = round_up(D, LANES);
   for (int64_t t = 0; t < round_up(n, PANEL); t += LANES) {
     for (int64_t l = 0; l < LANES; ++l) {
       if (t + l < n) {
-        row_of(t + l, a.row + l * row_size);
+        row_of(t + l, arrays.row + l * row_size);
       } else {
-        std::memset(a.row + l * row_size, 0, D * sizeof(float));
+        std::memset(arrays.row + l * row_size, 0, D * sizeof(float));
       }
     }
     float* to = panels + column_at(t, D);
-    for (int64_t d = 0; d < D; d += LANES) transpose(a.row + d, row_size, to + d * PANEL, PANEL);
+    for (int64_t d = 0; d < D; d += LANES) transpose(arrays.row + d, row_size, to + d * PANEL, PANEL);
   }
 }
 
-SLEEPKERN_STAGE void pack_attention(const AttentionHead& h, AttentionArrays& a) {
-  const int64_t S = h.kept + h.L, D = h.D, bytes = D * sizeof(float);
+SLEEPKERN_STAGE void pack_attention(const AttentionHead& head, AttentionArrays& arrays) {
+  const int64_t S = head.kept + head.L, D = head.D, bytes = D * sizeof(float);
   const float scale = 1 / std::sqrt(static_cast<float>(D));
-  pack_head(a, h.L, D, a.queries,
-            [&](int64_t t, float* to) { normalise_row(h.q + t * h.stride, h.q_gain, h.q_eps, scale, D, to); });
-  pack_head(a, S, D, a.keys, [&](int64_t s, float* to) {
-    if (s < h.kept) {
-      std::memcpy(to, h.keys + s * D, bytes);
+  pack_head(arrays, head.L, D, arrays.queries, [&](int64_t t, float* to) {
+    normalise_row(head.q + t * head.stride, head.q_gain, head.q_eps, scale, D, to);
+  });
+  pack_head(arrays, S, D, arrays.keys, [&](int64_t s, float* to) {
+    if (s < head.kept) {
+      std::memcpy(to, head.keys + s * D, bytes);
     } else {
-      normalise_row(h.k + (s - h.kept) * h.stride, h.k_gain, h.k_eps, 1.0f, D, to);
+      normalise_row(head.k + (s - head.kept) * head.stride, head.k_gain, head.k_eps, 1.0f, D, to);
     }
-    if (h.all_keys) std::memcpy(h.all_keys + s * D, to, bytes);
+    if (head.all_keys) std::memcpy(head.all_keys + s * D, to, bytes);
   });
   const int64_t depth = round_up(S, ROWS);
   for (int64_t s = 0; s < depth; ++s) {
-    const float* from = s < h.kept ? h.values + s * D : h.v + (s - h.kept) * h.stride;
+    const float* from = s < head.kept ? head.values + s * D : head.v + (s - head.kept) * head.stride;
     for (int64_t d = 0; d < D; d += LANES) {
-      scaled_part(from + d, D - d, s < S ? 1.0f : 0.0f, a.values + column_at(d, depth) + s * PANEL);
+      scaled_part(from + d, D - d, s < S ? 1.0f : 0.0f, arrays.values + column_at(d, depth) + s * PANEL);
     }
     for (int64_t d = round_up(D, LANES); d < round_up(D, PANEL); d += LANES) {
-      store(a.values + column_at(d, depth) + s * PANEL, Vec{});
+      store(arrays.values + column_at(d, depth) + s * PANEL, Vec{});
     }
-    if (s < S && h.all_values) std::memcpy(h.all_values + s * D, from, bytes);
+    if (s < S && head.all_values) std::memcpy(head.all_values + s * D, from, bytes);
   }
 }
 
 // Replaces the transposed scores of PANEL queries from `first` on by their exponentials, and stores each query's sum.
 // Of the keys [0, keys) query t sees those up to kept + t.
-SLEEPKERN_STAGE void softmax(const AttentionHead& h, const AttentionArrays& a, int64_t first, int64_t keys,
+SLEEPKERN_STAGE void softmax(const AttentionHead& head, const AttentionArrays& arrays, int64_t first, int64_t keys,
                              float* sums) {
   alignas(64) float index[LANES];
   for (int l = 0; l < LANES; ++l) index[l] = static_cast<float>(l);
   SLEEPKERN_EACH_VEC(n) {
-    const Vec seen = load(index) + static_cast<float>(h.kept + first + n * LANES);  // the last key that a query sees
-    float* column = a.scores + n * LANES;
+    const Vec seen = load(index) + static_cast<float>(head.kept + first + n * LANES);  // the last key that a query sees
+    float* column = arrays.scores + n * LANES;
     Vec most = load(column), total{};
     for (int64_t s = 0; s < keys; ++s) {
       const Vec x = load(column + s * PANEL);
@@ -124,32 +125,32 @@ SLEEPKERN_STAGE void softmax(const AttentionHead& h, const AttentionArrays& a, i
   }
 }
 
-SLEEPKERN_STAGE void attend(const AttentionHead& h) {
-  const int64_t S = h.kept + h.L, depth = round_up(S, ROWS);
-  AttentionArrays& a = thread_local_arrays<AttentionArrays>(h.L, S, h.D);
-  pack_attention(h, a);
+SLEEPKERN_STAGE void attend(const AttentionHead& head) {
+  const int64_t S = head.kept + head.L, depth = round_up(S, ROWS);
+  AttentionArrays& arrays = thread_local_arrays<AttentionArrays>(head.L, S, head.D);
+  pack_attention(head, arrays);
   alignas(64) float sums[PANEL], rows[ROWS * PANEL];
-  for (int64_t first = 0; first < h.L; first += PANEL) {
-    const int64_t keys = min_of(depth, round_up(h.kept + first + PANEL, ROWS));
+  for (int64_t first = 0; first < head.L; first += PANEL) {
+    const int64_t keys = min_of(depth, round_up(head.kept + first + PANEL, ROWS));
     for (int64_t s = 0; s < keys; s += ROWS) {
       Tile t;
       clear(t);
-      multiply_add<1>(t, a.keys + column_at(s, h.D), a.queries + first * h.D, h.D);
-      store(t, a.scores + s * PANEL);
+      multiply_add<1>(t, arrays.keys + column_at(s, head.D), arrays.queries + first * head.D, head.D);
+      store(t, arrays.scores + s * PANEL);
     }
-    softmax(h, a, first, keys, sums);
-    for (int64_t i = 0; i < min_of(PANEL, h.L - first); i += ROWS) {
-      const int64_t seen = min_of(depth, h.kept + first + i + ROWS);  // keys that the last of ROWS queries sees
-      for (int64_t d = 0; d < h.D; d += PANEL) {
+    softmax(head, arrays, first, keys, sums);
+    for (int64_t i = 0; i < min_of(PANEL, head.L - first); i += ROWS) {
+      const int64_t seen = min_of(depth, head.kept + first + i + ROWS);  // keys that the last of ROWS queries sees
+      for (int64_t d = 0; d < head.D; d += PANEL) {
         Tile t;
         clear(t);
-        multiply_add<1>(t, a.scores + i, a.values + d * depth, seen);
+        multiply_add<1>(t, arrays.scores + i, arrays.values + d * depth, seen);
         store(t, rows);
-        for (int64_t r = 0; r < min_of(ROWS, h.L - first - i); ++r) {
-          float *o = h.o + (first + i + r) * h.o_stride + d, *from = rows + r * PANEL;
+        for (int64_t r = 0; r < min_of(ROWS, head.L - first - i); ++r) {
+          float *o = head.o + (first + i + r) * head.o_stride + d, *from = rows + r * PANEL;
           const float share = 1 / sums[i + r];
           SLEEPKERN_EACH_VEC(n) store(from + n * LANES, load(from + n * LANES) * share);
-          std::memcpy(o, from, min_of(PANEL, h.D - d) * sizeof(float));
+          std::memcpy(o, from, min_of(PANEL, head.D - d) * sizeof(float));
         }
       }
     }

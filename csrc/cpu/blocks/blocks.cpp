@@ -14,19 +14,19 @@ namespace sleepkern {
 // costs less than using half as many rows.
 constexpr int64_t GROUP_ROWS = 192;
 
-void sleep_blocks(const Blocks& b) {
+void sleep_blocks(const Blocks& call) {
   const Implementation& isa = implementation();
-  const int64_t threads = std::max<int64_t>(thread_count(), 1), fit = std::max<int64_t>(GROUP_ROWS / b.L, 1);
+  const int64_t threads = std::max<int64_t>(thread_count(), 1), fit = std::max<int64_t>(GROUP_ROWS / call.L, 1);
   // The number of groups is a multiple of the threads, so that all threads are busy to the end. If there are fewer
   // groups than threads, the threads share the steps of each group.
-  int64_t groups = (b.B + fit - 1) / fit;
-  groups = std::min(b.B, (groups + threads - 1) / threads * threads);
+  int64_t groups = (call.B + fit - 1) / fit;
+  groups = std::min(call.B, (groups + threads - 1) / threads * threads);
   const bool shared = groups < threads;
-  std::vector<double> changes(groups * b.passes * 2);
+  std::vector<double> changes(groups * call.passes * 2);
   auto run = [&](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = b.B * group / groups, after = b.B * (group + 1) / groups;
-      isa.run_group(b, first, after - first, shared, changes.data() + group * b.passes * 2);
+      const int64_t first = call.B * group / groups, after = call.B * (group + 1) / groups;
+      isa.run_group(call, first, after - first, shared, changes.data() + group * call.passes * 2);
     }
   };
   using Run = decltype(run);
@@ -36,8 +36,8 @@ void sleep_blocks(const Blocks& b) {
     parallel_for(
         groups, 1, [](int64_t begin, int64_t end, void* self) { (*static_cast<Run*>(self))(begin, end); }, &run);
   }
-  std::fill(b.changes, b.changes + b.passes * 2, 0.0);
-  for (size_t i = 0; i < changes.size(); ++i) b.changes[i % (b.passes * 2)] += changes[i];
+  std::fill(call.changes, call.changes + call.passes * 2, 0.0);
+  for (size_t i = 0; i < changes.size(); ++i) call.changes[i % (call.passes * 2)] += changes[i];
 }
 
 int64_t panel_width() { return implementation().panel_width; }

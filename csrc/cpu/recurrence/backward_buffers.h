@@ -52,34 +52,38 @@ struct BackwardBuffers {
   float* row;                       // one token's gradient
 };
 
-static void lay_out(BackwardBuffers& a, const Problem& p, const Workspace& w, int64_t longest, ArenaCursor& take) {
+static void lay_out(BackwardBuffers& grads, const Problem& problem, const Workspace& work, int64_t longest,
+                    ArenaCursor& take) {
   const int64_t chunks = max_of((longest + CHUNK - 1) / CHUNK, 1);
-  a.segment = min_of(chunks, max_of(SEGMENT, static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))))));
-  a.segments = (chunks + a.segment - 1) / a.segment;
-  a.V_rows = w.V_panels * PANEL;
-  a.K_panels = w.K_rows / PANEL;
-  a.values_size = a.V_rows * CHUNK;
-  a.state_size = w.state_size;
-  a.segment_states = take(a.segments > 1 ? a.segments * w.state_size : 0);
-  a.states = take(a.segment * w.state_size);
-  a.writes = take(a.segment * a.values_size);
-  a.dstate = take(w.state_size);
-  a.dstate_transposed = take(w.state_size);
-  for (float** values : {&a.dout, &a.dout_transposed, &a.dvalues, &a.dvalues_transposed, &a.writes_transposed}) {
-    *values = take(a.values_size);
+  grads.segment =
+      min_of(chunks, max_of(SEGMENT, static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))))));
+  grads.segments = (chunks + grads.segment - 1) / grads.segment;
+  grads.V_rows = work.V_panels * PANEL;
+  grads.K_panels = work.K_rows / PANEL;
+  grads.values_size = grads.V_rows * CHUNK;
+  grads.state_size = work.state_size;
+  grads.segment_states = take(grads.segments > 1 ? grads.segments * work.state_size : 0);
+  grads.states = take(grads.segment * work.state_size);
+  grads.writes = take(grads.segment * grads.values_size);
+  grads.dstate = take(work.state_size);
+  grads.dstate_transposed = take(work.state_size);
+  for (float** values :
+       {&grads.dout, &grads.dout_transposed, &grads.dvalues, &grads.dvalues_transposed, &grads.writes_transposed}) {
+    *values = take(grads.values_size);
   }
-  a.scaled_dout = take(CHUNK * PANEL);
-  a.scaled_dvalues = take(CHUNK * PANEL);
-  for (float** gram : {&a.gram_qk_transposed, &a.gram_kk_transposed, &a.dgram_qk, &a.dgram_kk, &a.dgram_qk_transposed,
-                       &a.dgram_kk_transposed}) {
+  grads.scaled_dout = take(CHUNK * PANEL);
+  grads.scaled_dvalues = take(CHUNK * PANEL);
+  for (float** gram : {&grads.gram_qk_transposed, &grads.gram_kk_transposed, &grads.dgram_qk, &grads.dgram_kk,
+                       &grads.dgram_qk_transposed, &grads.dgram_kk_transposed}) {
     *gram = take(CHUNK * CHUNK);
   }
-  for (float** keys : {&a.dq_panels, &a.dz_panels, &a.dk_panels}) *keys = take(w.K_rows * CHUNK);
-  a.dgates = take(p.gate == Gate::channel ? w.K_rows * CHUNK : 0);
-  a.dchunk_decay = take(w.K_rows);
-  a.gains = take(p.gate == Gate::head ? CHUNK * CHUNK : 0);
-  for (float** lanes : {&a.beta_lanes, &a.gate_lanes, &a.write_lanes, &a.pair_lanes}) *lanes = take(CHUNK * LANES);
-  a.row = take(w.row_size);
+  for (float** keys : {&grads.dq_panels, &grads.dz_panels, &grads.dk_panels}) *keys = take(work.K_rows * CHUNK);
+  grads.dgates = take(problem.gate == Gate::channel ? work.K_rows * CHUNK : 0);
+  grads.dchunk_decay = take(work.K_rows);
+  grads.gains = take(problem.gate == Gate::head ? CHUNK * CHUNK : 0);
+  for (float** lanes : {&grads.beta_lanes, &grads.gate_lanes, &grads.write_lanes, &grads.pair_lanes})
+    *lanes = take(CHUNK * LANES);
+  grads.row = take(work.row_size);
 }
 
 }  // namespace

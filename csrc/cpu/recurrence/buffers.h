@@ -101,51 +101,53 @@ struct Workspace {
 // Whether products take bfloat16, at least at first: panels whose rounding errors are too large are computed again in
 // float32 (rounding.h). Without a gate too many panels would be. With channel decay the operands are products of
 // decays, rescaled at every level, and stay in float32.
-static bool takes_bf16(const Problem& p) { return DOTS && p.k.type == Type::bfloat16 && p.gate == Gate::head; }
+static bool takes_bf16(const Problem& problem) {
+  return DOTS && problem.k.type == Type::bfloat16 && problem.gate == Gate::head;
+}
 
-static void lay_out(Workspace& w, const Problem& p, bool backward, ArenaCursor& take) {
-  const bool channel = p.gate == Gate::channel;
-  const int64_t token_panels = CHUNK * p.K;
-  w.K = p.K;
-  w.V = p.V;
-  w.K_rows = round_up(p.K, PANEL);
-  w.V_panels = round_up(p.V, PANEL) / PANEL;
-  w.first_panel = 0;
-  w.end_panel = w.V_panels;
-  w.skipped = 0;
-  w.row_size = round_up(max_of(p.K, p.V), PANEL);
-  w.state_size = w.V_panels * w.K_rows * PANEL;
-  w.states = take((backward ? 1 : HEAD_GROUP) * w.state_size);
-  w.state = w.states;
-  w.keys = take(token_panels);
-  w.q_panels = take(token_panels);
-  w.k_tails = take(w.K_rows * CHUNK);
-  w.gram_kk = take(CHUNK * CHUNK);
-  w.gram_qk = take(CHUNK * CHUNK);
-  w.decays = take(CHUNK * CHUNK);
-  w.values = take(CHUNK * PANEL);
-  const bool bf16 = !backward && takes_bf16(p);
-  w.states_bf16 = reinterpret_cast<Bf16x2*>(take(bf16 ? HEAD_GROUP * w.state_size / 2 : 0));
-  w.gram_qk_bf16 = reinterpret_cast<Bf16x2*>(take(bf16 ? CHUNK * CHUNK / 2 : 0));
-  w.values_bf16 = reinterpret_cast<Bf16x2*>(take(bf16 ? CHUNK * PANEL / 2 : 0));
-  w.writes_bf16 = reinterpret_cast<Bf16x2*>(take(bf16 ? CHUNK * PANEL / 2 : 0));
-  const int64_t sums = HEAD_GROUP * w.V_panels * static_cast<int64_t>(sizeof(Rounding) / sizeof(float));
-  w.rounding = reinterpret_cast<Rounding*>(take(bf16 ? sums : 0));
-  w.state_bf16 = w.states_bf16;
-  w.rows = take(LANES * w.row_size);
-  w.gates = take(channel ? CHUNK * w.row_size : 0);
-  w.k_rows = take(channel ? CHUNK * w.row_size : 0);
-  w.q_rows = take(channel ? CHUNK * w.row_size : 0);
-  w.factors = take(channel ? CHUNK * w.row_size : 0);
-  w.level_keys = take(channel ? w.K_rows * CHUNK : 0);
-  w.level_q_panels = take(channel ? w.K_rows * CHUNK : 0);
-  w.chunk_decay = take(w.K_rows);
-  const int64_t transposed = backward ? w.K_rows * CHUNK : 0;
-  w.keys_transposed = take(transposed);
-  w.q_panels_transposed = take(transposed);
-  w.k_tail_columns = take(backward && channel ? token_panels : 0);
-  w.decay_from_start_rows = take(channel ? transposed : 0);
-  w.decay_to_end_rows = take(channel ? transposed : 0);
+static void lay_out(Workspace& work, const Problem& problem, bool backward, ArenaCursor& take) {
+  const bool channel = problem.gate == Gate::channel;
+  const int64_t token_panels = CHUNK * problem.K;
+  work.K = problem.K;
+  work.V = problem.V;
+  work.K_rows = round_up(problem.K, PANEL);
+  work.V_panels = round_up(problem.V, PANEL) / PANEL;
+  work.first_panel = 0;
+  work.end_panel = work.V_panels;
+  work.skipped = 0;
+  work.row_size = round_up(max_of(problem.K, problem.V), PANEL);
+  work.state_size = work.V_panels * work.K_rows * PANEL;
+  work.states = take((backward ? 1 : HEAD_GROUP) * work.state_size);
+  work.state = work.states;
+  work.keys = take(token_panels);
+  work.q_panels = take(token_panels);
+  work.k_tails = take(work.K_rows * CHUNK);
+  work.gram_kk = take(CHUNK * CHUNK);
+  work.gram_qk = take(CHUNK * CHUNK);
+  work.decays = take(CHUNK * CHUNK);
+  work.values = take(CHUNK * PANEL);
+  const bool bf16 = !backward && takes_bf16(problem);
+  work.states_bf16 = reinterpret_cast<Bf16x2*>(take(bf16 ? HEAD_GROUP * work.state_size / 2 : 0));
+  work.gram_qk_bf16 = reinterpret_cast<Bf16x2*>(take(bf16 ? CHUNK * CHUNK / 2 : 0));
+  work.values_bf16 = reinterpret_cast<Bf16x2*>(take(bf16 ? CHUNK * PANEL / 2 : 0));
+  work.writes_bf16 = reinterpret_cast<Bf16x2*>(take(bf16 ? CHUNK * PANEL / 2 : 0));
+  const int64_t sums = HEAD_GROUP * work.V_panels * static_cast<int64_t>(sizeof(Rounding) / sizeof(float));
+  work.rounding = reinterpret_cast<Rounding*>(take(bf16 ? sums : 0));
+  work.state_bf16 = work.states_bf16;
+  work.rows = take(LANES * work.row_size);
+  work.gates = take(channel ? CHUNK * work.row_size : 0);
+  work.k_rows = take(channel ? CHUNK * work.row_size : 0);
+  work.q_rows = take(channel ? CHUNK * work.row_size : 0);
+  work.factors = take(channel ? CHUNK * work.row_size : 0);
+  work.level_keys = take(channel ? work.K_rows * CHUNK : 0);
+  work.level_q_panels = take(channel ? work.K_rows * CHUNK : 0);
+  work.chunk_decay = take(work.K_rows);
+  const int64_t transposed = backward ? work.K_rows * CHUNK : 0;
+  work.keys_transposed = take(transposed);
+  work.q_panels_transposed = take(transposed);
+  work.k_tail_columns = take(backward && channel ? token_panels : 0);
+  work.decay_from_start_rows = take(channel ? transposed : 0);
+  work.decay_to_end_rows = take(channel ? transposed : 0);
 }
 
 // The operands of the products of one value panel; E is float or Bf16x2.
@@ -156,18 +158,24 @@ struct Operands {
 };
 
 template <class E>
-SLEEPKERN_INLINE Operands<E> operands(const Workspace& w, int64_t panel) {
+SLEEPKERN_INLINE Operands<E> operands(const Workspace& work, int64_t panel) {
   if constexpr (IS_BF16X2<E>) {
     auto as_bf16x2 = [](const float* x) { return reinterpret_cast<const Bf16x2*>(x); };
-    return {as_bf16x2(w.keys),
-            as_bf16x2(w.q_panels),
-            as_bf16x2(w.k_tails),
-            w.gram_qk_bf16,
-            w.values_bf16,
-            w.writes_bf16,
-            w.state_bf16 + panel * w.K_rows / 2 * PANEL};
+    return {as_bf16x2(work.keys),
+            as_bf16x2(work.q_panels),
+            as_bf16x2(work.k_tails),
+            work.gram_qk_bf16,
+            work.values_bf16,
+            work.writes_bf16,
+            work.state_bf16 + panel * work.K_rows / 2 * PANEL};
   } else {
-    return {w.keys, w.q_panels, w.k_tails, w.gram_qk, w.values, w.values, w.state + panel * w.K_rows * PANEL};
+    return {work.keys,
+            work.q_panels,
+            work.k_tails,
+            work.gram_qk,
+            work.values,
+            work.values,
+            work.state + panel * work.K_rows * PANEL};
   }
 }
 

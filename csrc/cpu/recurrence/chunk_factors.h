@@ -22,36 +22,38 @@
 namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
-SLEEPKERN_STAGE void load_gates(const Chunk& c, Workspace& w) {
-  const Problem& p = c.p;
-  const bool head_decay = p.gate == Gate::head;
+SLEEPKERN_STAGE void load_gates(const Chunk& chunk, Workspace& work) {
+  const Problem& problem = chunk.problem;
+  const bool head_decay = problem.gate == Gate::head;
   double G = 0;
   for (int64_t t = 0; t < CHUNK; ++t) {
-    const bool live = t < c.count;
-    w.beta[t] = !live ? 0.0f : p.beta.data ? load_scalar(c.row(p.beta, t, c.head), p.beta.type, 0) : 1.0f;
+    const bool live = t < chunk.count;
+    work.beta[t] = !live               ? 0.0f
+                   : problem.beta.data ? load_scalar(chunk.row(problem.beta, t, chunk.head), problem.beta.type, 0)
+                                       : 1.0f;
     if (live && head_decay) {
-      const float g = load_scalar(c.row(p.g, t, c.head), p.g.type, 0);
+      const float g = load_scalar(chunk.row(problem.g, t, chunk.head), problem.g.type, 0);
       G += g < MIN_LOG_DECAY ? MIN_LOG_DECAY : g;
     }
-    w.log_decay[t] = G;
+    work.log_decay[t] = G;
   }
   for (int64_t t = 0; t < CHUNK; t += LANES) {
     alignas(64) float G_start[LANES], G_end[LANES];
     for (int l = 0; l < LANES; ++l) {
-      G_start[l] = static_cast<float>(w.log_decay[t + l]);
-      G_end[l] = static_cast<float>(G - w.log_decay[t + l]);
+      G_start[l] = static_cast<float>(work.log_decay[t + l]);
+      G_end[l] = static_cast<float>(G - work.log_decay[t + l]);
     }
     Vec E = exp_nonpositive(load(G_start));
-    store(w.decay_from_start + t, E);
-    store(w.gram_kk_scale + t, load(w.beta + t));
-    store(w.gram_qk_scale + t, broadcast(p.scale));
-    store(w.prediction_scale + t, E * load(w.beta + t));
-    store(w.output_scale + t, E * p.scale);
-    store(w.decay_to_end + t, exp_nonpositive(load(G_end)));
+    store(work.decay_from_start + t, E);
+    store(work.gram_kk_scale + t, load(work.beta + t));
+    store(work.gram_qk_scale + t, broadcast(problem.scale));
+    store(work.prediction_scale + t, E * load(work.beta + t));
+    store(work.output_scale + t, E * problem.scale);
+    store(work.decay_to_end + t, exp_nonpositive(load(G_end)));
   }
-  if (p.gate != Gate::channel) {
+  if (problem.gate != Gate::channel) {
     const float chunk_decay = exp_nonpositive(broadcast(static_cast<float>(G)))[0];
-    for (int64_t d = 0; d < w.K_rows; ++d) w.chunk_decay[d] = chunk_decay;
+    for (int64_t d = 0; d < work.K_rows; ++d) work.chunk_decay[d] = chunk_decay;
   }
 }
 
@@ -67,11 +69,11 @@ SLEEPKERN_INLINE Vec decay_row(const double* G, int64_t j, int64_t i) {
 // that vector, the product exp(G_i - R) exp(R - G_j) needs fewer exponentials. With bf16x2 operands the decay also
 // holds k_norm of k_j.
 template <class E>
-SLEEPKERN_STAGE void decay_matrix(const Chunk& c, Workspace& w) {
-  const double* G = w.log_decay;
-  const int64_t end = round_up(c.count, PANEL);
-  auto decay_at = [&](int64_t j, int64_t i) { return w.decays + column_at(i, CHUNK) + j * PANEL; };
-  auto norm = [&](int64_t j) { return IS_BF16X2<E> ? w.k_norm[j] : 1.0f; };
+SLEEPKERN_STAGE void decay_matrix(const Chunk& chunk, Workspace& work) {
+  const double* G = work.log_decay;
+  const int64_t end = round_up(chunk.count, PANEL);
+  auto decay_at = [&](int64_t j, int64_t i) { return work.decays + column_at(i, CHUNK) + j * PANEL; };
+  auto norm = [&](int64_t j) { return IS_BF16X2<E> ? work.k_norm[j] : 1.0f; };
   for (int64_t first = 0; first < end; first += LANES) {
     const double R = G[first + LANES - 1];
     alignas(64) float decay_to_R[LANES];
@@ -90,88 +92,92 @@ SLEEPKERN_STAGE void decay_matrix(const Chunk& c, Workspace& w) {
 
 // Computes P and M.
 template <class E>
-SLEEPKERN_STAGE void chunk_grams(const Chunk& c, Workspace& w) {
-  const Operands<E> x = operands<E>(w, 0);
-  const int64_t depth = steps<E>(w.K);
+SLEEPKERN_STAGE void chunk_grams(const Chunk& chunk, Workspace& work) {
+  const Operands<E> x = operands<E>(work, 0);
+  const int64_t depth = steps<E>(work.K);
   Vec resemblance{};  // with bf16x2: sum of squared k_i.k_j exp(G_i - G_j)
   auto finish = [&](Vec x, int64_t at, int64_t i) {
-    const Vec decayed = x * load(w.decays + at);
+    const Vec decayed = x * load(work.decays + at);
     if constexpr (IS_BF16X2<E>) {
-      const Vec normed = decayed * load(w.k_norm + i);
+      const Vec normed = decayed * load(work.k_norm + i);
       resemblance += normed * normed;
     }
-    return decayed * load(w.gram_kk_scale + i);
+    return decayed * load(work.gram_kk_scale + i);
   };
-  auto finish_qk = [&w](Vec x, int64_t at, int64_t i) { return x * load(w.decays + at) * load(w.gram_qk_scale + i); };
-  if (c.p.delta) upper_gram<1>(x.keys, x.keys, depth, c.count, CHUNK, w.gram_kk, finish);
-  if constexpr (IS_BF16X2<E>) expect_in_state(c, w, sum(resemblance));
-  if (!c.p.want_output) return;
-  upper_gram<1>(x.keys, x.q_panels, depth, c.count, CHUNK, w.gram_qk, finish_qk);
-  if constexpr (IS_BF16X2<E>) expect_in_outputs(c, w);
+  auto finish_qk = [&work](Vec x, int64_t at, int64_t i) {
+    return x * load(work.decays + at) * load(work.gram_qk_scale + i);
+  };
+  if (chunk.problem.delta) upper_gram<1>(x.keys, x.keys, depth, chunk.count, CHUNK, work.gram_kk, finish);
+  if constexpr (IS_BF16X2<E>) expect_in_state(chunk, work, sum(resemblance));
+  if (!chunk.problem.want_output) return;
+  upper_gram<1>(x.keys, x.q_panels, depth, chunk.count, CHUNK, work.gram_qk, finish_qk);
+  if constexpr (IS_BF16X2<E>) expect_in_outputs(chunk, work);
   if constexpr (IS_BF16X2<E>) {
-    for (int64_t i = 0; i < c.count; i += PANEL) {
-      rows_to_bf16x2(w.gram_qk + i * CHUNK, min_of(i + PANEL, c.padded), w.gram_qk_bf16 + i * CHUNK / 2);
+    for (int64_t i = 0; i < chunk.count; i += PANEL) {
+      rows_to_bf16x2(work.gram_qk + i * CHUNK, min_of(i + PANEL, chunk.padded), work.gram_qk_bf16 + i * CHUNK / 2);
     }
   }
 }
 
 // The chunk factors with operands of bfloat16. k and q are packed unscaled, which rounds neither; their factors are
 // applied to sums and to values.
-SLEEPKERN_STAGE void chunk_factors_bf16(const Chunk& c, Workspace& w) {
+SLEEPKERN_STAGE void chunk_factors_bf16(const Chunk& chunk, Workspace& work) {
   auto as_bf16x2 = [](float* x) { return reinterpret_cast<Bf16x2*>(x); };
-  load_gates(c, w);
+  load_gates(chunk, work);
   auto load_rows = [&](const Rows& x, int64_t t, float* norm, float* length) {
     for (int l = 0; l < LANES; ++l) {
-      float* row = w.rows + l * w.row_size;
-      load_as_it_is(c, w, x, t + l, row);
-      float square = squared_length(w, row);
-      norm[t + l] = c.p.normalize ? normalising(w, row, square) : 1.0f;
+      float* row = work.rows + l * work.row_size;
+      load_as_it_is(chunk, work, x, t + l, row);
+      float square = squared_length(work, row);
+      norm[t + l] = chunk.problem.normalize ? normalising(work, row, square) : 1.0f;
       length[t + l] = square * norm[t + l] * norm[t + l];
     }
   };
-  for (int64_t t = 0; t < round_up(c.count, PANEL); t += LANES) {
-    load_rows(c.p.k, t, w.k_norm, w.chunk_rounding.k_length);
-    pack_tokens(w, w.rows, t, as_bf16x2(w.keys));
-    pack_rows(w, w.rows, t, as_bf16x2(w.k_tails));
-    for (float* by : {w.prediction_scale, w.gram_kk_scale}) store(by + t, load(by + t) * load(w.k_norm + t));
-    store(w.write_scale + t, load(w.decay_to_end + t) * load(w.k_norm + t));
-    if (!c.p.want_output) continue;
-    load_rows(c.p.q, t, w.q_norm, w.chunk_rounding.q_length);
-    pack_tokens(w, w.rows, t, as_bf16x2(w.q_panels));
-    for (float* by : {w.output_scale, w.gram_qk_scale}) store(by + t, load(by + t) * load(w.q_norm + t));
+  for (int64_t t = 0; t < round_up(chunk.count, PANEL); t += LANES) {
+    load_rows(chunk.problem.k, t, work.k_norm, work.chunk_rounding.k_length);
+    pack_tokens(work, work.rows, t, as_bf16x2(work.keys));
+    pack_rows(work, work.rows, t, as_bf16x2(work.k_tails));
+    for (float* by : {work.prediction_scale, work.gram_kk_scale}) store(by + t, load(by + t) * load(work.k_norm + t));
+    store(work.write_scale + t, load(work.decay_to_end + t) * load(work.k_norm + t));
+    if (!chunk.problem.want_output) continue;
+    load_rows(chunk.problem.q, t, work.q_norm, work.chunk_rounding.q_length);
+    pack_tokens(work, work.rows, t, as_bf16x2(work.q_panels));
+    for (float* by : {work.output_scale, work.gram_qk_scale}) store(by + t, load(by + t) * load(work.q_norm + t));
   }
-  decay_matrix<Bf16x2>(c, w);
-  chunk_grams<Bf16x2>(c, w);
+  decay_matrix<Bf16x2>(chunk, work);
+  chunk_grams<Bf16x2>(chunk, work);
 }
 
 // Computes the chunk factors. E is float, or Bf16x2 where products take bfloat16.
 template <class E>
-SLEEPKERN_STAGE void chunk_factors(const Chunk& c, Workspace& w) {
-  if constexpr (IS_BF16X2<E>) return chunk_factors_bf16(c, w);
-  const Problem& p = c.p;
-  load_gates(c, w);
-  if (p.gate == Gate::channel) {
-    chunk_factors_channel(c, w);
+SLEEPKERN_STAGE void chunk_factors(const Chunk& chunk, Workspace& work) {
+  if constexpr (IS_BF16X2<E>) return chunk_factors_bf16(chunk, work);
+  const Problem& problem = chunk.problem;
+  load_gates(chunk, work);
+  if (problem.gate == Gate::channel) {
+    chunk_factors_channel(chunk, work);
     return;
   }
-  const int64_t end = round_up(c.count, PANEL);
+  const int64_t end = round_up(chunk.count, PANEL);
   for (int64_t t = 0; t < end; t += LANES) {
-    for (int l = 0; l < LANES; ++l) w.k_norm[t + l] = load_token(c, w, p.k, t + l, w.rows + l * w.row_size);
-    pack_tokens(w, w.rows, t, w.keys);
-    if (w.keys_transposed) pack_rows(w, w.rows, t, w.keys_transposed);
+    for (int l = 0; l < LANES; ++l)
+      work.k_norm[t + l] = load_token(chunk, work, problem.k, t + l, work.rows + l * work.row_size);
+    pack_tokens(work, work.rows, t, work.keys);
+    if (work.keys_transposed) pack_rows(work, work.rows, t, work.keys_transposed);
     for (int l = 0; l < LANES; ++l) {
-      float* row = w.rows + l * w.row_size;
-      const Vec factor = broadcast(w.decay_to_end[t + l]);
-      for (int64_t d = 0; d < w.K_rows; d += LANES) store(row + d, load(row + d) * factor);
+      float* row = work.rows + l * work.row_size;
+      const Vec factor = broadcast(work.decay_to_end[t + l]);
+      for (int64_t d = 0; d < work.K_rows; d += LANES) store(row + d, load(row + d) * factor);
     }
-    pack_rows(w, w.rows, t, w.k_tails);
-    if (!p.want_output) continue;
-    for (int l = 0; l < LANES; ++l) w.q_norm[t + l] = load_token(c, w, p.q, t + l, w.rows + l * w.row_size);
-    pack_tokens(w, w.rows, t, w.q_panels);
-    if (w.q_panels_transposed) pack_rows(w, w.rows, t, w.q_panels_transposed);
+    pack_rows(work, work.rows, t, work.k_tails);
+    if (!problem.want_output) continue;
+    for (int l = 0; l < LANES; ++l)
+      work.q_norm[t + l] = load_token(chunk, work, problem.q, t + l, work.rows + l * work.row_size);
+    pack_tokens(work, work.rows, t, work.q_panels);
+    if (work.q_panels_transposed) pack_rows(work, work.rows, t, work.q_panels_transposed);
   }
-  decay_matrix<float>(c, w);
-  chunk_grams<float>(c, w);
+  decay_matrix<float>(chunk, work);
+  chunk_grams<float>(chunk, work);
 }
 
 }  // namespace

@@ -25,50 +25,51 @@ constexpr int64_t BASE = ROWS;
 
 // Computes the factors of the `count` tokens first, first + step, ...: the product of a up to and including each token
 // (inclusive), or up to the token before it. A product below float32's normal range becomes 0: subnormals are slow.
-static void running_decay(const Workspace& w, int64_t first, int64_t count, int64_t step, bool inclusive) {
-  for (int64_t d = 0; d < w.row_size; d += LANES) {
+static void running_decay(const Workspace& work, int64_t first, int64_t count, int64_t step, bool inclusive) {
+  for (int64_t d = 0; d < work.row_size; d += LANES) {
     Vec product = broadcast(1.0f);
     for (int64_t n = 0, t = first; n < count; ++n, t += step) {
-      const Vec with = flush_subnormal(product * load(w.gates + t * w.row_size + d));
-      store(w.factors + t * w.row_size + d, inclusive ? with : product);
+      const Vec with = flush_subnormal(product * load(work.gates + t * work.row_size + d));
+      store(work.factors + t * work.row_size + d, inclusive ? with : product);
       product = with;
     }
   }
 }
 
 // Packs rows of k or q times the factors in panels, and in their transposed form if `transposed` is given.
-static void pack_decayed(const Workspace& w, const float* rows, int64_t end, float* panels,
+static void pack_decayed(const Workspace& work, const float* rows, int64_t end, float* panels,
                          float* transposed = nullptr) {
   for (int64_t t = 0; t < end; t += LANES) {
-    for (int64_t x = 0; x < LANES * w.row_size; x += LANES) {
-      store(w.rows + x, load(rows + t * w.row_size + x) * load(w.factors + t * w.row_size + x));
+    for (int64_t x = 0; x < LANES * work.row_size; x += LANES) {
+      store(work.rows + x, load(rows + t * work.row_size + x) * load(work.factors + t * work.row_size + x));
     }
-    pack_tokens(w, w.rows, t, panels);
-    for (int l = 0; transposed && l < LANES; ++l) pack_row(w, w.rows + l * w.row_size, t + l, transposed);
+    pack_tokens(work, work.rows, t, panels);
+    for (int l = 0; transposed && l < LANES; ++l) pack_row(work, work.rows + l * work.row_size, t + l, transposed);
   }
 }
 
-static void load_channel_rows(const Chunk& c, Workspace& w) {
+static void load_channel_rows(const Chunk& chunk, Workspace& work) {
   for (int64_t t = 0; t < CHUNK; ++t) {
-    float* g = w.gates + t * w.row_size;
-    for (int64_t d = 0; d < w.row_size; d += LANES) store(g + d, Vec{});
-    if (t < c.count) load_row(c.row(c.p.g, t, c.head * w.K), c.p.g.type, w.K, g);
-    if (t < c.count) clear_beyond(g, w.K);
-    for (int64_t d = 0; d < w.row_size; d += LANES) store(g + d, exp_nonpositive(load(g + d)));
-    w.k_norm[t] = load_token(c, w, c.p.k, t, w.k_rows + t * w.row_size);
-    if (c.p.want_output) w.q_norm[t] = load_token(c, w, c.p.q, t, w.q_rows + t * w.row_size);
+    float* g = work.gates + t * work.row_size;
+    for (int64_t d = 0; d < work.row_size; d += LANES) store(g + d, Vec{});
+    if (t < chunk.count) load_row(chunk.row(chunk.problem.g, t, chunk.head * work.K), chunk.problem.g.type, work.K, g);
+    if (t < chunk.count) clear_beyond(g, work.K);
+    for (int64_t d = 0; d < work.row_size; d += LANES) store(g + d, exp_nonpositive(load(g + d)));
+    work.k_norm[t] = load_token(chunk, work, chunk.problem.k, t, work.k_rows + t * work.row_size);
+    if (chunk.problem.want_output)
+      work.q_norm[t] = load_token(chunk, work, chunk.problem.q, t, work.q_rows + t * work.row_size);
   }
 }
 
 // Computes one product of the split: rows j are tokens [start, start + h), columns i are [start + h, start + 2h).
-static void level_gram(const Workspace& w, int64_t start, int64_t h, const float* right, float* out) {
+static void level_gram(const Workspace& work, int64_t start, int64_t h, const float* right, float* out) {
   const int64_t middle = start + h;
   for (int64_t i = middle / PANEL * PANEL; i < middle + h; i += PANEL) {
     const int64_t low = max_of(middle, i) - i, high = min_of(middle + h, i + PANEL) - i;
     for (int64_t j = start; j < middle; j += ROWS) {
       Tile t;
       clear(t);
-      multiply_add<1>(t, w.level_keys + column_at(j, w.K), right + i * w.K, w.K);
+      multiply_add<1>(t, work.level_keys + column_at(j, work.K), right + i * work.K, work.K);
       alignas(64) float block[ROWS * PANEL];
       store(t, block);
       for (int64_t r = 0; r < ROWS; ++r) {
@@ -80,24 +81,24 @@ static void level_gram(const Workspace& w, int64_t start, int64_t h, const float
 
 // Sums the pairs j <= i of BASE neighbouring tokens directly, for both grams; gram_qk is zero for i < j. k_j decays
 // from one i to the next.
-static void base_grams(const Chunk& c, const Workspace& w, int64_t start) {
-  float* reach = w.rows;
+static void base_grams(const Chunk& chunk, const Workspace& work, int64_t start) {
+  float* reach = work.rows;
   for (int64_t j = start; j < start + BASE; ++j) {
-    std::memcpy(reach, w.k_rows + j * w.row_size, w.row_size * sizeof(float));
+    std::memcpy(reach, work.k_rows + j * work.row_size, work.row_size * sizeof(float));
     for (int64_t i = start; i < start + BASE; ++i) {
-      const float *k = w.k_rows + i * w.row_size, *q = w.q_rows + i * w.row_size;
+      const float *k = work.k_rows + i * work.row_size, *q = work.q_rows + i * work.row_size;
       Vec kk{}, qk{};
-      for (int64_t d = 0; i >= j && d < w.row_size; d += LANES) {
+      for (int64_t d = 0; i >= j && d < work.row_size; d += LANES) {
         Vec x = load(reach + d);
         if (i > j) {
-          x = flush_subnormal(x * load(w.gates + i * w.row_size + d));
+          x = flush_subnormal(x * load(work.gates + i * work.row_size + d));
           store(reach + d, x);
         }
-        if (c.p.delta) kk += x * load(k + d);
-        if (c.p.want_output) qk += x * load(q + d);
+        if (chunk.problem.delta) kk += x * load(k + d);
+        if (chunk.problem.want_output) qk += x * load(q + d);
       }
-      if (c.p.delta) w.gram_kk[column_at(i, CHUNK) + j * PANEL] = sum(kk);
-      if (c.p.want_output) w.gram_qk[column_at(i, CHUNK) + j * PANEL] = sum(qk);
+      if (chunk.problem.delta) work.gram_kk[column_at(i, CHUNK) + j * PANEL] = sum(kk);
+      if (chunk.problem.want_output) work.gram_qk[column_at(i, CHUNK) + j * PANEL] = sum(qk);
     }
   }
 }
@@ -116,52 +117,52 @@ static void scale_columns(float* gram, int64_t end, const float* by, float facto
 }
 
 // Computes the factors of one level: exp(R - G) in the first, exp(G - R) in the second halves of blocks of 2h tokens.
-static void split_decay(const Workspace& w, int64_t h) {
+static void split_decay(const Workspace& work, int64_t h) {
   for (int64_t start = 0; start < CHUNK; start += 2 * h) {
-    running_decay(w, start + h - 1, h, -1, false);
-    running_decay(w, start + h, h, 1, true);
+    running_decay(work, start + h - 1, h, -1, false);
+    running_decay(work, start + h, h, 1, true);
   }
 }
 
-static void channel_grams(const Chunk& c, Workspace& w) {
-  const int64_t end = round_up(c.count, PANEL);
+static void channel_grams(const Chunk& chunk, Workspace& work) {
+  const int64_t end = round_up(chunk.count, PANEL);
   for (int64_t h = CHUNK / 2; h >= BASE; h /= 2) {
     if (h >= end) continue;
-    split_decay(w, h);
-    pack_decayed(w, w.k_rows, end, w.level_keys);
-    if (c.p.want_output) pack_decayed(w, w.q_rows, end, w.level_q_panels);
+    split_decay(work, h);
+    pack_decayed(work, work.k_rows, end, work.level_keys);
+    if (chunk.problem.want_output) pack_decayed(work, work.q_rows, end, work.level_q_panels);
     for (int64_t start = 0; start + h < end; start += 2 * h) {
-      if (c.p.delta) level_gram(w, start, h, w.level_keys, w.gram_kk);
-      if (c.p.want_output) level_gram(w, start, h, w.level_q_panels, w.gram_qk);
+      if (chunk.problem.delta) level_gram(work, start, h, work.level_keys, work.gram_kk);
+      if (chunk.problem.want_output) level_gram(work, start, h, work.level_q_panels, work.gram_qk);
     }
   }
-  for (int64_t start = 0; start < end; start += BASE) base_grams(c, w, start);
-  if (c.p.delta) scale_columns(w.gram_kk, end, w.beta, 0);
-  if (c.p.want_output) scale_columns(w.gram_qk, end, nullptr, c.p.scale);
+  for (int64_t start = 0; start < end; start += BASE) base_grams(chunk, work, start);
+  if (chunk.problem.delta) scale_columns(work.gram_kk, end, work.beta, 0);
+  if (chunk.problem.want_output) scale_columns(work.gram_qk, end, nullptr, chunk.problem.scale);
 }
 
-SLEEPKERN_STAGE void chunk_factors_channel(const Chunk& c, Workspace& w) {
-  const int64_t end = round_up(c.count, PANEL);
-  load_channel_rows(c, w);
-  channel_grams(c, w);
-  running_decay(w, 0, CHUNK, 1, true);
-  const float* all = w.factors + (CHUNK - 1) * w.row_size;
-  for (int64_t d = 0; d < w.K_rows; d += LANES) store(w.chunk_decay + d, load(all + d));
-  pack_decayed(w, w.k_rows, end, w.keys, w.keys_transposed);
-  if (c.p.want_output) pack_decayed(w, w.q_rows, end, w.q_panels, w.q_panels_transposed);
-  for (int64_t t = 0; w.decay_from_start_rows && t < end; ++t)
-    pack_row(w, w.factors + t * w.row_size, t, w.decay_from_start_rows);
-  running_decay(w, CHUNK - 1, CHUNK, -1, false);
+SLEEPKERN_STAGE void chunk_factors_channel(const Chunk& chunk, Workspace& work) {
+  const int64_t end = round_up(chunk.count, PANEL);
+  load_channel_rows(chunk, work);
+  channel_grams(chunk, work);
+  running_decay(work, 0, CHUNK, 1, true);
+  const float* all = work.factors + (CHUNK - 1) * work.row_size;
+  for (int64_t d = 0; d < work.K_rows; d += LANES) store(work.chunk_decay + d, load(all + d));
+  pack_decayed(work, work.k_rows, end, work.keys, work.keys_transposed);
+  if (chunk.problem.want_output) pack_decayed(work, work.q_rows, end, work.q_panels, work.q_panels_transposed);
+  for (int64_t t = 0; work.decay_from_start_rows && t < end; ++t)
+    pack_row(work, work.factors + t * work.row_size, t, work.decay_from_start_rows);
+  running_decay(work, CHUNK - 1, CHUNK, -1, false);
   for (int64_t t = 0; t < end; ++t) {
-    float* row = w.factors + t * w.row_size;
-    if (w.decay_to_end_rows) pack_row(w, row, t, w.decay_to_end_rows);
-    for (int64_t d = 0; d < w.row_size; d += LANES) {
-      store(row + d, load(row + d) * load(w.k_rows + t * w.row_size + d));
+    float* row = work.factors + t * work.row_size;
+    if (work.decay_to_end_rows) pack_row(work, row, t, work.decay_to_end_rows);
+    for (int64_t d = 0; d < work.row_size; d += LANES) {
+      store(row + d, load(row + d) * load(work.k_rows + t * work.row_size + d));
     }
-    pack_row(w, row, t, w.k_tails);
+    pack_row(work, row, t, work.k_tails);
   }
-  for (int64_t t = 0; w.k_tail_columns && t < end; t += LANES)
-    pack_tokens(w, w.factors + t * w.row_size, t, w.k_tail_columns);
+  for (int64_t t = 0; work.k_tail_columns && t < end; t += LANES)
+    pack_tokens(work, work.factors + t * work.row_size, t, work.k_tail_columns);
 }
 
 }  // namespace

@@ -97,46 +97,50 @@ SLEEPKERN_INLINE void decode_tile(const DecodeToken& x, bool delta, float scale,
 }
 
 // Computes one token. Columns that fill no vector are copied to `spare`, [K][LANES], and back.
-static void decode_columns(const DecodeToken& x, const Problem& p, float* state, float* v, float* u, float* y,
+static void decode_columns(const DecodeToken& x, const Problem& problem, float* state, float* v, float* u, float* y,
                            float* spare) {
-  const int64_t whole = p.V / LANES * LANES, width = p.V - whole;
-  if (whole) decode_tile(x, p.delta, p.scale, {state, p.K, p.V, whole}, u, y, v);
+  const int64_t whole = problem.V / LANES * LANES, width = problem.V - whole;
+  if (whole) decode_tile(x, problem.delta, problem.scale, {state, problem.K, problem.V, whole}, u, y, v);
   if (width == 0) return;
-  for (int64_t d = 0; d < p.K; ++d) {
+  for (int64_t d = 0; d < problem.K; ++d) {
     store(spare + d * LANES, Vec{});
-    copy_tail(spare + d * LANES, state + d * p.V + whole, width);
+    copy_tail(spare + d * LANES, state + d * problem.V + whole, width);
   }
-  decode_tile(x, p.delta, p.scale, {spare, p.K, LANES, LANES}, u, y, v + whole);
-  for (int64_t d = 0; d < p.K; ++d) copy_tail(state + d * p.V + whole, spare + d * LANES, width);
+  decode_tile(x, problem.delta, problem.scale, {spare, problem.K, LANES, LANES}, u, y, v + whole);
+  for (int64_t d = 0; d < problem.K; ++d) copy_tail(state + d * problem.V + whole, spare + d * LANES, width);
 }
 
-SLEEPKERN_STAGE void decode_token(const Chunk& c, Workspace& w, int64_t t, float* state) {
-  const Problem& p = c.p;
-  const int64_t size = p.v.type == Type::float32 ? 4 : 2;
-  float *k = w.rows, *q = k + w.row_size, *decay = q + w.row_size, *v = decay + w.row_size;
-  load_token(c, w, p.k, t, k);
-  if (p.want_output) {
-    load_token(c, w, p.q, t, q);
+SLEEPKERN_STAGE void decode_token(const Chunk& chunk, Workspace& work, int64_t t, float* state) {
+  const Problem& problem = chunk.problem;
+  const int64_t size = problem.v.type == Type::float32 ? 4 : 2;
+  float *k = work.rows, *q = k + work.row_size, *decay = q + work.row_size, *v = decay + work.row_size;
+  load_token(chunk, work, problem.k, t, k);
+  if (problem.want_output) {
+    load_token(chunk, work, problem.q, t, q);
   } else {
-    std::memset(q, 0, w.row_size * sizeof(float));
+    std::memset(q, 0, work.row_size * sizeof(float));
   }
-  std::memset(decay, 0, w.row_size * sizeof(float));
-  if (p.gate == Gate::channel) load_row(c.row(p.g, t, c.head * p.K), p.g.type, p.K, decay);
-  const float g = p.gate == Gate::head ? load_scalar(c.row(p.g, t, c.head), p.g.type, 0) : 0.0f;
+  std::memset(decay, 0, work.row_size * sizeof(float));
+  if (problem.gate == Gate::channel)
+    load_row(chunk.row(problem.g, t, chunk.head * problem.K), problem.g.type, problem.K, decay);
+  const float g =
+      problem.gate == Gate::head ? load_scalar(chunk.row(problem.g, t, chunk.head), problem.g.type, 0) : 0.0f;
   Vec qk{};
-  float *decayed_k = w.keys, *decayed_q = w.q_panels;
-  for (int64_t d = 0; d < p.K; d += LANES) {
+  float *decayed_k = work.keys, *decayed_q = work.q_panels;
+  for (int64_t d = 0; d < problem.K; d += LANES) {
     const Vec a = exp_nonpositive(load(decay + d) + g);
     store(decay + d, a);
     store(decayed_k + d, a * load(k + d));
     store(decayed_q + d, a * load(q + d));
     qk += load(k + d) * load(q + d);
   }
-  load_row(c.row(p.v, t, c.head * p.V), p.v.type, p.V, v);
-  const float b = p.beta.data ? load_scalar(c.row(p.beta, t, c.head), p.beta.type, 0) : 1.0f;
-  decode_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, p, state, v, w.gram_kk, w.gram_qk, w.k_tails);
-  if (p.want_output)
-    store_row(v, p.v.type, p.V, static_cast<char*>(p.o) + ((c.first + t) * p.HV + c.head) * p.V * size);
+  load_row(chunk.row(problem.v, t, chunk.head * problem.V), problem.v.type, problem.V, v);
+  const float b = problem.beta.data ? load_scalar(chunk.row(problem.beta, t, chunk.head), problem.beta.type, 0) : 1.0f;
+  decode_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, problem, state, v, work.gram_kk, work.gram_qk,
+                 work.k_tails);
+  if (problem.want_output)
+    store_row(v, problem.v.type, problem.V,
+              static_cast<char*>(problem.o) + ((chunk.first + t) * problem.HV + chunk.head) * problem.V * size);
 }
 
 }  // namespace

@@ -24,10 +24,10 @@ struct PrefetchSchedule {
   explicit PrefetchSchedule(int64_t steps) : steps(steps) {}
 
   // Adds rows of n elements of a chunk's tokens.
-  void add(const Chunk& c, const Rows& x, int64_t offset, int64_t n) {
-    if (!x.data || c.count <= 0) return;
+  void add(const Chunk& chunk, const Rows& x, int64_t offset, int64_t n) {
+    if (!x.data || chunk.count <= 0) return;
     const int64_t size = x.type == Type::float32 ? 4 : 2;
-    add(c.row(x, 0, offset), c.count, x.stride * size, n * size);
+    add(chunk.row(x, 0, offset), chunk.count, x.stride * size, n * size);
   }
 
   void add(const void* first, int64_t rows, int64_t stride, int64_t bytes) {
@@ -36,17 +36,17 @@ struct PrefetchSchedule {
   }
 
   // Adds a head's state in the caller's layout.
-  void add_state(const Problem& p, const float* states, int64_t bh) {
-    const int64_t bytes = p.V * static_cast<int64_t>(sizeof(float));
-    add(states + bh * p.K * p.V, p.K, bytes, bytes);
+  void add_state(const Problem& problem, const float* states, int64_t bh) {
+    const int64_t bytes = problem.V * static_cast<int64_t>(sizeof(float));
+    add(states + bh * problem.K * problem.V, problem.K, bytes, bytes);
   }
 
-  void add_inputs(const Chunk& c) {
-    const Problem& p = c.p;
-    add(c, p.k, c.key_head() * p.K, p.K);
-    add(c, p.v, c.head * p.V, p.V);
-    if (p.want_output) add(c, p.q, c.key_head() * p.K, p.K);
-    if (p.gate == Gate::channel) add(c, p.g, c.head * p.K, p.K);
+  void add_inputs(const Chunk& chunk) {
+    const Problem& problem = chunk.problem;
+    add(chunk, problem.k, chunk.key_head() * problem.K, problem.K);
+    add(chunk, problem.v, chunk.head * problem.V, problem.V);
+    if (problem.want_output) add(chunk, problem.q, chunk.key_head() * problem.K, problem.K);
+    if (problem.gate == Gate::channel) add(chunk, problem.g, chunk.head * problem.K, problem.K);
   }
 
   void step() {

@@ -36,37 +36,37 @@ static bool rounds_too_much(double error, double size) { return error > ROUNDING
 
 // Estimates the share of an error of the state that the chunk keeps. `resemblance` is the sum of (k_i.k_j)^2 with its
 // decay for i >= j; the diagonal is known.
-SLEEPKERN_STAGE void expect_in_state(const Chunk& c, Workspace& w, double resemblance) {
-  ChunkRounding& r = w.chunk_rounding;
+SLEEPKERN_STAGE void expect_in_state(const Chunk& chunk, Workspace& work, double resemblance) {
+  ChunkRounding& r = work.chunk_rounding;
   double diagonal = 0, left = 1, moved = 0;
-  for (int64_t t = 0; t < c.count; ++t) diagonal += static_cast<double>(r.k_length[t]) * r.k_length[t];
-  const double pairs = c.count * (c.count - 1) / 2;
+  for (int64_t t = 0; t < chunk.count; ++t) diagonal += static_cast<double>(r.k_length[t]) * r.k_length[t];
+  const double pairs = chunk.count * (chunk.count - 1) / 2;
   const double alike = pairs > 0 ? (resemblance > diagonal ? (resemblance - diagonal) / pairs : 0) : 0;
-  for (int64_t t = 0; t < c.count; ++t) {
-    const double length = r.k_length[t], write = static_cast<double>(w.beta[t]) * length;
-    left *= 1 - (2 - write) * w.beta[t] * alike;
-    moved += write * write / w.K;
-    r.written[t] = static_cast<float>(length * w.decay_to_end[t] * w.decay_to_end[t]);
+  for (int64_t t = 0; t < chunk.count; ++t) {
+    const double length = r.k_length[t], write = static_cast<double>(work.beta[t]) * length;
+    left *= 1 - (2 - write) * work.beta[t] * alike;
+    moved += write * write / work.K;
+    r.written[t] = static_cast<float>(length * work.decay_to_end[t] * work.decay_to_end[t]);
   }
-  for (int64_t t = c.count; t < c.padded; ++t) r.written[t] = 0;
-  const double kept = static_cast<double>(w.chunk_decay[0]) * w.chunk_decay[0];
-  r.keeps = kept * (c.p.delta ? left : 1);
-  r.moves = c.p.delta ? kept * (moved < 2 ? moved : 2) : 0;
+  for (int64_t t = chunk.count; t < chunk.padded; ++t) r.written[t] = 0;
+  const double kept = static_cast<double>(work.chunk_decay[0]) * work.chunk_decay[0];
+  r.keeps = kept * (chunk.problem.delta ? left : 1);
+  r.moves = chunk.problem.delta ? kept * (moved < 2 ? moved : 2) : 0;
 }
 
-SLEEPKERN_STAGE void expect_in_outputs(const Chunk& c, Workspace& w) {
-  ChunkRounding& r = w.chunk_rounding;
+SLEEPKERN_STAGE void expect_in_outputs(const Chunk& chunk, Workspace& work) {
+  ChunkRounding& r = work.chunk_rounding;
   double output_gain = 0;
-  for (int64_t t = 0; t < c.count; ++t) {
-    const double scale = c.p.scale * w.decay_from_start[t];
+  for (int64_t t = 0; t < chunk.count; ++t) {
+    const double scale = chunk.problem.scale * work.decay_from_start[t];
     output_gain += r.q_length[t] * scale * scale;
   }
-  r.output_gain = output_gain / w.K;
-  for (int64_t j = 0; j < c.padded; ++j) {
+  r.output_gain = output_gain / work.K;
+  for (int64_t j = 0; j < chunk.padded; ++j) {
     Vec squares{};
-    for (int64_t i = j / PANEL * PANEL; i < c.count; i += PANEL) {
+    for (int64_t i = j / PANEL * PANEL; i < chunk.count; i += PANEL) {
       SLEEPKERN_EACH_VEC(n) {
-        const Vec qk = load(w.gram_qk + i * CHUNK + j * PANEL + n * LANES);
+        const Vec qk = load(work.gram_qk + i * CHUNK + j * PANEL + n * LANES);
         squares += qk * qk;
       }
     }
@@ -79,18 +79,18 @@ struct Written {
 };
 
 // Converts the values of a panel to bf16x2: unchanged for outputs, and times write_scale for the state.
-SLEEPKERN_STAGE Written values_to_bf16x2(const Chunk& c, const Workspace& w) {
-  const ChunkRounding& r = w.chunk_rounding;
+SLEEPKERN_STAGE Written values_to_bf16x2(const Chunk& chunk, const Workspace& work) {
+  const ChunkRounding& r = work.chunk_rounding;
   Vec by_state{}, by_outputs{};
-  for (int64_t t = 0; t < c.padded; t += 2) {
+  for (int64_t t = 0; t < chunk.padded; t += 2) {
     SLEEPKERN_EACH_VEC(n) {
-      const Vec low = load(w.values + t * PANEL + n * LANES), high = load(w.values + (t + 1) * PANEL + n * LANES);
+      const Vec low = load(work.values + t * PANEL + n * LANES), high = load(work.values + (t + 1) * PANEL + n * LANES);
       const int64_t at = t / 2 * PANEL + n * LANES;
-      store(w.writes_bf16 + at, interleave(low * w.write_scale[t], high * w.write_scale[t + 1]));
+      store(work.writes_bf16 + at, interleave(low * work.write_scale[t], high * work.write_scale[t + 1]));
       const Vec low_square = low * low, high_square = high * high;
       by_state += low_square * r.written[t] + high_square * r.written[t + 1];
-      if (!c.p.want_output) continue;
-      store(w.values_bf16 + at, interleave(low, high));
+      if (!chunk.problem.want_output) continue;
+      store(work.values_bf16 + at, interleave(low, high));
       by_outputs += low_square * r.output_squares[t] + high_square * r.output_squares[t + 1];
     }
   }
@@ -101,9 +101,9 @@ static Rounding before_any(double state) { return {state, 0, ROUNDING_LIMIT * RO
 
 // Updates a panel's sums after a chunk. output and state are the sums of squares of its outputs and of its new state. A
 // panel whose error is too large is dropped.
-static void expect(Workspace& w, int64_t panel, const Written& written, double output, double state) {
-  const ChunkRounding& r = w.chunk_rounding;
-  Rounding& x = w.rounding[panel];
+static void expect(Workspace& work, int64_t panel, const Written& written, double output, double state) {
+  const ChunkRounding& r = work.chunk_rounding;
+  Rounding& x = work.rounding[panel];
   const double rounded = r.moves * x.state, off = written.by_outputs;
   const double error =
       r.output_gain * (x.state_error + MEAN_SQUARE_ROUNDING * (x.state + rounded)) + 2 * MEAN_SQUARE_ROUNDING * off;
@@ -115,14 +115,14 @@ static void expect(Workspace& w, int64_t panel, const Written& written, double o
   x.state_error = r.keeps * x.state_error + added;
   x.kept_error = r.keeps * x.kept_error + added;
   x.state = state;
-  if (rounds_too_much(x.kept_error, x.state)) w.skipped |= uint32_t{1} << panel;
+  if (rounds_too_much(x.kept_error, x.state)) work.skipped |= uint32_t{1} << panel;
 }
 
 // Drops panels whose outputs are too wrong, at the end of a sequence.
-static void judge_outputs(Workspace& w) {
-  for (int64_t panel = w.first_panel; panel < w.end_panel; ++panel) {
-    const Rounding& x = w.rounding[panel];
-    if (rounds_too_much(x.output_error, x.output)) w.skipped |= uint32_t{1} << panel;
+static void judge_outputs(Workspace& work) {
+  for (int64_t panel = work.first_panel; panel < work.end_panel; ++panel) {
+    const Rounding& x = work.rounding[panel];
+    if (rounds_too_much(x.output_error, x.output)) work.skipped |= uint32_t{1} << panel;
   }
 }
 

@@ -47,31 +47,31 @@ struct WindowFactors {
   float* before;               // a state in panels, for tol
 };
 
-static BlockFactors factors_of(const WindowFactors& x, const Workspace& w, int64_t block, int64_t tokens) {
-  BlockFactors f;
-  f.rows = round_up(tokens, ROWS);
-  f.W = x.factors + block * x.block_size;
-  f.k_tails = f.W + REPLAY_BLOCK * w.K_rows;
-  f.U = f.k_tails + REPLAY_BLOCK * w.K_rows;
-  f.chunk_decay = f.U + REPLAY_BLOCK * w.V_panels * PANEL;
-  return f;
+static BlockFactors factors_of(const WindowFactors& x, const Workspace& work, int64_t block, int64_t tokens) {
+  BlockFactors factors;
+  factors.rows = round_up(tokens, ROWS);
+  factors.W = x.factors + block * x.block_size;
+  factors.k_tails = factors.W + REPLAY_BLOCK * work.K_rows;
+  factors.U = factors.k_tails + REPLAY_BLOCK * work.K_rows;
+  factors.chunk_decay = factors.U + REPLAY_BLOCK * work.V_panels * PANEL;
+  return factors;
 }
 
-static void lay_out(WindowFactors& x, const Workspace& w, int64_t longest, ArenaCursor& take) {
+static void lay_out(WindowFactors& x, const Workspace& work, int64_t longest, ArenaCursor& take) {
   x.blocks = max_of((longest + REPLAY_BLOCK - 1) / REPLAY_BLOCK, 1);
-  x.block_size = REPLAY_BLOCK * (2 * w.K_rows + w.V_panels * PANEL) + w.K_rows;
+  x.block_size = REPLAY_BLOCK * (2 * work.K_rows + work.V_panels * PANEL) + work.K_rows;
   x.factors = take(x.blocks * x.block_size);
-  x.W = take(REPLAY_BLOCK * w.K_rows);
+  x.W = take(REPLAY_BLOCK * work.K_rows);
   x.cross = take(CHUNK * CHUNK);
-  x.first_k_tails = take(CHUNK * w.K_rows);
+  x.first_k_tails = take(CHUNK * work.K_rows);
   x.values = take(REPLAY_BLOCK * PANEL);
-  x.before = take(w.state_size);
+  x.before = take(work.state_size);
 }
 
 // Multiplies one panel of rows by (I + M)^-1, in place.
-SLEEPKERN_STAGE void solve(const Chunk& c, const Workspace& w, float* rows) {
-  for (int64_t i = 0; i < c.padded; i += ROWS) {
-    const float* M = w.gram_kk + column_at(i, CHUNK);
+SLEEPKERN_STAGE void solve(const Chunk& chunk, const Workspace& work, float* rows) {
+  for (int64_t i = 0; i < chunk.padded; i += ROWS) {
+    const float* M = work.gram_kk + column_at(i, CHUNK);
     Tile t;
     load(t, rows + i * PANEL);
     multiply_add<-1>(t, M, rows, i);
@@ -81,29 +81,29 @@ SLEEPKERN_STAGE void solve(const Chunk& c, const Workspace& w, float* rows) {
 }
 
 // Computes the factors of one chunk, as rows `at`, at + 1, ... of a block.
-SLEEPKERN_STAGE void make_factors(const Chunk& c, Workspace& w, const WindowFactors& x, const BlockFactors& f,
-                                  int64_t at) {
-  chunk_factors<float>(c, w);
-  const int64_t bytes = c.padded * PANEL * sizeof(float);
-  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-    float* U = f.U + (panel * REPLAY_BLOCK + at) * PANEL;
-    load_values(c, w, panel);
-    std::memcpy(U, w.values, bytes);
-    if (c.p.delta) solve(c, w, U);
+SLEEPKERN_STAGE void make_factors(const Chunk& chunk, Workspace& work, const WindowFactors& x,
+                                  const BlockFactors& factors, int64_t at) {
+  chunk_factors<float>(chunk, work);
+  const int64_t bytes = chunk.padded * PANEL * sizeof(float);
+  for (int64_t panel = 0; panel < work.V_panels; ++panel) {
+    float* U = factors.U + (panel * REPLAY_BLOCK + at) * PANEL;
+    load_values(chunk, work, panel);
+    std::memcpy(U, work.values, bytes);
+    if (chunk.problem.delta) solve(chunk, work, U);
   }
-  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    std::memcpy(f.k_tails + d * REPLAY_BLOCK + at * PANEL, w.k_tails + d * CHUNK, bytes);
-    if (!c.p.delta) continue;
+  for (int64_t d = 0; d < work.K_rows; d += PANEL) {
+    std::memcpy(factors.k_tails + d * REPLAY_BLOCK + at * PANEL, work.k_tails + d * CHUNK, bytes);
+    if (!chunk.problem.delta) continue;
     float* W = x.W + d * REPLAY_BLOCK + at * PANEL;
-    scale_tokens(c, w.keys_transposed + d * CHUNK, w.prediction_scale, W);
-    solve(c, w, W);
+    scale_tokens(chunk, work.keys_transposed + d * CHUNK, work.prediction_scale, W);
+    solve(chunk, work, W);
   }
 }
 
 // Subtracts X times the first chunk's rows from the second chunk's, in one panel.
-SLEEPKERN_INLINE void subtract_first_chunk(const Chunk& c, const WindowFactors& x, float* first) {
+SLEEPKERN_INLINE void subtract_first_chunk(const Chunk& chunk, const WindowFactors& x, float* first) {
   float* second = first + CHUNK * PANEL;
-  for (int64_t i = 0; i < c.padded; i += ROWS) {
+  for (int64_t i = 0; i < chunk.padded; i += ROWS) {
     Tile t;
     load(t, second + i * PANEL);
     multiply_add<-1>(t, x.cross + column_at(i, CHUNK), first, CHUNK);
@@ -111,66 +111,68 @@ SLEEPKERN_INLINE void subtract_first_chunk(const Chunk& c, const WindowFactors& 
   }
 }
 
-// Merges the WY factors of two chunks into those of one block: c is the second chunk, with its decay in w.chunk_decay;
-// the first chunk is whole, with its decay in f.chunk_decay.
-SLEEPKERN_STAGE void merge(const Chunk& c, const Workspace& w, const WindowFactors& x, const BlockFactors& f) {
-  const int64_t end = round_up(c.count, PANEL);
-  if (c.p.delta) {
-    for (int64_t t = c.padded; t < end; ++t) {
-      for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+// Merges the WY factors of two chunks into those of one block: `chunk` is the second one, with its decay in `work`;
+// the first chunk is whole, with its decay in `factors`.
+SLEEPKERN_STAGE void merge(const Chunk& chunk, const Workspace& work, const WindowFactors& x,
+                           const BlockFactors& factors) {
+  const int64_t end = round_up(chunk.count, PANEL);
+  if (chunk.problem.delta) {
+    for (int64_t t = chunk.padded; t < end; ++t) {
+      for (int64_t d = 0; d < work.K_rows; d += PANEL) {
         SLEEPKERN_EACH_VEC(n) store(x.W + d * REPLAY_BLOCK + (CHUNK + t) * PANEL + n * LANES, Vec{});
       }
     }
-    transpose_panels(f.k_tails, REPLAY_BLOCK, CHUNK, w.K_rows, x.first_k_tails, w.K_rows);
-    transpose_panels(x.W + CHUNK * PANEL, REPLAY_BLOCK, end, w.K_rows, f.W,
-                     w.K_rows);  // f.W is free until the block is done
+    transpose_panels(factors.k_tails, REPLAY_BLOCK, CHUNK, work.K_rows, x.first_k_tails, work.K_rows);
+    transpose_panels(x.W + CHUNK * PANEL, REPLAY_BLOCK, end, work.K_rows, factors.W,
+                     work.K_rows);  // factors.W is free until the block is done
     for (int64_t i = 0; i < end; i += PANEL) {
       for (int64_t j = 0; j < CHUNK; j += ROWS) {
         Tile t;
         clear(t);
-        multiply_add<1>(t, x.first_k_tails + column_at(j, w.K_rows), f.W + i * w.K_rows, w.K);
+        multiply_add<1>(t, x.first_k_tails + column_at(j, work.K_rows), factors.W + i * work.K_rows, work.K);
         store(t, x.cross + i * CHUNK + j * PANEL);
       }
     }
-    for (int64_t panel = 0; panel < w.V_panels; ++panel) subtract_first_chunk(c, x, f.U + panel * REPLAY_BLOCK * PANEL);
+    for (int64_t panel = 0; panel < work.V_panels; ++panel)
+      subtract_first_chunk(chunk, x, factors.U + panel * REPLAY_BLOCK * PANEL);
   }
-  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    float *W = x.W + d * REPLAY_BLOCK, *k_tails = f.k_tails + d * REPLAY_BLOCK;
+  for (int64_t d = 0; d < work.K_rows; d += PANEL) {
+    float *W = x.W + d * REPLAY_BLOCK, *k_tails = factors.k_tails + d * REPLAY_BLOCK;
     SLEEPKERN_EACH_VEC(n) {
-      const Vec first = load(f.chunk_decay + d + n * LANES), second = load(w.chunk_decay + d + n * LANES);
+      const Vec first = load(factors.chunk_decay + d + n * LANES), second = load(work.chunk_decay + d + n * LANES);
       for (int64_t t = 0; t < CHUNK; ++t) {
         float* row = k_tails + t * PANEL + n * LANES;
         store(row, load(row) * second);
       }
-      for (int64_t t = CHUNK; c.p.delta && t < CHUNK + c.padded; ++t) {
+      for (int64_t t = CHUNK; chunk.problem.delta && t < CHUNK + chunk.padded; ++t) {
         float* row = W + t * PANEL + n * LANES;
         store(row, load(row) * first);
       }
-      store(f.chunk_decay + d + n * LANES, first * second);
+      store(factors.chunk_decay + d + n * LANES, first * second);
     }
-    if (c.p.delta) subtract_first_chunk(c, x, W);
+    if (chunk.problem.delta) subtract_first_chunk(chunk, x, W);
   }
 }
 
 // Computes the factors of tokens [first, first + tokens) of a head.
-SLEEPKERN_STAGE BlockFactors make_block(const Problem& p, Workspace& w, const WindowFactors& x, int64_t first,
+SLEEPKERN_STAGE BlockFactors make_block(const Problem& problem, Workspace& work, const WindowFactors& x, int64_t first,
                                         int64_t tokens, int64_t head, int64_t block) {
-  const BlockFactors f = factors_of(x, w, block, tokens);
-  make_factors(Chunk(p, first, min_of(tokens, CHUNK), head), w, x, f, 0);
-  std::memcpy(f.chunk_decay, w.chunk_decay, w.K_rows * sizeof(float));
+  const BlockFactors factors = factors_of(x, work, block, tokens);
+  make_factors(Chunk(problem, first, min_of(tokens, CHUNK), head), work, x, factors, 0);
+  std::memcpy(factors.chunk_decay, work.chunk_decay, work.K_rows * sizeof(float));
   if (tokens > CHUNK) {
-    const Chunk second(p, first + CHUNK, tokens - CHUNK, head);
-    make_factors(second, w, x, f, CHUNK);
-    merge(second, w, x, f);
+    const Chunk second(problem, first + CHUNK, tokens - CHUNK, head);
+    make_factors(second, work, x, factors, CHUNK);
+    merge(second, work, x, factors);
   }
-  if (p.delta) {
-    for (int64_t d = 0; d < w.K_rows; d += PANEL) {
+  if (problem.delta) {
+    for (int64_t d = 0; d < work.K_rows; d += PANEL) {
       float* rows = x.W + d * REPLAY_BLOCK;
-      for (int64_t t = f.rows * PANEL; t < round_up(tokens, PANEL) * PANEL; t += LANES) store(rows + t, Vec{});
+      for (int64_t t = factors.rows * PANEL; t < round_up(tokens, PANEL) * PANEL; t += LANES) store(rows + t, Vec{});
     }
-    transpose_panels(x.W, REPLAY_BLOCK, round_up(tokens, PANEL), w.K_rows, f.W, w.K_rows);
+    transpose_panels(x.W, REPLAY_BLOCK, round_up(tokens, PANEL), work.K_rows, factors.W, work.K_rows);
   }
-  return f;
+  return factors;
 }
 
 }  // namespace

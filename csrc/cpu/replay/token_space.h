@@ -55,7 +55,7 @@ struct TokenSpaceStep {
   const float *Z, *U, *H;
 };
 
-static void lay_out(TokenSpace& x, const Workspace& w, ArenaCursor& take) {
+static void lay_out(TokenSpace& x, const Workspace& work, ArenaCursor& take) {
   for (float** square :
        {&x.Z, &x.R, &x.R_transposed, &x.Z_stride, &x.Z_doubled, &x.G, &x.C, &x.G_transposed, &x.C_transposed}) {
     *square = take(REPLAY_BLOCK * REPLAY_BLOCK);
@@ -63,7 +63,7 @@ static void lay_out(TokenSpace& x, const Workspace& w, ArenaCursor& take) {
   for (float** rows : {&x.H, &x.next, &x.Y, &x.stride_U, &x.stride_H}) {
     *rows = take(REPLAY_BLOCK * PANEL);
   }
-  x.total_decay = take(w.K_rows);
+  x.total_decay = take(work.K_rows);
 }
 
 // The stride, a power of two, with the fewest multiply-adds for all passes, in units of rows^2.
@@ -81,13 +81,13 @@ static int64_t cheapest_stride(int64_t passes, int64_t rows, int64_t columns) {
 }
 
 // out = by X - Z X for one panel X of columns; Z is given transposed.
-SLEEPKERN_STAGE void advance(const BlockFactors& f, const float* Z, float by, const float* X, float* out) {
-  for (int64_t i = 0; i < f.rows; i += ROWS) {
+SLEEPKERN_STAGE void advance(const BlockFactors& factors, const float* Z, float by, const float* X, float* out) {
+  for (int64_t i = 0; i < factors.rows; i += ROWS) {
     Tile t;
     load(t, X + i * PANEL);
     SLEEPKERN_EACH_ROW(r)
       SLEEPKERN_EACH_VEC(n) t.at[r][n] *= by;
-    multiply_add<-1>(t, Z + column_at(i, REPLAY_BLOCK), X, f.rows);
+    multiply_add<-1>(t, Z + column_at(i, REPLAY_BLOCK), X, factors.rows);
     store(t, out + i * PANEL);
   }
 }
@@ -100,8 +100,8 @@ SLEEPKERN_INLINE void substitute_divided(Tile& t, const float* m, const float* i
     SLEEPKERN_EACH_VEC(n) t.at[j][n] *= by;
     SLEEPKERN_EACH_ROW(r) {
       if (r > j) {
-        const Vec f = broadcast(m[j * PANEL + r]);
-        SLEEPKERN_EACH_VEC(n) t.at[r][n] -= f * t.at[j][n];
+        const Vec factors = broadcast(m[j * PANEL + r]);
+        SLEEPKERN_EACH_VEC(n) t.at[r][n] -= factors * t.at[j][n];
       }
     }
   }
@@ -118,18 +118,18 @@ SLEEPKERN_INLINE void factor_diagonal(Tile& t, float* panel, int64_t i, float* i
     SLEEPKERN_EACH_VEC(n) store(row + n * LANES, t.at[j][n] *= broadcast(inverse_diagonal[i + j]));
     SLEEPKERN_EACH_ROW(r) {
       if (r > j) {
-        const Vec f = broadcast(row[(i + r) % PANEL]);
-        SLEEPKERN_EACH_VEC(n) t.at[r][n] -= f * t.at[j][n];
+        const Vec factors = broadcast(row[(i + r) % PANEL]);
+        SLEEPKERN_EACH_VEC(n) t.at[r][n] -= factors * t.at[j][n];
       }
     }
   }
 }
 
 // Replaces x.R = Kt Kt^T by its Cholesky factor R, upper triangular, with zeros left of the diagonal.
-SLEEPKERN_STAGE void factor(const BlockFactors& f, const TokenSpace& x, float* inverse_diagonal) {
-  for (int64_t i = 0; i < f.rows; i += ROWS) {
+SLEEPKERN_STAGE void factor(const BlockFactors& factors, const TokenSpace& x, float* inverse_diagonal) {
+  for (int64_t i = 0; i < factors.rows; i += ROWS) {
     const float* above = x.R + column_at(i, REPLAY_BLOCK);
-    for (int64_t j = i / PANEL * PANEL; j < f.rows; j += PANEL) {
+    for (int64_t j = i / PANEL * PANEL; j < factors.rows; j += PANEL) {
       float* panel = x.R + j * REPLAY_BLOCK;
       Tile t;
       load(t, panel + i * PANEL);
@@ -148,19 +148,19 @@ SLEEPKERN_STAGE void factor(const BlockFactors& f, const TokenSpace& x, float* i
 }
 
 // rows <- R rows of one panel, from the first row on: a row is replaced only after its last use.
-SLEEPKERN_STAGE void multiply_by_factor(const BlockFactors& f, const TokenSpace& x, float* rows) {
-  for (int64_t i = 0; i < f.rows; i += ROWS) {
+SLEEPKERN_STAGE void multiply_by_factor(const BlockFactors& factors, const TokenSpace& x, float* rows) {
+  for (int64_t i = 0; i < factors.rows; i += ROWS) {
     Tile t;
     clear(t);
-    multiply_add<1>(t, x.R_transposed + column_at(i, REPLAY_BLOCK) + i * PANEL, rows + i * PANEL, f.rows - i);
+    multiply_add<1>(t, x.R_transposed + column_at(i, REPLAY_BLOCK) + i * PANEL, rows + i * PANEL, factors.rows - i);
     store(t, rows + i * PANEL);
   }
 }
 
 // rows <- R^-T rows of one panel.
-SLEEPKERN_STAGE void divide_by_factor(const BlockFactors& f, const TokenSpace& x, const float* inverse_diagonal,
+SLEEPKERN_STAGE void divide_by_factor(const BlockFactors& factors, const TokenSpace& x, const float* inverse_diagonal,
                                       float* rows) {
-  for (int64_t i = 0; i < f.rows; i += ROWS) {
+  for (int64_t i = 0; i < factors.rows; i += ROWS) {
     const float* above = x.R + column_at(i, REPLAY_BLOCK);
     Tile t;
     load(t, rows + i * PANEL);
@@ -172,64 +172,67 @@ SLEEPKERN_STAGE void divide_by_factor(const BlockFactors& f, const TokenSpace& x
 
 // Balances the factors of the block, whose W is in window.W. A small term is added to the diagonal of Kt Kt^T, which is
 // singular if two keys are equal. R need not be exact, since any invertible R balances correctly.
-SLEEPKERN_STAGE void balance(const Workspace& w, const WindowFactors& window, const TokenSpace& x,
-                             const BlockFactors& f, int64_t tokens) {
+SLEEPKERN_STAGE void balance(const Workspace& work, const WindowFactors& window, const TokenSpace& x,
+                             const BlockFactors& factors, int64_t tokens) {
   constexpr float LITTLE = 1e-4f;
-  const int64_t end = round_up(tokens, PANEL), rows = round_up(f.rows, LANES);
+  const int64_t end = round_up(tokens, PANEL), rows = round_up(factors.rows, LANES);
   alignas(64) float inverse_diagonal[REPLAY_BLOCK] = {};
-  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    float* k_tails = f.k_tails + d * REPLAY_BLOCK;
-    for (int64_t at = f.rows * PANEL; at < end * PANEL; at += LANES) store(k_tails + at, Vec{});
+  for (int64_t d = 0; d < work.K_rows; d += PANEL) {
+    float* k_tails = factors.k_tails + d * REPLAY_BLOCK;
+    for (int64_t at = factors.rows * PANEL; at < end * PANEL; at += LANES) store(k_tails + at, Vec{});
   }
-  transpose_panels(f.k_tails, REPLAY_BLOCK, end, w.K_rows, f.W,
-                   w.K_rows);  // f.W is only scratch here; W is stored to it below
-  upper_gram<1>(f.W, f.W, w.K_rows, tokens, REPLAY_BLOCK, x.R, [](Vec g, int64_t, int64_t) { return g; });
+  transpose_panels(factors.k_tails, REPLAY_BLOCK, end, work.K_rows, factors.W,
+                   work.K_rows);  // scratch here; W is stored to it below
+  upper_gram<1>(factors.W, factors.W, work.K_rows, tokens, REPLAY_BLOCK, x.R,
+                [](Vec g, int64_t, int64_t) { return g; });
   float largest = 0;
   for (int64_t i = 0; i < tokens; ++i) largest = std::fmax(largest, x.R[column_at(i, REPLAY_BLOCK) + i * PANEL]);
-  for (int64_t i = 0; i < f.rows; ++i) {
+  for (int64_t i = 0; i < factors.rows; ++i) {
     float& diagonal = x.R[column_at(i, REPLAY_BLOCK) + i * PANEL];
     diagonal = i < tokens ? diagonal + LITTLE * largest : 1.0f;
   }
-  factor(f, x, inverse_diagonal);
+  factor(factors, x, inverse_diagonal);
   transpose_panels(x.R, REPLAY_BLOCK, rows, end, x.R_transposed, REPLAY_BLOCK);
-  for (int64_t panel = 0; panel < w.V_panels; ++panel) multiply_by_factor(f, x, f.U + panel * REPLAY_BLOCK * PANEL);
-  for (int64_t d = 0; d < w.K_rows; d += PANEL) {
-    multiply_by_factor(f, x, window.W + d * REPLAY_BLOCK);
-    divide_by_factor(f, x, inverse_diagonal, f.k_tails + d * REPLAY_BLOCK);
+  for (int64_t panel = 0; panel < work.V_panels; ++panel)
+    multiply_by_factor(factors, x, factors.U + panel * REPLAY_BLOCK * PANEL);
+  for (int64_t d = 0; d < work.K_rows; d += PANEL) {
+    multiply_by_factor(factors, x, window.W + d * REPLAY_BLOCK);
+    divide_by_factor(factors, x, inverse_diagonal, factors.k_tails + d * REPLAY_BLOCK);
   }
-  transpose_panels(window.W, REPLAY_BLOCK, end, w.K_rows, f.W, w.K_rows);
+  transpose_panels(window.W, REPLAY_BLOCK, end, work.K_rows, factors.W, work.K_rows);
 }
 
 // Computes Z of the block, transposed; rows up to a whole vector are zero.
-SLEEPKERN_STAGE void token_transition(const Workspace& w, const WindowFactors& window, const TokenSpace& x,
-                                      const BlockFactors& f, int64_t tokens) {
+SLEEPKERN_STAGE void token_transition(const Workspace& work, const WindowFactors& window, const TokenSpace& x,
+                                      const BlockFactors& factors, int64_t tokens) {
   const int64_t end = round_up(tokens, PANEL);
-  transpose_panels(f.k_tails, REPLAY_BLOCK, round_up(tokens, LANES), w.K_rows, window.W, w.K_rows);
+  transpose_panels(factors.k_tails, REPLAY_BLOCK, round_up(tokens, LANES), work.K_rows, window.W, work.K_rows);
   for (int64_t i = 0; i < end; i += PANEL) {
     float* Z = x.Z + i * REPLAY_BLOCK;
-    for (int64_t j = 0; j < f.rows; j += ROWS) {
+    for (int64_t j = 0; j < factors.rows; j += ROWS) {
       Tile t;
       clear(t);
-      multiply_add<1>(t, window.W + column_at(j, w.K_rows), f.W + i * w.K_rows, w.K);
+      multiply_add<1>(t, window.W + column_at(j, work.K_rows), factors.W + i * work.K_rows, work.K);
       store(t, Z + j * PANEL);
     }
-    for (int64_t at = f.rows * PANEL; at < round_up(f.rows, LANES) * PANEL; at += LANES) store(Z + at, Vec{});
+    for (int64_t at = factors.rows * PANEL; at < round_up(factors.rows, LANES) * PANEL; at += LANES)
+      store(Z + at, Vec{});
   }
 }
 
 // Computes Z_m, G_m and C_m for m = stride by doubling from m = 2, where they are linear in Z. Z_m is skipped if no
 // step needs it.
-SLEEPKERN_STAGE void stride_factors(const TokenSpace& x, const BlockFactors& f, int64_t stride, bool repeated) {
-  const int64_t end = round_up(f.rows, PANEL), rows = round_up(f.rows, LANES);
-  const size_t bytes = f.rows * PANEL * sizeof(float);
-  float decay = f.chunk_decay[0];
+SLEEPKERN_STAGE void stride_factors(const TokenSpace& x, const BlockFactors& factors, int64_t stride, bool repeated) {
+  const int64_t end = round_up(factors.rows, PANEL), rows = round_up(factors.rows, LANES);
+  const size_t bytes = factors.rows * PANEL * sizeof(float);
+  float decay = factors.chunk_decay[0];
   transpose_panels(x.Z, REPLAY_BLOCK, rows, end, x.Z_doubled, REPLAY_BLOCK);
   for (int64_t at = 0; at < end * REPLAY_BLOCK; at += LANES) {
     const Vec minus = -load(x.Z_doubled + at);
     store(x.G + at, minus);
     store(x.C + at, minus);
   }
-  for (int64_t i = 0; i < f.rows; ++i) {
+  for (int64_t i = 0; i < factors.rows; ++i) {
     const int64_t diagonal = column_at(i, REPLAY_BLOCK) + i * PANEL;
     // mutant: stride-without-a-pass
     x.G[diagonal] += 1 + decay;
@@ -237,7 +240,7 @@ SLEEPKERN_STAGE void stride_factors(const TokenSpace& x, const BlockFactors& f, 
   }
   auto replace = [&](float* square, const float* Z, float by) {
     for (int64_t i = 0; i < end; i += PANEL) {
-      advance(f, Z, by, square + i * REPLAY_BLOCK, x.next);
+      advance(factors, Z, by, square + i * REPLAY_BLOCK, x.next);
       std::memcpy(square + i * REPLAY_BLOCK, x.next, bytes);
     }
   };
@@ -257,9 +260,9 @@ SLEEPKERN_STAGE void stride_factors(const TokenSpace& x, const BlockFactors& f, 
 }
 
 // next = a Y + U + reach H - Z Y; `first` means that Y is zero.
-SLEEPKERN_STAGE void make_step(const BlockFactors& f, const TokenSpaceStep& s, float reach, bool first, const float* Y,
-                               float* next) {
-  for (int64_t i = 0; i < f.rows; i += ROWS) {
+SLEEPKERN_STAGE void make_step(const BlockFactors& factors, const TokenSpaceStep& s, float reach, bool first,
+                               const float* Y, float* next) {
+  for (int64_t i = 0; i < factors.rows; i += ROWS) {
     Tile t;
     SLEEPKERN_EACH_ROW(r) {
       SLEEPKERN_EACH_VEC(n) {
@@ -268,74 +271,74 @@ SLEEPKERN_STAGE void make_step(const BlockFactors& f, const TokenSpaceStep& s, f
         t.at[r][n] = load(Y + at) * s.decay + load(s.U + at) + load(s.H + at) * reach;
       }
     }
-    if (!first) multiply_add<-1>(t, s.Z + column_at(i, REPLAY_BLOCK), Y, f.rows);
+    if (!first) multiply_add<-1>(t, s.Z + column_at(i, REPLAY_BLOCK), Y, factors.rows);
     store(t, next + i * PANEL);
   }
 }
 
 // out = left X for one panel X of columns.
-SLEEPKERN_STAGE void multiply_rows(const BlockFactors& f, const float* left, const float* X, float* out) {
-  for (int64_t i = 0; i < f.rows; i += ROWS) {
+SLEEPKERN_STAGE void multiply_rows(const BlockFactors& factors, const float* left, const float* X, float* out) {
+  for (int64_t i = 0; i < factors.rows; i += ROWS) {
     Tile t;
     clear(t);
-    multiply_add<1>(t, left + column_at(i, REPLAY_BLOCK), X, f.rows);
+    multiply_add<1>(t, left + column_at(i, REPLAY_BLOCK), X, factors.rows);
     store(t, out + i * PANEL);
   }
 }
 
 // Runs all passes of one value panel; `state` goes from S_0 to S_N. from_zero: S_0 is zero.
-SLEEPKERN_STAGE void replay_panel(const Workspace& w, const TokenSpace& x, const BlockFactors& f, const Replay& r,
-                                  int64_t stride, const float* U, bool delta, bool from_zero, float* state,
-                                  PrefetchSchedule& prefetch) {
+SLEEPKERN_STAGE void replay_panel(const Workspace& work, const TokenSpace& x, const BlockFactors& factors,
+                                  const Replay& r, int64_t stride, const float* U, bool delta, bool from_zero,
+                                  float* state, PrefetchSchedule& prefetch) {
   float *Y = x.Y, *next = x.next, reach = 1;
-  const size_t bytes = f.rows * PANEL * sizeof(float);
+  const size_t bytes = factors.rows * PANEL * sizeof(float);
   std::memset(Y, 0, bytes);
   std::memset(x.H, 0, bytes);
-  if (delta && !from_zero) write_values(w, f, x.H, state, x.H);  // -W S_0
+  if (delta && !from_zero) write_values(work, factors, x.H, state, x.H);  // -W S_0
   int64_t passes_done = 0;
   auto make = [&](const TokenSpaceStep& s, int64_t count) {
     for (; passes_done + count <= r.passes && !stops(r.interrupt); passes_done += count) {
-      make_step(f, s, reach, passes_done == 0 || !delta, Y, next);
+      make_step(factors, s, reach, passes_done == 0 || !delta, Y, next);
       reach *= s.decay;
       float* const last = Y;
       Y = next;
       next = last;
     }
   };
-  const TokenSpaceStep one{f.chunk_decay[0], x.Z, U, x.H};
+  const TokenSpaceStep one{factors.chunk_decay[0], x.Z, U, x.H};
   if (stride > 1) {
-    multiply_rows(f, x.G_transposed, U, x.stride_U);
-    multiply_rows(f, x.C_transposed, x.H, x.stride_H);
+    multiply_rows(factors, x.G_transposed, U, x.stride_U);
+    multiply_rows(factors, x.C_transposed, x.H, x.stride_H);
     float decay = one.decay;
     for (int64_t n = 1; n < stride; n *= 2) decay *= decay;
     make({decay, x.Z_stride, x.stride_U, x.stride_H}, stride);
   }
   make(one, 1);
-  for (int64_t d = 0; d < w.K_rows; ++d) x.total_decay[d] = reach;
-  write_state(w, f, x.total_decay, Y, state, prefetch);
+  for (int64_t d = 0; d < work.K_rows; ++d) x.total_decay[d] = reach;
+  write_state(work, factors, x.total_decay, Y, state, prefetch);
 }
 
 // Runs all passes of a head over its one block.
-SLEEPKERN_STAGE void replay_in_token_space(const Problem& p, const Workspace& w, const WindowFactors& window,
+SLEEPKERN_STAGE void replay_in_token_space(const Problem& problem, const Workspace& work, const WindowFactors& window,
                                            const TokenSpace& x, const Replay& r, int64_t tokens,
                                            PrefetchSchedule& prefetch) {
-  const BlockFactors f = factors_of(window, w, 0, tokens);
-  const int64_t stride = p.delta ? cheapest_stride(r.passes, f.rows, w.V_panels * PANEL) : 1;
-  if (p.delta && r.passes > UNBALANCED_PASSES) balance(w, window, x, f, tokens);
-  if (p.delta) token_transition(w, window, x, f, tokens);
-  if (stride > 1) stride_factors(x, f, stride, r.passes / stride > 1);
-  for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-    replay_panel(w, x, f, r, stride, f.U + panel * REPLAY_BLOCK * PANEL, p.delta, !p.state,
-                 w.state + panel * w.K_rows * PANEL, prefetch);
+  const BlockFactors factors = factors_of(window, work, 0, tokens);
+  const int64_t stride = problem.delta ? cheapest_stride(r.passes, factors.rows, work.V_panels * PANEL) : 1;
+  if (problem.delta && r.passes > UNBALANCED_PASSES) balance(work, window, x, factors, tokens);
+  if (problem.delta) token_transition(work, window, x, factors, tokens);
+  if (stride > 1) stride_factors(x, factors, stride, r.passes / stride > 1);
+  for (int64_t panel = 0; panel < work.V_panels; ++panel) {
+    replay_panel(work, x, factors, r, stride, factors.U + panel * REPLAY_BLOCK * PANEL, problem.delta, !problem.state,
+                 work.state + panel * work.K_rows * PANEL, prefetch);
   }
 }
 
 // Whether the token-space form has lost digits: S_N = a^N S_0 + Kt^T Y is a difference of two large terms if the
 // passes erase nearly all of S_0, and then its rounding error is large. A pass by wy starts from the state that the
 // pass before it left, and loses none.
-static bool cancels(const Workspace& w, const TokenSpace& x, double before) {
+static bool cancels(const Workspace& work, const TokenSpace& x, double before) {
   constexpr double MOST = 4;
-  return x.total_decay[0] * before > MOST * distance(w.state, nullptr, w.state_size);
+  return x.total_decay[0] * before > MOST * distance(work.state, nullptr, work.state_size);
 }
 
 }  // namespace

@@ -17,24 +17,24 @@ namespace sleepkern::SLEEPKERN_ISA {
 namespace {
 
 // out = U - W S of one value panel.
-SLEEPKERN_STAGE void write_values(const Workspace& w, const BlockFactors& f, const float* U, const float* state,
-                                  float* out) {
-  for (int64_t i = 0; i < f.rows; i += ROWS) {
+SLEEPKERN_STAGE void write_values(const Workspace& work, const BlockFactors& factors, const float* U,
+                                  const float* state, float* out) {
+  for (int64_t i = 0; i < factors.rows; i += ROWS) {
     Tile t;
     load(t, U + i * PANEL);
-    multiply_add<-1>(t, f.W + column_at(i, w.K_rows), state, w.K);
+    multiply_add<-1>(t, factors.W + column_at(i, work.K_rows), state, work.K);
     store(t, out + i * PANEL);
   }
 }
 
 // state <- chunk_decay state + Kt^T values of one value panel.
-SLEEPKERN_STAGE void write_state(const Workspace& w, const BlockFactors& f, const float* chunk_decay,
+SLEEPKERN_STAGE void write_state(const Workspace& work, const BlockFactors& factors, const float* chunk_decay,
                                  const float* values, float* state, PrefetchSchedule& prefetch) {
-  for (int64_t d = 0; d < w.K; d += ROWS) {
+  for (int64_t d = 0; d < work.K; d += ROWS) {
     Tile t;
     load(t, state + d * PANEL);
     scale_rows(t, chunk_decay + d);
-    multiply_add<1>(t, f.k_tails + column_at(d, REPLAY_BLOCK), values, f.rows);
+    multiply_add<1>(t, factors.k_tails + column_at(d, REPLAY_BLOCK), values, factors.rows);
     prefetch.step();
     store(t, state + d * PANEL);
   }
@@ -69,32 +69,32 @@ struct ConvergenceTest {
 };
 
 // Runs r.passes passes, or fewer with tol.
-SLEEPKERN_STAGE void replay_passes(Workspace& w, const WindowFactors& x, const Replay& r, int64_t bh, int64_t tokens,
+SLEEPKERN_STAGE void replay_passes(Workspace& work, const WindowFactors& x, const Replay& r, int64_t bh, int64_t tokens,
                                    bool delta, PrefetchSchedule& prefetch) {
   ConvergenceTest test;
   int64_t passes_done = 0;
   for (bool done = false; passes_done < r.passes && !done && !stops(r.interrupt); ++passes_done) {
-    if (r.tol > 0) std::memcpy(x.before, w.state, w.state_size * sizeof(float));
+    if (r.tol > 0) std::memcpy(x.before, work.state, work.state_size * sizeof(float));
     for (int64_t block = 0; block * REPLAY_BLOCK < tokens; ++block) {
-      const BlockFactors f = factors_of(x, w, block, min_of(REPLAY_BLOCK, tokens - block * REPLAY_BLOCK));
-      for (int64_t panel = 0; panel < w.V_panels; ++panel) {
-        float* state = w.state + panel * w.K_rows * PANEL;
-        const float* U = f.U + panel * REPLAY_BLOCK * PANEL;
-        if (delta) write_values(w, f, U, state, x.values);
-        write_state(w, f, f.chunk_decay, delta ? x.values : U, state, prefetch);
+      const BlockFactors factors = factors_of(x, work, block, min_of(REPLAY_BLOCK, tokens - block * REPLAY_BLOCK));
+      for (int64_t panel = 0; panel < work.V_panels; ++panel) {
+        float* state = work.state + panel * work.K_rows * PANEL;
+        const float* U = factors.U + panel * REPLAY_BLOCK * PANEL;
+        if (delta) write_values(work, factors, U, state, x.values);
+        write_state(work, factors, factors.chunk_decay, delta ? x.values : U, state, prefetch);
       }
     }
     if (r.tol <= 0) continue;
-    const double step = distance(w.state, x.before, w.state_size);
+    const double step = distance(work.state, x.before, work.state_size);
     if (passes_done == 0) {
       test.previous = step;
     } else {
-      done = test.converged(step, distance(w.state, nullptr, w.state_size), r.tol);
+      done = test.converged(step, distance(work.state, nullptr, work.state_size), r.tol);
     }
   }
   if (r.residual) r.residual[bh] = static_cast<float>(test.residual);
   if (r.passes_done) r.passes_done[bh] = static_cast<int32_t>(passes_done);
-  if (r.before) store_state(w, x.before, bh, r.before);
+  if (r.before) store_state(work, x.before, bh, r.before);
 }
 
 }  // namespace

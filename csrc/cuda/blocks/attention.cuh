@@ -27,12 +27,12 @@ struct CachedKV {
   Type type;
   int D;
 
-  SLEEPKERN_DEVICE CachedKV(const BlocksParams& c, const BlockLayer& l, const Cta& p, int w, int head)
-      : type(static_cast<Type>(c.type)), D(l.K) {
-    const int64_t at = static_cast<int64_t>(p.first + w) * c.cluster * l.heads + p.rank * l.heads + head;
-    const int64_t first = at * (l.kept + c.L) * D * (type == Type::float32 ? 4 : 2);
-    keys = static_cast<char*>(l.keys) + first;
-    values = static_cast<char*>(l.values) + first;
+  SLEEPKERN_DEVICE CachedKV(const BlocksParams& call, const BlockLayer& layer, const Cta& cta, int w, int head)
+      : type(static_cast<Type>(call.type)), D(layer.K) {
+    const int64_t at = static_cast<int64_t>(cta.first + w) * call.cluster * layer.heads + cta.rank * layer.heads + head;
+    const int64_t first = at * (layer.kept + call.L) * D * (type == Type::float32 ? 4 : 2);
+    keys = static_cast<char*>(layer.keys) + first;
+    values = static_cast<char*>(layer.values) + first;
   }
   SLEEPKERN_DEVICE float one(const char* from, int token, int d, int tokens) const {
     return token < tokens && d < D ? load_one(from, type, static_cast<int64_t>(token) * D + d) : 0.0f;
@@ -62,44 +62,46 @@ struct CachedKV {
 
 // Divides q and k of each row by their root mean square and multiplies by the gain. With `keep` it stores k in global
 // memory.
-SLEEPKERN_DEVICE void normalise_heads(const BlocksParams& c, const BlockLayer& l, const Cta& p, uint16_t* wide,
+SLEEPKERN_DEVICE void normalise_heads(const BlocksParams& call, const BlockLayer& layer, const Cta& cta, uint16_t* wide,
                                       bool keep) {
-  const int cores = 2 * c.tiles, lane = lane_of_warp();
-  for (int task = threadIdx.x >> 5; task < 2 * l.heads * cores; task += WARPS) {
+  const int cores = 2 * call.tiles, lane = lane_of_warp();
+  for (int task = threadIdx.x >> 5; task < 2 * layer.heads * cores; task += WARPS) {
     const Division of = divide(task, cores);
     const int row = 8 * of.rest + (lane & 7), head = of.quotient;  // heads of q, then of k
-    const bool query = head < l.heads;
-    const float square = sum_of_squares(wide, l.into, row, head * l.KP, l.KP);
-    const float factor = rsqrtf(quotient(square, static_cast<float>(l.K)) + (query ? l.q_eps : l.k_eps));
-    const float* gains = query ? l.q_gain : l.k_gain;
-    const bool kept = keep && !query && p.has_token(c, row);
-    for (int d = 8 * (lane >> 3); d < l.KP; d += 32) {
+    const bool query = head < layer.heads;
+    const float square = sum_of_squares(wide, layer.into, row, head * layer.KP, layer.KP);
+    const float factor = rsqrtf(quotient(square, static_cast<float>(layer.K)) + (query ? layer.q_eps : layer.k_eps));
+    const float* gains = query ? layer.q_gain : layer.k_gain;
+    const bool kept = keep && !query && cta.has_token(call, row);
+    for (int d = 8 * (lane >> 3); d < layer.KP; d += 32) {
       float x[8], gain[8];
-      uint4* at = eight_at(wide, l.into, row, head * l.KP + d);
+      uint4* at = eight_at(wide, layer.into, row, head * layer.KP + d);
       read_eight(x, *at);
       load_gains(gain, gains + d);
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] *= factor * gain[e];
       *at = eight_of(x);
       if (!kept) continue;
-      const Division position = divide(row, c.padded());
-      const CachedKV to(c, l, p, position.quotient, head - l.heads);
-      const int64_t first = static_cast<int64_t>(l.kept + position.rest) * l.K;
+      const Division position = divide(row, call.padded());
+      const CachedKV to(call, layer, cta, position.quotient, head - layer.heads);
+      const int64_t first = static_cast<int64_t>(layer.kept + position.rest) * layer.K;
       for (int e = 0; e < 8; ++e) {
-        if (d + e < l.K) store_one(to.keys, to.type, first + d + e, x[e]);
+        if (d + e < layer.K) store_one(to.keys, to.type, first + d + e, x[e]);
       }
     }
   }
 }
 
-SLEEPKERN_DEVICE void keep_values(const BlocksParams& c, const BlockLayer& l, const Cta& p, const uint16_t* wide) {
-  const int each = l.heads * l.K;
-  for (int e = opaque(threadIdx.x); e < p.windows * c.L * each; e += THREADS) {
-    const Division row = divide(e, each), position = divide(row.quotient, c.L), of = divide(row.rest, l.K);
-    const CachedKV to(c, l, p, position.quotient, of.quotient);
-    const int column = (2 * l.heads + of.quotient) * l.KP + of.rest;
-    const float x = from_bf16(wide[at<Mode::bf16>(l.into, position.quotient * c.padded() + position.rest, column)]);
-    store_one(to.values, to.type, static_cast<int64_t>(l.kept + position.rest) * l.K + of.rest, x);
+SLEEPKERN_DEVICE void keep_values(const BlocksParams& call, const BlockLayer& layer, const Cta& cta,
+                                  const uint16_t* wide) {
+  const int each = layer.heads * layer.K;
+  for (int e = opaque(threadIdx.x); e < cta.windows * call.L * each; e += THREADS) {
+    const Division row = divide(e, each), position = divide(row.quotient, call.L), of = divide(row.rest, layer.K);
+    const CachedKV to(call, layer, cta, position.quotient, of.quotient);
+    const int column = (2 * layer.heads + of.quotient) * layer.KP + of.rest;
+    const float x =
+        from_bf16(wide[at<Mode::bf16>(layer.into, position.quotient * call.padded() + position.rest, column)]);
+    store_one(to.values, to.type, static_cast<int64_t>(layer.kept + position.rest) * layer.K + of.rest, x);
   }
 }
 
@@ -161,26 +163,28 @@ struct OnlineSoftmax {
 
 // Computes 16 queries of window w, from query 16 * block on.
 template <int KEYS>
-SLEEPKERN_DEVICE void attend_block(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m, int w,
-                                   int head, int block) {
-  const int start = w * c.padded(), groups = l.KP / 16;
-  const int q_at = head * l.KP, k_at = l.heads * l.KP + q_at, v_at = l.heads * l.KP + k_at;
-  const Blocks16 wide(c, m.wide(), l.into, w);
+SLEEPKERN_DEVICE void attend_block(const BlocksParams& call, const BlockLayer& layer, const Cta& cta,
+                                   const SmemLayout& smem, int w, int head, int block) {
+  const int start = w * call.padded(), groups = layer.KP / 16;
+  const int q_at = head * layer.KP, k_at = layer.heads * layer.KP + q_at, v_at = layer.heads * layer.KP + k_at;
+  const Blocks16 wide(call, smem.wide(), layer.into, w);
   OnlineSoftmax<KEYS> softmax;
-  for (int first = 0; first < l.kept; first += 16) {
-    const CachedKV kept(c, l, p, w, head);
+  for (int first = 0; first < layer.kept; first += 16) {
+    const CachedKV kept(call, layer, cta, w, head);
     float scores[2][4];
     clear(scores);
 #pragma unroll 1
     for (int n = 0; n < groups; ++n) {
       const Fragment<Mode::bf16> q = wide.left(start + 16 * block, q_at + 16 * n);
-      const Fragment<Mode::bf16> k = kept.key_fragment(first, 16 * n, l.kept);
+      const Fragment<Mode::bf16> k = kept.key_fragment(first, 16 * n, layer.kept);
       mma<Mode::bf16>(scores[0], q, k, 0);
       mma<Mode::bf16>(scores[1], q, k, 1);
     }
     softmax.add(
-        scores, groups, [&](int, int j) { return first + j < l.kept; },
-        [&](int n) { return kept.value_fragment(opaque(first), 16 * n, l.kept); });  // opaque: one fragment at a time
+        scores, groups, [&](int, int j) { return first + j < layer.kept; },
+        [&](int n) {
+          return kept.value_fragment(opaque(first), 16 * n, layer.kept);
+        });  // opaque: one fragment at a time
   }
   for (int keys = 0; keys <= block; ++keys) {
     float scores[2][4];
@@ -197,39 +201,40 @@ SLEEPKERN_DEVICE void attend_block(const BlocksParams& c, const BlockLayer& l, c
         scores, groups, [&](int i, int j) { return keys < block || j <= i; },
         [&](int n) { return wide.right_transposed(start + 16 * keys, v_at + 16 * n); });
   }
-  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
+  uint32_t* mixed = reinterpret_cast<uint32_t*>(smem.mixed());
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sum = softmax.sum[r] + shuffle_xor(softmax.sum[r], 1);
     sum += shuffle_xor(sum, 2);
     const int t = 16 * block + row_of(2 * r);
-    if (t >= c.padded()) continue;
-    const float factor = t < c.L ? quotient(1.0f, sum) : 0.0f;
+    if (t >= call.padded()) continue;
+    const float factor = t < call.L ? quotient(1.0f, sum) : 0.0f;
 #pragma unroll
     for (int n = 0; n < softmax.MOST; ++n) {
       if (n >= 2 * groups) continue;
-      mixed[word_of(c.tiles, start + t, head * l.KP + column_of(n, 0))] =
+      mixed[word_of(call.tiles, start + t, head * layer.KP + column_of(n, 0))] =
           pack_bf16(softmax.o[n][2 * r] * factor, softmax.o[n][2 * r + 1] * factor);
     }
   }
 }
 
 template <int KEYS>
-SLEEPKERN_DEVICE void attend(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m, int pass) {
-  const bool keep = pass + 1 == c.passes;
-  normalise_heads(c, l, p, m.wide(), keep);
-  if (keep) keep_values(c, l, p, m.wide());
+SLEEPKERN_DEVICE void attend(const BlocksParams& call, const BlockLayer& layer, const Cta& cta, const SmemLayout& smem,
+                             int pass) {
+  const bool keep = pass + 1 == call.passes;
+  normalise_heads(call, layer, cta, smem.wide(), keep);
+  if (keep) keep_values(call, layer, cta, smem.wide());
   block_barrier();
-  const int blocks = (c.L + 15) / 16, tasks = p.windows * l.heads * blocks;
+  const int blocks = (call.L + 15) / 16, tasks = cta.windows * layer.heads * blocks;
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
-    const Division of = divide(task, blocks), window = divide(of.quotient, l.heads);
-    attend_block<KEYS>(c, l, p, m, window.quotient, window.rest, blocks - 1 - of.rest);
+    const Division of = divide(task, blocks), window = divide(of.quotient, layer.heads);
+    attend_block<KEYS>(call, layer, cta, smem, window.quotient, window.rest, blocks - 1 - of.rest);
   }
-  uint32_t* mixed = reinterpret_cast<uint32_t*>(m.mixed());
-  const int first = p.windows * c.padded(), pairs = l.mixed() / 2;
-  for (int e = opaque(threadIdx.x); e < (16 * c.tiles - first) * pairs; e += THREADS) {
+  uint32_t* mixed = reinterpret_cast<uint32_t*>(smem.mixed());
+  const int first = cta.windows * call.padded(), pairs = layer.mixed() / 2;
+  for (int e = opaque(threadIdx.x); e < (16 * call.tiles - first) * pairs; e += THREADS) {
     const Division of = divide(e, pairs);
-    mixed[word_of(c.tiles, first + of.quotient, 2 * of.rest)] = 0;
+    mixed[word_of(call.tiles, first + of.quotient, 2 * of.rest)] = 0;
   }
 }
 

@@ -35,12 +35,12 @@ constexpr float REINJECT_EPS = 1.1920929e-07f;  // torch's for float32
 
 template <int TILES, int KEYS>
 struct ClusterGroup {
-  const BlocksParams& c;
-  const SmemLayout& m;
-  const Cta& p;
+  const BlocksParams& call;
+  const SmemLayout& smem;
+  const Cta& cta;
 
-  SLEEPKERN_DEVICE int own_groups() const { return c.own_groups(); }
-  SLEEPKERN_DEVICE int all_groups() const { return c.all_groups(); }
+  SLEEPKERN_DEVICE int own_groups() const { return call.own_groups(); }
+  SLEEPKERN_DEVICE int all_groups() const { return call.all_groups(); }
 
   // Calls tile(n-group, tile, x) for this CTA's tiles of 16 rows x 16 columns of h; x is stored if it returns true. A
   // tile belongs to the same warp in every call, so no barrier is needed between two calls. The warp's number is
@@ -50,7 +50,7 @@ struct ClusterGroup {
     const int warp = opaque(threadIdx.x) >> 5, start = first * TILES;
 #pragma unroll 1
     for (int index = start + ((warp - start) & (WARPS - 1)); index < last * TILES; index += WARPS) {
-      float4* at = reinterpret_cast<float4*>(m.h()) + index * 64 + lane_of_warp();
+      float4* at = reinterpret_cast<float4*>(smem.h()) + index * 64 + lane_of_warp();
       const float4 low = at[0], high = at[32];
       float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       if (!tile(index / TILES, index % TILES, x)) continue;
@@ -64,22 +64,23 @@ struct ClusterGroup {
   SLEEPKERN_DEVICE void each_number(int group, int tile, Each f) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int row = 16 * tile + row_of(i & 3), column = p.rank * c.columns + 16 * group + column_of(i >> 2, i & 3);
-      if (column < c.d && p.has_token(c, row)) f(i, p.token(c, row) * c.d + column);
+      const int row = 16 * tile + row_of(i & 3),
+                column = cta.rank * call.columns + 16 * group + column_of(i >> 2, i & 3);
+      if (column < call.d && cta.has_token(call, row)) f(i, cta.token(call, row) * call.d + column);
     }
   }
 
   SLEEPKERN_DEVICE void load() const {
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
       for (float& one : x) one = 0.0f;
-      each_number(group, tile, [&](int i, int64_t at) { x[i] = load_one(c.h, static_cast<Type>(c.type), at); });
+      each_number(group, tile, [&](int i, int64_t at) { x[i] = load_one(call.h, static_cast<Type>(call.type), at); });
       return true;
     });
   }
 
   SLEEPKERN_DEVICE void store() const {
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
-      each_number(group, tile, [&](int i, int64_t at) { store_one(c.out, static_cast<Type>(c.type), at, x[i]); });
+      each_number(group, tile, [&](int i, int64_t at) { store_one(call.out, static_cast<Type>(call.type), at, x[i]); });
       return false;
     });
   }
@@ -87,7 +88,7 @@ struct ClusterGroup {
   // Writes h in bf16 and its sums of squares to all CTAs. A cluster barrier must follow.
   SLEEPKERN_DEVICE void all_gather_h() const {
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
-      const int all = p.rank * own_groups() + group;
+      const int all = cta.rank * own_groups() + group;
       const uint4 words =
           make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
       float upper = x[0] * x[0] + x[1] * x[1] + x[4] * x[4] + x[5] * x[5];
@@ -96,10 +97,10 @@ struct ClusterGroup {
         upper += shuffle_xor(upper, lanes);
         lower += shuffle_xor(lower, lanes);
       }
-      const uint4* to = m.x() + (all * TILES + tile) * 32 + lane_of_warp();
-      const float* sums = m.squares() + all * 16 * TILES + 16 * tile + row_of(0);
+      const uint4* to = smem.x() + (all * TILES + tile) * 32 + lane_of_warp();
+      const float* sums = smem.squares() + all * 16 * TILES + 16 * tile + row_of(0);
 #pragma unroll 1
-      for (int r = 0; r < c.cluster; ++r) {
+      for (int r = 0; r < call.cluster; ++r) {
         store_remote(remote_address(to, r), words);
         if ((lane_of_warp() & 3) == 0) {
           store_remote(remote_address(sums, r), upper);
@@ -117,8 +118,8 @@ struct ClusterGroup {
     cluster_wait();
     for (int row = threadIdx.x; row < 16 * TILES; row += THREADS) {
       float sum = 0.0f;
-      for (int g = 0; g < all_groups(); ++g) sum += m.squares()[g * 16 * TILES + row];
-      m.scale()[row] = rsqrtf(quotient(sum, static_cast<float>(c.d)) + eps);
+      for (int g = 0; g < all_groups(); ++g) sum += smem.squares()[g * 16 * TILES + row];
+      smem.scale()[row] = rsqrtf(quotient(sum, static_cast<float>(call.d)) + eps);
     }
     block_barrier();
   }
@@ -130,14 +131,16 @@ struct ClusterGroup {
   // the other, and a CTA computes while others arrive at the barrier. A warp computes two n-groups at a time, both of
   // one exchange, or one of this exchange and one of the next.
   SLEEPKERN_DEVICE void add_product(WeightStream& weights, const uint4* left, int steps, bool last) const {
-    const int exchanges = c.exchanges(), warp = threadIdx.x >> 5;
+    const int exchanges = call.exchanges(), warp = threadIdx.x >> 5;
     const bool both =
-        paired(TILES) && c.cluster * c.exchange > WARPS;  // c.pairs_in_exchange() with TILES as a constant
-    cluster_arrive();                                     // this CTA has read x
+        paired(TILES) && call.cluster * call.exchange > WARPS;  // call.pairs_in_exchange() with a constant
+    cluster_arrive();                                           // this CTA has read x
     for (int n = 0; n < exchanges; ++n) {
       const bool follows =
           paired(TILES) && !both && n + 1 < exchanges;  // the warp's second n-group belongs to the next exchange
-      const int groups = c.exchange_size(n), others = both ? groups - WARPS : follows ? c.exchange_size(n + 1) : 0;
+      const int groups = call.exchange_size(n), others = both      ? groups - WARPS
+                                                         : follows ? call.exchange_size(n + 1)
+                                                                   : 0;
       Products<TILES> one, other;
       if (warp < groups) multiply_groups<TILES>(weights, left, steps, warp < others, one, other);
       reduce_scatter_add(n - 1, exchanges);
@@ -155,12 +158,12 @@ struct ClusterGroup {
   }
 
   // mutant: one-buffer-for-two-exchanges
-  SLEEPKERN_DEVICE float* buffer_of(int n, int exchanges) const { return m.received((exchanges - 1 - n) & 1); }
+  SLEEPKERN_DEVICE float* buffer_of(int n, int exchanges) const { return smem.received((exchanges - 1 - n) & 1); }
 
   // Sends the i-th n-group of an exchange to the CTA of its columns.
   SLEEPKERN_DEVICE void reduce_scatter_send(float* buffer, int i, const Products<TILES>& acc) const {
-    const Division of = divide(i, c.cluster);
-    const int slot = p.rank * c.exchange + of.quotient;
+    const Division of = divide(i, call.cluster);
+    const int slot = cta.rank * call.exchange + of.quotient;
     const float4* to = reinterpret_cast<const float4*>(buffer) + slot * TILES * 64 + lane_of_warp();
     const RemoteAddress at = remote_address(to, of.rest);
 #pragma unroll
@@ -180,11 +183,12 @@ struct ClusterGroup {
     cluster_wait();
     if (n < 0) return;
     const float4* buffer = reinterpret_cast<const float4*>(buffer_of(n, exchanges));
-    const int first = n * c.exchange, end = first + c.exchange < own_groups() ? first + c.exchange : own_groups();
+    const int first = n * call.exchange,
+              end = first + call.exchange < own_groups() ? first + call.exchange : own_groups();
     each_tile(first, end, [&](int group, int tile, float (&x)[8]) {
 #pragma unroll 2
-      for (int r = 0; r < c.cluster; ++r) {
-        const float4* part = buffer + ((r * c.exchange + group - first) * TILES + tile) * 64 + lane_of_warp();
+      for (int r = 0; r < call.cluster; ++r) {
+        const float4* part = buffer + ((r * call.exchange + group - first) * TILES + tile) * 64 + lane_of_warp();
         const float4 a = part[0], b = part[32];
         const float y[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -195,7 +199,7 @@ struct ClusterGroup {
   }
 
   // Stores q, k, v and gate as a tile.
-  SLEEPKERN_DEVICE void store_inputs(const BlockLayer& l, int group, const Products<TILES>& acc) const {
+  SLEEPKERN_DEVICE void store_inputs(const BlockLayer& layer, int group, const Products<TILES>& acc) const {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -203,8 +207,9 @@ struct ClusterGroup {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
           const int row = 16 * tile + row_of(i), column = 16 * group + column_of(n, i);
-          const float scale = m.scale()[row];
-          store_pair<Mode::bf16>(m.wide(), l.into, row, column, acc[tile][n][i] * scale, acc[tile][n][i + 1] * scale);
+          const float scale = smem.scale()[row];
+          store_pair<Mode::bf16>(smem.wide(), layer.into, row, column, acc[tile][n][i] * scale,
+                                 acc[tile][n][i + 1] * scale);
         }
       }
     }
@@ -214,13 +219,13 @@ struct ClusterGroup {
   // them as all warps take for q, k, v and gate. So the warps share the terms (split K), and their partial sums are
   // added in order. The partial sums are in the memory of `received`, to which no CTA writes before this one has
   // arrived at an exchange.
-  SLEEPKERN_DEVICE void find_rates(const BlockLayer& l, WeightStream& weights) const {
-    const int warp = threadIdx.x >> 5, splits = c.splits();
-    float4* parts = reinterpret_cast<float4*>(m.received(false));
-    for (int group = 0; group < (l.rates() + 15) / 16; ++group) {
+  SLEEPKERN_DEVICE void find_rates(const BlockLayer& layer, WeightStream& weights) const {
+    const int warp = threadIdx.x >> 5, splits = call.splits();
+    float4* parts = reinterpret_cast<float4*>(smem.received(false));
+    for (int group = 0; group < (layer.rates() + 15) / 16; ++group) {
       if (warp < splits) {
         Products<TILES> acc, none;
-        multiply_groups<TILES>(weights, m.x(), all_groups(), false, acc, none, warp, splits);
+        multiply_groups<TILES>(weights, smem.x(), all_groups(), false, acc, none, warp, splits);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -235,23 +240,23 @@ struct ClusterGroup {
         const int i = e & 3, lane = e >> 2 & 31, half = e >> 7 & 1, tile = e >> 8;
         const int row = 16 * tile + (lane >> 2) + 8 * (i >> 1);
         const int number = 16 * group + 8 * half + 2 * (lane & 3) + (i & 1);
-        if (number >= l.rates()) continue;
+        if (number >= layer.rates()) continue;
         float sum = 0.0f;
         for (int w = 0; w < splits; ++w) sum += reinterpret_cast<const float*>(parts)[w * TILES * 256 + e];
-        m.rates()[row * l.rates() + number] = rate(l, number, sum * m.scale()[row]);
+        smem.rates()[row * layer.rates() + number] = rate(layer, number, sum * smem.scale()[row]);
       }
       block_barrier();
     }
   }
-  SLEEPKERN_DEVICE static float rate(const BlockLayer& l, int i, float x) {
-    if (i >= l.value_heads) return l.strength * sigmoid(x);
-    x += l.decay_bias;  // log sigmoid
+  SLEEPKERN_DEVICE static float rate(const BlockLayer& layer, int i, float x) {
+    if (i >= layer.value_heads) return layer.strength * sigmoid(x);
+    x += layer.decay_bias;  // log sigmoid
     return fminf(x, 0.0f) - log_of(1.0f + decayed(-fabsf(x)));
   }
 
   // Stores relu(up)^2 as a left operand.
-  SLEEPKERN_DEVICE void store_hidden(const BlockLayer& l, int group, const Products<TILES>& acc) const {
-    uint4* to = reinterpret_cast<uint4*>(m.wide()) + group * TILES * 32 + lane_of_warp();
+  SLEEPKERN_DEVICE void store_hidden(const BlockLayer& layer, int group, const Products<TILES>& acc) const {
+    uint4* to = reinterpret_cast<uint4*>(smem.wide()) + group * TILES * 32 + lane_of_warp();
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       float x[2][4];
@@ -259,7 +264,7 @@ struct ClusterGroup {
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float y = fmaxf(acc[tile][n][i] * m.scale()[16 * tile + row_of(i)], 0.0f);
+          const float y = fmaxf(acc[tile][n][i] * smem.scale()[16 * tile + row_of(i)], 0.0f);
           x[n][i] = y * y;
         }
       }
@@ -270,24 +275,25 @@ struct ClusterGroup {
 
   // The mixer, then the MLP, as two iterations of one loop: most instructions run once a layer, so their number matters
   // for the instruction cache. With the widest states a loop would take too many registers, and is unrolled.
-  SLEEPKERN_DEVICE void run_layer(const BlockLayer& l, WeightStream& weights, int pass, bool last) const {
+  SLEEPKERN_DEVICE void run_layer(const BlockLayer& layer, WeightStream& weights, int pass, bool last) const {
 #pragma unroll KEYS / 64
     for (int half = 0; half < 2; ++half) {
       const bool mixer = half == 0;
-      wait_for_h(mixer ? l.mixer_eps : l.mlp_eps);
-      product<TILES>(weights, m.x(), all_groups(), (mixer ? l.into : l.hidden) / 16,
+      wait_for_h(mixer ? layer.mixer_eps : layer.mlp_eps);
+      product<TILES>(weights, smem.x(), all_groups(), (mixer ? layer.into : layer.hidden) / 16,
                      [&](int group, const Products<TILES>& acc) {
-                       mixer ? store_inputs(l, group, acc) : store_hidden(l, group, acc);
+                       mixer ? store_inputs(layer, group, acc) : store_hidden(layer, group, acc);
                      });
       if (mixer) {
-        find_rates(l, weights);
+        find_rates(layer, weights);
         // mutant: no-barrier-before-the-mixer
         block_barrier();
-        l.recurrent ? mix_recurrent<KEYS>(c, l, p, m, pass) : attend<KEYS>(c, l, p, m, pass);
+        layer.recurrent ? mix_recurrent<KEYS>(call, layer, cta, smem, pass)
+                        : attend<KEYS>(call, layer, cta, smem, pass);
       }
       block_barrier();
-      add_product(weights, SmemLayout::at<uint4>(mixer ? c.at.x : c.at.wide), (mixer ? l.mixed() : l.hidden) / 16,
-                  last && !mixer);
+      add_product(weights, SmemLayout::at<uint4>(mixer ? call.at.x : call.at.wide),
+                  (mixer ? layer.mixed() : layer.hidden) / 16, last && !mixer);
     }
   }
 
@@ -296,8 +302,8 @@ struct ClusterGroup {
     wait_for_h(REINJECT_EPS);
     each_tile(0, own_groups(), [&](int group, int tile, float (&x)[8]) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] *= m.scale()[16 * tile + row_of(i & 3)];
-      each_number(group, tile, [&](int i, int64_t at) { x[i] += load_one(c.h, static_cast<Type>(c.type), at); });
+      for (int i = 0; i < 8; ++i) x[i] *= smem.scale()[16 * tile + row_of(i & 3)];
+      each_number(group, tile, [&](int i, int64_t at) { x[i] += load_one(call.h, static_cast<Type>(call.type), at); });
       return true;
     });
     cluster_arrive();  // this CTA has read the sums of squares
@@ -307,23 +313,23 @@ struct ClusterGroup {
 };
 
 template <int TILES, int KEYS>
-SLEEPKERN_DEVICE void run_group(const BlocksParams& c) {
-  const SmemLayout m{c};
-  const Cta p(c);
-  m.use();
+SLEEPKERN_DEVICE void run_group(const BlocksParams& call) {
+  const SmemLayout smem{call};
+  const Cta cta(call);
+  smem.use();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < WARPS * c.ring; ++i) mbarrier_create(m.mbarriers() + i, 32);
+    for (int i = 0; i < WARPS * call.ring; ++i) mbarrier_create(smem.mbarriers() + i, 32);
   }
   cluster_arrive();  // all CTAs have started, and their shared memory can be written
   cluster_wait();
-  WeightStream weights(c, p.rank, m.ring(), m.mbarriers());
-  const ClusterGroup<TILES, KEYS> group{c, m, p};
+  WeightStream weights(call, cta.rank, smem.ring(), smem.mbarriers());
+  const ClusterGroup<TILES, KEYS> group{call, smem, cta};
   group.load();
   group.all_gather_h();
-  for (int pass = 0; pass < c.passes; ++pass) {
-    if (pass > 0 && c.reinject) group.reinject();
-    for (int i = 0; i < c.depth; ++i) {
-      group.run_layer(c.layers[i], weights, pass, pass + 1 == c.passes && i + 1 == c.depth);
+  for (int pass = 0; pass < call.passes; ++pass) {
+    if (pass > 0 && call.reinject) group.reinject();
+    for (int i = 0; i < call.depth; ++i) {
+      group.run_layer(call.layers[i], weights, pass, pass + 1 == call.passes && i + 1 == call.depth);
     }
   }
   group.store();
@@ -332,9 +338,9 @@ SLEEPKERN_DEVICE void run_group(const BlocksParams& c) {
 // KEYS is the width of the widest head. Without clusters a CTA has all columns of h, which leaves memory for few rows.
 template <int TILES, int KEYS>
 SLEEPKERN_KERNEL(THREADS, 1)
-blocks_kernel(SLEEPKERN_CONSTANT BlocksParams c) {
+blocks_kernel(SLEEPKERN_CONSTANT BlocksParams call) {
   if constexpr (CLUSTERS || TILES <= ALONE) {
-    run_group<TILES, KEYS>(c);
+    run_group<TILES, KEYS>(call);
   } else {
     trap();  // planned for another device
   }

@@ -10,10 +10,10 @@
 
 namespace sleepkern::cuda {
 
-inline std::string describe(const BlocksParams& c) {
-  return "B = " + std::to_string(c.B) + ", L = " + std::to_string(c.L) + ", d = " + std::to_string(c.d) +
-         ", layers = " + std::to_string(c.depth) + ", passes = " + std::to_string(c.passes) +
-         ", cluster = " + std::to_string(c.cluster) + ", windows of a cluster = " + std::to_string(c.group);
+inline std::string describe(const BlocksParams& call) {
+  return "B = " + std::to_string(call.B) + ", L = " + std::to_string(call.L) + ", d = " + std::to_string(call.d) +
+         ", layers = " + std::to_string(call.depth) + ", passes = " + std::to_string(call.passes) +
+         ", cluster = " + std::to_string(call.cluster) + ", windows of a cluster = " + std::to_string(call.group);
 }
 
 int64_t blocks_memory(const BlocksParams& call) { return smem_offsets(call).end; }

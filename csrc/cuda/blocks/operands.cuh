@@ -61,9 +61,9 @@ struct Blocks16 {
   const uint16_t* tile;
   int cores, last;  // cores in a row of cores; the window's last row of cores
 
-  SLEEPKERN_DEVICE Blocks16(const BlocksParams& c, const uint16_t* tile, int columns, int window)
+  SLEEPKERN_DEVICE Blocks16(const BlocksParams& call, const uint16_t* tile, int columns, int window)
       // mutant: rows-beyond-a-window-are-its-neighbours
-      : tile(tile), cores(columns / 8), last((window + 1) * c.padded() / 8 - 1) {}
+      : tile(tile), cores(columns / 8), last((window + 1) * call.padded() / 8 - 1) {}
 
   SLEEPKERN_DEVICE Fragment<Mode::bf16> load(int row, int column, bool rows_first, bool transposed) const {
     const int lane = lane_of_warp(), low = (lane >> 3) & 1, high = lane >> 4;

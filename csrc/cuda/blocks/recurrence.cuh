@@ -32,10 +32,10 @@ struct TokenBlock {
   float4* scale;       // [token] b, b exp(G) / |k|, exp(G) / |q|, exp(G_C - G) / |k|
   float* block_decay;  // exp(G_C)
 
-  SLEEPKERN_DEVICE TokenBlock(const BlocksParams& c, const BlockLayer& l, const SmemLayout& m, int w, int head,
-                              int block) {
-    char* base =
-        m.token_blocks(l) + static_cast<int64_t>((w * l.value_heads + head) * c.blocks() + block) * TOKEN_BLOCK_BYTES;
+  SLEEPKERN_DEVICE TokenBlock(const BlocksParams& call, const BlockLayer& layer, const SmemLayout& smem, int w,
+                              int head, int block) {
+    char* base = smem.token_blocks(layer) +
+                 static_cast<int64_t>((w * layer.value_heads + head) * call.blocks() + block) * TOKEN_BLOCK_BYTES;
     X = reinterpret_cast<uint4*>(base);
     P = X + 32;
     scale = reinterpret_cast<float4*>(P + 32);
@@ -44,10 +44,10 @@ struct TokenBlock {
 };
 
 template <class Each>
-SLEEPKERN_DEVICE void each_token_block(const BlocksParams& c, const BlockLayer& l, const Cta& p, Each each) {
-  const int tasks = p.windows * l.value_heads * c.blocks();
+SLEEPKERN_DEVICE void each_token_block(const BlocksParams& call, const BlockLayer& layer, const Cta& cta, Each each) {
+  const int tasks = cta.windows * layer.value_heads * call.blocks();
   for (int task = threadIdx.x >> 5; task < tasks; task += WARPS) {
-    const Division of = divide(task, c.blocks()), window = divide(of.quotient, l.value_heads);
+    const Division of = divide(task, call.blocks()), window = divide(of.quotient, layer.value_heads);
     each(window.quotient, window.rest, of.rest);
   }
 }
@@ -82,16 +82,16 @@ SLEEPKERN_DEVICE void invert_token_block(const TokenBlock& factors, const float*
 struct TokenScalars {
   float G, beta, q_scale, k_scale;  // G is the running sum of log decay
 
-  SLEEPKERN_DEVICE TokenScalars(const BlocksParams& c, const BlockLayer& l, const SmemLayout& m, int w, int head,
-                                int block)
+  SLEEPKERN_DEVICE TokenScalars(const BlocksParams& call, const BlockLayer& layer, const SmemLayout& smem, int w,
+                                int head, int block)
       : G(0.0f), beta(0.0f), q_scale(0.0f), k_scale(0.0f) {
-    const int key_head = l.key_head(head), rows = 16 * c.tiles;
-    const int token = lane_of_warp() & 15, row = w * c.padded() + 16 * block + token;
-    if (16 * block + token < c.L) {
-      G = m.rates()[row * l.rates() + head];
-      beta = m.rates()[row * l.rates() + l.value_heads + head];
-      q_scale = m.factors()[key_head * rows + row];
-      k_scale = m.factors()[(l.heads + key_head) * rows + row];
+    const int key_head = layer.key_head(head), rows = 16 * call.tiles;
+    const int token = lane_of_warp() & 15, row = w * call.padded() + 16 * block + token;
+    if (16 * block + token < call.L) {
+      G = smem.rates()[row * layer.rates() + head];
+      beta = smem.rates()[row * layer.rates() + layer.value_heads + head];
+      q_scale = smem.factors()[key_head * rows + row];
+      k_scale = smem.factors()[(layer.heads + key_head) * rows + row];
     }
 #pragma unroll
     for (int step = 1; step < 16; step *= 2) {
@@ -156,14 +156,15 @@ SLEEPKERN_DEVICE void decay_grams(const TokenScalars& x, const float (&kk)[2][4]
 }
 
 // Computes the factors of token block `block` of a head in window w, by one warp.
-SLEEPKERN_DEVICE void token_block_factors(const BlocksParams& c, const BlockLayer& l, const SmemLayout& m, int w,
-                                          int head, int block) {
-  const int q_at = l.key_head(head) * l.KP, k_at = l.heads * l.KP + q_at;
-  const TokenBlock factors(c, l, m, w, head, block);
-  const TokenScalars tokens(c, l, m, w, head, block);
+SLEEPKERN_DEVICE void token_block_factors(const BlocksParams& call, const BlockLayer& layer, const SmemLayout& smem,
+                                          int w, int head, int block) {
+  const int q_at = layer.key_head(head) * layer.KP, k_at = layer.heads * layer.KP + q_at;
+  const TokenBlock factors(call, layer, smem, w, head, block);
+  const TokenScalars tokens(call, layer, smem, w, head, block);
   tokens.store(factors);
   float kk[2][4], qk[2][4], P[2][4];
-  token_block_grams(Blocks16(c, m.wide(), l.into, w), w * c.padded() + 16 * block, q_at, k_at, l.KP, kk, qk);
+  token_block_grams(Blocks16(call, smem.wide(), layer.into, w), w * call.padded() + 16 * block, q_at, k_at, layer.KP,
+                    kk, qk);
   float* M = reinterpret_cast<float*>(factors.X);
   decay_grams(tokens, kk, qk, M, P);
   // mutant: no-warp-barrier-before-inversion
@@ -188,16 +189,16 @@ struct StateTile {
   SLEEPKERN_DEVICE void each(Each f) const {
     const int k = column_of(FIRST, 0), v = v0 + row_of(0), left = K - column_of(0, 0);
     const bool low = v < V, high = v + 8 < V;
-    float* p = at + k * V + v;
+    float* element = at + k * V + v;
 #pragma unroll
     for (int n = FIRST; n < LAST; ++n) {
       if (8 * n >= K) continue;
-      float* next = p + V;
-      f(n, 0, p, low && 8 * n < left);
+      float* next = element + V;
+      f(n, 0, element, low && 8 * n < left);
       f(n, 1, next, low && 8 * n + 1 < left);
-      f(n, 2, p + 8, high && 8 * n < left);
+      f(n, 2, element + 8, high && 8 * n < left);
       f(n, 3, next + 8, high && 8 * n + 1 < left);
-      p += opaque(8 * V);  // without opaque all addresses are computed before the first is used
+      element += opaque(8 * V);  // without opaque all addresses are computed before the first is used
     }
   }
 
@@ -325,26 +326,29 @@ SLEEPKERN_DEVICE void store_state_and_sums(const StateTile<KEYS>& state, bool be
 
 // Scans window w for 16 value columns from v0 on of value head `head`.
 template <int KEYS>
-SLEEPKERN_DEVICE void state_pass(const BlocksParams& c, const BlockLayer& l, const Cta& p, const SmemLayout& m,
-                                 int pass, int w, int head, int v0) {
-  const int HV = c.cluster * l.value_heads, number = p.rank * l.value_heads + head, q_at = l.key_head(head) * l.KP;
+SLEEPKERN_DEVICE void state_pass(const BlocksParams& call, const BlockLayer& layer, const Cta& cta,
+                                 const SmemLayout& smem, int pass, int w, int head, int v0) {
+  const int HV = call.cluster * layer.value_heads, number = cta.rank * layer.value_heads + head,
+            q_at = layer.key_head(head) * layer.KP;
   // without opaque all offsets in the tile are computed before the loop
-  const HeadColumns columns{q_at, l.heads * l.KP + q_at, 2 * l.heads * l.KP + head * l.VP + v0, l.KP / 16,
-                            opaque(l.into)};
-  const Blocks16 wide(c, m.wide(), columns.into, w);
-  const bool begun = l.continued || pass > 0;
-  StateTile<KEYS> state(l.state + (static_cast<int64_t>(p.first + w) * HV + number) * l.K * l.V, l.K, l.V, v0);
+  const HeadColumns columns{q_at, layer.heads * layer.KP + q_at, 2 * layer.heads * layer.KP + head * layer.VP + v0,
+                            layer.KP / 16, opaque(layer.into)};
+  const Blocks16 wide(call, smem.wide(), columns.into, w);
+  const bool begun = layer.continued || pass > 0;
+  StateTile<KEYS> state(layer.state + (static_cast<int64_t>(cta.first + w) * HV + number) * layer.K * layer.V, layer.K,
+                        layer.V, v0);
   if (begun) state.load();
-  for (int block = 0; block < c.blocks(); ++block) {
-    const TokenBlock factors(c, l, m, w, head, block);
-    const int start = w * c.padded() + 16 * block;
+  for (int block = 0; block < call.blocks(); ++block) {
+    const TokenBlock factors(call, layer, smem, w, head, block);
+    const int start = w * call.padded() + 16 * block;
     TokenValues R, O, D;
     multiply_state(state, wide, columns, start, R, O);
-    correct_values(factors, columns, m.wide(), start, c.L - 16 * block, R, O, D);
+    correct_values(factors, columns, smem.wide(), start, call.L - 16 * block, R, O, D);
     update_state(state, wide, columns, start, *factors.block_decay, D);
   }
-  const int index = ((p.first + w) * HV + number) * (l.VP / 16) + v0 / 16;
-  store_state_and_sums(state, begun, c.changes + 2 * (static_cast<int64_t>(pass) * c.sums + l.first_sum + index));
+  const int index = ((cta.first + w) * HV + number) * (layer.VP / 16) + v0 / 16;
+  store_state_and_sums(state, begun,
+                       call.changes + 2 * (static_cast<int64_t>(pass) * call.sums + layer.first_sum + index));
 }
 
 }  // namespace sleepkern::cuda

@@ -48,34 +48,34 @@ inline std::vector<WarpTask> product_tasks(int groups) {
 }
 
 // The tasks of find_rates, where warps share the steps of each n-group.
-inline std::vector<WarpTask> rates_tasks(const BlocksParams& c, int groups) {
+inline std::vector<WarpTask> rates_tasks(const BlocksParams& call, int groups) {
   std::vector<WarpTask> tasks;
   for (int group = 0; group < groups; ++group) {
-    for (int warp = 0; warp < c.splits(); ++warp) tasks.push_back({warp, group, -1, warp, c.splits()});
+    for (int warp = 0; warp < call.splits(); ++warp) tasks.push_back({warp, group, -1, warp, call.splits()});
   }
   return tasks;
 }
 
 // The n-groups of 16 columns of h in exchange n, in the order in which add_product sends them: one for each CTA, then
 // the next one for each.
-inline std::vector<int> exchange_groups(const BlocksParams& c, int n) {
+inline std::vector<int> exchange_groups(const BlocksParams& call, int n) {
   std::vector<int> groups;
-  for (int i = 0; i < c.exchange_size(n); ++i) {
-    groups.push_back(i % c.cluster * c.own_groups() + n * c.exchange + i / c.cluster);
+  for (int i = 0; i < call.exchange_size(n); ++i) {
+    groups.push_back(i % call.cluster * call.own_groups() + n * call.exchange + i / call.cluster);
   }
   return groups;
 }
 
 // The tasks of add_product: a warp's second n-group belongs to the same exchange or to the next one.
-inline std::vector<WarpTask> exchange_tasks(const BlocksParams& c) {
+inline std::vector<WarpTask> exchange_tasks(const BlocksParams& call) {
   std::vector<WarpTask> tasks;
-  for (int n = 0; n < c.exchanges(); ++n) {
-    std::vector<int> one = exchange_groups(c, n), other;
-    if (c.pairs_in_exchange()) {
+  for (int n = 0; n < call.exchanges(); ++n) {
+    std::vector<int> one = exchange_groups(call, n), other;
+    if (call.pairs_in_exchange()) {
       other.assign(one.begin() + std::min<int64_t>(WARPS, one.size()), one.end());
       one.resize(std::min<int64_t>(WARPS, one.size()));
-    } else if (paired(c.tiles) && n + 1 < c.exchanges()) {
-      other = exchange_groups(c, ++n);
+    } else if (paired(call.tiles) && n + 1 < call.exchanges()) {
+      other = exchange_groups(call, ++n);
     }
     for (size_t warp = 0; warp < one.size(); ++warp) {
       tasks.push_back({static_cast<int>(warp), one[warp], warp < other.size() ? other[warp] : -1});
@@ -118,36 +118,37 @@ inline void append_padded(std::vector<int32_t>& to, int32_t first, int32_t scale
 class LayerOrder {
  public:
   LayerOrder(const BlocksParams& call, const BlockLayer& layer, int hidden, int cta_rank, int32_t first)
-      : c(call), l(layer), hidden(hidden), cta_rank(cta_rank), first(first) {}
+      : call(call), layer(layer), hidden(hidden), cta_rank(cta_rank), first(first) {}
 
   int32_t append(std::vector<int32_t>* streams) const {
-    const int keys = c.cluster * l.heads * l.K, values = c.cluster * l.value_heads * l.V;
-    const int32_t gate = first + (2 * keys + values) * c.d, rates = gate + (l.recurrent ? values * c.d : 0);
-    const int32_t out = rates + c.cluster * l.rates() * c.d, up = out + c.d * values, down = up + hidden * c.d;
+    const int keys = call.cluster * layer.heads * layer.K, values = call.cluster * layer.value_heads * layer.V;
+    const int32_t gate = first + (2 * keys + values) * call.d, rates = gate + (layer.recurrent ? values * call.d : 0);
+    const int32_t out = rates + call.cluster * layer.rates() * call.d, up = out + call.d * values,
+                  down = up + hidden * call.d;
     LocalWeight into{{}, columns(1)};
-    heads(into.outputs, first, l.heads, l.K, l.KP, c.d);
-    heads(into.outputs, first + keys * c.d, l.heads, l.K, l.KP, c.d);
-    heads(into.outputs, first + 2 * keys * c.d, l.value_heads, l.V, l.VP, c.d);
-    if (l.recurrent) heads(into.outputs, gate, l.value_heads, l.V, l.VP, c.d);
-    append_tasks(streams, into, product_tasks(l.into / 16));
-    if (l.recurrent) append_tasks(streams, rates_weight(rates), rates_tasks(c, (l.rates() + 15) / 16));
+    heads(into.outputs, first, layer.heads, layer.K, layer.KP, call.d);
+    heads(into.outputs, first + keys * call.d, layer.heads, layer.K, layer.KP, call.d);
+    heads(into.outputs, first + 2 * keys * call.d, layer.value_heads, layer.V, layer.VP, call.d);
+    if (layer.recurrent) heads(into.outputs, gate, layer.value_heads, layer.V, layer.VP, call.d);
+    append_tasks(streams, into, product_tasks(layer.into / 16));
+    if (layer.recurrent) append_tasks(streams, rates_weight(rates), rates_tasks(call, (layer.rates() + 15) / 16));
     LocalWeight mixed{columns(values), {}};
-    heads(mixed.terms, out, l.value_heads, l.V, l.VP, 1);
-    append_tasks(streams, mixed, exchange_tasks(c));
+    heads(mixed.terms, out, layer.value_heads, layer.V, layer.VP, 1);
+    append_tasks(streams, mixed, exchange_tasks(call));
     LocalWeight wider{{}, columns(1)}, narrower{columns(hidden), {}};
-    const int own = std::clamp(hidden - cta_rank * l.hidden, 0, l.hidden);
-    append_padded(wider.outputs, up + cta_rank * l.hidden * c.d, c.d, own, l.hidden);
-    append_tasks(streams, wider, product_tasks(l.hidden / 16));
-    append_padded(narrower.terms, down + cta_rank * l.hidden, 1, own, l.hidden);
-    append_tasks(streams, narrower, exchange_tasks(c));
-    return down + c.d * hidden;
+    const int own = std::clamp(hidden - cta_rank * layer.hidden, 0, layer.hidden);
+    append_padded(wider.outputs, up + cta_rank * layer.hidden * call.d, call.d, own, layer.hidden);
+    append_tasks(streams, wider, product_tasks(layer.hidden / 16));
+    append_padded(narrower.terms, down + cta_rank * layer.hidden, 1, own, layer.hidden);
+    append_tasks(streams, narrower, exchange_tasks(call));
+    return down + call.d * hidden;
   }
 
  private:
   // The columns of h of all CTAs.
   std::vector<int32_t> columns(int32_t scale) const {
     std::vector<int32_t> of;
-    append_padded(of, 0, scale, c.d, c.cluster * c.columns);
+    append_padded(of, 0, scale, call.d, call.cluster * call.columns);
     return of;
   }
   // This CTA's heads of a weight that begins at `start`, each padded to a multiple of 16.
@@ -158,28 +159,29 @@ class LayerOrder {
   }
   LocalWeight rates_weight(int32_t start) const {
     LocalWeight w{{}, columns(1)};
-    const int heads = l.value_heads;
-    append_padded(w.outputs, start + cta_rank * heads * c.d, c.d, heads, heads);
-    append_padded(w.outputs, start + (c.cluster + cta_rank) * heads * c.d, c.d, heads,
-                  (l.rates() + 15) / 16 * 16 - heads);
+    const int heads = layer.value_heads;
+    append_padded(w.outputs, start + cta_rank * heads * call.d, call.d, heads, heads);
+    append_padded(w.outputs, start + (call.cluster + cta_rank) * heads * call.d, call.d, heads,
+                  (layer.rates() + 15) / 16 * 16 - heads);
     return w;
   }
 
-  const BlocksParams& c;
-  const BlockLayer& l;
+  const BlocksParams& call;
+  const BlockLayer& layer;
   int hidden, cta_rank;
   int32_t first;
 };
 
 // hidden [depth] has the hidden columns of each layer in the model.
-inline WeightOrder weight_order(const BlocksParams& c, const std::vector<int>& hidden) {
+inline WeightOrder weight_order(const BlocksParams& call, const std::vector<int>& hidden) {
   WeightOrder order;
-  order.streams.resize(c.cluster * WARPS);
+  order.streams.resize(call.cluster * WARPS);
   int32_t first = 1;
-  for (int i = 0; i < c.depth; ++i) {
+  for (int i = 0; i < call.depth; ++i) {
     int32_t next = first;
-    for (int cta_rank = 0; cta_rank < c.cluster; ++cta_rank) {
-      next = LayerOrder(c, c.layers[i], hidden.at(i), cta_rank, first).append(order.streams.data() + cta_rank * WARPS);
+    for (int cta_rank = 0; cta_rank < call.cluster; ++cta_rank) {
+      next = LayerOrder(call, call.layers[i], hidden.at(i), cta_rank, first)
+                 .append(order.streams.data() + cta_rank * WARPS);
     }
     first = next;
   }

@@ -35,7 +35,7 @@ SLEEPKERN_DEVICE int word_of(int tiles, int row, int column) {
 }
 
 struct WeightStream {
-  const BlocksParams& c;
+  const BlocksParams& call;
   const char* from;  // the warp's stages
   char* ring;
   Mbarrier* mbarriers;
@@ -43,17 +43,17 @@ struct WeightStream {
   int left, next;  // stages whose copy is not issued yet; index in the pass of the next one
   int slot, parity;
 
-  SLEEPKERN_DEVICE WeightStream(const BlocksParams& c, int cta_rank, char* rings, Mbarrier* all) : c(c) {
+  SLEEPKERN_DEVICE WeightStream(const BlocksParams& call, int cta_rank, char* rings, Mbarrier* all) : call(call) {
     const int warp = threadIdx.x >> 5;
-    const int32_t* mine = c.stages + 2 * (cta_rank * WARPS + warp);
-    from = static_cast<const char*>(c.weights) + static_cast<int64_t>(mine[0]) * STAGE;
+    const int32_t* mine = call.stages + 2 * (cta_rank * WARPS + warp);
+    from = static_cast<const char*>(call.weights) + static_cast<int64_t>(mine[0]) * STAGE;
     count = mine[1];
-    left = count * c.passes;
+    left = count * call.passes;
     next = slot = parity = 0;
-    ring = rings + warp * c.ring * STAGE;
-    mbarriers = all + warp * c.ring;
-    plan_prefetch(-PREFETCH_STAGES, PREFETCH_STAGES + c.ring);
-    for (int s = 0; s < c.ring; ++s) issue(s);
+    ring = rings + warp * call.ring * STAGE;
+    mbarriers = all + warp * call.ring;
+    plan_prefetch(-PREFETCH_STAGES, PREFETCH_STAGES + call.ring);
+    for (int s = 0; s < call.ring; ++s) issue(s);
   }
 
   // Prefetches to L2 the stages that follow PREFETCH_STAGES stages after the next one, but none of the next pass.
@@ -84,7 +84,7 @@ struct WeightStream {
   SLEEPKERN_DEVICE void release() {
     // mutant: weights-overwrite-the-next-slot
     issue(slot);
-    if (++slot == c.ring) {
+    if (++slot == call.ring) {
       slot = 0;
       parity ^= 1;
     }

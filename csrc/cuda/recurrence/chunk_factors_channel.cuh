@@ -34,8 +34,8 @@ SLEEPKERN_DEVICE Fragment<MODE> fragment_of(bool right, Element element) {
 }
 
 template <Mode MODE, int KP>
-SLEEPKERN_DEVICE void channel_block(const Problem& p, const Number<MODE>* keys, const ChunkScratch<MODE, KP, true>& w,
-                                    Number<MODE>* P, int I, int J) {
+SLEEPKERN_DEVICE void channel_block(const Problem& problem, const Number<MODE>* keys,
+                                    const ChunkScratch<MODE, KP, true>& scratch, Number<MODE>* P, int I, int J) {
   float kk[2][4], qk[2][4];
   clear(kk);
   clear(qk);
@@ -44,37 +44,39 @@ SLEEPKERN_DEVICE void channel_block(const Problem& p, const Number<MODE>* keys, 
     const int d0 = step * STEP<MODE>;
     auto before = [&](int row, int d) {
       const int j = 16 * J + row;
-      float sum = w.G[(j | 15) * KP + d0 + d] - w.G[j * KP + d0 + d];
-      for (int block = J + 1; block < I; ++block) sum += w.G[(16 * block + 15) * KP + d0 + d];
+      float sum = scratch.G[(j | 15) * KP + d0 + d] - scratch.G[j * KP + d0 + d];
+      for (int block = J + 1; block < I; ++block) sum += scratch.G[(16 * block + 15) * KP + d0 + d];
       return widen(keys[at<MODE>(KP, j, d0 + d)]) * decayed(sum);
     };
     const Fragment<MODE> right = fragment_of<MODE>(true, before);
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       if (which && !P) break;
-      const Number<MODE>* rows = which ? w.Q : keys;
+      const Number<MODE>* rows = which ? scratch.Q : keys;
       const Fragment<MODE> left = fragment_of<MODE>(false, [&](int row, int d) {
         const int i = 16 * I + row;
         // mutant: decay-of-the-row-after
-        return widen(rows[at<MODE>(KP, i, d0 + d)]) * decayed(w.G[i * KP + d0 + d]);
+        return widen(rows[at<MODE>(KP, i, d0 + d)]) * decayed(scratch.G[i * KP + d0 + d]);
       });
       mma<MODE>(which ? qk[0] : kk[0], left, right, 0);
       mma<MODE>(which ? qk[1] : kk[1], left, right, 1);
     }
   }
-  each_element(kk, I, J, [&](int i, int j, float x) { store_element<Mode::fp32x3>(w.M, CHUNK, i, j, w.beta[i] * x); });
-  if (P) each_element(qk, I, J, [&](int i, int j, float x) { store_element<MODE>(P, CHUNK, i, j, p.scale * x); });
+  each_element(kk, I, J, [&](int i, int j, float x) {
+    store_element<Mode::fp32x3>(scratch.M, CHUNK, i, j, scratch.beta[i] * x);
+  });
+  if (P) each_element(qk, I, J, [&](int i, int j, float x) { store_element<MODE>(P, CHUNK, i, j, problem.scale * x); });
 }
 
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void channel_grams(const Problem& p, const Chunk& chunk, const Number<MODE>* keys,
-                                    const ChunkScratch<MODE, KP, true>& w, Number<MODE>* P) {
+SLEEPKERN_DEVICE void channel_grams(const Problem& problem, const Chunk& chunk, const Number<MODE>* keys,
+                                    const ChunkScratch<MODE, KP, true>& scratch, Number<MODE>* P) {
   const int blocks = chunk.blocks(), warp = threadIdx.x >> 5;
-  const Decay<KP, true> decay{w.G};
+  const Decay<KP, true> decay{scratch.G};
   for (int task = warp; task < blocks * (blocks - 1) / 2; task += WARPS) {
     int I = 1, J = task;
     while (J >= I) J -= I++;
-    channel_block<MODE, KP>(p, keys, w, P, I, J);
+    channel_block<MODE, KP>(problem, keys, scratch, P, I, J);
   }
   for (int e = threadIdx.x; e < blocks * 256; e += THREADS) {
     const int i = 16 * (e >> 8) + ((e >> 4) & 15), j = 16 * (e >> 8) + (e & 15);
@@ -83,11 +85,11 @@ SLEEPKERN_DEVICE void channel_grams(const Problem& p, const Chunk& chunk, const 
       for (int d = 0; d < KP; ++d) {
         const float x = widen(keys[at<MODE>(KP, j, d)]) * decay.between(i, j, d);
         kk += widen(keys[at<MODE>(KP, i, d)]) * x;
-        if (P) qk += widen(w.Q[at<MODE>(KP, i, d)]) * x;
+        if (P) qk += widen(scratch.Q[at<MODE>(KP, i, d)]) * x;
       }
     }
-    store_element<Mode::fp32x3>(w.M, CHUNK, i, j, i > j ? w.beta[i] * kk : 0.0f);
-    if (P) store_element<MODE>(P, CHUNK, i, j, p.scale * qk);
+    store_element<Mode::fp32x3>(scratch.M, CHUNK, i, j, i > j ? scratch.beta[i] * kk : 0.0f);
+    if (P) store_element<MODE>(P, CHUNK, i, j, problem.scale * qk);
   }
 }
 

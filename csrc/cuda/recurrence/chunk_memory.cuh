@@ -93,16 +93,16 @@ struct Decay {
 
 // Loads G and beta of a chunk; rows beyond its tokens have g = 0 and beta = 0.
 template <int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void load_gates(const Problem& p, const Chunk& chunk, float* G, float* beta) {
+SLEEPKERN_DEVICE void load_gates(const Problem& problem, const Chunk& chunk, float* G, float* beta) {
   const int lane = lane_of_warp(), warp = threadIdx.x >> 5;
   if (CHANNEL) {
     for (int e = threadIdx.x; e < 4 * KP; e += THREADS) {
       const int d = e % KP;
       float sum = 0.0f;
       for (int j = 16 * (e / KP); j < 16 * (e / KP) + 16; ++j) {
-        if (j < chunk.tokens && d < p.K) {
-          sum +=
-              fmaxf(MIN_LOG_DECAY, load_one(p.g.data, p.g.type, (chunk.first + j) * p.g.stride + chunk.head * p.K + d));
+        if (j < chunk.tokens && d < problem.K) {
+          sum += fmaxf(MIN_LOG_DECAY, load_one(problem.g.data, problem.g.type,
+                                               (chunk.first + j) * problem.g.stride + chunk.head * problem.K + d));
         }
         G[j * KP + d] = sum;
       }
@@ -116,8 +116,9 @@ SLEEPKERN_DEVICE void load_gates(const Problem& p, const Chunk& chunk, float* G,
     };
     for (int j = lane; j < CHUNK; j += 32) {
       float sum = 0.0f, low = 0.0f;
-      if (j < chunk.tokens && p.g.data) {
-        sum = fmaxf(MIN_LOG_DECAY, load_one(p.g.data, p.g.type, (chunk.first + j) * p.g.stride + chunk.head));
+      if (j < chunk.tokens && problem.g.data) {
+        sum = fmaxf(MIN_LOG_DECAY,
+                    load_one(problem.g.data, problem.g.type, (chunk.first + j) * problem.g.stride + chunk.head));
       }
       for (int step = 1; step < 32; step *= 2) {
         const float other = shuffle_up(sum, step), other_low = shuffle_up(low, step);
@@ -132,9 +133,10 @@ SLEEPKERN_DEVICE void load_gates(const Problem& p, const Chunk& chunk, float* G,
   }
   if (warp == WARPS - 1) {
     for (int j = lane; j < CHUNK; j += 32) {
-      beta[j] = j >= chunk.tokens ? 0.0f
-                : p.beta.data     ? load_one(p.beta.data, p.beta.type, (chunk.first + j) * p.beta.stride + chunk.head)
-                                  : 1.0f;
+      beta[j] = j >= chunk.tokens   ? 0.0f
+                : problem.beta.data ? load_one(problem.beta.data, problem.beta.type,
+                                               (chunk.first + j) * problem.beta.stride + chunk.head)
+                                    : 1.0f;
     }
   }
 }

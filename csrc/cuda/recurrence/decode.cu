@@ -6,9 +6,9 @@
 namespace sleepkern::cuda {
 
 void decode(const DecodeParams& params, void* stream) {
-  const Problem& p = params.p;
-  const Grid grid{p.sequences * p.HV, (p.V + DECODE_COLUMNS - 1) / DECODE_COLUMNS};
-  auto* kernel = p.K <= 64 ? decode_kernel<8> : p.K <= 128 ? decode_kernel<16> : decode_kernel<32>;
+  const Problem& problem = params.problem;
+  const Grid grid{problem.sequences * problem.HV, (problem.V + DECODE_COLUMNS - 1) / DECODE_COLUMNS};
+  auto* kernel = problem.K <= 64 ? decode_kernel<8> : problem.K <= 128 ? decode_kernel<16> : decode_kernel<32>;
   run("decode", kernel, grid, DECODE_THREADS, 0, params, stream);
 }
 

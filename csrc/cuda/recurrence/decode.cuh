@@ -88,21 +88,24 @@ struct TokenSums {
 // Decays the state and sums over its rows. Eight rows at a time; the sums for the normalisation are part of the same
 // round of shuffles.
 template <int ROWS>
-SLEEPKERN_DEVICE TokenSums decay_and_sum(const Problem& p, LaneState<ROWS>& state, int64_t token, int head,
+SLEEPKERN_DEVICE TokenSums decay_and_sum(const Problem& problem, LaneState<ROWS>& state, int64_t token, int head,
                                          int64_t key) {
   TokenSums sums{};
   float k[8], q[8], g[8];
-  const float a = p.gate == Gate::head ? decayed(load_one(p.g.data, p.g.type, token * p.g.stride + head)) : 1.0f;
+  const float a = problem.gate == Gate::head
+                      ? decayed(load_one(problem.g.data, problem.g.type, token * problem.g.stride + head))
+                      : 1.0f;
 #pragma unroll
   for (int r = 0; r < ROWS; r += 8) {
     // without opaque the loads of all rows are issued first, which takes too many registers
     const int row = opaque(state.first + r);
-    load_rows(k, p.k, token, key, row, state.K);
-    load_rows(q, p.q, token, key, row, state.K);
-    if (p.gate == Gate::channel) load_rows(g, p.g, token, static_cast<int64_t>(head) * state.K, row, state.K);
+    load_rows(k, problem.k, token, key, row, state.K);
+    load_rows(q, problem.q, token, key, row, state.K);
+    if (problem.gate == Gate::channel)
+      load_rows(g, problem.g, token, static_cast<int64_t>(head) * state.K, row, state.K);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float decay = p.gate == Gate::channel ? decayed(g[i]) : a;
+      const float decay = problem.gate == Gate::channel ? decayed(g[i]) : a;
       sums.kk += k[i] * k[i];
       sums.qq += q[i] * q[i];
       sums.kq += k[i] * q[i];
@@ -119,24 +122,25 @@ SLEEPKERN_DEVICE TokenSums decay_and_sum(const Problem& p, LaneState<ROWS>& stat
 
 // One token: its outputs to `out`, and the state after it.
 template <int ROWS>
-SLEEPKERN_DEVICE void decode_token(const Problem& p, LaneState<ROWS>& state, int64_t token, int head, int64_t key,
+SLEEPKERN_DEVICE void decode_token(const Problem& problem, LaneState<ROWS>& state, int64_t token, int head, int64_t key,
                                    int column, float (&out)[4]) {
-  const TokenSums sums = decay_and_sum(p, state, token, head, key);
-  const float k_scale = p.normalize ? rsqrtf(sum_rows(sums.kk) + NORM_EPS) : 1.0f;
-  const float q_scale = p.normalize ? rsqrtf(sum_rows(sums.qq) + NORM_EPS) : 1.0f;
-  const float beta = p.beta.data ? load_one(p.beta.data, p.beta.type, token * p.beta.stride + head) : 1.0f;
+  const TokenSums sums = decay_and_sum(problem, state, token, head, key);
+  const float k_scale = problem.normalize ? rsqrtf(sum_rows(sums.kk) + NORM_EPS) : 1.0f;
+  const float q_scale = problem.normalize ? rsqrtf(sum_rows(sums.qq) + NORM_EPS) : 1.0f;
+  const float beta =
+      problem.beta.data ? load_one(problem.beta.data, problem.beta.type, token * problem.beta.stride + head) : 1.0f;
   const float kq = sum_rows(sums.kq) * k_scale;
   float u[4], k[8];
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const int64_t at = token * p.v.stride + static_cast<int64_t>(head) * state.V + column + e;
-    const float v = e < state.valid ? load_one(p.v.data, p.v.type, at) : 0.0f;
-    u[e] = beta * (p.delta ? v - k_scale * sum_rows(sums.prediction[e]) : v);
-    out[e] = p.scale * q_scale * (sum_rows(sums.output[e]) + kq * u[e]);
+    const int64_t at = token * problem.v.stride + static_cast<int64_t>(head) * state.V + column + e;
+    const float v = e < state.valid ? load_one(problem.v.data, problem.v.type, at) : 0.0f;
+    u[e] = beta * (problem.delta ? v - k_scale * sum_rows(sums.prediction[e]) : v);
+    out[e] = problem.scale * q_scale * (sum_rows(sums.output[e]) + kq * u[e]);
   }
 #pragma unroll
   for (int r = 0; r < ROWS; r += 8) {
-    load_rows(k, p.k, token, key, state.first + r, state.K);
+    load_rows(k, problem.k, token, key, state.first + r, state.K);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -149,31 +153,33 @@ template <int ROWS>
 SLEEPKERN_KERNEL(DECODE_THREADS, ROWS <= 8    ? 4
                                  : ROWS <= 16 ? 3
                                               : 2)
-decode_kernel(const DecodeParams s) {
-  const Problem& p = s.p;
-  const int64_t sequence = blockIdx.x / p.HV;
-  const int head = static_cast<int>(blockIdx.x % p.HV), K = static_cast<int>(p.K), V = static_cast<int>(p.V);
+decode_kernel(const DecodeParams call) {
+  const Problem& problem = call.problem;
+  const int64_t sequence = blockIdx.x / problem.HV;
+  const int head = static_cast<int>(blockIdx.x % problem.HV), K = static_cast<int>(problem.K),
+            V = static_cast<int>(problem.V);
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first = (lane >> 2) * ROWS;
   const int column = static_cast<int>(blockIdx.y) * DECODE_COLUMNS + 16 * warp + 4 * (lane & 3), valid = V - column;
   if (static_cast<int>(blockIdx.y) * DECODE_COLUMNS + 16 * warp >= V) return;  // the whole warp returns
-  const int64_t index = s.indices ? s.indices[sequence] : sequence;
-  const int64_t key = static_cast<int64_t>(head / static_cast<int>(p.HV / p.H)) * K;
-  const bool aligned = V % 4 == 0 && s.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.final_state) % 16 == 0;
+  const int64_t index = call.indices ? call.indices[sequence] : sequence;
+  const int64_t key = static_cast<int64_t>(head / static_cast<int>(problem.HV / problem.H)) * K;
+  const bool aligned = V % 4 == 0 && call.stride % 4 == 0 && reinterpret_cast<uintptr_t>(problem.final_state) % 16 == 0;
 
   LaneState<ROWS> state;
-  state.data = p.final_state + index * s.stride + static_cast<int64_t>(head) * K * V + column;
+  state.data = problem.final_state + index * call.stride + static_cast<int64_t>(head) * K * V + column;
   state.first = first;
   state.K = K;
   state.V = V;
   state.valid = valid;
   state.aligned = aligned;
   if (index >= 0) state.load();
-  for (int64_t token = sequence * p.T; token < (sequence + 1) * p.T; ++token) {
+  for (int64_t token = sequence * problem.T; token < (sequence + 1) * problem.T; ++token) {
     float out[4] = {};
-    if (index >= 0) decode_token(p, state, token, head, key, column, out);
+    if (index >= 0) decode_token(problem, state, token, head, key, column, out);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (lane < 4 && e < valid) store_one(p.o, p.v.type, (token * p.HV + head) * p.V + column + e, out[e]);
+      if (lane < 4 && e < valid)
+        store_one(problem.o, problem.v.type, (token * problem.HV + head) * problem.V + column + e, out[e]);
     }
   }
   // mutant: padded-rows-of-a-pool-are-written

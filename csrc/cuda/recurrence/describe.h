@@ -8,18 +8,19 @@
 
 namespace sleepkern::cuda {
 
-inline std::string describe(const Problem& p) {
-  return "sequences = " + std::to_string(p.sequences) + ", T = " + std::to_string(p.T) +
-         ", HV = " + std::to_string(p.HV) + ", K = " + std::to_string(p.K) + ", V = " + std::to_string(p.V);
+inline std::string describe(const Problem& problem) {
+  return "sequences = " + std::to_string(problem.sequences) + ", T = " + std::to_string(problem.T) +
+         ", HV = " + std::to_string(problem.HV) + ", K = " + std::to_string(problem.K) +
+         ", V = " + std::to_string(problem.V);
 }
-inline std::string describe(const ReplayParams& c) {
-  return describe(c.p) + ", passes = " + std::to_string(c.passes) + ", v_tile = " + std::to_string(c.v_tile) +
-         ", slots = " + std::to_string(c.slots);
+inline std::string describe(const ReplayParams& call) {
+  return describe(call.problem) + ", passes = " + std::to_string(call.passes) +
+         ", v_tile = " + std::to_string(call.v_tile) + ", slots = " + std::to_string(call.slots);
 }
-inline std::string describe(const DecodeParams& s) { return describe(s.p); }
-inline std::string describe(const PowersParams& c) {
-  return "heads = " + std::to_string(c.heads) + ", K = " + std::to_string(c.K) + ", V = " + std::to_string(c.V) +
-         ", passes = " + std::to_string(c.passes);
+inline std::string describe(const DecodeParams& call) { return describe(call.problem); }
+inline std::string describe(const PowersParams& call) {
+  return "heads = " + std::to_string(call.heads) + ", K = " + std::to_string(call.K) +
+         ", V = " + std::to_string(call.V) + ", passes = " + std::to_string(call.passes);
 }
 
 }  // namespace sleepkern::cuda

@@ -17,38 +17,39 @@ int64_t multi_chunk_memory(int mode, int K, bool want_output, int v_tile, int sl
 }
 
 void chunk_factors(const ReplayParams& call, void* stream) {
-  const bool channel = call.p.gate == Gate::channel;
-  const int64_t shared = single_chunk_memory(call.mode, static_cast<int>(call.p.K), call.p.want_output, channel);
-  with_kernel(call.mode, call.p.K, [&](auto m, auto width) {
+  const bool channel = call.problem.gate == Gate::channel;
+  const int64_t shared =
+      single_chunk_memory(call.mode, static_cast<int>(call.problem.K), call.problem.want_output, channel);
+  with_kernel(call.mode, call.problem.K, [&](auto m, auto width) {
     constexpr Mode MODE = decltype(m)::value;
     constexpr int KP = decltype(width)::value;
     run("chunk_factors", channel ? chunk_factors_kernel<MODE, KP, true> : chunk_factors_kernel<MODE, KP, false>,
-        {slots_of(call.p), call.p.HV}, THREADS, shared, call, stream);
+        {slots_of(call.problem), call.problem.HV}, THREADS, shared, call, stream);
   });
 }
 
 void multi_chunk(const ReplayParams& call, void* stream) {
-  const Grid grid{call.p.sequences * call.p.HV * call.v_tiles, 1};
-  const int K = static_cast<int>(call.p.K);
-  const auto state_pass = [&](const ReplayParams& c) {
-    const int64_t shared = multi_chunk_memory(c.mode, K, c.p.want_output, c.v_tile, c.slots);
-    with_kernel(c.mode, K, [&](auto m, auto width) {
-      run("state_pass", state_pass_kernel<decltype(m)::value, decltype(width)::value>, grid, THREADS, shared, c,
+  const Grid grid{call.problem.sequences * call.problem.HV * call.v_tiles, 1};
+  const int K = static_cast<int>(call.problem.K);
+  const auto state_pass = [&](const ReplayParams& params) {
+    const int64_t shared = multi_chunk_memory(params.mode, K, params.problem.want_output, params.v_tile, params.slots);
+    with_kernel(params.mode, K, [&](auto m, auto width) {
+      run("state_pass", state_pass_kernel<decltype(m)::value, decltype(width)::value>, grid, THREADS, shared, params,
           stream);
     });
   };
   if (!call.affine) return state_pass(call);
-  if (call.passes > (call.p.want_output && !call.stops() ? 1 : 0)) {
+  if (call.passes > (call.problem.want_output && !call.stops() ? 1 : 0)) {
     const int64_t shared = multi_chunk_memory(call.mode, K, false, call.v_tile, call.slots);
     with_kernel(call.mode, K, [&](auto m, auto width) {
       run("affine", affine_kernel<decltype(m)::value, decltype(width)::value>, grid, THREADS, shared, call, stream);
     });
   }
-  if (!call.p.want_output) return;
+  if (!call.problem.want_output) return;
   ReplayParams last = call;
   last.passes = 1;
   last.residual = nullptr;
-  if (call.passes > 1 || call.stops()) last.p.state = call.before;
+  if (call.passes > 1 || call.stops()) last.problem.state = call.before;
   state_pass(last);
 }
 

@@ -32,12 +32,12 @@ struct GlobalFactors {
   float *chunk_decay, *U;
   Number<MODE>* queries;
 
-  SLEEPKERN_DEVICE GlobalFactors(const ReplayParams& c, int64_t slot, int head) {
-    const int64_t index = slot * c.p.HV + head;
-    tiles = static_cast<Number<MODE>*>(c.factors.tiles) + index * TILES;
-    chunk_decay = c.factors.chunk_decay + index * KP;
-    U = c.factors.U + index * groups_of(c.p) * GROUP;
-    queries = c.factors.queries ? static_cast<Number<MODE>*>(c.factors.queries) + index * QUERIES : nullptr;
+  SLEEPKERN_DEVICE GlobalFactors(const ReplayParams& call, int64_t slot, int head) {
+    const int64_t index = slot * call.problem.HV + head;
+    tiles = static_cast<Number<MODE>*>(call.factors.tiles) + index * TILES;
+    chunk_decay = call.factors.chunk_decay + index * KP;
+    U = call.factors.U + index * groups_of(call.problem) * GROUP;
+    queries = call.factors.queries ? static_cast<Number<MODE>*>(call.factors.queries) + index * QUERIES : nullptr;
   }
 };
 
@@ -49,55 +49,55 @@ SLEEPKERN_DEVICE void copy_out(T* to, const T* from, int count) {
 }
 
 // The chunk of a slot; `tokens` is 0 for a slot without a chunk.
-SLEEPKERN_DEVICE Chunk chunk_of_slot(const Problem& p, int64_t slot, int head) {
+SLEEPKERN_DEVICE Chunk chunk_of_slot(const Problem& problem, int64_t slot, int head) {
   int64_t sequence = 0;
-  if (p.offsets) {
-    int64_t beyond = p.sequences;  // binary search for the last sequence whose first slot is not after this slot
+  if (problem.offsets) {
+    int64_t beyond = problem.sequences;  // binary search for the last sequence whose first slot is not after this slot
     while (beyond - sequence > 1) {
       const int64_t middle = (sequence + beyond) / 2;
-      (first_slot(p, middle) <= slot ? sequence : beyond) = middle;
+      (first_slot(problem, middle) <= slot ? sequence : beyond) = middle;
     }
   } else {
-    sequence = slot / ((p.T + CHUNK - 1) / CHUNK);
+    sequence = slot / ((problem.T + CHUNK - 1) / CHUNK);
   }
-  const int64_t first = p.first(sequence) + (slot - first_slot(p, sequence)) * CHUNK;
-  const int64_t left = p.first(sequence + 1) - first;
+  const int64_t first = problem.first(sequence) + (slot - first_slot(problem, sequence)) * CHUNK;
+  const int64_t left = problem.first(sequence + 1) - first;
   return {first, static_cast<int>(left < 0 ? 0 : left < CHUNK ? left : CHUNK), head};
 }
 
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_KERNEL(THREADS, 2)
-chunk_factors_kernel(const ReplayParams c) {
-  const Problem& p = c.p;
-  const Chunk chunk = chunk_of_slot(p, blockIdx.x, blockIdx.y);
+chunk_factors_kernel(const ReplayParams call) {
+  const Problem& problem = call.problem;
+  const Chunk chunk = chunk_of_slot(problem, blockIdx.x, blockIdx.y);
   if (chunk.tokens == 0) return;
-  const ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.want_output);
-  const ChunkScratch<MODE, KP, CHANNEL>& scratch = m.scratch;
-  const GlobalFactors<MODE, KP> slot(c, blockIdx.x, chunk.head);
-  const int warp = threadIdx.x >> 5, V = static_cast<int>(p.V);
+  const ChunkMemory<MODE, KP, CHANNEL> smem(shared_memory(), problem.want_output);
+  const ChunkScratch<MODE, KP, CHANNEL>& scratch = smem.scratch;
+  const GlobalFactors<MODE, KP> slot(call, blockIdx.x, chunk.head);
+  const int warp = threadIdx.x >> 5, V = static_cast<int>(problem.V);
 
-  compute_chunk_factors<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, scratch);
+  compute_chunk_factors<MODE, KP, CHANNEL>(problem, chunk, smem.keys, smem.W, smem.P, scratch);
   for (int start = 0; start < V; start += VALUES) {
-    load_tile<MODE, VALUES>(scratch.V, p.v, chunk, static_cast<int64_t>(chunk.head) * V + start, V - start, false,
+    load_tile<MODE, VALUES>(scratch.V, problem.v, chunk, static_cast<int64_t>(chunk.head) * V + start, V - start, false,
                             [](int, int, float x) { return x; });
     block_barrier();
     const int group = start / 16 + warp;
-    if (warp < VALUES / 16 && group < groups_of(p)) {
+    if (warp < VALUES / 16 && group < groups_of(problem)) {
       Values U;
       factor_U<MODE, KP, CHANNEL>(scratch, warp, chunk.blocks(), U);
       store_values(U, slot.U, group);
     }
     block_barrier();
   }
-  finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.chunk_decay, scratch.G);
-  if (p.want_output) load_queries<MODE, KP, CHANNEL>(p, chunk, scratch.Q, scratch.G);
+  finish_keys<MODE, KP, CHANNEL>(problem, chunk, smem.keys, smem.chunk_decay, scratch.G);
+  if (problem.want_output) load_queries<MODE, KP, CHANNEL>(problem, chunk, scratch.Q, scratch.G);
   block_barrier();
-  copy_out(slot.tiles, m.W, CHUNK * KP);
-  copy_out(slot.tiles + CHUNK * KP, m.keys, CHUNK * KP);
-  copy_out(slot.chunk_decay, m.chunk_decay, KP);
-  if (p.want_output) {
+  copy_out(slot.tiles, smem.W, CHUNK * KP);
+  copy_out(slot.tiles + CHUNK * KP, smem.keys, CHUNK * KP);
+  copy_out(slot.chunk_decay, smem.chunk_decay, KP);
+  if (problem.want_output) {
     copy_out(slot.queries, scratch.Q, CHUNK * KP);
-    copy_out(slot.queries + CHUNK * KP, m.P, CHUNK * CHUNK);
+    copy_out(slot.queries + CHUNK * KP, smem.P, CHUNK * CHUNK);
   }
 }
 
@@ -133,7 +133,7 @@ struct MultiChunkMemory {
   }
   SLEEPKERN_DEVICE SmemSlot at(int slot) const {
     const int bytes = slot * stride;
-    auto moved = [bytes](auto* p) { return reinterpret_cast<decltype(p)>(reinterpret_cast<char*>(p) + bytes); };
+    auto moved = [bytes](auto* at) { return reinterpret_cast<decltype(at)>(reinterpret_cast<char*>(at) + bytes); };
     return {moved(first.tiles), moved(first.chunk_decay), moved(first.U)};
   }
 };
@@ -142,8 +142,8 @@ struct MultiChunkMemory {
 // resident window is loaded once.
 template <Mode MODE, int KP>
 struct ChunkStream {
-  const ReplayParams& c;
-  const MultiChunkMemory<MODE, KP>& m;
+  const ReplayParams& call;
+  const MultiChunkMemory<MODE, KP>& smem;
   int64_t first;  // first slot of the sequence in global memory
   int head, chunks, column;
   bool resident;
@@ -151,14 +151,14 @@ struct ChunkStream {
   int issued = 0, consumed = 0, query_loads = 0;
 
   SLEEPKERN_DEVICE void issue() {
-    const int slot = issued % c.slots;
-    const auto to = m.at(slot);
-    const GlobalFactors<MODE, KP> from(c, first + issued % chunks, head);
-    const int left = groups_of(c.p) - column / 16, groups = left < c.v_tile / 16 ? left : c.v_tile / 16;
+    const int slot = issued % call.slots;
+    const auto to = smem.at(slot);
+    const GlobalFactors<MODE, KP> from(call, first + issued % chunks, head);
+    const int left = groups_of(call.problem) - column / 16, groups = left < call.v_tile / 16 ? left : call.v_tile / 16;
     const int values = groups * GlobalFactors<MODE, KP>::GROUP * static_cast<int>(sizeof(float));
     const int tiles = GlobalFactors<MODE, KP>::TILES * static_cast<int>(sizeof(Number<MODE>));
     const int chunk_decay = KP * static_cast<int>(sizeof(float));
-    Mbarrier* mbarrier = m.mbarriers + slot;
+    Mbarrier* mbarrier = smem.mbarriers + slot;
     copy_begin(mbarrier, tiles + chunk_decay + values);
     copy_part(mbarrier, to.tiles, from.tiles, tiles);
     copy_part(mbarrier, to.chunk_decay, from.chunk_decay, chunk_decay);
@@ -167,14 +167,14 @@ struct ChunkStream {
     ++issued;
   }
   SLEEPKERN_DEVICE void fill() {
-    while (issued < loads && issued < consumed + c.slots) issue();
+    while (issued < loads && issued < consumed + call.slots) issue();
   }
   SLEEPKERN_DEVICE typename MultiChunkMemory<MODE, KP>::SmemSlot next() const {
-    const int slot = resident ? consumed % chunks : consumed % c.slots;
+    const int slot = resident ? consumed % chunks : consumed % call.slots;
     // mutant: no-wait-for-a-copy
     // mutant: wait-for-the-wrong-phase
-    if (consumed < issued) copy_wait(m.mbarriers + slot, consumed / c.slots & 1);
-    return m.at(slot);
+    if (consumed < issued) copy_wait(smem.mbarriers + slot, consumed / call.slots & 1);
+    return smem.at(slot);
   }
   SLEEPKERN_DEVICE void done() {
     ++consumed;
@@ -185,13 +185,13 @@ struct ChunkStream {
   }
   // Loads Qe and P of chunk i, for which there is one slot.
   SLEEPKERN_DEVICE void load_queries(int i) {
-    const GlobalFactors<MODE, KP> from(c, first + i, head);
-    Mbarrier* mbarrier = m.mbarriers + MultiChunkMemory<MODE, KP>::MOST;
+    const GlobalFactors<MODE, KP> from(call, first + i, head);
+    Mbarrier* mbarrier = smem.mbarriers + MultiChunkMemory<MODE, KP>::MOST;
     const int bytes = GlobalFactors<MODE, KP>::QUERIES * static_cast<int>(sizeof(Number<MODE>));
     // mutant: no-barrier-before-queries-are-loaded
     block_barrier();  // all warps have read those of the chunk before
     copy_begin(mbarrier, bytes);
-    copy_part(mbarrier, m.queries, from.queries, bytes);
+    copy_part(mbarrier, smem.queries, from.queries, bytes);
     copy_end(mbarrier);
     copy_wait(mbarrier, query_loads++ & 1);
   }
@@ -205,69 +205,70 @@ struct HeadTile {
   int column_or_end;  // `column`, or V for a warp without columns
   bool active;
 
-  SLEEPKERN_DEVICE explicit HeadTile(const ReplayParams& c)
-      : bh(blockIdx.x / c.v_tiles),
-        sequence(bh / c.p.HV),
-        tokens(c.p.first(sequence + 1) - c.p.first(sequence)),
-        head(static_cast<int>(bh % c.p.HV)),
+  SLEEPKERN_DEVICE explicit HeadTile(const ReplayParams& call)
+      : bh(blockIdx.x / call.v_tiles),
+        sequence(bh / call.problem.HV),
+        tokens(call.problem.first(sequence + 1) - call.problem.first(sequence)),
+        head(static_cast<int>(bh % call.problem.HV)),
         chunks(static_cast<int>((tokens + CHUNK - 1) / CHUNK)),
-        first(static_cast<int>(blockIdx.x % c.v_tiles) * c.v_tile) {
-    const int warp = threadIdx.x >> 5, V = static_cast<int>(c.p.V);
+        first(static_cast<int>(blockIdx.x % call.v_tiles) * call.v_tile) {
+    const int warp = threadIdx.x >> 5, V = static_cast<int>(call.problem.V);
     column = first + 16 * warp;
-    active = 16 * warp < c.v_tile && column < V;
+    active = 16 * warp < call.v_tile && column < V;
     column_or_end = active ? column : V;
   }
-  SLEEPKERN_DEVICE int64_t state(const Problem& p) const { return bh * p.K * p.V; }
-  SLEEPKERN_DEVICE Chunk chunk(const Problem& p, int i) const {
+  SLEEPKERN_DEVICE int64_t state(const Problem& problem) const { return bh * problem.K * problem.V; }
+  SLEEPKERN_DEVICE Chunk chunk(const Problem& problem, int i) const {
     const int64_t left = tokens - int64_t{CHUNK} * i;
-    return {p.first(sequence) + int64_t{CHUNK} * i, static_cast<int>(left < CHUNK ? left : CHUNK), head};
+    return {problem.first(sequence) + int64_t{CHUNK} * i, static_cast<int>(left < CHUNK ? left : CHUNK), head};
   }
 };
 
 template <Mode MODE, int KP>
-SLEEPKERN_DEVICE MultiChunkMemory<MODE, KP> init_memory(const ReplayParams& c, bool want_output) {
-  const MultiChunkMemory<MODE, KP> m(shared_memory(), c.v_tile, c.slots, want_output);
+SLEEPKERN_DEVICE MultiChunkMemory<MODE, KP> init_memory(const ReplayParams& call, bool want_output) {
+  const MultiChunkMemory<MODE, KP> smem(shared_memory(), call.v_tile, call.slots, want_output);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < c.slots; ++i) mbarrier_create(m.mbarriers + i);
-    if (want_output) mbarrier_create(m.mbarriers + MultiChunkMemory<MODE, KP>::MOST);
+    for (int i = 0; i < call.slots; ++i) mbarrier_create(smem.mbarriers + i);
+    if (want_output) mbarrier_create(smem.mbarriers + MultiChunkMemory<MODE, KP>::MOST);
   }
   block_barrier();
-  return m;
+  return smem;
 }
 
 // Runs all passes by wy.
 template <Mode MODE, int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
-state_pass_kernel(const ReplayParams c) {
-  const Problem& p = c.p;
-  const HeadTile tile(c);
-  const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), warp = threadIdx.x >> 5;
-  const MultiChunkMemory<MODE, KP> m = init_memory<MODE, KP>(c, p.want_output);
-  const bool resident = tile.chunks <= c.slots, stops = c.stops();
-  float* final = p.final_state + tile.state(p);
-  ChunkStream<MODE, KP> stream{c,          m,        first_slot(p, tile.sequence),           tile.head, tile.chunks,
-                               tile.first, resident, tile.chunks * (resident ? 1 : c.passes)};
+state_pass_kernel(const ReplayParams call) {
+  const Problem& problem = call.problem;
+  const HeadTile tile(call);
+  const int K = static_cast<int>(problem.K), V = static_cast<int>(problem.V), warp = threadIdx.x >> 5;
+  const MultiChunkMemory<MODE, KP> smem = init_memory<MODE, KP>(call, problem.want_output);
+  const bool resident = tile.chunks <= call.slots, stops = call.stops();
+  float* final = problem.final_state + tile.state(problem);
+  ChunkStream<MODE, KP> stream{call,       smem,     first_slot(problem, tile.sequence),        tile.head, tile.chunks,
+                               tile.first, resident, tile.chunks * (resident ? 1 : call.passes)};
   State<KP> S;
-  load_state<KP>(S, p.state ? p.state + tile.state(p) : nullptr, K, V, tile.column_or_end);
+  load_state<KP>(S, problem.state ? problem.state + tile.state(problem) : nullptr, K, V, tile.column_or_end);
   stream.fill();
   int passes_done = 0;
-  int last = stops ? -1 : c.passes - 1;  // the pass that is read out
+  int last = stops ? -1 : call.passes - 1;  // the pass that is read out
 #pragma unroll 1
   while (true) {
-    const bool last_pass = p.want_output && passes_done == last;
+    const bool last_pass = problem.want_output && passes_done == last;
     if (stops && !last_pass) store_state<KP>(S, final, K, V, tile.column_or_end);
     if (stops && last_pass)
       load_state<KP>(S, final, K, V, tile.column_or_end);  // the state before the last pass, which runs again
 #pragma unroll 1
     for (int i = 0; i < tile.chunks; ++i) {
-      const Chunk chunk = tile.chunk(p, i);
+      const Chunk chunk = tile.chunk(problem, i);
       const auto at = stream.next();
       if (last_pass) stream.load_queries(i);
       if (tile.active) {
         Values values;
         load_values(values, at.U, warp);
         correct<MODE, KP>(values, S, at.tiles, chunk.blocks());
-        if (last_pass) chunk_output<MODE, KP>(S, values, m.queries, m.queries + CHUNK * KP, p, chunk, tile.column);
+        if (last_pass)
+          chunk_output<MODE, KP>(S, values, smem.queries, smem.queries + CHUNK * KP, problem, chunk, tile.column);
         advance<MODE, KP>(S, values, at.tiles + CHUNK * KP, at.chunk_decay, chunk.blocks());
       }
       stream.done();
@@ -276,11 +277,11 @@ state_pass_kernel(const ReplayParams c) {
     if (last_pass) break;
     if (stops) {
       const float step = square_step<KP>(S, final, K, V, tile.column_or_end);
-      if (converged(c, tile.bh, m.sums, passes_done, step, square_sum<KP>(S)) || passes_done == c.passes) {
-        if (!p.want_output) break;
+      if (converged(call, tile.bh, smem.sums, passes_done, step, square_sum<KP>(S)) || passes_done == call.passes) {
+        if (!problem.want_output) break;
         last = passes_done;  // this pass runs again, with outputs, from the state before it; it is not counted twice
       }
-    } else if (passes_done == c.passes) {
+    } else if (passes_done == call.passes) {
       break;
     }
   }
@@ -291,17 +292,17 @@ state_pass_kernel(const ReplayParams c) {
 // it, which this kernel stores in call.before.
 template <Mode MODE, int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
-affine_kernel(const ReplayParams c) {
-  const Problem& p = c.p;
-  const HeadTile tile(c);
-  const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), warp = threadIdx.x >> 5;
-  const MultiChunkMemory<MODE, KP> m = init_memory<MODE, KP>(c, false);
-  const float* initial = p.state ? p.state + tile.state(p) : nullptr;
-  float* final = (p.want_output ? c.before : p.final_state) + tile.state(p);
-  const bool stops = c.stops();
-  const int passes = c.passes - (p.want_output && !stops ? 1 : 0);
-  ChunkStream<MODE, KP> stream{c,     m,          first_slot(p, tile.sequence), tile.head, tile.chunks, tile.first,
-                               false, tile.chunks};
+affine_kernel(const ReplayParams call) {
+  const Problem& problem = call.problem;
+  const HeadTile tile(call);
+  const int K = static_cast<int>(problem.K), V = static_cast<int>(problem.V), warp = threadIdx.x >> 5;
+  const MultiChunkMemory<MODE, KP> smem = init_memory<MODE, KP>(call, false);
+  const float* initial = problem.state ? problem.state + tile.state(problem) : nullptr;
+  float* final = (problem.want_output ? call.before : problem.final_state) + tile.state(problem);
+  const bool stops = call.stops();
+  const int passes = call.passes - (problem.want_output && !stops ? 1 : 0);
+  ChunkStream<MODE, KP> stream{
+      call, smem, first_slot(problem, tile.sequence), tile.head, tile.chunks, tile.first, false, tile.chunks};
   State<KP> S, d;  // d: first 16 columns of A
   load_state<KP>(S, initial, K, V, tile.column_or_end);
 #pragma unroll
@@ -313,7 +314,7 @@ affine_kernel(const ReplayParams c) {
 #pragma unroll 1
   for (int i = 0; i < tile.chunks; ++i) {
     const auto at = stream.next();
-    const int blocks = tile.chunk(p, i).blocks();
+    const int blocks = tile.chunk(problem, i).blocks();
     Values values;
     if (tile.active) {
       load_values(values, at.U, warp);
@@ -328,7 +329,7 @@ affine_kernel(const ReplayParams c) {
     stream.done();
   }
   block_barrier();
-  Number<MODE>* A = m.first.tiles;
+  Number<MODE>* A = smem.first.tiles;
   if (16 * warp < KP) {
 #pragma unroll
     for (int n = 0; n < KP / 8; ++n) {
@@ -347,7 +348,7 @@ affine_kernel(const ReplayParams c) {
   int passes_done = 1;
 #pragma unroll 1
   for (;; ++passes_done) {
-    if (stops && converged(c, tile.bh, m.sums, passes_done, square_sum<KP>(d), square_sum<KP>(S))) break;
+    if (stops && converged(call, tile.bh, smem.sums, passes_done, square_sum<KP>(d), square_sum<KP>(S))) break;
     if (passes_done == passes) break;
     if (PARKED) store_state<KP>(S, final, K, V, tile.column_or_end);
     if (tile.active) transform<MODE, KP>(d, A);
@@ -358,7 +359,7 @@ affine_kernel(const ReplayParams c) {
       for (int i = 0; i < 4; ++i) S[n][i] += d[n][i];
     }
   }
-  const float back = stops && p.want_output ? 1.0f : 0.0f;  // the last pass runs again, with outputs
+  const float back = stops && problem.want_output ? 1.0f : 0.0f;  // the last pass runs again, with outputs
 #pragma unroll
   for (int n = 0; n < KP / 8; ++n) {
 #pragma unroll

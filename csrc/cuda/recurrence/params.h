@@ -24,8 +24,8 @@ struct ChunkFactors {
 };
 
 struct ReplayParams {
-  Problem p;  // pointers to the device's memory
-  int mode;   // Mode
+  Problem problem;  // pointers to the device's memory
+  int mode;         // Mode
   int passes;
   float tol;             // a head stops once its estimated residual is at most this, if `residual` is given
   float* residual;       // [sequences, HV], nullptr without tol
@@ -59,7 +59,7 @@ struct PowersParams {
 
 // A few tokens of decode (decode.cuh).
 struct DecodeParams {
-  Problem p;               // state and final_state are the same memory
+  Problem problem;         // state and final_state are the same memory
   const int64_t* indices;  // [sequences] a state's index in the pool, below 0 for padding; nullptr means 0, 1, 2, ...
   int64_t stride;          // elements between two states of the pool
 };

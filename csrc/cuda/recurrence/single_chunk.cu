@@ -19,10 +19,11 @@ int64_t single_chunk_memory(int mode, int K, bool want_output, bool channel) {
 }
 
 void single_chunk(const ReplayParams& call, void* stream) {
-  const bool channel = call.p.gate == Gate::channel;
-  const Grid grid{call.p.sequences * call.p.HV * call.v_tiles, 1};
-  const int64_t shared = single_chunk_memory(call.mode, static_cast<int>(call.p.K), call.p.want_output, channel);
-  with_kernel(call.mode, call.p.K, [&](auto m, auto width) {
+  const bool channel = call.problem.gate == Gate::channel;
+  const Grid grid{call.problem.sequences * call.problem.HV * call.v_tiles, 1};
+  const int64_t shared =
+      single_chunk_memory(call.mode, static_cast<int>(call.problem.K), call.problem.want_output, channel);
+  with_kernel(call.mode, call.problem.K, [&](auto m, auto width) {
     constexpr Mode MODE = decltype(m)::value;
     constexpr int KP = decltype(width)::value;
     run("single_chunk", channel ? single_chunk_kernel<MODE, KP, true> : single_chunk_kernel<MODE, KP, false>, grid,

@@ -85,23 +85,23 @@ constexpr bool PARKED = MODE == Mode::fp32x3;
 // Computes the factors of a chunk in shared memory and U of the v-tile that begins at column `first`. It ends with a
 // barrier.
 template <Mode MODE, int KP, bool CHANNEL>
-SLEEPKERN_DEVICE void factors_of_v_tile(const ReplayParams& c, const Chunk& chunk, int first,
-                                        const ChunkMemory<MODE, KP, CHANNEL>& m, Values& U) {
-  const Problem& p = c.p;
-  const int warp = threadIdx.x >> 5, V = static_cast<int>(p.V), blocks = chunk.blocks();
-  compute_chunk_factors<MODE, KP, CHANNEL>(p, chunk, m.keys, m.W, m.P, m.scratch);
+SLEEPKERN_DEVICE void factors_of_v_tile(const ReplayParams& call, const Chunk& chunk, int first,
+                                        const ChunkMemory<MODE, KP, CHANNEL>& smem, Values& U) {
+  const Problem& problem = call.problem;
+  const int warp = threadIdx.x >> 5, V = static_cast<int>(problem.V), blocks = chunk.blocks();
+  compute_chunk_factors<MODE, KP, CHANNEL>(problem, chunk, smem.keys, smem.W, smem.P, smem.scratch);
   clear(U);
-  for (int start = 0; start < c.v_tile; start += VALUES) {
-    load_tile<MODE, VALUES>(m.scratch.V, p.v, chunk, static_cast<int64_t>(chunk.head) * V + first + start,
+  for (int start = 0; start < call.v_tile; start += VALUES) {
+    load_tile<MODE, VALUES>(smem.scratch.V, problem.v, chunk, static_cast<int64_t>(chunk.head) * V + first + start,
                             V - first - start, false, [](int, int, float x) { return x; });
     // mutant: no-barrier-before-v-is-read
     block_barrier();
     const int group = warp - start / 16;
-    if (group >= 0 && group < VALUES / 16) factor_U<MODE, KP, CHANNEL>(m.scratch, group, blocks, U);
+    if (group >= 0 && group < VALUES / 16) factor_U<MODE, KP, CHANNEL>(smem.scratch, group, blocks, U);
     block_barrier();
-    if (PARKED<MODE> && warp < VALUES / 16) store_values(U, reinterpret_cast<float*>(m.scratch.V), warp);
+    if (PARKED<MODE> && warp < VALUES / 16) store_values(U, reinterpret_cast<float*>(smem.scratch.V), warp);
   }
-  finish_keys<MODE, KP, CHANNEL>(p, chunk, m.keys, m.chunk_decay, m.scratch.G);
+  finish_keys<MODE, KP, CHANNEL>(problem, chunk, smem.keys, smem.chunk_decay, smem.scratch.G);
   block_barrier();
 }
 
@@ -121,73 +121,73 @@ SLEEPKERN_DEVICE void load_U(Values& values, const Values& U, const Number<MODE>
 
 template <Mode MODE, int KP, bool CHANNEL>
 SLEEPKERN_KERNEL(THREADS, 1)
-single_chunk_kernel(const ReplayParams c) {
-  const Problem& p = c.p;
-  const int bh = blockIdx.x / c.v_tiles, warp = threadIdx.x >> 5;
-  const int HV = static_cast<int>(p.HV), T = static_cast<int>(p.T);
+single_chunk_kernel(const ReplayParams call) {
+  const Problem& problem = call.problem;
+  const int bh = blockIdx.x / call.v_tiles, warp = threadIdx.x >> 5;
+  const int HV = static_cast<int>(problem.HV), T = static_cast<int>(problem.T);
   const Chunk chunk{static_cast<int64_t>(bh / HV) * T, T, bh % HV};
-  const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), blocks = chunk.blocks();
-  const int first = static_cast<int>(blockIdx.x % c.v_tiles) * c.v_tile;
-  const int column = 16 * warp < c.v_tile ? first + 16 * warp : V;  // V: none
+  const int K = static_cast<int>(problem.K), V = static_cast<int>(problem.V), blocks = chunk.blocks();
+  const int first = static_cast<int>(blockIdx.x % call.v_tiles) * call.v_tile;
+  const int column = 16 * warp < call.v_tile ? first + 16 * warp : V;  // V: none
   // No register is free during a pass, so values that a pass uses once are computed at their use.
   const auto again = [&] { return Chunk{static_cast<int64_t>(opaque(bh) / HV) * T, T, opaque(bh) % HV}; };
-  const auto state = [&](auto* base) { return base + static_cast<int64_t>(opaque(bh)) * p.K * p.V; };
-  ChunkMemory<MODE, KP, CHANNEL> m(shared_memory(), p.want_output);
+  const auto state = [&](auto* base) { return base + static_cast<int64_t>(opaque(bh)) * problem.K * problem.V; };
+  ChunkMemory<MODE, KP, CHANNEL> smem(shared_memory(), problem.want_output);
 
   Values U;
-  factors_of_v_tile<MODE, KP, CHANNEL>(c, chunk, first, m, U);
-  const auto reload = [&](Values& values) { load_U<MODE>(values, U, m.scratch.V); };
-  const bool stops = c.stops();
+  factors_of_v_tile<MODE, KP, CHANNEL>(call, chunk, first, smem, U);
+  const auto reload = [&](Values& values) { load_U<MODE>(values, U, smem.scratch.V); };
+  const bool stops = call.stops();
   State<KP> S;
-  const bool token_space = !CHANNEL && c.token_space;
+  const bool token_space = !CHANNEL && call.token_space;
   if (token_space) {
-    transition_of_rows<MODE, KP>(m.W, m.keys, m.scratch.XE);
+    transition_of_rows<MODE, KP>(smem.W, smem.keys, smem.scratch.XE);
     block_barrier();
   }
-  load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V, column);
+  load_state<KP>(S, problem.state ? state(problem.state) : nullptr, K, V, column);
   int passes_done = 0;
-  int last = stops ? -1 : c.passes - 1;  // the pass with outputs
+  int last = stops ? -1 : call.passes - 1;  // the pass with outputs
 #pragma unroll 1
   while (true) {
-    const bool last_pass = p.want_output && passes_done == last;
+    const bool last_pass = problem.want_output && passes_done == last;
     if (last_pass) {
       block_barrier();
-      load_queries<MODE, KP, CHANNEL>(p, again(), m.scratch.Q, m.scratch.G);
+      load_queries<MODE, KP, CHANNEL>(problem, again(), smem.scratch.Q, smem.scratch.G);
       block_barrier();
       // the state before the last pass, which runs again
-      if (stops) load_state<KP>(S, state(p.final_state), K, V, column);
+      if (stops) load_state<KP>(S, state(problem.final_state), K, V, column);
     } else if (stops) {
-      store_state<KP>(S, state(p.final_state), K, V, column);
+      store_state<KP>(S, state(problem.final_state), K, V, column);
     }
     if (column < V) {
       Values values;
       reload(values);
-      correct<MODE, KP>(values, S, m.W, blocks);
-      if (last_pass) chunk_output<MODE, KP>(S, values, m.scratch.Q, m.P, p, again(), column);
+      correct<MODE, KP>(values, S, smem.W, blocks);
+      if (last_pass) chunk_output<MODE, KP>(S, values, smem.scratch.Q, smem.P, problem, again(), column);
       if (token_space && passes_done == 0) {
         const float power =
-            token_space_passes<MODE>(values, m.scratch.XE, m.chunk_decay[0], c.passes - 1, blocks, reload);
+            token_space_passes<MODE>(values, smem.scratch.XE, smem.chunk_decay[0], call.passes - 1, blocks, reload);
         // loaded again, so that no register holds it during the passes
-        load_state<KP>(S, p.state ? state(p.state) : nullptr, K, V, column);
+        load_state<KP>(S, problem.state ? state(problem.state) : nullptr, K, V, column);
         scale(S, [power](int) { return power; });
       } else {
-        scale(S, [&](int d) { return m.chunk_decay[d]; });
+        scale(S, [&](int d) { return smem.chunk_decay[d]; });
       }
-      add_rows<MODE, KP>(S, values, m.keys, blocks);
+      add_rows<MODE, KP>(S, values, smem.keys, blocks);
     }
-    passes_done += token_space && passes_done == 0 ? c.passes - 1 : 1;
+    passes_done += token_space && passes_done == 0 ? call.passes - 1 : 1;
     if (last_pass) break;
     if (stops) {
-      const float step = square_step<KP>(S, state(p.final_state), K, V, column);
-      if (converged(c, bh, m.sums, passes_done, step, square_sum<KP>(S)) || passes_done == c.passes) {
-        if (!p.want_output) break;
+      const float step = square_step<KP>(S, state(problem.final_state), K, V, column);
+      if (converged(call, bh, smem.sums, passes_done, step, square_sum<KP>(S)) || passes_done == call.passes) {
+        if (!problem.want_output) break;
         last = passes_done;  // this pass runs again, with outputs, from the state before it; it is not counted twice
       }
-    } else if (passes_done == c.passes) {
+    } else if (passes_done == call.passes) {
       break;
     }
   }
-  if (column < V) store_state<KP>(S, state(p.final_state), K, V, column);
+  if (column < V) store_state<KP>(S, state(problem.final_state), K, V, column);
 }
 
 }  // namespace sleepkern::cuda

@@ -131,7 +131,7 @@ SLEEPKERN_DEVICE void advance(State<KP>& S, const Values& values, const Number<M
 // Computes o of a chunk and stores it. S is the state before the chunk, `values` its corrected values.
 template <Mode MODE, int KP>
 SLEEPKERN_DEVICE void chunk_output(const State<KP>& S, const Values& values, const Number<MODE>* Qe,
-                                   const Number<MODE>* P, const Problem& p, const Chunk& chunk, int column) {
+                                   const Number<MODE>* P, const Problem& problem, const Chunk& chunk, int column) {
   Values O;
   clear(O);
   const int blocks = chunk.blocks();
@@ -144,14 +144,15 @@ SLEEPKERN_DEVICE void chunk_output(const State<KP>& S, const Values& values, con
     if (step * STEP<MODE> < 16 * blocks) multiply<MODE>(O, left_of<MODE>(values, step), gram_qk, step, blocks);
   }
   const int v = column + row_of(0), left = chunk.tokens - column_of(0, 0);
-  const int64_t pitch = p.HV * p.V;
-  int64_t at = ((chunk.first + opaque(column_of(0, 0))) * p.HV + chunk.head) * p.V + v;
+  const int64_t pitch = problem.HV * problem.V;
+  int64_t at = ((chunk.first + opaque(column_of(0, 0))) * problem.HV + chunk.head) * problem.V + v;
 #pragma unroll
   for (int n = 0; n < CHUNK / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int down = i & 1, right = 8 * (i >> 1);
-      if (v + right < p.V && 8 * n + down < left) store_one(p.o, p.v.type, at + down * pitch + right, O[n][i]);
+      if (v + right < problem.V && 8 * n + down < left)
+        store_one(problem.o, problem.v.type, at + down * pitch + right, O[n][i]);
     }
     at += 8 * pitch;
   }
@@ -183,7 +184,7 @@ SLEEPKERN_DEVICE float square_sum(const State<KP>& S) {
 // warps without columns): |d| r / (1 - r) <= tol |S|, r = |d| / |d of the pass before|. All threads of the CTA get the
 // same answer. `sums` has two floats a warp, and |d| of this pass and of the pass before, so that no register holds
 // them.
-SLEEPKERN_DEVICE bool converged(const ReplayParams& c, int64_t bh, float* sums, int passes_done, float step,
+SLEEPKERN_DEVICE bool converged(const ReplayParams& call, int64_t bh, float* sums, int passes_done, float step,
                                 float state) {
   for (int mask = 16; mask > 0; mask /= 2) {
     step += shuffle_xor(step, mask);
@@ -211,10 +212,10 @@ SLEEPKERN_DEVICE bool converged(const ReplayParams& c, int64_t bh, float* sums, 
   }
   if (threadIdx.x == 0) {
     sizes[passes_done & 1] = step;
-    c.residual[bh] = residual;
-    c.passes_done[bh] = passes_done;
+    call.residual[bh] = residual;
+    call.passes_done[bh] = passes_done;
   }
-  return residual <= c.tol;
+  return residual <= call.tol;
 }
 
 }  // namespace sleepkern::cuda

@@ -19,15 +19,16 @@ struct Chunk {
   SLEEPKERN_BOTH int blocks() const { return (tokens + 15) / 16; }
 };
 
-SLEEPKERN_BOTH int64_t first_slot(const Problem& p, int64_t sequence) {
-  return p.offsets ? p.offsets[sequence] / CHUNK + sequence : sequence * ((p.T + CHUNK - 1) / CHUNK);
+SLEEPKERN_BOTH int64_t first_slot(const Problem& problem, int64_t sequence) {
+  return problem.offsets ? problem.offsets[sequence] / CHUNK + sequence : sequence * ((problem.T + CHUNK - 1) / CHUNK);
 }
 
-SLEEPKERN_BOTH int64_t slots_of(const Problem& p) {
-  return p.offsets ? p.T / CHUNK + p.sequences : p.sequences * ((p.T + CHUNK - 1) / CHUNK);
+SLEEPKERN_BOTH int64_t slots_of(const Problem& problem) {
+  const int64_t chunks = (problem.T + CHUNK - 1) / CHUNK;
+  return problem.offsets ? problem.T / CHUNK + problem.sequences : problem.sequences * chunks;
 }
 
-SLEEPKERN_BOTH int groups_of(const Problem& p) { return static_cast<int>((p.V + 15) / 16); }
+SLEEPKERN_BOTH int groups_of(const Problem& problem) { return static_cast<int>((problem.V + 15) / 16); }
 
 constexpr int SUMS = 2 * WARPS + 2;  // floats that `converged` (state_pass.cuh) keeps in shared memory
 constexpr float NORM_EPS = static_cast<float>(sleepkern::NORM_EPS);

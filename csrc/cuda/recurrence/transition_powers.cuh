@@ -44,60 +44,60 @@ SLEEPKERN_DEVICE void add_state(const State<KP>& S, float* sum, bool first, int 
 
 template <int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
-powers_kernel(const PowersParams c) {
-  const int64_t head = blockIdx.x / c.v_tiles, size = int64_t{c.K} * c.V;
-  const int warp = threadIdx.x >> 5, column = static_cast<int>(blockIdx.x % c.v_tiles) * c.v_tile + 16 * warp;
+powers_kernel(const PowersParams call) {
+  const int64_t head = blockIdx.x / call.v_tiles, size = int64_t{call.K} * call.V;
+  const int warp = threadIdx.x >> 5, column = static_cast<int>(blockIdx.x % call.v_tiles) * call.v_tile + 16 * warp;
   Arena arena{shared_memory()};
   auto* A = arena.take<Number<FULL>>(KP * KP);
-  load_square<KP>(A, c.A + head * c.K * c.K, c.K, false);
+  load_square<KP>(A, call.A + head * call.K * call.K, call.K, false);
   block_barrier();
-  if (16 * warp >= c.v_tile || column >= c.V) return;
+  if (16 * warp >= call.v_tile || column >= call.V) return;
   State<KP> S, d;
-  load_state<KP>(S, c.start ? c.start + head * size : nullptr, c.K, c.V, column);
-  store_state<KP>(S, c.states + head * size, c.K, c.V, column);
-  load_state<KP>(d, c.after + head * size, c.K, c.V, column);
+  load_state<KP>(S, call.start ? call.start + head * size : nullptr, call.K, call.V, column);
+  store_state<KP>(S, call.states + head * size, call.K, call.V, column);
+  load_state<KP>(d, call.after + head * size, call.K, call.V, column);
 #pragma unroll
   for (int n = 0; n < KP / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[n][i] -= S[n][i];
   }
 #pragma unroll 1
-  for (int pass = 1; pass < c.passes; ++pass) {
+  for (int pass = 1; pass < call.passes; ++pass) {
     if (pass > 1) transform<FULL, KP>(d, A);
     // The state is loaded again, so that no register holds it during the product.
-    load_state<KP>(S, c.states + ((pass - 1) * c.heads + head) * size, c.K, c.V, column);
+    load_state<KP>(S, call.states + ((pass - 1) * call.heads + head) * size, call.K, call.V, column);
 #pragma unroll
     for (int n = 0; n < KP / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) S[n][i] += d[n][i];
     }
-    store_state<KP>(S, c.states + (pass * c.heads + head) * size, c.K, c.V, column);
+    store_state<KP>(S, call.states + (pass * call.heads + head) * size, call.K, call.V, column);
   }
 }
 
 template <int KP>
 SLEEPKERN_KERNEL(THREADS, 1)
-powers_backward_kernel(const PowersParams c) {
-  const int64_t head = blockIdx.x / c.v_tiles, size = int64_t{c.K} * c.V;
-  const int part = static_cast<int>(blockIdx.x % c.v_tiles), warp = threadIdx.x >> 5;
-  const int first = part * c.v_tile, column = first + 16 * warp;
-  const bool active = 16 * warp < c.v_tile && column < c.V;
+powers_backward_kernel(const PowersParams call) {
+  const int64_t head = blockIdx.x / call.v_tiles, size = int64_t{call.K} * call.V;
+  const int part = static_cast<int>(blockIdx.x % call.v_tiles), warp = threadIdx.x >> 5;
+  const int first = part * call.v_tile, column = first + 16 * warp;
+  const bool active = 16 * warp < call.v_tile && column < call.V;
   Arena arena{shared_memory()};
   auto* A = arena.take<Number<FULL>>(KP * KP);
   auto* L = arena.take<Number<FULL>>(KP * COLUMNS);
   // mutant: a-tile-is-one-element-short
   auto* R = arena.take<Number<FULL>>(KP * COLUMNS);
   // mutant: transition-not-transposed
-  load_square<KP>(A, c.A + head * c.K * c.K, c.K, true);
-  float* dB = c.dB + head * size;
+  load_square<KP>(A, call.A + head * call.K * call.K, call.K, true);
+  float* dB = call.dB + head * size;
   State<KP> dstate, dA;
-  load_state<KP>(dstate, c.last + head * size, c.K, c.V, active ? column : c.V);
+  load_state<KP>(dstate, call.last + head * size, call.K, call.V, active ? column : call.V);
   clear(dA);
   bool first_pass = true;
 #pragma unroll 1
-  for (int n = (c.passes_done ? c.passes_done[head] : c.passes) - 2; n >= 0; --n) {
-    const float* S = c.states + (n * c.heads + head) * size;
-    for (int start = 0; start < c.v_tile && first + start < c.V; start += COLUMNS) {
+  for (int n = (call.passes_done ? call.passes_done[head] : call.passes) - 2; n >= 0; --n) {
+    const float* S = call.states + (n * call.heads + head) * size;
+    for (int start = 0; start < call.v_tile && first + start < call.V; start += COLUMNS) {
       block_barrier();
       const int v0 = 16 * warp - start;
       if (v0 >= 0 && v0 < COLUMNS) {
@@ -109,7 +109,7 @@ powers_backward_kernel(const PowersParams c) {
       }
       for (int e = threadIdx.x; e < KP * COLUMNS; e += THREADS) {
         const int d = e / COLUMNS, v = first + start + e % COLUMNS;
-        store_element<FULL>(R, COLUMNS, d, e % COLUMNS, d < c.K && v < c.V ? S[int64_t{d} * c.V + v] : 0.0f);
+        store_element<FULL>(R, COLUMNS, d, e % COLUMNS, d < call.K && v < call.V ? S[int64_t{d} * call.V + v] : 0.0f);
       }
       // mutant: no-barrier-before-dstate-is-read
       block_barrier();
@@ -120,7 +120,7 @@ powers_backward_kernel(const PowersParams c) {
         for (int step = 0; step < COLUMNS / STEP<FULL>; ++step) multiply<FULL>(dA, left.load(warp, step), right, step);
       }
       if (active && v0 >= 0 && v0 < COLUMNS) {
-        add_state<KP>(dstate, dB, first_pass, c.K, c.V, column);
+        add_state<KP>(dstate, dB, first_pass, call.K, call.V, column);
         const TransposedLoader<FULL, COLUMNS, false> left(L);
         const RightLoader<FULL, KP> right(A);
         clear(dstate);
@@ -134,16 +134,16 @@ powers_backward_kernel(const PowersParams c) {
   if (active && first_pass) {
     State<KP> zero;
     clear(zero);
-    store_state<KP>(zero, dB, c.K, c.V, column);
+    store_state<KP>(zero, dB, call.K, call.V, column);
   }
-  if (active) store_state<KP>(dstate, c.dstart + head * size, c.K, c.V, column);
-  float* out = c.dA + (part * c.heads + head) * c.K * c.K;
+  if (active) store_state<KP>(dstate, call.dstart + head * size, call.K, call.V, column);
+  float* out = call.dA + (part * call.heads + head) * call.K * call.K;
 #pragma unroll
   for (int t = 0; t < KP / 8; ++t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = 16 * warp + row_of(i), j = column_of(t, i);
-      if (16 * warp < KP && row < c.K && j < c.K) out[row * c.K + j] = dA[t][i];
+      if (16 * warp < KP && row < call.K && j < call.K) out[row * call.K + j] = dA[t][i];
     }
   }
 }

@@ -47,13 +47,13 @@ BLOCKS = {
     "no-cluster-barrier-before-h-is-read": Mutant("test_equals and (two or four)", statements=2),
     "no-wait-for-weights": Mutant("test_equals and one"),
     "weights-overwrite-the-next-slot": Mutant(
-        "test_equals and one", (r"\((slot)\)", r"(\1 + 1 < c.ring ? \1 + 1 : 0)")
+        "test_equals and one", (r"\((slot)\)", r"(\1 + 1 < call.ring ? \1 + 1 : 0)")
     ),
     "no-warp-barrier-before-inversion": Mutant("test_equals and four"),
     "written-values-are-not-decayed": Mutant("test_equals and four and random"),
     "no-barrier-before-the-mixer": Mutant("test_equals and two"),
     "rows-beyond-a-window-are-its-neighbours": Mutant(
-        "keep_to_themselves", (r"last\(.*(window).*\) \{\}", r"last(2 * c.tiles - 1 + 0 * \1) {}")
+        "keep_to_themselves", (r"last\(.*(window).*\) \{\}", r"last(2 * call.tiles - 1 + 0 * \1) {}")
     ),
     "pad-rows-read-beyond-their-window": Mutant("test_equals and odd", (r"return keys < [^;]*;", "return true;")),
 }
