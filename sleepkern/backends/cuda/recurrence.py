@@ -259,10 +259,8 @@ def _decode(problem: Problem, x: Tensors, state: Tensor, indices: Tensor | None)
         return o
     inputs, _alive = _inputs(problem, x, True)
     with on_device_of(x.k):
-        _C.cuda_decode(
-            _sizes(problem), inputs=inputs, states=state.data_ptr(), o=o.data_ptr(), indices=address(indices),
-            stride=state.stride(0), stream=stream_of(x.k),
-        )  # fmt: skip
+        indices_at, stream = address(indices), stream_of(x.k)
+        _C.cuda_decode(_sizes(problem), inputs, state.data_ptr(), o.data_ptr(), indices_at, state.stride(0), stream)
     return o
 
 
