@@ -11,6 +11,8 @@
 #   make wheel      dist/*.whl for this Python, for systems from glibc 2.28 on
 #   make wheel-check  installs that wheel into clean environments without a compiler, and tries it; TORCHES="2.13.0 ..."
 #   make lint       ruff, mypy, clang-format
+#   make docs       the documentation as pages, into out/site (index.html opens from the disk)
+#   make tables     write the number tables and the support matrix of README and docs anew
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
 #   make clean      remove what make made
 #   make help       this list
@@ -25,7 +27,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 TORCHES ?= $(patsubst torch==%,%,$(TORCH))
 
-.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench wheel wheel-check lint gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench wheel wheel-check lint docs tables gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -139,6 +141,19 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/backends/cuda_emulated/*.h tests/backends/cuda_emulated/*.cpp packaging/*.cpp)
 
+# The pages need the sources only: no torch, nothing compiled.
+docs: $(VENV)/docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --quiet --strict
+	$(VENV)/docs/bin/python docs/site/check.py out/site
+
+$(VENV)/docs/installed: requirements-docs.txt
+	$(VENV)/docs/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)/docs
+	$(VENV)/docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+tables: $(VENV)/built
+	$(BIN)/python -m benchmarks.tables
+
 # Torch comes first and pinned: without it other packages would pull a build with gigabytes of CUDA.
 $(VENV)/installed: requirements.txt requirements-fla.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -154,7 +169,7 @@ $(VENV)/built: $(VENV)/installed $(SOURCES) pyproject.toml
 	touch $@
 
 # No network and no virtual environment: builds in place and runs with what the machine has. One red part does not hide
-# the others: all run, and the exit status is the last bad one. PARTS="verify bench" runs only those (docs/gpu.md).
+# the others: all run, and the exit status is the last bad one. PARTS="verify bench" runs only those (docs/developing/testing.md).
 SANITIZER := $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 gpu-check:
 	mkdir -p $(OUT)

@@ -1,4 +1,4 @@
-"""Calls that together reach every CUDA kernel in every mode (docs/looped_ingestion.md), and their check."""
+"""Calls that together reach every CUDA kernel in every mode (docs/kernels/cuda_replay.md), and their check."""
 
 from __future__ import annotations
 

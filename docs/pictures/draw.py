@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/architecture.md: `python docs/pictures/draw.py` writes the SVG files beside this one."""
+"""Draw the pictures of README and docs: `python docs/pictures/draw.py` writes the SVG files beside this one."""
 
 from __future__ import annotations
 
@@ -116,7 +116,80 @@ def sleep() -> str:
     return page(784, 250, "A sleep: N passes over a window before its keys and values are dropped", parts)
 
 
-PICTURES = {"layers.svg": layers, "call.svg": call, "sleep.svg": sleep}
+def window() -> str:
+    """README's picture: a long text, one window of it, N passes, the state that stays, and an answer of one pass."""
+    parts: list[str] = [text(16, 24, "a text of any length", size=12, anchor="start")]
+    for i in range(4):
+        shade = ACCENT if i == 1 else FILL
+        parts.append(
+            f'<rect x="{16 + i * 128}" y="34" width="120" height="30" rx="4" fill="{shade}" stroke="{ACCENT}"/>'
+        )
+    parts += [
+        f'<text x="204" y="54" font-size="13" text-anchor="middle" fill="{PAPER}">window</text>',
+        text(76, 54, "slept over", size=11),
+        text(332, 54, "not read yet", size=11),
+        text(460, 54, "...", size=13),
+    ]
+    parts += box(120, 104, 168, 62, "all blocks", "attention and recurrences")
+    parts.append(arrow(204, 66, 204, 102))
+    parts.append(
+        f'<path d="M288 120h44a15 15 0 0 1 0 30h-42" fill="none" stroke="{INK}" stroke-width="1.6" '
+        'marker-end="url(#head)"/>'
+    )
+    parts.append(text(356, 140, "N passes", size=13, weight="bold", anchor="start"))
+    parts += box(56, 204, 148, 50, "keys and values", "dropped")
+    parts += box(224, 204, 188, 50, "state S", "fast weights: they stay")
+    parts += [arrow(160, 168, 136, 202), arrow(248, 168, 300, 202)]
+    parts += box(520, 204, 184, 50, "an answer", "one ordinary pass")
+    parts.append(arrow(412, 229, 518, 229))
+    parts.append(text(465, 219, "is read by", size=11))
+    return page(720, 268, "A window is run N times, its keys and values are dropped, the state stays", parts)
+
+
+def token() -> str:
+    """One token of the recurrence with delta."""
+    steps = (
+        ("decay", "S <- exp(g) S"),
+        ("predict", "p = S^T k"),
+        ("subtract", "u = b (v - p)"),
+        ("write", "S <- S + k u^T"),
+        ("read", "o = scale S^T q"),
+    )
+    parts: list[str] = []
+    for i, (step, says) in enumerate(steps):
+        parts += box(16 + i * 150, 30, 128, 52, step, says)
+        if i:
+            parts.append(arrow(16 + i * 150 - 22, 56, 16 + i * 150 - 2, 56))
+    parts.append(text(16 + 150 + 139, 106, "only with delta", size=11))
+    parts.append(f'<path d="M166 92h278" stroke="{ACCENT}" stroke-width="1.2"/>')
+    return page(768, 118, "One token: decay, predict, subtract, write, read", parts)
+
+
+def chunk() -> str:
+    """Chunk factors of all chunks at once, then the state pass."""
+    parts: list[str] = [text(16, 22, "all chunks at once", size=12, anchor="start")]
+    for i in range(3):
+        x = 96 + i * 210
+        parts += box(x, 32, 150, 46, "C tokens", "q, k, v, g, beta")
+        parts += box(x, 100, 150, 46, "chunk factors", "U, W, P, decays")
+        parts.append(arrow(x + 75, 79, x + 75, 98))
+        parts += box(x, 200, 150, 52, "Vn = U - W S", "O = Qe S + P Vn")
+        parts.append(arrow(x + 75, 147, x + 75, 198))
+        parts.append(arrow(x - 58 if i else 46, 226, x - 2, 226))
+        parts.append(text(x - 30, 218, "S", weight="bold"))
+        parts.append(arrow(x + 75, 253, x + 75, 276))
+        parts.append(text(x + 88, 272, "O", size=12, anchor="start"))
+    parts.append(arrow(96 + 2 * 210 + 152, 226, 96 + 2 * 210 + 206, 226))
+    parts.append(text(96 + 2 * 210 + 180, 218, "S", weight="bold"))
+    parts.append(text(16, 168, "the state pass:", size=12, anchor="start"))
+    parts.append(text(16, 184, "one after the other", size=12, anchor="start"))
+    return page(736, 290, "Chunk factors of all chunks at once, then the state from chunk to chunk", parts)
+
+
+PICTURES = {
+    "layers.svg": layers, "call.svg": call, "sleep.svg": sleep, "window.svg": window, "token.svg": token,
+    "chunk.svg": chunk,
+}  # fmt: skip
 
 if __name__ == "__main__":
     for file, draw in PICTURES.items():

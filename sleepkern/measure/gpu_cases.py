@@ -1,4 +1,4 @@
-"""What is measured on a GPU, in bfloat16; each suite answers one question (docs/gpu.md)."""
+"""What is measured on a GPU, in bfloat16; each suite answers one question (docs/performance/how_we_measure.md)."""
 
 from __future__ import annotations
 

@@ -49,10 +49,10 @@ def sleep_blocks(
     caches. Products with weights multiply in bfloat16 where h is that, or float32 of which
     torch.set_float32_matmul_precision("medium") allows it, and the processor does it in one instruction; those of
     float32 go in part by Winograd's inner product where additions run beside multiplications, with the errors of
-    plain ones (docs/sleep_blocks.md). With "cuda" it is one launch, whose products multiply in bfloat16. With gradients
-    h and the fast weights are kept between passes only, and each pass is run again in the backward. "modules" calls the
-    blocks one by one, on any device and for any type. Weights are packed once, and again when they have changed, but
-    for writes that torch does not count: see `forget_packed`.
+    plain ones (docs/kernels/cpu_blocks.md). With "cuda" it is one launch, whose products multiply in bfloat16. With
+    gradients h and the fast weights are kept between passes only, and each pass is run again in the backward. "modules"
+    calls the blocks one by one, on any device and for any type. Weights are packed once, and again when they have
+    changed, but for writes that torch does not count: see `forget_packed`.
 
     Raises:
         TypeError: an argument of another type.

@@ -47,7 +47,7 @@ class Block(Protocol):
 
 @runtime_checkable
 class ModelAdapter(Protocol):
-    """The blocks of a language model, to be run one by one; docs/models.md says how to write an adapter."""
+    """The blocks of a language model, to be run one by one (docs/guides/adapt_your_model.md has examples)."""
 
     replays: bool
     """Tells whether a block takes `replays`, the passes of its recurrence over the same keys, values and gates."""

@@ -55,7 +55,8 @@ class SleepSession(PassLoop):
     Args:
         model: a SleepLM (sleepkern.nn), a causal language model of transformers that has layers with a recurrence (or
             was given some by `retrofit`), such a model inside DataParallel, torch.compile or peft, the text model of a
-            composite one, or a ModelAdapter of any other (docs/models.md). The session does not change the weights.
+            composite one, or a ModelAdapter of any other (docs/guides/adapt_your_model.md). The session does not change
+            the weights.
         window: tokens between two sleeps.
         passes: N, runs of the blocks over a window; 1 is reading with eviction.
         eviction: "hard" drops all keys and values after each sleep; "sliding" keeps those of the last window, so that

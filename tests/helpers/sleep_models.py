@@ -1,4 +1,4 @@
-"""Small models that sleep, with the adapters of docs/models.md for remote code."""
+"""Small models that sleep, with the adapters of docs/guides for remote code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from helpers.remote_models import WIDTH, JetForCausalLM, OuroForCausalLM, Univer
 from sleepkern.nn import SleepLM
 from sleepkern.sleep import InsertedMixer
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(), re.S
-)  # retrofit, training, Jet, Ouro
+GUIDES = Path(__file__).resolve().parents[2] / "docs" / "guides"
+BLOCKS = [
+    block
+    for page in ("train_with_passes.md", "adapt_your_model.md")
+    for block in re.findall(r"```python\n(.*?)```", (GUIDES / page).read_text(), re.S)
+]
+"""A loop of one's own, retrofit, training; Jet, Ouro, blocks of other models."""
 
 
 def names_of(*blocks: str, **given: Any) -> dict[str, Any]:
@@ -28,7 +32,7 @@ def names_of(*blocks: str, **given: Any) -> dict[str, Any]:
 def jet() -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = JetForCausalLM(("jet", "attn", "jet", "jet", "swa")).eval()
-    return model, names_of(BLOCKS[2])["JetAdapter"](model)
+    return model, names_of(BLOCKS[3])["JetAdapter"](model)
 
 
 def ouro(loops: int | None = None, layers: tuple[int, ...] = (0, 2)) -> tuple[nn.Module, Any]:
@@ -38,7 +42,7 @@ def ouro(loops: int | None = None, layers: tuple[int, ...] = (0, 2)) -> tuple[nn
     for mixer in mixers.values():
         nn.init.normal_(mixer.mixer.out.weight, std=0.3)
     model.inserted = nn.ModuleDict({str(i): mixer for i, mixer in mixers.items()})
-    return model, names_of(BLOCKS[3])["OuroAdapter"](model, UniversalTransformerCache, mixers, loops)
+    return model, names_of(BLOCKS[4])["OuroAdapter"](model, UniversalTransformerCache, mixers, loops)
 
 
 def sleep_lm() -> nn.Module:

@@ -161,7 +161,7 @@ def test_padding_behind_the_last_sequence(family: str, ids: Tensor) -> None:
 
 @torch.no_grad()
 def test_the_example_of_the_documentation() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs/guides/packed_sequences.md").read_text()
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", text, re.S)[-1], names)
     model, texts = build("falcon_h1", num_hidden_layers=1), (tokens(1, 6), tokens(1, 4, seed=2))

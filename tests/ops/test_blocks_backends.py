@@ -228,10 +228,8 @@ def test_something_else_than_weights_is_refused() -> None:
 @torch.no_grad()
 def test_examples_of_the_page_run() -> None:
     names: dict[str, Any] = {}
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sleep_blocks.md").read_text(), re.S)
-    assert len(examples) == 2
-    for example in examples:
-        exec(example, names)
+    for page in ("kernels/cpu_blocks.md", "guides/adapt_your_model.md"):
+        exec(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)[-1], names)
     mine = [names["Mine"](names["blocks"][0]), *names["blocks"][1:]]
     assert explain_blocks(torch.randn(1, 24, 64), mine).chosen == "cpu" and names["slept"].h.isfinite().all()
     mine[0].register_forward_hook(lambda *_: None)

@@ -1,4 +1,4 @@
-"""Which calls give the same numbers to the last bit; the table is in docs/numerics.md."""
+"""Which calls give the same numbers to the last bit; the table is in docs/performance/numerics.md."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     path
-    for folder in ("sleepkern", "csrc", "tests", "benchmarks")
+    for folder in ("sleepkern", "csrc", "tests", "benchmarks", "docs", "examples")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
 ]
@@ -59,7 +59,7 @@ def test_readme_names_only_targets_that_exist() -> None:
 
 
 def test_make_knows_its_targets() -> None:
-    for target in ("demo", "test", "test-hardening", "bench", "lint", "gpu-check"):
+    for target in ("demo", "test", "test-hardening", "bench", "lint", "docs", "tables", "gpu-check"):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
@@ -69,11 +69,13 @@ def test_a_source_archive_has_what_make_and_the_tests_need(tmp_path: Path) -> No
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     listed = set((tmp_path / "sleepkern.egg-info" / "SOURCES.txt").read_text().splitlines())
-    needed = [*SOURCES, *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.json")]
+    needed = [*SOURCES, *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.svg")]
+    needed += [*(ROOT / "benchmarks").rglob("*.json"), *(ROOT / "docs" / "site").glob("*.css")]
     names = {str(path.relative_to(ROOT)) for path in needed}
     names |= {"README.md", "Makefile", "CMakeLists.txt", "pyproject.toml", "setup.py", ".ci/run", ".clang-format"}
     names |= {".clangd", "compile_flags.txt"}
-    names |= {"requirements.txt", "requirements-fla.txt", "requirements-oldest.txt", "MANIFEST.in"}
+    names |= {"requirements.txt", "requirements-fla.txt", "requirements-oldest.txt", "requirements-docs.txt"}
+    names |= {"mkdocs.yml", "MANIFEST.in"}
     names |= {"benchmarks/README.md"}
     assert not names - listed
     assert not [name for name in listed if name.endswith((".so", ".pyc"))]

@@ -1,4 +1,4 @@
-"""docs/models.md as it stands: adapters for remote code, run against small copies, and the recipe for training."""
+"""Guides as they stand: adapters for remote code, run against small copies, and the recipe for training."""
 
 from __future__ import annotations
 
@@ -157,11 +157,11 @@ def test_padding_writes_nothing(made: Any) -> None:
 def test_the_recipe_in_two_stages() -> None:
     """On a random model and one text, which it learns; gradients reach every inserted weight."""
     ids = tokens(2, 40)
-    names = names_of(DOCUMENTED[0], model=build("qwen3"), ids=ids)
+    names = names_of(DOCUMENTED[1], model=build("qwen3"), ids=ids)
     model = names["model"]
     assert names["session"].position == 32
     untouched = {name: p.clone() for name, p in model.named_parameters() if ".inserted." not in name}
-    train = names_of(DOCUMENTED[1], SleepSession=SleepSession)
+    train = names_of(DOCUMENTED[2], SleepSession=SleepSession)
     inserted = [p for name, p in model.named_parameters() if ".inserted." in name]
     texts: list[Tensor] = [tokens(2, 3 * L, seed=7)] * 12
     first = train["train"](model, texts, inserted, L, passes=1, lr=1e-2)

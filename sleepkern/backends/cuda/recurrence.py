@@ -1,7 +1,7 @@
 """Hand-written CUDA: looped ingestion with the window in shared memory for all passes, and decode.
 
 A single pass over many tokens is an ordinary forward or backward, which this backend leaves to the backends after it.
-For the gradients of a replay it calls one of them itself. Kernels: csrc/cuda, docs/looped_ingestion.md.
+For the gradients of a replay it calls one of them itself. Kernels: csrc/cuda, docs/kernels/cuda_replay.md.
 """
 
 from __future__ import annotations

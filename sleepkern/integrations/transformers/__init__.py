@@ -21,7 +21,7 @@ argument that it does not know) goes to the original function, with the reason i
 
 New with the patch: packed sequences on the CPU, forward and gradients, as each sequence alone. Name them by what
 transformers and its collators give: cu_seq_lens_q, cu_seq_lens_k, cu_seqlens, seq_idx, or position_ids that restart
-(docs/models.md). What cannot be kept apart raises.
+(docs/guides/packed_sequences.md). What cannot be kept apart raises.
 """
 
 from .families import FAMILIES, patch, patched, unpatch

@@ -3,7 +3,7 @@
 A model's own forward knows embeddings, masks and rotary angles. The adapter calls that forward once a window, on a
 shallow copy with recorders in the place of its layers; a recorder notes how its layer is called. Then the layers run,
 as often as the session has passes. The model itself does not change, so that threads can share it. This module does not
-import transformers, so that models of older versions can be adapted too (docs/models.md).
+import transformers, so that models of older versions can be adapted too (docs/guides/adapt_your_model.md).
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class CausalLMAdapter(ABC):
             raise ValueError(
                 f"model: got a {type(model).__name__} without {', '.join(missing)}; expected a causal language "
                 "model: a base model (`model`, or what `base_model_prefix` names) with layers and norm, and lm_head; "
-                "out of a wrapper or several parts, pass that model itself; for others, a ModelAdapter (docs/models.md)"
+                "out of a wrapper or several parts, pass that model itself; for others, a ModelAdapter "
+                "(docs/guides/adapt_your_model.md)"
             )
         self.cache_name = cache_name(self.base)
 

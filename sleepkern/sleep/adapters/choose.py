@@ -19,7 +19,10 @@ def adapter_of(model: nn.Module | ModelAdapter) -> ModelAdapter:
     if isinstance(model, ModelAdapter):
         return model
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got a {type(model).__name__}; expected a module, or a ModelAdapter (docs/models.md)")
+        raise TypeError(
+            f"model: got a {type(model).__name__}; expected a module, or a ModelAdapter "
+            "(docs/guides/adapt_your_model.md)"
+        )
     model = unwrap(model)
     if isinstance(model, SleepLM):
         return SleepLMAdapter(model)

@@ -148,7 +148,7 @@ class TransformersAdapter(CausalLMAdapter):
             raise ValueError(
                 f"model: got a {type(model).__name__} without a config of transformers; expected a model of "
                 "transformers, a SleepLM, or a ModelAdapter that says where this one's layers keep what they remember "
-                "(docs/models.md)"
+                "(docs/guides/adapt_your_model.md)"
             )
         self.tuples = self.model.config.model_type in _TUPLES
 
