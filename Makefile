@@ -11,7 +11,8 @@
 #   make wheel      dist/*.whl for this Python, for systems from glibc 2.28 on
 #   make wheel-check  installs that wheel into clean environments without a compiler, and tries it; TORCHES="2.13.0 ..."
 #   make lint       ruff, mypy, clang-format
-#   make docs       the documentation as pages, into out/site (index.html opens from the disk)
+#   make docs       the documentation as pages, into out/site (opens from a disk; its search needs a server, such as
+#                   python3 -m http.server -d out/site)
 #   make tables     write the number tables and the support matrix of README and docs anew
 #   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
 #   make clean      remove what make made

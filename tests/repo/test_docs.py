@@ -89,11 +89,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {str(page.relative_to(DOCS)) for page in PAGES}
 
 
-def test_a_file_of_another_host_is_found(tmp_path: Path) -> None:
-    check = runpy.run_path(str(DOCS / "site" / "check.py"))["loaded_from_elsewhere"]
+def test_a_file_of_another_host_or_a_missing_one_is_found(tmp_path: Path) -> None:
+    check = runpy.run_path(str(DOCS / "site" / "check.py"))["wrongly_loaded"]
+    (tmp_path / "own.js").touch()
     (tmp_path / "good.html").write_text('<a href="https://arxiv.org">x</a><script src="own.js"></script>')
     (tmp_path / "bad.html").write_text(
-        '<link rel="stylesheet" href="https://fonts.example/x.css"><img src="//a/b.png">'
+        '<link rel="stylesheet" href="https://fonts.example/x.css"><img src="//a/b.png"><script src="x.js">'
     )
     (tmp_path / "bad.css").write_text("@import 'https://fonts.example/y.css';")
-    assert {name: len(addresses) for name, addresses in check(tmp_path).items()} == {"bad.html": 2, "bad.css": 1}
+    assert {name: len(addresses) for name, addresses in check(tmp_path).items()} == {"bad.html": 3, "bad.css": 1}
