@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .eager import increment_version
+
 _LOW = 2**40
 """Freed storages put their tensors below; some systems put others there as well, which then take a closer look."""
 
@@ -63,7 +65,7 @@ def check_written(name: str, t: Tensor, names: Sequence[str], read: Sequence[Ten
 
 def mark_written(t: Tensor) -> None:
     """Tell autograd of an update in place that torch did not make."""
-    torch._C._increment_version((t,))
+    increment_version((t,))
 
 
 def _has_no_memory(t: Tensor) -> bool:

@@ -8,13 +8,43 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "any_autocast", "assert_async", "dispatch_modes", "forward_mode", "functorch", "increment_version",
+    "is_traceable_wrapper_subclass", "native_on_cpu", "refuse_tangents", "tangents_matter", "transform_stack",
+    "unrecorded", "untraced",
+]  # fmt: skip
+
+# The private names of torch that this package uses (tests/repo/test_private_names.py).
+functorch = torch._C._functorch
+transform_stack = functorch.peek_interpreter_stack
+"""The innermost transform of torch.func at work, or None."""
+dispatch_modes = torch._C._len_torch_dispatch_stack
+"""The number of dispatch modes at work."""
+any_autocast = torch._C._is_any_autocast_enabled
+"""Tells whether autocast is on for any device."""
+increment_version = torch._C._increment_version
+"""Count a write to each of these tensors, as torch does for its own operators."""
+assert_async = torch._assert_async
+"""Raise with a message where a tensor of one element is 0, without a wait for its device."""
+
+
+def forward_mode() -> bool:
+    """Tells whether a level of forward mode is open."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def tangents_matter() -> bool:
+    """Tells whether forward mode is open and enabled, so that tensors may carry tangents."""
+    return forward_mode() and torch._C._is_fwd_grad_enabled()
 
 
 def untraced(*tensors: Tensor | None) -> bool:
     """Nobody but torch's kernels looks at an operator on these: no graph capture, mode, transform or subclass."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+    if torch.compiler.is_compiling() or dispatch_modes() != 0:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transform_stack() is not None:
         return False
     for t in tensors:
         if t is None:
@@ -45,9 +75,9 @@ def native_on_cpu(types: Container[torch.dtype], *tensors: Tensor | None) -> boo
 
     The answer is no for an argument that is not a tensor.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() != 0:
+    if torch.compiler.is_compiling() or dispatch_modes() != 0:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if transform_stack() is not None or forward_ad._current_level >= 0:
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:  # one loop, because a second one costs as much as a small kernel
@@ -66,7 +96,7 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     Raises:
         NotImplementedError: one of these has a tangent.
     """
-    if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+    if not tangents_matter():
         return
     if any(t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError("sleepkern has derivatives in reverse mode only: got a tangent of forward mode")

@@ -6,16 +6,17 @@ calls are made of torch's own operators, which have all rules.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-_functorch = torch._C._functorch
+from .eager import functorch as _functorch
+from .eager import transform_stack
+
 _GRAD, _JVP = _functorch.TransformType.Grad, _functorch.TransformType.Jvp
 
 
 def active() -> bool:
     """Tells whether any transform is at work, vmap included."""
-    return _functorch.peek_interpreter_stack() is not None
+    return transform_stack() is not None
 
 
 def differentiating() -> bool:

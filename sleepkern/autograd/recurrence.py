@@ -148,7 +148,7 @@ def _checked_step(problem: Problem, engine: RecurrenceBackend, x: Tensors, place
     with on_device_of(x.k):
         if places is None:
             return engine.step(problem, x)
-        own = _pool_stepper(engine)
+        own = _pool_stepper(engine)  # type: ignore[arg-type]  # a module is hashable; the protocol does not say so
         return step_in_pool(problem, x, places, engine.step) if own is None else own.step_in_pool(problem, x, places)
 
 

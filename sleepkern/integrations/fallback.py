@@ -6,9 +6,9 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sleepkern.backends import triton
+from sleepkern.eager import tangents_matter
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def unsupported_reason(x: Tensor) -> str | None:
 
 def _forward_mode_reason() -> str | None:
     """None, or a sentence why sleepkern computes no call at all: it refuses tensors with tangents of forward mode."""
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+    if tangents_matter():
         return "forward mode, whose derivatives torch's own operators have"
     return None
 

@@ -107,7 +107,7 @@ class BlocksCase:
             MODULES: lambda: modules(h),
         }
         if not quick:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             compiled = torch.compile(modules, dynamic=False)
             calls[COMPILED] = lambda: compiled(h)
         return Prepared(calls, {name: relative_error(call()[checked], true) for name, call in calls.items()})

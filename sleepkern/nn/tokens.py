@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from ..eager import dispatch_modes
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """Types of tokens."""
@@ -34,6 +35,6 @@ def tokens_of(ids: Any, vocabulary: int | None) -> Tensor:
 
 
 def _has_numbers(ids: Tensor) -> bool:
-    if torch.compiler.is_compiling() or transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or transforms.active() or dispatch_modes() > 0:
         return False
     return type(ids) is Tensor and ids.device.type != "meta" and ids.numel() > 0

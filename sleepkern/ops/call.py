@@ -12,6 +12,7 @@ from ..autograd import recurrence as autograd
 from ..backends.interface import RecurrenceBackend
 from ..backends.native.views import on_device_of
 from ..dispatch import Explanation, choose, explain_problem, method_of, torch_form
+from ..eager import any_autocast
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check, check_flag
 from ..rules import Rule, rule_named
 from . import fast_path
@@ -139,7 +140,7 @@ def one_pass(
 def cast(x: Tensors) -> Tensors:
     """Cast q, k and v to the type of autocast, as a matrix product's operands would: float64 does not, nor do gates and
     state."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not any_autocast():
         return x
     device = x.k.device.type if isinstance(x.k, Tensor) else "cpu"
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):

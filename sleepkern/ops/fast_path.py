@@ -19,15 +19,15 @@ from ..addresses import mark_written
 from ..backends.cpu import recurrence as cpu
 from ..backends.interface import NamesDevices, RecurrenceBackend
 from ..backends.native.module import _C, GATE_CODES
+from ..eager import any_autocast as _autocast
+from ..eager import dispatch_modes as _modes
+from ..eager import transform_stack as _transforms
 from ..rules import RULES, Rule
 
 _api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _usable = _C is not None and _api is not None and bool(_C.use_exchange_api(_api)) and bool(_C.use_tensor_class(Tensor))
 # These are names of this module because each dot on the way to a function costs half of what the function does.
 _compiling = torch.compiler.is_compiling
-_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_autocast = torch._C._is_any_autocast_enabled
 _grad = torch.is_grad_enabled
 _inference = torch.is_inference_mode_enabled
 _empty_like = torch.empty_like

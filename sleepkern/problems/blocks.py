@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 
 from .. import transforms
+from ..eager import dispatch_modes, forward_mode
 from ..state import KVState, RecurrentState, State
 from .layer_weights import Block, LayerWeights, layers_of, readable
 
@@ -85,9 +85,9 @@ def _why_only_modules(h: Tensor) -> str | None:
     device = h.device.type
     if device not in ("cpu", "cuda") or h.dtype not in KERNEL_TYPES:
         return f"one call for {h.dtype} on {h.device} is not there, only for at most 32 bits on CPU and GPU"
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device) or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device) or dispatch_modes() > 0:
         return "a compiled graph, autocast or a dispatch mode wants to see the operators"
-    if transforms.active() or forward_ad._current_level >= 0:
+    if transforms.active() or forward_mode():
         return "a transform of torch.func or forward mode wants to see the operators"
     if _module._global_forward_hooks or _module._global_forward_pre_hooks:
         return "modules have hooks, which want to be called"

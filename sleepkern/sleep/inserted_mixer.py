@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..eager import assert_async
 from ..integrations.caches import NAMES, cache_among, cache_of_block
 from ..nn import GatedDeltaNet
 from ..nn.padding import without_padding
@@ -101,7 +102,7 @@ def _refuse_packed(base: nn.Module, arguments: tuple[Any, ...], options: dict[st
             f"{name}: got several sequences in a row of a retrofitted model, whose mixers would mix them; expected one"
         )
         if torch.compiler.is_compiling():
-            torch._assert_async(x, message)
+            assert_async(x, message)
         elif not x:
             raise ValueError(message)
 

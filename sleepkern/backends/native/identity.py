@@ -13,8 +13,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...eager import is_traceable_wrapper_subclass
 from ...problems.layer_weights import LayerWeights, layers_of
 
 

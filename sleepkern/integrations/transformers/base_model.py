@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sleepkern.eager import assert_async
+
 from .. import caches
 from ..patching import Make, Target
 from .packing import LENGTHS, OFFSETS, offsets_of, sequence_indices
@@ -176,7 +178,7 @@ def _unchecked_offsets(named: dict[str, Any], positions: Tensor | None, rows: in
         return offsets_of(rows, T, seq_idx=named["seq_idx"])
     assert positions is not None
     goes_on = (positions.diff(dim=-1) == 1).all()
-    torch._assert_async(goes_on, "position_ids: restart in a compiled model; expected cu_seq_lens_q beside them")
+    assert_async(goes_on, "position_ids: restart in a compiled model; expected cu_seq_lens_q beside them")
     return None
 
 
@@ -275,7 +277,7 @@ def _mask(mask: Any) -> Any:
         return mask
     everything = (mask == 1).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(everything, "attention_mask: hides tokens of packed sequences; expected None")
+        assert_async(everything, "attention_mask: hides tokens of packed sequences; expected None")
     elif not everything:
         raise ValueError("attention_mask: got one that hides tokens of packed sequences; expected None, or ones")
     return None
