@@ -19,7 +19,7 @@ SUITES_HELP = f"all, or one of {', '.join(SUITES)}; with --device cuda one of {'
 TITLE = "bench: medians, results checked against the reference before"
 NOT_TIMED = "[dim]-[/]"
 OURS = "ours, "
-"""Begins the names of sleepkern itself under other settings (measure/peers.py)."""
+"""Begins the names of sleepkern itself under other settings (measure/peers)."""
 
 
 def command(

@@ -85,7 +85,7 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     if "ggml-python" in found:  # pip builds it for the machine it runs on
-        from .peer_ggml import built_with
+        from .peers.ggml_graph import built_with
 
         found["ggml-python"] += f" ({built_with()})"
     return found

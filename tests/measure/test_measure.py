@@ -336,7 +336,7 @@ def test_fla_is_called_as_its_functions_are_named(monkeypatch, rule, op):
     for name in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    theirs = peers._fla(case, case.inputs(), 1)()
+    theirs = peers.fla.prepare(case, case.inputs(), 1)()
     ours = run(case, case.inputs(), backend="reference")
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(theirs, ours, strict=True))
 
@@ -345,7 +345,7 @@ def test_ours_in_other_forms_agree():
     replay = Case("ingest", rules.KDA, Shape(T=20, H=2, HV=2, K=8, V=8), passes=3)
     once = Case("ingest", rules.KDA, Shape(T=20, H=2, HV=2, K=8, V=8))
     forward = Case("forward", rules.GATED_DELTA_RULE, Shape(T=20, H=1, HV=1, K=8, V=8))  # few operators to compile
-    forms = ((peers._pass_by_pass, replay), (peers._with_outputs, once), (peers._compiled, forward))
+    forms = ((peers.ours.pass_by_pass, replay), (peers.ours.with_outputs, once), (peers.ours.by_compiler, forward))
     for form, case in forms:
         state = form(case, case.inputs(), 1)()[1]
         assert relative_error(state, run(case, case.inputs())[1]) < 1e-5

@@ -35,6 +35,6 @@ def test_the_baseline_of_replay_is_a_replay(rule: Rule, T: int) -> None:
     """bench's "prepared once": a launch a pass."""
     case = Case("ingest", rule, Shape(T=T, H=2, HV=2, K=32, V=32), passes=3)
     x = case.inputs()
-    _, state = peers._relaunched(case, x, 1)()
+    _, state = peers.relaunched.prepare(case, x, 1)()
     expected = sleepkern.sleep_ingest(**{**x, "q": None}, passes=3, rule=rule, backend="reference").final_state
     assert relative_error(state, expected) <= TOLERANCE[torch.float32]

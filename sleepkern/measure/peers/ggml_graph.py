@@ -17,7 +17,7 @@ import ggml
 import torch
 from torch import Tensor
 
-from .cases import Case, Result
+from ..cases import Case, Result
 
 _FLOAT = 4
 _GRAPH_BYTES = 1 << 20
