@@ -13,6 +13,7 @@ from sleepkern.backends import BACKENDS, BLOCK_BACKENDS, MIXER_BACKENDS
 from sleepkern.backends import triton as triton_backend
 from sleepkern.backends.cuda import device as cuda_device
 from sleepkern.backends.interface import blocks_refusal, mixer_refusal, refusal
+from sleepkern.backends.native.module import _C
 from sleepkern.nn import SleepLM
 from sleepkern.problems import blocks as blocks_problem
 from sleepkern.problems.mixer import ConvolutionProblem, ConvolutionStepProblem, GatedNormProblem
@@ -103,6 +104,10 @@ def _types(backends: Any, ask: Ask, column: str) -> list[str]:
 
 def support() -> list[tuple[str, ...]]:
     """The head of the table and its rows."""
+    if not (_C and _C.has_cuda):
+        raise SystemExit(
+            "the support matrix needs sleepkern._C built with CUDA, which declares the limits of its kernels"
+        )
     table: list[tuple[str, ...]] = [("function", "`cpu`", "`triton`", "`cuda`", "torch, any device")]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # so that every type that a user can allow is told

@@ -49,7 +49,7 @@ def step_by(problem: Problem, x: Tensors, forward: Callable[[Problem, Tensors], 
 
 
 def step_in_pool(problem: Problem, x: Tensors, places: Tensor, step: Callable[[Problem, Tensors], Tensor]) -> Tensor:
-    """Readouts of a `step` on copies of the states that lie at places [B] of a pool x.state; negative ones: nowhere."""
+    """Outputs of a `step` on copies of the pool rows places [B] of x.state, written back; negative ones are skipped."""
     assert x.state is not None
     present = places >= 0
     state = x.state[places.clamp_min(0)]

@@ -13,7 +13,8 @@ import sleepkern
 from sleepkern.backends import reference
 from sleepkern.problems.recurrence import Tensors, describe
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, RULES, SIMPLE_GLA, Rule
-from sleepkern.testing import BLOCK_GRADIENTS, SAME_GRADIENTS, Shape, make_inputs, relative_error, to_float64
+from sleepkern.testing import Shape, make_inputs, relative_error, to_float64
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS, SAME_GRADIENTS
 
 NAMES = ("q", "k", "v", "g", "beta", "initial_state")
 

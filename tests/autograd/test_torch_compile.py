@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import sleepkern
 from sleepkern import rules
 from sleepkern.rules import Rule
-from sleepkern.testing import SAME_SUMS, TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.testing.tolerances import SAME_SUMS
 
 SHAPE = Shape(B=2, T=20, H=1, HV=2, K=8, V=8)
 

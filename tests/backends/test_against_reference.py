@@ -13,7 +13,8 @@ from torch import Tensor
 import sleepkern
 from sleepkern.backends.native.views import rows
 from sleepkern.rules import RULES, Rule
-from sleepkern.testing import AWKWARD_SHAPES, IN_PIECES, TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.testing import AWKWARD_SHAPES, TOLERANCE, Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.testing.tolerances import IN_PIECES
 
 FAST = [name for name in HERE if name != "reference"]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -10,7 +10,8 @@ import torch
 import sleepkern
 from sleepkern import rules
 from sleepkern.rules import Rule
-from sleepkern.testing import REORDERED_DOUBLE, Shape, call, make_inputs, relative_error
+from sleepkern.testing import Shape, call, make_inputs, relative_error
+from sleepkern.testing.tolerances import REORDERED_DOUBLE
 
 
 def written_out(rule: Rule, x: dict, head: int, scale: float) -> tuple[list[list[float]], list[list[float]]]:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import sleepkern
 from sleepkern.integrations import fla
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
-from sleepkern.testing import REORDERED_DOUBLE, SAME_SUMS, Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
+from sleepkern.testing.tolerances import REORDERED_DOUBLE, SAME_SUMS
 
 SHAPE = Shape(B=2, T=70, H=2, HV=2, K=24, V=40)
 NAMES = {

@@ -11,7 +11,8 @@ import torch
 from helpers.hf_models import FAMILIES
 
 import sleepkern
-from sleepkern.testing import SAME_SUMS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import SAME_SUMS
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 

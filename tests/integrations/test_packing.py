@@ -17,7 +17,8 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 from sleepkern.integrations.transformers import base_model, mamba2, patch, unpatch
 from sleepkern.integrations.transformers import gated_delta as delta
 from sleepkern.integrations.transformers import short_convolution as convolution
-from sleepkern.testing import BLOCK_GRADIENTS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS
 
 LENGTHS = (5, 9, 1, 7)
 OFFSETS = torch.tensor([0, *LENGTHS]).cumsum(0).int()

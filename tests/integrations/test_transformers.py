@@ -31,7 +31,8 @@ from transformers import DynamicCache
 
 from sleepkern.cli.demo.patched_model import run_patched_model
 from sleepkern.integrations.transformers import patch, unpatch
-from sleepkern.testing import BLOCK_GRADIENTS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS
 
 
 @torch.no_grad()

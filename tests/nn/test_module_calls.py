@@ -13,7 +13,8 @@ from sleepkern.nn import GatedDeltaNet, SleepLM, WindowAttention
 from sleepkern.sleep import SleepSession, sleep_blocks
 from sleepkern.sleep.blocks import why_not
 from sleepkern.state import KVState
-from sleepkern.testing import BLOCKS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCKS
 
 
 def speaking(kinds: int = 1) -> SleepLM:

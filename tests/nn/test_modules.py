@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from sleepkern.nn import GatedDeltaNet, GatedRMSNorm, HybridBlock, ShortConvolution, SleepLM, WindowAttention
 from sleepkern.sleep import InsertedMixer, RecurrentState, SleepSession
-from sleepkern.testing import BLOCK_GRADIENTS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS
 
 CLOSE = 1e-5
 L = 12

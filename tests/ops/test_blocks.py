@@ -20,7 +20,8 @@ from sleepkern.nn import HybridBlock
 from sleepkern.sleep import SleepSession, forget_packed, sleep_blocks
 from sleepkern.sleep.blocks import why_not
 from sleepkern.state import KVState, RecurrentState
-from sleepkern.testing import BLOCK_GRADIENTS, BLOCKS, BLOCKS_BF16, IN_PIECES, MATTERS, SAME_SUMS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS, BLOCKS, BLOCKS_BF16, IN_PIECES, MATTERS, SAME_SUMS
 
 
 @pytest.mark.parametrize("continued", [False, True], ids=["from nothing", "continued"])

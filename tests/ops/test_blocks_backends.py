@@ -20,7 +20,8 @@ from sleepkern.problems.layer_weights import AttentionWeights, GatedDeltaWeights
 from sleepkern.sleep import explain_blocks, sleep_blocks
 from sleepkern.sleep.blocks import one_by_one, why_not
 from sleepkern.state import KVState
-from sleepkern.testing import BLOCK_GRADIENTS, BLOCKS, SAME_SUMS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS, BLOCKS, SAME_SUMS
 
 ROOT = Path(__file__).resolve().parents[2]
 H = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,8 @@ from torch import Tensor
 from sleepkern.nn import SleepLM
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import Slept, one_by_one
-from sleepkern.testing import BLOCK_GRADIENTS, BLOCKS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS, BLOCKS
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

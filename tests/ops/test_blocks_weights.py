@@ -27,7 +27,8 @@ from sleepkern.problems.layer_weights import LayerWeights, layers_of
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import one_by_one, why_not
 from sleepkern.state import KVState, RecurrentState
-from sleepkern.testing import BLOCKS, BLOCKS_BF16, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCKS, BLOCKS_BF16
 
 _MEMORY = np.zeros((24, 24), dtype=np.float32)
 """Where weights are put that are to have one address, whoever owns it."""

@@ -25,7 +25,8 @@ from sleepkern.problems.recurrence import Problem, RecurrenceResult, Tensors
 from sleepkern.rules import Rule
 from sleepkern.sleep import sleep_blocks
 from sleepkern.sleep.blocks import why_not
-from sleepkern.testing import SAME_SUMS, Shape, call, make_inputs, relative_error
+from sleepkern.testing import Shape, call, make_inputs, relative_error
+from sleepkern.testing.tolerances import SAME_SUMS
 
 
 @pytest.mark.computed_by("cpu")

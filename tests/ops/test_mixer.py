@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from sleepkern.backends.native.module import TYPE_CODES
 from sleepkern.nn import GatedDeltaNet, gated_rms_norm, short_convolution, short_convolution_step
 from sleepkern.problems.blocks import KERNEL_TYPES
-from sleepkern.testing import REORDERED_DOUBLE, SAME_SUMS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import REORDERED_DOUBLE, SAME_SUMS
 
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 TYPES = list(BOUNDS)

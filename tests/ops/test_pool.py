@@ -8,7 +8,8 @@ from helpers.backends import HERE
 
 import sleepkern
 from sleepkern.rules import GATED_DELTA_RULE
-from sleepkern.testing import SAME_GRADIENTS, Shape, make_inputs, relative_error
+from sleepkern.testing import Shape, make_inputs, relative_error
+from sleepkern.testing.tolerances import SAME_GRADIENTS
 
 
 def inputs(rows: int = 3) -> dict[str, torch.Tensor]:

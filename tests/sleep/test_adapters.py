@@ -16,7 +16,8 @@ from helpers.sleep_models import jet, names_of, ouro
 from torch import Tensor, nn
 
 from sleepkern.sleep import ModelAdapter, SleepSession
-from sleepkern.testing import MATTERS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import MATTERS
 
 L = 16
 

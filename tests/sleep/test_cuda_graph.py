@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sleepkern.sleep import SleepSession
 from sleepkern.sleep.cuda_graph import CudaRecorder, GraphCache
-from sleepkern.testing import BLOCKS, MATTERS, SAME_SUMS, SESSION_STATES, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCKS, MATTERS, SAME_SUMS, SESSION_STATES
 
 L = 16
 

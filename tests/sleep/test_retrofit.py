@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 
 from sleepkern.sleep import SleepSession, load_retrofitted, retrofit
 from sleepkern.sleep.inserted_mixer import inserted_in
-from sleepkern.testing import MATTERS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import MATTERS
 
 L, LAYERS = 16, (1, 2)
 FAMILIES = ("llama", "qwen3")

@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from sleepkern.cli.demo.sleeping import run_sleep
 from sleepkern.integrations.transformers import patch
 from sleepkern.sleep import SleepSession
-from sleepkern.testing import BLOCK_GRADIENTS, MATTERS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS, MATTERS
 
 FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear", "bailing_hybrid")
 L = 24

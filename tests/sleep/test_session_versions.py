@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sleepkern.integrations.caches import cache_among
 from sleepkern.sleep import SleepSession
-from sleepkern.testing import MATTERS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import MATTERS
 
 L = 24
 

@@ -9,7 +9,7 @@ from torch import nn
 import sleepkern.sleep
 from sleepkern.nn import SleepLM
 from sleepkern.sleep import CausalLMAdapter, LayerCache, ModelAdapter, SleepSession
-from sleepkern.testing import BLOCK_GRADIENTS, SAME_SUMS
+from sleepkern.testing.tolerances import BLOCK_GRADIENTS, SAME_SUMS
 
 L = 8
 

@@ -14,7 +14,8 @@ from sleepkern.backends.cpu import blocks as cpu_blocks
 from sleepkern.backends.native.module import _C
 from sleepkern.nn import HybridBlock, SleepLM
 from sleepkern.sleep import sleep_blocks
-from sleepkern.testing import BLOCKS, relative_error
+from sleepkern.testing import relative_error
+from sleepkern.testing.tolerances import BLOCKS
 
 
 @pytest.fixture(params=["plain", "winograd"])

@@ -13,7 +13,8 @@ from torch import Tensor
 import sleepkern
 from sleepkern.backends.native.module import _C
 from sleepkern.rules import Rule
-from sleepkern.testing import AWKWARD_SHAPES, SAME_GRADIENTS, SAME_SUMS, Shape, call, make_inputs, relative_error
+from sleepkern.testing import AWKWARD_SHAPES, Shape, call, make_inputs, relative_error
+from sleepkern.testing.tolerances import SAME_GRADIENTS, SAME_SUMS
 
 Results = dict[str, tuple[Tensor, float]]
 """Tensors by name, each with how far it may be from another machine code's."""
@@ -125,7 +126,8 @@ def test_threads_are_torchs_own() -> None:
 AVX512_AGREES = """
 import sleepkern
 from sleepkern.backends import cpu
-from sleepkern.testing import AWKWARD_SHAPES, SAME_GRADIENTS, SAME_SUMS, TOLERANCE, Shape, call, make_inputs
+from sleepkern.testing import AWKWARD_SHAPES, TOLERANCE, Shape, call, make_inputs
+from sleepkern.testing.tolerances import SAME_GRADIENTS, SAME_SUMS
 from sleepkern.testing import relative_error, rules_of, to_float64
 assert _C.isas()[:2] == ["avx512bf16", "avx512"], _C.isas()
 shapes = {**AWKWARD_SHAPES, "wide": Shape(T=200, H=1, HV=2, K=128, V=128)}

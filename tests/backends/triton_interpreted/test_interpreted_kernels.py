@@ -16,7 +16,8 @@ from sleepkern.backends.triton.plan import plan_for
 from sleepkern.backends.triton.plan_table import PLAIN_HOPPER, Direction, Precision, TilePlan
 from sleepkern.problems.recurrence import Problem
 from sleepkern.rules import GATED_DELTA_RULE, KDA, Rule
-from sleepkern.testing import IN_PIECES, TOLERANCE, Shape, call, make_inputs, relative_error, rules_of, to_float64
+from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, relative_error, rules_of, to_float64
+from sleepkern.testing.tolerances import IN_PIECES
 
 RULES = rules_of("triton")
 ALL = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

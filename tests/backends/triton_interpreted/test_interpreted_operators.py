@@ -7,7 +7,8 @@ import torch
 
 import sleepkern
 from sleepkern.rules import GATED_DELTA_RULE, GLA, KDA, Rule
-from sleepkern.testing import SAME_SUMS, Shape, call, make_inputs, relative_error
+from sleepkern.testing import Shape, call, make_inputs, relative_error
+from sleepkern.testing.tolerances import SAME_SUMS
 
 PACKED = Shape(H=1, HV=1, K=16, V=16, lengths=(3, 0, 18))
 
