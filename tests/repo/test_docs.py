@@ -51,7 +51,7 @@ def documented() -> dict[str, str]:
     found: dict[str, str] = {}
     for page in sorted((DOCS / "api").glob("*.md")):
         for path, options in re.findall(r"^::: ([\w.]+)\n((?: {4}.*\n)*)", page.read_text() + "\n", re.M):
-            members = re.search(r"members: \[(.*)\]", options)
+            members = re.search(r"^ +members: \[(.*)\]", options, re.M)
             names = [f"{path}.{name.strip()}" for name in members.group(1).split(",")] if members else [path]
             found |= {name.rpartition(".")[2]: name for name in names}
     return found
