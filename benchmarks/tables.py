@@ -296,7 +296,7 @@ def numbers() -> Table:
     modules = (("ours, modules", "the modules"), ("ours, compiled", "torch.compile"))
     prepared = ("ours, prepared once", "prepared once")
     return [
-        ("work", "ms", "faster than"),
+        ("work", "ms", "times as fast as"),
         line("one core: gated delta rule, T = 2048", forward, *both),
         line("one core: forward + backward, T = 2048", train, both[0]),
         line("one core: decode of one token", decode, *both),

@@ -1,5 +1,5 @@
 """Docstrings have small tables of a name and what it is, with two or more spaces between them. In HTML these lines
-would run together; here they become tables, without a head (style.css hides it)."""
+would run together; here they become tables, without a head (style.css hides it). Names of pages become links."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 from griffe import Extension
 
 GAP = re.compile(r" {2,}")
+PAGE = re.compile(r"\bdocs/([\w/]+\.md)")
 FORMULA = re.compile(r"^(S_t = |h\(0\) = )")
 
 
 def with_tables(text: str) -> str:
     """The docstring with each paragraph that is such a table as a table, and each lone formula as a block."""
+    text = PAGE.sub(r"[docs/\1](../\1)", text)
     return "\n\n".join(_paragraph(p) for p in re.split(r"\n{2,}", text))
 
 

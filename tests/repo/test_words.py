@@ -45,7 +45,7 @@ def offenders(text: str, comment: str) -> Iterator[str]:
 def sources() -> dict[str, str]:
     """Every source with the pattern of its comments."""
     found = {}
-    for folder in ("sleepkern", "csrc", "tests", "benchmarks"):
+    for folder in ("sleepkern", "csrc", "tests", "benchmarks", "docs", "examples"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".pyi") and path != Path(__file__).resolve():
                 found[str(path.relative_to(ROOT))] = r"#.*"
