@@ -144,7 +144,7 @@ lint: $(VENV)/installed
 
 # The pages need the sources only: no torch, nothing compiled.
 docs: $(VENV)/docs/installed
-	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
 	$(VENV)/docs/bin/python docs/site/check.py out/site
 
 $(VENV)/docs/installed: requirements-docs.txt
