@@ -1,7 +1,7 @@
 """Write the number tables and the support matrix of README and docs: `python -m benchmarks.tables`, or `make tables`.
 
 A page has a pair of markers, `<!-- table: name -->` and `<!-- end table -->`; what is between them is written here,
-from the files of benchmarks/results and from what the backends declare. `tests/repo/test_tables.py` compares.
+from the files of benchmarks/results and from what the backends declare. `tests/repo/test_number_tables.py` compares.
 """
 
 from __future__ import annotations

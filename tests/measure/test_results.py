@@ -1,4 +1,4 @@
-"""The stored results are compact files; tests/repo/test_tables.py compares the tables that quote them."""
+"""The stored results are compact files; tests/repo/test_number_tables.py compares the tables that quote them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     path
-    for folder in ("sleepkern", "csrc", "tests", "benchmarks", "docs", "examples")
+    for folder in ("sleepkern", "csrc", "tests", "benchmarks", "docs", "examples", "packaging")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")
 ]
@@ -20,6 +20,12 @@ SOURCES = [
 def test_no_file_is_longer_than_400_lines() -> None:
     long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports test files by their base name, so two of one name cannot run together."""
+    names = [path.name for path in SOURCES if path.name.startswith("test_")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
 
 
 LONG_FUNCTIONS = {
