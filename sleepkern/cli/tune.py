@@ -12,7 +12,7 @@ from rich.table import Table
 from ..backends.triton.plan import table_rows
 from ..backends.triton.plan_table import Key, TilePlan
 from ..measure.environment import environment
-from ..measure.tune import CHUNKS, Trial, tune
+from ..measure.tune import CHUNKS, PlanTrial, tune
 from ..rules import RULES
 from ..testing import Shape
 from .output import check_device, console, finish, named_path, progress_bar, usage, writable, write_json
@@ -47,7 +47,7 @@ def command(
     check_device(device)
     writable(out, "out")
     plans: dict[Key, TilePlan] = {}
-    trials: list[Trial] = []
+    trials: list[PlanTrial] = []
     with progress_bar() as step:
         for name in rule or BOTH:
             shape = Shape(T=T, H=H, HV=H, K=K, V=V)
@@ -66,7 +66,7 @@ def command(
     finish(bool(plans))
 
 
-def _table(plans: dict[Key, TilePlan], trials: list[Trial]) -> Table:
+def _table(plans: dict[Key, TilePlan], trials: list[PlanTrial]) -> Table:
     table = Table(title="fastest plans found")
     for column in ("direction", "plan", "ms", "built-in ms", "tried", "refused"):
         table.add_column(column)

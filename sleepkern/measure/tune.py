@@ -39,7 +39,7 @@ LOADS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
-class Trial:
+class PlanTrial:
     """One candidate; seconds None where it did not run or was wrong, which `note` says."""
 
     key: Key
@@ -57,7 +57,7 @@ def tune(
     chunks: Sequence[int] = CHUNKS,
     seconds: float = 0.2,
     progress: Progress | None = None,
-) -> tuple[dict[Key, TilePlan], list[Trial]]:
+) -> tuple[dict[Key, TilePlan], list[PlanTrial]]:
     """The fastest plan found for each direction of calls of this shape, and all that was tried.
 
     Args:
@@ -73,7 +73,7 @@ def tune(
     capability = capability_of_plans(torch.cuda.get_device_capability()) if device == "cuda" else 0
     precision = backend.precision_of(problem)
     best: dict[Key, TilePlan] = {}
-    trials: list[Trial] = []
+    trials: list[PlanTrial] = []
     for direction in STAGES:
         key = Key(capability, direction, precision, rule.gate == "channel", _width(shape.K))
         plan = _found(key)
@@ -93,7 +93,7 @@ class _Search:
 
     def __init__(
         self, key: Key, run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], tolerance: float,
-        device: str, seconds: float, trials: list[Trial], progress: Progress | None,
+        device: str, seconds: float, trials: list[PlanTrial], progress: Progress | None,
     ) -> None:  # fmt: skip
         self.key, self.run, self.expected, self.tolerance = key, run, expected, tolerance
         self.device, self.seconds, self.trials, self.progress = device, seconds, trials, progress
@@ -118,13 +118,13 @@ class _Search:
             try:
                 worst = max(relative_error(a, b) for a, b in zip(self.run(), self.expected, strict=True))
             except Exception as error:  # compilers and drivers refuse in many types; a refusal is one row
-                return self._note(Trial(self.key, stage, plan, None, f"{type(error).__name__}: {str(error)[:120]}"))
+                return self._note(PlanTrial(self.key, stage, plan, None, f"{type(error).__name__}: {str(error)[:120]}"))
             if not worst <= 2 * self.tolerance:
-                return self._note(Trial(self.key, stage, plan, None, f"differs by {worst:.1e}"))
+                return self._note(PlanTrial(self.key, stage, plan, None, f"differs by {worst:.1e}"))
             timing = time_in_turns({"plan": Candidate([self.run])}, self.device, self.seconds)["plan"]
-        return self._note(Trial(self.key, stage, plan, timing.median))
+        return self._note(PlanTrial(self.key, stage, plan, timing.median))
 
-    def _note(self, trial: Trial) -> float:
+    def _note(self, trial: PlanTrial) -> float:
         self.trials.append(trial)
         return float("inf") if trial.seconds is None else trial.seconds
 

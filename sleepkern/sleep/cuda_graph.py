@@ -101,7 +101,7 @@ class GraphInputs(NamedTuple):
         return (*names, *((tuple(t.shape), t.dtype, t.device) for t in self.tensors()))
 
 
-class _Graph(NamedTuple):
+class _RecordedGraph(NamedTuple):
     inputs: GraphInputs
     replay: Callable[[], None]
     outputs: GraphOutputs
@@ -118,7 +118,7 @@ class GraphCache:
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder: Recorder = recorder or CudaRecorder()
-        self.graphs: dict[tuple[Any, ...], _Graph] = {}
+        self.graphs: dict[tuple[Any, ...], _RecordedGraph] = {}
 
     def why_not(self, session: GraphedSession, ids: Tensor, mask: Tensor | None) -> str | None:
         """None where a graph can run the sleep over this window, else a sentence why it runs without."""
@@ -155,7 +155,7 @@ class GraphCache:
             session.memory.set_slow(outputs.slow)
         return outputs.changes
 
-    def _recorded(self, session: GraphedSession, inputs: GraphInputs) -> _Graph:
+    def _recorded(self, session: GraphedSession, inputs: GraphInputs) -> _RecordedGraph:
         static = GraphInputs(inputs.ids.clone(), inputs.first.clone(), *(_cloned(kept) for kept in inputs[2:]))
         fork = session.fork()
 
@@ -168,7 +168,7 @@ class GraphCache:
 
         with cuda_blocks.reading() as packed:
             replay, outputs = self.recorder.record(run)
-        return _Graph(static, replay, outputs, packed, Places(_weights(session)))
+        return _RecordedGraph(static, replay, outputs, packed, Places(_weights(session)))
 
 
 def _weights(session: GraphedSession) -> list[Tensor]:

@@ -38,7 +38,7 @@ class LayerCache(Protocol):
         """Replace all keys and values; a layer that is not named has none."""
 
 
-class Block(Protocol):
+class OpenedBlock(Protocol):
     """One block on one window. Its layer's state goes into the cache with which the block was opened."""
 
     def __call__(self, h: Tensor) -> Tensor:

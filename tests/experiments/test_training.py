@@ -33,7 +33,7 @@ from sleepkern.experiments.training.curriculum import Frontier
 from sleepkern.experiments.training.estimate import compute_matched_steps, compute_ratio, estimate
 from sleepkern.experiments.training.logs import read_logs
 from sleepkern.experiments.training.optimisers import Muon, orthogonal, rate_factor, split_parameters
-from sleepkern.experiments.training.study import N1, N4, Row, Study, markdown, seeds_of, summary
+from sleepkern.experiments.training.study import N1, N4, Study, StudyRow, markdown, seeds_of, summary
 from sleepkern.testing import relative_error
 
 FRONTIER = replace(TINY, curriculum="frontier")
@@ -259,7 +259,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="seeds: got '0,a'; expected numbers with commas between them"):
         seeds_of("0,a")
-    wrong = Row("wrong", 2, "none")
+    wrong = StudyRow("wrong", 2, "none")
     with pytest.raises(RuntimeError, match="wrong, seed 0: got exit status 2; see"):
         Study(tmp_path, rows=(wrong,), seeds=(0,), steps=2).run(TRAINER)
 

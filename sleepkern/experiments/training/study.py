@@ -20,7 +20,7 @@ Watch = Callable[["list[Log | None]"], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One way to sleep. like: N of the row whose compute this row gets, by more steps; None: the steps of the study."""
 
     name: str
@@ -30,16 +30,16 @@ class Row:
     eviction: str = "hard"
 
 
-N1, N4 = Row("N=1", 1), Row("N=4", 4)
+N1, N4 = StudyRow("N=1", 1), StudyRow("N=4", 4)
 ROWS = (
     N1,
     N4,
-    Row("N=4 replay only", 4, "replay"),
-    Row("N=2", 2),
-    Row("N=1, compute of N=4", 1, like=4),
-    Row("N=4 raw", 4, "raw"),
-    Row("N=1 sliding", 1, eviction="sliding"),
-    Row("N=4 sliding", 4, eviction="sliding"),
+    StudyRow("N=4 replay only", 4, "replay"),
+    StudyRow("N=2", 2),
+    StudyRow("N=1, compute of N=4", 1, like=4),
+    StudyRow("N=4 raw", 4, "raw"),
+    StudyRow("N=1 sliding", 1, eviction="sliding"),
+    StudyRow("N=4 sliding", 4, eviction="sliding"),
 )
 WANTED_GAP = 0.15
 
@@ -49,28 +49,28 @@ class Study:
     """Runs of a configuration (task, size) for rows x seeds, in a folder; steps: default those of the configuration."""
 
     folder: Path
-    rows: tuple[Row, ...] = ROWS
+    rows: tuple[StudyRow, ...] = ROWS
     seeds: tuple[int, ...] = (0, 1, 2)
     task: str = "depo"
     size: str = "mini"
     steps: int | None = None
 
-    def jobs(self) -> list[tuple[Row, int]]:
+    def jobs(self) -> list[tuple[StudyRow, int]]:
         """All runs row by row, so that an interrupted study has complete rows."""
         return [(row, seed) for row in self.rows for seed in self.seeds]
 
-    def steps_of(self, row: Row) -> int:
+    def steps_of(self, row: StudyRow) -> int:
         """The number of steps of a row."""
         chosen = configuration(self.task, self.size)
         steps = chosen.steps if self.steps is None else self.steps
         return steps if row.like is None else compute_matched_steps(chosen, row.like, steps)
 
-    def folder_of(self, row: Row, seed: int) -> Path:
+    def folder_of(self, row: StudyRow, seed: int) -> Path:
         """The folder of one run."""
         name = "".join(c if c.isalnum() else "-" for c in row.name.replace("=", "").replace(",", ""))
         return self.folder / name / f"seed-{seed}"
 
-    def log(self, row: Row, seed: int) -> Log | None:
+    def log(self, row: StudyRow, seed: int) -> Log | None:
         """The log of one run so far; None also for a damaged log, which the run writes again from its checkpoint."""
         try:
             return read_log(self.folder_of(row, seed))
@@ -106,7 +106,7 @@ class Study:
                 stop.set()
                 raise
 
-    def _train(self, trainer: Sequence[str], row: Row, seed: int, stop: threading.Event) -> None:
+    def _train(self, trainer: Sequence[str], row: StudyRow, seed: int, stop: threading.Event) -> None:
         done, folder = self.log(row, seed), self.folder_of(row, seed)
         if stop.is_set() or (done is not None and done.finished and done.steps == self.steps_of(row)):
             return
@@ -154,7 +154,7 @@ def summary(study: Study) -> dict[str, Any]:
     }
 
 
-def _described(study: Study, row: Row, seed: int) -> dict[str, Any] | None:
+def _described(study: Study, row: StudyRow, seed: int) -> dict[str, Any] | None:
     log = study.log(row, seed)
     if log is None or not log.history:
         return None
