@@ -30,7 +30,7 @@ for report in session.reports[-2:]:
 question = torch.tensor([list(b"Where did the cat sit?")])
 answer = session.generate(question, max_new_tokens=8)
 print("answered:", answer[0, question.shape[1] :].tolist())
-assert torch.equal(session.generate(question, max_new_tokens=8), answer), "asking has changed the session"
+assert torch.equal(session.generate(question, max_new_tokens=8), answer), "generate has changed the session"
 
 other = session.fork()  # goes on alone: two readers of the same past
 other.ingest(torch.tensor([list(b"Then the dog came in." * 10)]))

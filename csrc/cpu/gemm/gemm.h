@@ -56,7 +56,7 @@ struct WeightPrefetch {
   }
 };
 
-// Adds a product to a tile, and prefetches weights meanwhile.
+// Adds a product to a tile, and prefetches weights between the multiplications.
 template <int HEIGHT, class E>
 SLEEPKERN_INLINE void accumulate(TileOf<HEIGHT>& t, const E* left, const E* right, int64_t depth,
                                  WeightPrefetch& prefetch) {

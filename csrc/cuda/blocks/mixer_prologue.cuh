@@ -102,7 +102,7 @@ SLEEPKERN_DEVICE void convolve(const BlocksParams& call, const BlockLayer& layer
     const int w = divide(task, chunks).quotient, column = column_of_task(task);
     const float low_taps[TAPS] = {low.w, low.z, low.y, low.x}, high_taps[TAPS] = {high.w, high.z, high.y, high.x};
     const int following =
-        column_of_task(task + WARPS < tasks ? task + WARPS : task);  // the task whose taps are loaded meanwhile
+        column_of_task(task + WARPS < tasks ? task + WARPS : task);  // the task whose taps are loaded during this one
     low = taps[following], high = taps[following + 1];
     float before = past.data == nullptr ? 0.0f : pair_before(call, layer, cta, past, w, g - 8, column);
     uint32_t* at_row = reinterpret_cast<uint32_t*>(wide + at<Mode::bf16>(layer.into, w * call.padded() + g, column));

@@ -80,7 +80,7 @@ struct WeightStream {
     second = load_fragment(at + FRAGMENT / sizeof(uint4));
   }
   // Releases the ring's first stage and issues the next copy to its memory. It is called after the products: the matrix
-  // units are busy meanwhile, and since the whole warp takes part in a product, all lanes have read their operands.
+  // units are busy with it, and since the whole warp takes part in a product, all lanes have read their operands.
   SLEEPKERN_DEVICE void release() {
     // mutant: weights-overwrite-the-next-slot
     issue(slot);
