@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich import box
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..measure import Report, bench, gpu_cases
+from ..measure import Report, bench_cases, gpu_cases
 from ..measure.bench import BenchRow
-from ..measure.suites import SUITES
-from .output import check_device, console, drawable, finish, named_path, progress_bar, usage, writable, write_json
+from ..measure.cases import AnyCase, Case, Op
+from ..measure.suites import SUITES, select
+from ..rules import RULES
+from ..testing import Shape
+from . import sizes
+from .output import (
+    check_device,
+    console,
+    drawable,
+    finish,
+    given,
+    named_path,
+    progress_bar,
+    usage,
+    writable,
+    write_json,
+)
 
 SUITES_HELP = f"all, or one of {', '.join(SUITES)}; with --device cuda one of {', '.join(gpu_cases.SUITES)}"
+OPS: tuple[str, ...] = get_args(Op)
+USUAL = Shape(T=2048, H=16, HV=16, K=128, V=128)
+"""The sizes of a call of one's own that are not given."""
+USUAL_STEP = Shape(T=1, H=16, HV=16, K=128, V=128)
+"""The same for op decode."""
+CHECKED = 8
+"""Bytes that the check of a result takes for each byte of the call: it computes in float64, with intermediates."""
 TITLE = "bench: medians, results checked against the reference before"
 NOT_TIMED = "[dim]-[/]"
 OURS = "ours, "
@@ -23,10 +46,27 @@ OURS = "ours, "
 
 
 def command(
+    context: typer.Context,
     suite: Annotated[str, typer.Option(help=SUITES_HELP)] = "all",
+    case: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="only cases whose name contains this; may be repeated")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    threads: Annotated[int, typer.Option(help="threads of ours and of every peer")] = 1,
+    threads: Annotated[int, typer.Option(metavar="N", help="threads of ours and of every peer")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="shorter sequences, about a minute")] = False,
+    op: Annotated[
+        list[str] | None, typer.Option(help=f"a call of one's own: {', '.join(OPS)}", show_default="forward")
+    ] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="its rule; may be repeated", show_default="all")] = None,
+    B: sizes.Batch = None,
+    T: sizes.Tokens = None,
+    H: sizes.KeyHeads = None,
+    HV: sizes.ValueHeads = None,
+    K: sizes.KeyWidth = None,
+    V: sizes.ValueWidth = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help=f"its type: {', '.join(sizes.TYPES)}", show_default="float32")
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(parser=named_path, metavar="PATH", help="write the results to this file")
     ] = None,
@@ -35,13 +75,15 @@ def command(
         typer.Option(parser=named_path, metavar="PATH", help="draw them into this file: .png, .pdf, .svg, ..."),
     ] = None,
 ) -> None:
-    """Time every suite next to its peers, results checked first. Exit status 1 when one is
+    """Time every suite next to its peers, results checked first, or a call of one's own. Exit status 1 when one is
     wrong."""
     check_device(device)
     writable(json, "--json")
     drawable(plot, "--plot")
+    own = {"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V}
     try:
-        report = run(suite, quick, threads, device, json)
+        cases = chosen(context, suite, case, quick, device, own_cases(op, rule, dtype, own))
+        report = run(threads=threads, quick=quick, device=device, json=json, cases=cases)
     except ValueError as error:
         raise usage(error) from error
     show(report)
@@ -51,18 +93,61 @@ def command(
     finish(report.passed)
 
 
+def own_cases(
+    ops: list[str] | None, rules: list[str] | None, dtypes: list[str] | None, own: dict[str, int | None]
+) -> tuple[Case, ...]:
+    """The cases of one's own that the options describe: each operation, rule and type at one shape. None without an
+    option."""
+    if not (ops or rules or dtypes or any(size is not None for size in own.values())):
+        return ()
+    sizes.one_of("--op", ops or (), OPS)
+    sizes.one_of("--rule", rules or (), RULES)
+    sizes.one_of("--dtype", dtypes or (), sizes.TYPES)
+    found = []
+    for op in ops or OPS[:1]:
+        shape = sizes.own_shape(own, USUAL_STEP if op == "decode" else USUAL)
+        for rule, dtype in itertools.product(rules or RULES, dtypes or ("float32",)):
+            case = Case(cast(Op, op), RULES[rule], shape, sizes.TYPES[dtype])
+            sizes.fits_memory(CHECKED * case.bytes, shape, "the call and the check of its result take")
+            found.append(case)
+    return tuple(dict.fromkeys(found))
+
+
+def chosen(
+    context: typer.Context, suite: str, names: list[str] | None, quick: bool, device: str, own: tuple[Case, ...]
+) -> tuple[AnyCase, ...]:
+    """The cases of one's own, or those of the suite whose name contains one of `names`; both together are wrong
+    usage."""
+    if not own:
+        return select(suite, quick, device, names or ())
+    for option in ("suite", "case"):
+        if given(context, option):
+            raise typer.BadParameter(
+                "got a choice of suites beside a call of one's own; expected one of the two", param_hint=f"--{option}"
+            )
+    return own
+
+
 def run(
-    suite: str = "all", quick: bool = False, threads: int = 1, device: str = "cpu", json: Path | None = None
+    suite: str = "all",
+    quick: bool = False,
+    threads: int = 1,
+    device: str = "cpu",
+    json: Path | None = None,
+    cases: tuple[AnyCase, ...] | None = None,
 ) -> Report:
-    """`bench` under a progress bar; what is there after each case goes to `json` at once. Unless quick, cases on a CPU
-    run in processes of their own."""
+    """`bench` under a progress bar, of a suite or of these cases; what is there after each case goes to `json` at once.
+    Unless quick, cases on a CPU run in processes of their own."""
+    if threads < 1:
+        raise ValueError(f"threads: got {threads}; expected at least 1")
+    cases = select(suite, quick, device) if cases is None else cases
 
     def keep(report: Report) -> None:
         write_json(json, to_dict(report), quiet=True)
 
     with progress_bar() as progress:
         apart = not quick and device == "cpu"
-        return bench(suite, quick, threads, device, progress, so_far=keep, apart=apart)
+        return bench_cases(cases, quick, threads, device, progress, so_far=keep, apart=apart)
 
 
 def to_dict(report: Report) -> dict[str, Any]:

@@ -96,6 +96,12 @@ def named_path(text: str | Path) -> Path:
     return Path(text)
 
 
+def given(context: typer.Context, name: str) -> bool:
+    """Tells whether the parameter was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def usage(error: ValueError) -> typer.BadParameter:
     """A ValueError of the library as a usage error of the command line."""
     return typer.BadParameter(str(error))

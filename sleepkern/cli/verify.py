@@ -11,11 +11,16 @@ from rich import box
 from rich.table import Table
 
 from ..measure import environment, verify
-from ..testing import type_name
-from ..testing.verify import DTYPES, Row
+from ..rules import RULES
+from ..testing import Shape
+from ..testing.verify import Row
+from . import sizes
 from .output import check_device, console, finish, named_path, progress_bar, usage, writable, write_json
 
-TYPES = {type_name(dtype): dtype for dtype in DTYPES}
+USUAL = Shape(T=65)
+"""The sizes of a shape of one's own that are not given."""
+STATES = 4
+"""States that the reference keeps of each token for the gradients."""
 SHOWN = 12
 """Red comparisons listed one by one under the table; the JSON has them all."""
 
@@ -25,21 +30,30 @@ def command(
     backend: Annotated[list[str] | None, typer.Option(help="only this backend; may be repeated")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="only this rule; may be repeated")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="fewer shapes and variants")] = False,
-    dtype: Annotated[list[str] | None, typer.Option(help=f"only this type of {', '.join(TYPES)}")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help=f"only this type of {', '.join(sizes.TYPES)}")] = None,
+    B: sizes.Batch = None,
+    T: sizes.Tokens = None,
+    H: sizes.KeyHeads = None,
+    HV: sizes.ValueHeads = None,
+    K: sizes.KeyWidth = None,
+    V: sizes.ValueWidth = None,
     tf32: Annotated[bool, typer.Option("--tf32", help="let float32 products on a GPU round to tf32")] = False,
     json: Annotated[
         Path | None, typer.Option(parser=named_path, metavar="PATH", help="write every comparison to this file")
     ] = None,
 ) -> None:
-    """Compare every backend with the float64 reference: outputs and gradients. Exit status 1 when
-    one is wrong."""
+    """Compare every backend with the float64 reference: outputs and gradients. Exit status 1 when one is wrong.
+
+    With a size, one shape of one's own takes the place of the shape classes; sizes that are not given are B=1 T=65 H=2
+    K=64 V=64, and HV is H.
+    """
     check_device(device)
-    for name in dtype or ():
-        if name not in TYPES:
-            raise typer.BadParameter(f"got {name!r}; expected one of {', '.join(TYPES)}", param_hint="--dtype")
+    sizes.one_of("--dtype", dtype or (), sizes.TYPES)
+    sizes.one_of("--rule", rule or (), RULES)
+    shape = own_shape({"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V})
     writable(json, "--json")
     try:
-        rows = run(device, backend, rule, quick, dtype, tf32)
+        rows = run(device, backend, rule, quick, dtype, tf32, shape)
     except ValueError as error:
         raise usage(error) from error
     console.print(table(rows))
@@ -55,11 +69,23 @@ def run(
     quick: bool = False,
     dtypes: list[str] | None = None,
     tf32: bool = False,
+    shape: Shape | None = None,
 ) -> list[Row]:
-    """`verify` under a progress bar."""
-    types = None if not dtypes else [TYPES[name] for name in dtypes]
+    """`verify` under a progress bar, at its shape classes or at this shape."""
+    types = None if not dtypes else [sizes.TYPES[name] for name in dtypes]
+    shapes = None if shape is None else [shape]
     with progress_bar() as progress:
-        return verify(backends, rules, types, quick, device, progress, tf32=tf32)
+        return verify(backends, rules, types, quick, device, progress, shapes, tf32)
+
+
+def own_shape(own: dict[str, int | None]) -> Shape | None:
+    """The shape that the options describe; None without a size. The reference has to fit into memory."""
+    if all(size is None for size in own.values()):
+        return None
+    shape = sizes.own_shape(own, USUAL)
+    states = 8 * shape.B * shape.T * shape.HV * shape.K * shape.V
+    sizes.fits_memory(STATES * states, shape, "the float64 reference takes")
+    return shape
 
 
 def passed(rows: list[Row], backends: list[str] | None = None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,11 +67,17 @@ QUICK: dict[str, tuple[AnyCase, ...]] = {
 """The same suites, shortened for `demo`."""
 
 
-def select(suite: str, quick: bool, device: str = "cpu") -> tuple[AnyCase, ...]:
+def select(suite: str, quick: bool, device: str = "cpu", names: Sequence[str] = ()) -> tuple[AnyCase, ...]:
     """Cases of a suite, or of all; those of a model only where transformers is installed.
 
+    Args:
+        suite: all, or the name of a suite.
+        quick: the shortened suites.
+        device: cpu or cuda.
+        names: only cases whose name contains one of these texts; all cases where there is none.
+
     Raises:
-        ValueError: an unknown suite, or of a model without transformers.
+        ValueError: an unknown suite, or of a model without transformers, or a text that no case's name contains.
     """
     suites = QUICK if quick else SUITES
     if torch.device(device).type == "cuda":
@@ -82,4 +89,7 @@ def select(suite: str, quick: bool, device: str = "cpu") -> tuple[AnyCase, ...]:
         chosen = tuple(case for case in chosen if not isinstance(case, ModelCase))
         if not chosen:
             raise ValueError(f"suite: got {suite!r}, for which transformers is not installed")
-    return chosen
+    for text in names:
+        if not any(text in case.name for case in chosen):
+            raise ValueError(f"case: got {text!r}; expected a part of a case's name, such as {chosen[0].name!r}")
+    return tuple(case for case in chosen if not names or any(text in case.name for text in names))

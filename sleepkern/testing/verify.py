@@ -10,7 +10,7 @@ those terms.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,7 @@ class Trial:
     rule: Rule
     dtype: torch.dtype
     shape: str
+    size: Shape
     variant: str
 
 
@@ -102,7 +103,7 @@ def verify(
     quick: bool = False,
     device: str = "cpu",
     progress: Progress | None = None,
-    shapes: Sequence[str] | None = None,
+    shapes: Sequence[str | Shape] | None = None,
     tf32: bool = False,
 ) -> list[Row]:
     """Compare every backend with the float64 reference; one row per comparison, red ones have
@@ -113,7 +114,8 @@ def verify(
         quick: fewer shapes and variants (about 20 seconds instead of minutes).
         device: where the backends run; the reference always runs on the CPU.
         progress: called with (text, done, total).
-        shapes: names in testing.AWKWARD_SHAPES, default all (or a choice of them when quick).
+        shapes: names in testing.AWKWARD_SHAPES, default all (or a choice of them when quick), or shapes of your own,
+            which are tried with every operation and variant.
         tf32: let float32 products round to tf32, as torch.set_float32_matmul_precision("high") does, and ask for
             TF32_TOLERANCE of them.
 
@@ -124,11 +126,9 @@ def verify(
     for name in names:
         backend_named(name)
     chosen = [_known("rules", name, RULES) for name in (rules or RULES)]
-    classes = list(shapes or (QUICK_SHAPES if quick else AWKWARD_SHAPES))
-    for name in classes:
-        _known("shapes", name, AWKWARD_SHAPES)
+    classes = _classes(shapes or (QUICK_SHAPES if quick else tuple(AWKWARD_SHAPES)))
     trials = [
-        Trial(op, rule, dtype, shape, variant)
+        Trial(op, rule, dtype, shape, classes[shape], variant)
         for rule in chosen
         for dtype in dtypes or DTYPES
         for op, shape, variant in _plan(classes, quick)
@@ -167,25 +167,37 @@ def _known(argument: str, name: str, table: dict[str, Any]) -> Any:
     return table[name]
 
 
-def _plan(classes: list[str], quick: bool) -> Iterator[tuple[str, str, str]]:
+def _classes(shapes: Sequence[str | Shape]) -> dict[str, Shape]:
+    """The shapes by name; one of the caller's own is named by its sizes."""
+    found = {}
+    for shape in shapes:
+        if isinstance(shape, str):
+            found[shape] = _known("shapes", shape, AWKWARD_SHAPES)
+        else:
+            name = f"B={shape.B} T={shape.T} H={shape.H} HV={shape.HV} K={shape.K} V={shape.V}"
+            found[name if shape.lengths is None else f"{name} lengths={shape.lengths}"] = shape
+    return found
+
+
+def _plan(classes: Iterable[str], quick: bool) -> Iterator[tuple[str, str, str]]:
     """(op, shape class, variant) of every trial."""
     first, *others = VARIANTS
     for shape in classes:
         yield "rule", shape, first
-        if shape in (QUICK_VARIED if quick else VARIED):
+        own = shape not in AWKWARD_SHAPES
+        if own or shape in (QUICK_VARIED if quick else VARIED):
             for variant in QUICK_VARIANTS if quick else others:
                 yield "rule", shape, variant
-        if shape in STEPPED:
+        if own or shape in STEPPED:
             yield "step", shape, first
-        if shape in (QUICK_VARIED if quick else SLEPT):
+        if own or shape in (QUICK_VARIED if quick else SLEPT):
             yield "sleep", shape, first
 
 
 def _compare(trial: Trial, backends: list[str], device: str, tf32: bool = False) -> list[Row]:
     rounded = tf32 and trial.dtype == torch.float32
-    shape = AWKWARD_SHAPES[trial.shape]
-    inputs = make_inputs(trial.rule, shape, trial.dtype, device=device, **VARIANTS[trial.variant])
-    upstream = _upstream(inputs, shape)
+    inputs = make_inputs(trial.rule, trial.size, trial.dtype, device=device, **VARIANTS[trial.variant])
+    upstream = _upstream(inputs, trial.size)
     expected = None
     rows = []
     for backend in backends:
