@@ -17,6 +17,7 @@ from ..measure.cases import AnyCase, Case, Op
 from ..measure.suites import SUITES, select
 from ..rules import RULES
 from ..testing import Shape
+from . import compare as compare_command
 from . import sizes
 from .output import (
     check_device,
@@ -67,6 +68,9 @@ def command(
     dtype: Annotated[
         list[str] | None, typer.Option(help=f"its type: {', '.join(sizes.TYPES)}", show_default="float32")
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="show how two written results differ")
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(parser=named_path, metavar="PATH", help="write the results to this file")
     ] = None,
@@ -80,6 +84,9 @@ def command(
     check_device(device)
     writable(json, "--json")
     drawable(plot, "--plot")
+    if compare is not None:
+        compare_command.run(context, compare, json)
+        return
     own = {"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V}
     try:
         cases = chosen(context, suite, case, quick, device, own_cases(op, rule, dtype, own))
