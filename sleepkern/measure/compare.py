@@ -12,7 +12,7 @@ from ..files import read_json
 Verdict = Literal["better", "worse", "within noise", "unsteady", "wrong", "not timed"]
 
 NOISE = 0.05
-"""Medians of two runs of the same build on one machine lie within this share of each other."""
+"""A smaller change of a median gets no verdict. The figure is a choice, not a measurement of noise."""
 STEADY = 0.10
 """Best and median of a steady row differ by at most this share of the best."""
 
