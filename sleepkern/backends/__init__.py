@@ -19,6 +19,9 @@ pieces(problem)                         one pass and its gradients, which replay
 A new backend is such an object in BACKENDS, before those that it is better than.
 """
 
+import warnings
+from typing import Any
+
 from . import chunked, modules, reference, torch_mixer, triton
 from .cpu import blocks as cpu_blocks
 from .cpu import mixer as cpu_mixer
@@ -33,3 +36,11 @@ BLOCK_BACKENDS: tuple[BlocksBackend, ...] = (cuda_blocks, cpu_blocks, modules)
 """The same for the passes of a stack of blocks (`sleep_blocks`): objects with the words of `BlocksBackend`."""
 MIXER_BACKENDS: tuple[MixerBackend, ...] = (cpu_mixer, torch_mixer)
 """The same for the short convolution, its step and the gated RMS norm: objects with the words of `MixerBackend`."""
+
+
+def __getattr__(name: str) -> Any:
+    """The former name of RecurrenceBackend."""
+    if name != "Backend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.Backend is {__name__}.RecurrenceBackend", DeprecationWarning, stacklevel=2)
+    return RecurrenceBackend

@@ -37,6 +37,15 @@ def test_use_plans_warns_and_names_its_place() -> None:
     assert "use_plans" not in sleepkern.__all__
 
 
+@pytest.mark.parametrize("module", ["sleepkern.backends", "sleepkern.backends.interface"])
+def test_backend_is_a_recurrence_backend(module: str) -> None:
+    found = importlib.import_module(module)
+    with pytest.warns(DeprecationWarning, match=rf"{module}\.Backend is {module}\.RecurrenceBackend"):
+        assert found.Backend is found.RecurrenceBackend
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = found.Nothing
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])  # the last of them only where a plot is drawn
 def test_the_command_line_says_what_it_needs(missing: str) -> None:
     command = "from sleepkern import cli; cli.main = lambda: __import__('matplotlib'); " * (missing == "matplotlib")
