@@ -1,7 +1,7 @@
 """Stub libraries that give a link the symbol versions of an older glibc.
 
 glibc 2.34 moved pthread_create, dlopen and their like from libpthread, libdl and librt into libc, under the new version
-GLIBC_2.34. A module linked on such a system therefore asks for glibc 2.34, although the functions are the same. The
+GLIBC_2.34. A module linked on such a system therefore requires glibc 2.34, although the functions are the same. The
 libc of today still has them under their first version, for programs linked before. This program reads these versions
 from libc and writes three stub libraries with the old names. A module linked with the stubs names the old version,
 and runs on both: an older system has these libraries, and a newer one keeps empty ones.
@@ -24,7 +24,7 @@ LIBRARIES = {
     "dl": "libdl.so.2",
     "shm_": "librt.so.1",
 }
-"""Which library had a function, by how its name begins."""
+"""The library that had a function in an older glibc, by the first letters of its name."""
 
 
 def version_key(version: str) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ def build(compiler: str, library: str, names: dict[str, list[str]], folder: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiler", default="g++")
-    parser.add_argument("--newest", default="2.28", help="newest version of glibc that the module may ask for")
+    parser.add_argument("--newest", default="2.28", help="newest version of glibc that the module may require")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     command = [options.compiler, "-print-file-name=libc.so.6"]

@@ -15,7 +15,7 @@ def offsets_of(lengths: list[int]) -> list[int]:
 
 
 def slots(lengths: list[int], C: int) -> dict[int, tuple[int, int, int]]:
-    """By slot: the sequence, the first row of its chunk, and the rows of the sequence from there on.
+    """For each slot, the sequence, the first row of its chunk, and the rows of the sequence from there on.
 
     Fails where two chunks have one slot, or a chunk has a slot past T // C + n.
     """

@@ -1,4 +1,4 @@
-"""Which calls give the same numbers to the last bit; the table is in docs/performance/numerics.md."""
+"""Calls that promise the same bits keep the promise; docs/performance/numerics.md has the table."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_the_package_can_be_built_without_the_module(tmp_path: Path) -> None:
 
 
 def test_stubs_for_an_older_glibc_keep_its_first_versions(tmp_path: Path) -> None:
-    """A program that creates a thread asks for glibc 2.34 when linked here, and not when linked with the stubs."""
+    """A program that creates a thread requires glibc 2.34 when linked here, and not when linked with the stubs."""
     source = tmp_path / "thread.c"
     source.write_text("#include <pthread.h>\nint create(pthread_t* t) { return pthread_create(t, 0, 0, 0); }\n")
     command = [sys.executable, "packaging/old_glibc.py", "--out", str(tmp_path)]

@@ -11,7 +11,7 @@ ALLOWED = {
     "eager.py": None,
     "ops/fast_path.py": {"forward_ad._current_level"},  # a function around it costs a call where each one counts
 }
-"""By file: the names that it may use, None for all."""
+"""The private names that each file may use; None allows all."""
 
 
 def private(tree: ast.AST) -> Iterator[str]:
