@@ -5,13 +5,16 @@ assert_type fails where a type is Any, so the file shows that no public result i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import sleepkern
-from sleepkern import Explanation, SleepResult, rules
-from sleepkern.integrations import fla
+from sleepkern import Explanation, SleepResult, measure, rules, testing
+from sleepkern.experiments import tasks, training
+from sleepkern.integrations import fla, transformers
 from sleepkern.nn import (
     MLP,
     GatedDeltaNet,
@@ -67,7 +70,42 @@ def rule_calls() -> None:
     assert_type(explanation, Explanation)
     assert_type(explanation.chosen, str | None)
     assert_type(sleepkern.__version__, str)
-    assert_type(fla.chunk_gated_delta_rule(q, k, v, g, beta), tuple[Tensor, Tensor | None])
+
+
+def fla_calls() -> None:
+    """flash-linear-attention's functions: the rules by head, by channel and without a gate, and the gates."""
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+    g, channel_g, beta = -torch.rand(B, T, H), -torch.rand(B, T, H, K), torch.rand(B, T, H)
+    for gated in (fla.chunk_gated_delta_rule, fla.chunk_gdn):
+        assert_type(gated(q, k, v, g, beta), fla.Result)
+    for stepwise in (fla.fused_recurrent_gated_delta_rule, fla.fused_recurrent_gdn):
+        assert_type(stepwise(q, k, v, g, beta=beta), fla.Result)
+    for channelled in (fla.chunk_kda, fla.fused_recurrent_kda):
+        assert_type(channelled(q, k, v, channel_g, beta), fla.Result)
+    for plain in (
+        fla.chunk_delta_rule,
+        fla.fused_chunk_delta_rule,
+        fla.fused_recurrent_delta_rule,
+        fla.parallel_delta_rule,
+    ):
+        assert_type(plain(q, k, v, beta), fla.Result)
+    for decayed in (fla.chunk_simple_gla, fla.fused_chunk_simple_gla, fla.fused_recurrent_simple_gla):
+        assert_type(decayed(q, k, v, g), fla.Result)
+    assert_type(fla.parallel_simple_gla(q, k, v, g), fla.Result)
+    for gated_by_channel in (fla.chunk_gla, fla.fused_chunk_gla, fla.fused_recurrent_gla):
+        assert_type(gated_by_channel(q, k, v, channel_g), fla.Result)
+    for fixed in (fla.chunk_retention, fla.fused_chunk_retention, fla.fused_recurrent_retention):
+        assert_type(fixed(q, k, v), fla.Result)
+    assert_type(fla.parallel_retention(q, k, v), fla.Result)
+    for layered in (fla.chunk_lightning_attn, fla.fused_recurrent_lightning_attn):
+        assert_type(layered(q, k, v, layer_idx=0, num_layers=2), fla.Result)
+    for ungated in (fla.chunk_linear_attn, fla.fused_chunk_linear_attn, fla.fused_recurrent_linear_attn):
+        assert_type(ungated(q, k, v)[0], Tensor)
+    rates = torch.zeros(H)
+    assert_type(fla.fused_gdn_gate(g, rates), Tensor)
+    assert_type(fla.fused_kda_gate(channel_g, rates), Tensor)
+    assert_type(fla.replacement_of(torch.relu) is None, bool)
+    assert_type(sorted(fla.FUNCTIONS), list[str])
 
 
 def modules() -> None:
@@ -123,12 +161,58 @@ def models(
     assert_type(cache.fast(), dict[int, RecurrentState])
     assert_type(InsertedMixer(1, 32, 2).forward(torch.randn(B, T, 32)), tuple[Tensor, RecurrentState])
     load_retrofitted("folder")
-    for row in sleepkern.verify(quick=True):
+    assert_type(transformers.FAMILIES[0], str)
+    fla.register()
+
+
+def numerics() -> None:
+    """Inputs and errors, as the tests of the package make and measure them."""
+    shape: testing.Shape = testing.AWKWARD_SHAPES["packed"]
+    decay: testing.Decay = "slow"
+    inputs: dict[str, object] = testing.make_inputs(rules.KDA, shape, decay=decay)
+    assert_type(testing.call(rules.KDA, inputs), tuple[Tensor, Tensor | None])
+    exact: dict[str, object] = testing.to_float64(inputs)
+    output, expected = testing.call(rules.KDA, inputs)[0], testing.call(rules.KDA, exact, backend="reference")[0]
+    assert_type(testing.relative_error(output, expected), float)
+    assert testing.relative_error(output, expected) < testing.TOLERANCE[output.dtype]
+    assert_type(testing.rules_of("cpu"), dict[str, rules.Rule])
+    assert_type(testing.type_name(torch.float32), str)
+    assert_type(measure.environment(), dict[str, Any])
+
+
+def measuring() -> None:
+    """Minutes of work: checked, not run."""
+    for row in measure.verify(quick=True):
         assert_type(row.passed, bool)
-    assert_type(sleepkern.bench(quick=True).passed, bool)
+    assert_type(measure.bench(quick=True), measure.Report)
+    assert_type(measure.bench_cases(()).passed, bool)
+
+
+def experimenting() -> None:
+    """A task, and a training of two steps."""
+    task: tasks.Task = tasks.Depo(nodes=4, hops=(1,), queries=2)
+    others: list[tasks.Task] = [tasks.NamedDepo(), tasks.Rule110(), tasks.Arithmetic()]
+    assert_type(others[0].levels, tuple[int, ...])
+    batch = task.batch(2, 0, 0, tasks.SPLITS[0])
+    assert_type(batch, tasks.Batch)
+    assert_type((batch.targets == tasks.IGNORED).any(), Tensor)
+    small = training.Configuration(task, width=32, heads=2, blocks=2, batch=2, steps=2, problems=2)
+    assert_type(training.configuration("depo", "mini"), training.Configuration)
+    assert_type(training.CONFIGURATIONS, dict[str, dict[str, training.Configuration]])
+    placement = training.current_placement()
+    assert_type(placement, training.Placement)
+    trained = training.Training(training.Run(small), placement)
+    trained.train()
+    assert_type(trained.sleep_module, training.SleepModule)
+    logits = trained.sleep_module.forward(batch.context, batch.question)
+    assert_type(training.loss_of(logits, batch), Tensor)
+    assert_type(training.correct_answers(logits, batch), Tensor)
 
 
 if __name__ == "__main__":
     rule_calls()
+    fla_calls()
     modules()
     sleeping()
+    numerics()
+    experimenting()

@@ -3,13 +3,16 @@
     python packaging/wheel_check.py dist/sleepkern-*.whl --torch 2.13.0 --torch 2.14.1
 
 For each version of torch: pip install, the smoke test, the command line, the short form of verify, the user's script
-run and checked by mypy --strict. Exit status 1 when one of them fails.
+run and checked by mypy --strict and by basedpyright, whose --verifytypes also reads every module of the package. Exit
+status 1 when one of them fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +21,9 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MYPY = ["mypy==2.4.1", "typing_extensions"]
+CHECKERS = ["mypy==2.4.1", "basedpyright==1.40.2", "typing_extensions"]
+STRICT = {"include": ["."], "typeCheckingMode": "strict", "reportAny": "error", "reportUnusedCallResult": "none"}
+"""What basedpyright reports: every error, and every value of the script whose type is Any."""
 
 
 def run(name: str, command: list[str], folder: Path, environment: dict[str, str], shown: int = 1) -> None:
@@ -41,15 +46,25 @@ def check(wheel: Path, torch: str, folder: Path) -> None:
     kept = {
         name: value for name, value in os.environ.items() if name.startswith(("PIP_", "HTTP", "http")) or name == "HOME"
     }
-    environment = kept | {"PATH": str(programs), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    # VIRTUAL_ENV: basedpyright looks for the package there.
+    environment = kept | {
+        "PATH": str(programs), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "VIRTUAL_ENV": str(folder / "env")
+    }  # fmt: skip
     install = [python, "-m", "pip", "install", "--quiet"]
     run("install torch", [*install, f"torch=={torch}"], folder, environment, shown=0)
-    run("install the wheel", [*install, f"{wheel.resolve()}[cli]", *MYPY], folder, environment, shown=0)
+    run("install the wheel", [*install, f"{wheel.resolve()}[cli]", *CHECKERS], folder, environment, shown=0)
     run("smoke test", [python, str(HERE / "smoke.py")], folder, environment)
     run("version", ["sleepkern", "--version"], folder, environment)
     run("verify, short form", ["sleepkern", "verify", "--quick", "--backend", "cpu"], folder, environment, shown=4)
     run("user's script", [python, str(HERE / "user_script.py")], folder, environment, shown=0)
     run("mypy --strict", [python, "-m", "mypy", "--strict", str(HERE / "user_script.py")], folder, environment)
+    checked = folder / "checked"
+    checked.mkdir()
+    (checked / "pyrightconfig.json").write_text(json.dumps(STRICT))
+    shutil.copy(HERE / "user_script.py", checked)
+    run("basedpyright", ["basedpyright"], checked, environment)
+    run("basedpyright --verifytypes", ["basedpyright", "--ignoreexternal", "--verifytypes", "sleepkern"], checked,
+        environment, shown=3)  # fmt: skip
 
 
 def main() -> None:

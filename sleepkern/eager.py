@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterable
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ __all__ = [
 functorch = torch._C._functorch
 transform_stack = functorch.peek_interpreter_stack
 """The innermost transform of torch.func at work, or None."""
-dispatch_modes = torch._C._len_torch_dispatch_stack
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """The number of dispatch modes at work."""
-any_autocast = torch._C._is_any_autocast_enabled
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Tells whether autocast is on for any device."""
-increment_version = torch._C._increment_version
+increment_version: Callable[[Iterable[Tensor]], None] = torch._C._increment_version
 """Count a write to each of these tensors, as torch does for its own operators."""
-assert_async = torch._assert_async
+assert_async: Callable[[Tensor, str], None] = torch._assert_async
 """Raise with a message where a tensor of one element is 0, without a wait for its device."""
 
 

@@ -15,7 +15,7 @@ from ..version import __version__
 from . import bench, curves, demo, explain, info, study, train, tune, verify
 from .output import usage
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..files import report_text, write_text
 from ..testing.verify import Progress as Report
 
-console = Console()
+console: Console = Console()
 
 
 @contextmanager

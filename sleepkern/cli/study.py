@@ -24,7 +24,7 @@ from .output import console, finish, named_path, progress_bar, usage, writable, 
 
 TRAINER = (sys.executable, "-m", "sleepkern", "train")
 
-app = typer.Typer(no_args_is_help=True, help="What N passes are good for, and what they cost.")
+app: typer.Typer = typer.Typer(no_args_is_help=True, help="What N passes are good for, and what they cost.")
 
 
 @app.command("mini-depo")

@@ -10,7 +10,7 @@ from torch import Tensor
 from sleepkern.backends import triton
 from sleepkern.eager import tangents_matter
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 def use_original(reason: str | None) -> bool:

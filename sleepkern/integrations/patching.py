@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Maps the original callable to its replacement, which falls back to the original."""

@@ -32,6 +32,20 @@ class GatedDeltaNet(nn.Module):
         TypeError, ValueError: sizes that are not whole numbers from 1 on, or do not fit each other.
     """
 
+    heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+    decay_bias: float
+    strength: float
+    split: tuple[int, int, int]
+    qkv: nn.Linear
+    gate: nn.Linear
+    rates: nn.Linear
+    convolution: ShortConvolution
+    norm: GatedRMSNorm
+    out: nn.Linear
+
     def __init__(
         self,
         width: int,

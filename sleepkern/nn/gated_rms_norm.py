@@ -18,6 +18,9 @@ class GatedRMSNorm(nn.Module):
         eps: added to the mean of squares.
     """
 
+    weight: nn.Parameter
+    eps: float
+
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))

@@ -32,6 +32,9 @@ class MLP(nn.Module):
         TypeError, ValueError: a size that is not a whole number from 1 on.
     """
 
+    up: nn.Linear
+    out: nn.Linear
+
     def __init__(self, width: int, factor: int = 4) -> None:
         super().__init__()
         whole_numbers(width=width, factor=factor)
@@ -54,6 +57,11 @@ class HybridBlock(nn.Module):
     Raises:
         TypeError, ValueError: a size that is not a whole number from 1 on.
     """
+
+    mixer_norm: nn.RMSNorm
+    mixer: GatedDeltaNet | WindowAttention
+    mlp_norm: nn.RMSNorm
+    mlp: MLP
 
     def __init__(self, width: int, mixer: GatedDeltaNet | WindowAttention, factor: int = 4) -> None:
         super().__init__()

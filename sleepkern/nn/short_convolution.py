@@ -18,6 +18,8 @@ class ShortConvolution(nn.Module):
         width: W, the tokens that an output sees: its own and the W - 1 before.
     """
 
+    weight: nn.Parameter
+
     def __init__(self, channels: int, width: int = 4) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))

@@ -41,6 +41,15 @@ class SleepLM(nn.Module):
         TypeError, ValueError: a size that is not a whole number from 1 on, or a pattern without "G".
     """
 
+    vocabulary: int
+    window: int
+    tokens: nn.Embedding
+    positions: nn.Embedding
+    kinds: nn.Embedding | None
+    layers: nn.ModuleList
+    norm: nn.RMSNorm
+    lm_head: nn.Linear
+
     def __init__(
         self,
         vocabulary: int,

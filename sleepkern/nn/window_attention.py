@@ -23,6 +23,12 @@ class WindowAttention(nn.Module):
         heads: H, each width / heads wide.
     """
 
+    heads: int
+    qkv: nn.Linear
+    q_norm: nn.RMSNorm
+    k_norm: nn.RMSNorm
+    out: nn.Linear
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         whole_numbers(width=width, heads=heads)

@@ -28,6 +28,10 @@ class InsertedMixer(nn.Module):
         mixer: further arguments of GatedDeltaNet.
     """
 
+    index: int
+    norm: nn.RMSNorm
+    mixer: GatedDeltaNet
+
     def __init__(self, index: int, width: int, heads: int, **mixer: Any) -> None:
         super().__init__()
         self.index = index

@@ -89,6 +89,23 @@ class SleepSession(PassLoop):
         TypeError, ValueError: an argument of another type or out of range, or a model without such layers.
     """
 
+    adapter: ModelAdapter
+    looped: range
+    model: nn.Module | ModelAdapter
+    window: int
+    passes: int
+    eviction: Eviction
+    feedback: Feedback
+    conv_state: ConvState
+    tol: float | None
+    checkpoint: bool
+    differentiable: bool
+    backend: str | None
+    graph_cache: GraphCache | None
+    position: int
+    batch: int
+    buffer: WindowBuffer
+
     def __init__(
         self,
         model: nn.Module | ModelAdapter,

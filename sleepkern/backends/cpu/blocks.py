@@ -61,6 +61,14 @@ class Packed:
     form: of the products' operands, of `_C.Form`.
     """
 
+    source: Source
+    asked: Any
+    isa: str
+    form: Any
+    weights: Tensor
+    used: int
+    layers: list[_C.Layer]
+
     def __init__(self, blocks: Sequence[Any], layers: Sequence[LayerWeights], form: Any) -> None:
         self.source = Source(blocks, layers)
         self.asked, self.isa = form, _C.isa()

@@ -148,6 +148,13 @@ class StreamedWeights:
     The gain of each norm is multiplied into the weight after it.
     """
 
+    source: Source
+    forgotten: bool
+    cluster: int
+    layers: list[CudaBlockLayer]
+    ordered: tuple[int, tuple[LayerShape, ...], torch.device]
+    stream: Tensor
+
     def __init__(
         self,
         blocks: Sequence[Any],

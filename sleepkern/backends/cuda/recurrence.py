@@ -6,6 +6,7 @@ For the gradients of a replay it calls one of them itself. Kernels: csrc/cuda, d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from .device import Device
 NAME = "cuda"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
 OPTIONS = REPLAY
-why_not_on = gpu.why_not_on
+why_not_on: Callable[[str], str | None] = gpu.why_not_on
 """The fast path asks it whether the backend takes tensors of the CPU (backends/interface.py)."""
 DECODE_LIMIT = 8
 """Most tokens of a decode, which takes them one after the other; more of them are faster in chunks."""

@@ -104,6 +104,18 @@ def plan_of(problem: Problem, precision: Precision, direction: Direction) -> Til
 class Job:
     """Groups of arguments and scratch of the launches of one call."""
 
+    problem: Problem
+    output: bool
+    type: torch.dtype
+    plan: TilePlan
+    slots: int
+    rows: int
+    one_chunk: bool
+    has_factors: bool
+    where: torch.device
+    flags: Flags
+    values: dict[str, Inputs | Sizes | Dims | Flags]
+
     def __init__(self, problem: Problem, x: Tensors, output: bool, precision: Precision, direction: Direction) -> None:
         p, rule = problem, problem.rule
         self.problem, self.output = problem, output

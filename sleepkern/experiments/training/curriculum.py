@@ -54,6 +54,13 @@ class Frontier:
         memory: the weight of the old value in the running mean.
     """
 
+    levels: tuple[int, ...]
+    share: float
+    mastered: float
+    memory: float
+    reached: int
+    mean: float
+
     every = 5
 
     def __init__(

@@ -20,6 +20,14 @@ class SleepModule(nn.Module):
         window, passes, feedback, eviction, tol, checkpoint: arguments of its SleepSession.
     """
 
+    model: SleepLM
+    window: int
+    passes: int
+    feedback: Feedback
+    eviction: Eviction
+    tol: float | None
+    checkpoint: bool
+
     def __init__(
         self,
         model: SleepLM,

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...files import replacing
 from ...sleep.settings import Eviction, Feedback
-from ..tasks import IGNORED, Batch
+from ..tasks import IGNORED, Batch, Task
 from .checkpoints import check_weights, damaged, read_checkpoint
 from .configurations import Configuration
-from .curriculum import curriculum
+from .curriculum import Curriculum, curriculum
 from .distributed import Placement
 from .optimisers import Optimisers, rate_factor
 from .sleep_module import SleepModule, correct_answers, loss_of
@@ -65,6 +65,16 @@ class Training:
         run: the configuration and its settings.
         placement: the device and the processes; default the CPU in this process.
     """
+
+    run: Run
+    task: Task
+    placement: Placement
+    sleep_module: SleepModule
+    module: nn.Module
+    optimisers: Optimisers
+    curriculum: Curriculum
+    done: int
+    seconds: float
 
     def __init__(self, run: Run, placement: Placement | None = None) -> None:
         self.run, self.task = run, run.configuration.task

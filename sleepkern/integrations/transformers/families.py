@@ -10,7 +10,7 @@ from torch import nn
 from ..patching import Patch, Registry, Target
 from .targets import targets_of_model, targets_of_module
 
-FAMILIES = (
+FAMILIES: tuple[str, ...] = (
     "qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "olmo_hybrid", "lara_mini",  # gated delta rule
     "kimi_linear", "bailing_hybrid", "glm5_next",  # KDA
     "mamba2", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2",  # Mamba-2

@@ -44,6 +44,8 @@ class BlockCall(NamedTuple):
 class CausalLMAdapter(ABC):
     """The blocks of a causal language model. A subclass defines `memory`, a LayerCache that has the model's `cache`."""
 
+    cache_name: str
+
     tuples = False
     """Tells whether the model expects tuples from its layers."""
     replays = False

@@ -18,6 +18,9 @@ from ..protocols import LayerCache, copy_cache
 class SleepLMCache:
     """A cache by block: the blocks of a SleepLM return their states."""
 
+    recurrent: list[int]
+    attention: list[int]
+
     def __init__(self, model: SleepLM) -> None:
         kinds = [block.recurrent for block in model.blocks()]
         self.recurrent = [i for i, recurrent in enumerate(kinds) if recurrent]
@@ -54,6 +57,8 @@ class SleepLMCache:
 
 class SleepLMAdapter:
     """The blocks of a SleepLM. Positions count from the start of a window, whatever `first` is."""
+
+    model: SleepLM
 
     replays = True
 

@@ -13,8 +13,8 @@ from ...integrations.caches import too_old_error
 
 try:
     from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
-except ImportError as error:
-    raise too_old_error() from error
+except ImportError as _error:
+    raise too_old_error() from _error
 
 from ...state import KVState, RecurrentState
 from ..cache_layers import beside_attention, state_in, store_state
@@ -66,6 +66,9 @@ _OUT_OF_PLACE = {
 
 class TransformersCache:
     """A cache whose fast weights, keys and values can be taken out and put back, layer by layer."""
+
+    recurrent: list[int]
+    attention: list[int]
 
     def __init__(self, model: nn.Module, out_of_place: bool = True) -> None:
         """out_of_place=False keeps transformers' layers, which write in place: for answers, without gradients."""
@@ -141,6 +144,8 @@ def _makes_new_states(block: nn.Module) -> bool:
 
 class TransformersAdapter(CausalLMAdapter):
     """The blocks of a causal language model of transformers."""
+
+    tuples: bool
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
