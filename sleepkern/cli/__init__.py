@@ -12,8 +12,8 @@ import typer
 from ..backends.cpu import recurrence as cpu
 from ..dispatch import requested
 from ..version import __version__
-from . import bench, curves, demo, explain, info, study, train, tune, verify
-from .output import usage
+from . import bench, curves, demo, explain, heartbeat, info, study, train, tune, verify
+from .output import console, usage
 
 app: typer.Typer = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +34,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
@@ -43,6 +44,7 @@ def _options(
         requested(cpu.NAME)
     except ValueError as error:
         raise usage(error) from error
+    context.with_resource(heartbeat.heartbeat(console, f"{context.invoked_subcommand} is at work"))
 
 
 def main() -> None:

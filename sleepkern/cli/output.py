@@ -1,41 +1,74 @@
-"""What the commands share: the console, progress, JSON files, the checks of --device and of where to write, and the
-exit status."""
+"""What the commands share: the console, progress bars, JSON files, the checks of --device and of where to write, and
+the exit status."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from ..files import report_text, write_text
 from ..testing.verify import Progress as Report
+from .heartbeat import LogConsole
 
-console: Console = Console()
+console: LogConsole = LogConsole()
+
+
+@contextmanager
+def bars(*more: ProgressColumn, hidden: bool = False) -> Iterator[Progress]:
+    """Bars on a terminal, gone when done; in a log the lines of the heartbeat tell what they would show.
+
+    Args:
+        more: columns after the usual ones.
+        hidden: show nothing, and let the console be quiet too.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more)
+    was_quiet, console.quiet = console.quiet, hidden or console.quiet
+    try:
+        bar = Progress(*columns, console=console, transient=True, disable=hidden)
+        with bar, console.doing(lambda: _told(bar)):
+            yield bar
+    finally:
+        console.quiet = was_quiet
+
+
+def _told(bar: Progress) -> str:
+    """What the bars under way show; the first that is left where none is."""
+    left = [task for task in bar.tasks if not task.finished]
+    shown = [task for task in left if task.completed] or left[:1]
+    counts = ("" if task.total is None else f", {task.completed:.0f} of {task.total:.0f}" for task in shown)
+    return "; ".join(task.description + count for task, count in zip(shown, counts, strict=True))
 
 
 @contextmanager
 def progress_bar() -> Iterator[Report]:
     """A bar, gone when done, and the function that moves it: (text, done, total)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with bars() as bar:
         task = bar.add_task("starting", total=None)
 
         def report(text: str, done: int, total: int) -> None:
             bar.update(task, description=text, completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def status(text: str) -> Iterator[Callable[[str], None]]:
+    """A line of what is being done, gone when done, and the function that changes it."""
+    shown = [text]
+    with console.status(text) as spinner, console.doing(lambda: shown[0]):
+
+        def change(text: str) -> None:
+            shown[0] = text
+            spinner.update(text)
+
+        yield change
 
 
 def write_json(path: Path | None, content: dict[str, Any], quiet: bool = False) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..experiments.training import configuration
@@ -20,7 +19,7 @@ from ..files import write_text
 from ..measure.environment import environment
 from ..measure.timing import threads
 from .curves import draw_curves
-from .output import console, finish, named_path, progress_bar, usage, writable, write_json
+from .output import bars, console, finish, named_path, progress_bar, usage, writable, write_json
 
 TRAINER = (sys.executable, "-m", "sleepkern", "train")
 
@@ -108,12 +107,11 @@ def run_study(study: Study, processes: int = 2) -> dict[str, Any]:
 @contextmanager
 def watching(study: Study) -> Iterator[Any]:
     """A context with a progress bar for each run; its value is the function that updates the bars."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        bars = [bar.add_task(f"{row.name}, seed {seed}", total=study.steps_of(row)) for row, seed in study.jobs()]
+    with bars() as bar:
+        tasks = [bar.add_task(f"{row.name}, seed {seed}", total=study.steps_of(row)) for row, seed in study.jobs()]
 
         def watch(logs: list[Log | None]) -> None:
-            for task, (row, seed), log in zip(bars, study.jobs(), logs, strict=True):
+            for task, (row, seed), log in zip(tasks, study.jobs(), logs, strict=True):
                 if log is not None:
                     shares = " ".join(f"{level}: {share:.2f}" for level, share in log.accuracy.items())
                     bar.update(task, completed=log.steps, description=f"{row.name}, seed {seed}  {shares}")

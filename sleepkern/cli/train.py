@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import torch.distributed as dist
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 from rich.table import Table
 
 from ..experiments.training import CONFIGURATIONS, Run, Training, configuration, current_placement
 from ..experiments.training.estimate import estimate
 from ..experiments.training.logs import CHECKPOINT, LOG, default_label, log_content
 from ..measure.timing import threads
-from .output import check_device, console, named_path, usage, writable, write_json
+from .output import bars, check_device, console, named_path, usage, writable, write_json
 
 
 def command(
@@ -92,9 +92,7 @@ def accuracy_line(training: Training) -> str:
 
 @contextmanager
 def _bar(training: Training, label: str) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    hidden = not training.placement.is_main
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
+    with bars(TimeRemainingColumn(), hidden=not training.placement.is_main) as bar:
         row = bar.add_task(label, total=training.run.length, completed=training.done)
 
         def move(now: Training) -> None:

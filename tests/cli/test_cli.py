@@ -326,7 +326,8 @@ def dropin(monkeypatch):
         function = {"demo.patched_model": "run_patched_model", "demo.sleeping": "run_sleep"}[name]
         monkeypatch.setattr(module, function, lambda text, progress=None, result=result: result)
     thinking = importlib.import_module("sleepkern.cli.demo.training")
-    monkeypatch.setattr(thinking, "run_training", lambda folder: {"passed": True})
+    trained = {"passed": True, "gap_of_N4_to_N1_at_equal_steps": {"0": 0.3}, "wanted_gap": 0.15}
+    monkeypatch.setattr(thinking, "run_training", lambda folder: trained)
 
 
 def test_demo_shows_all_parts_and_writes_them(tiny, dropin, tmp_path):

@@ -8,6 +8,9 @@ from typing import Any
 from ...experiments.training.study import N1, N4, Study
 from ..study import run_study
 
+FOLDER = "thinking"
+"""The folder of the training, in that of the demo."""
+
 
 def run_training(folder: Path, steps: int | None = None) -> dict[str, Any]:
     """Train mini-Depo with N = 1 and N = 4, same steps and seed, side by side; show and write the results.
