@@ -17,6 +17,7 @@ from ..measure.cases import AnyCase, Case, Op
 from ..measure.suites import SUITES, select
 from ..rules import RULES
 from ..testing import Shape
+from . import against as against_command
 from . import compare as compare_command
 from . import sizes
 from .output import (
@@ -33,6 +34,7 @@ from .output import (
 )
 
 SUITES_HELP = f"all, or one of {', '.join(SUITES)}; with --device cuda one of {', '.join(gpu_cases.SUITES)}"
+Written = Annotated[Path | None, typer.Option(parser=named_path, metavar="PATH", help="write the results to this file")]
 OPS: tuple[str, ...] = get_args(Op)
 USUAL = Shape(T=2048, H=16, HV=16, K=128, V=128)
 """The sizes of a call of one's own that are not given."""
@@ -68,12 +70,9 @@ def command(
     dtype: Annotated[
         list[str] | None, typer.Option(help=f"its type: {', '.join(sizes.TYPES)}", show_default="float32")
     ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help="show how two written results differ")
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(parser=named_path, metavar="PATH", help="write the results to this file")
-    ] = None,
+    compare: compare_command.Reports = None,
+    against: against_command.Folder = None,
+    json: Written = None,
     plot: Annotated[
         Path | None,
         typer.Option(parser=named_path, metavar="PATH", help="draw them into this file: .png, .pdf, .svg, ..."),
@@ -90,6 +89,9 @@ def command(
     own = {"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V}
     try:
         cases = chosen(context, suite, case, quick, device, own_cases(op, rule, dtype, own))
+        if against is not None:
+            against_command.run(context, against, cases, quick, threads, device, json)
+            return
         report = run(threads=threads, quick=quick, device=device, json=json, cases=cases)
     except ValueError as error:
         raise usage(error) from error

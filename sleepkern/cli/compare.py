@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -13,6 +13,8 @@ from rich.table import Table
 from ..measure.compare import NOISE, STEADY, Compared, Comparison, compare, read_report
 from .output import console, finish, given, write_json
 
+HELP = "show how two written results differ"
+Reports = Annotated[tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help=HELP)]
 COLORS = {"worse": "red", "wrong": "red", "better": "green", "unsteady": "yellow"}
 BESIDE = ("compare", "json")
 """The options that --compare allows."""

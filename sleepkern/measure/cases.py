@@ -120,9 +120,12 @@ class Case:
     def rotation(self, device: str = "cpu") -> list[dict[str, Any]]:
         """Sets of inputs to rotate through."""
         first = self.inputs(0, device)
-        size = sum(x.numel() * x.element_size() for x in first.values() if isinstance(x, Tensor))
-        sets = 1 if self.cached else min(MOST_SETS, -(-CACHE_BYTES // size))
-        return [first, *(self.inputs(i, device) for i in range(1, sets))]
+        return [first, *(self.inputs(i, device) for i in range(1, self.sets(first)))]
+
+    def sets(self, inputs: dict[str, Any]) -> int:
+        """How many sets of such inputs to rotate through."""
+        size = sum(x.numel() * x.element_size() for x in inputs.values() if isinstance(x, Tensor))
+        return 1 if self.cached else min(MOST_SETS, -(-CACHE_BYTES // size))
 
 
 def run(case: Case, inputs: dict[str, Any], backend: str | None = None) -> Result:
