@@ -19,7 +19,7 @@ from ..rules import RULES
 from ..testing import Shape
 from . import against as against_command
 from . import compare as compare_command
-from . import sizes
+from . import model_bench, sizes
 from .output import (
     check_device,
     console,
@@ -47,29 +47,33 @@ NOT_TIMED = "[dim]-[/]"
 OURS = "ours, "
 """Begins the names of sleepkern itself under other settings (measure/peers)."""
 
+CaseNames = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="only cases whose name contains this; may be repeated")
+]
+OwnOps = Annotated[
+    list[str] | None, typer.Option(help=f"a call of one's own: {', '.join(OPS)}", show_default="forward")
+]
+OwnTypes = Annotated[list[str] | None, typer.Option(help=f"its type: {', '.join(sizes.TYPES)}", show_default="float32")]
+
 
 def command(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help=SUITES_HELP)] = "all",
-    case: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="only cases whose name contains this; may be repeated")
-    ] = None,
+    case: CaseNames = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(metavar="N", help="threads of ours and of every peer")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="shorter sequences, about a minute")] = False,
-    op: Annotated[
-        list[str] | None, typer.Option(help=f"a call of one's own: {', '.join(OPS)}", show_default="forward")
-    ] = None,
+    op: OwnOps = None,
     rule: Annotated[list[str] | None, typer.Option(help="its rule; may be repeated", show_default="all")] = None,
     B: sizes.Batch = None,
-    T: sizes.Tokens = None,
+    T: sizes.ManyTokens = None,
     H: sizes.KeyHeads = None,
     HV: sizes.ValueHeads = None,
     K: sizes.KeyWidth = None,
     V: sizes.ValueWidth = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(help=f"its type: {', '.join(sizes.TYPES)}", show_default="float32")
-    ] = None,
+    dtype: OwnTypes = None,
+    model: model_bench.Model = None,
+    layers: model_bench.Layers = None,
     compare: compare_command.Reports = None,
     against: against_command.Folder = None,
     json: Written = None,
@@ -86,9 +90,12 @@ def command(
     if compare is not None:
         compare_command.run(context, compare, json)
         return
-    own = {"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V}
+    if model is not None or layers is not None:
+        model_bench.run(context, model, layers, json)
+        return
+    own = {"B": B, "H": H, "HV": HV, "K": K, "V": V}
     try:
-        cases = chosen(context, suite, case, quick, device, own_cases(op, rule, dtype, own))
+        cases = chosen(context, suite, case, quick, device, own_cases(op, rule, dtype, T, own))
         if against is not None:
             against_command.run(context, against, cases, quick, threads, device, json)
             return
@@ -103,18 +110,22 @@ def command(
 
 
 def own_cases(
-    ops: list[str] | None, rules: list[str] | None, dtypes: list[str] | None, own: dict[str, int | None]
+    ops: list[str] | None,
+    rules: list[str] | None,
+    dtypes: list[str] | None,
+    lengths: list[int] | None,
+    own: dict[str, int | None],
 ) -> tuple[Case, ...]:
-    """The cases of one's own that the options describe: each operation, rule and type at one shape. None without an
+    """The cases of one's own that the options describe: each operation, length, rule and type. None without an
     option."""
-    if not (ops or rules or dtypes or any(size is not None for size in own.values())):
+    if not (ops or rules or dtypes or lengths or any(size is not None for size in own.values())):
         return ()
     sizes.one_of("--op", ops or (), OPS)
     sizes.one_of("--rule", rules or (), RULES)
     sizes.one_of("--dtype", dtypes or (), sizes.TYPES)
     found = []
-    for op in ops or OPS[:1]:
-        shape = sizes.own_shape(own, USUAL_STEP if op == "decode" else USUAL)
+    for op, T in itertools.product(ops or OPS[:1], lengths or (None,)):
+        shape = sizes.own_shape({**own, "T": T}, USUAL_STEP if op == "decode" else USUAL)
         for rule, dtype in itertools.product(rules or RULES, dtypes or ("float32",)):
             case = Case(cast(Op, op), RULES[rule], shape, sizes.TYPES[dtype])
             sizes.fits_memory(CHECKED * case.bytes, shape, "the call and the check of its result take")

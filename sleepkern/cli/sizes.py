@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Annotated
 
+import torch
 import typer
 
 from ..testing import Shape, type_name
@@ -15,6 +16,9 @@ TYPES = {type_name(dtype): dtype for dtype in DTYPES}
 
 Batch = Annotated[int | None, typer.Option("--B", metavar="N", help="sequences of a call of one's own")]
 Tokens = Annotated[int | None, typer.Option("--T", metavar="N", help="its tokens")]
+ManyTokens = Annotated[
+    list[int] | None, typer.Option("--T", metavar="N", help="its tokens, or those of a prompt; may be repeated")
+]
 KeyHeads = Annotated[int | None, typer.Option("--H", metavar="N", help="its key heads")]
 ValueHeads = Annotated[int | None, typer.Option("--HV", metavar="N", help="its value heads, a multiple of H")]
 KeyWidth = Annotated[int | None, typer.Option("--K", metavar="N", help="its key width")]
@@ -45,14 +49,33 @@ def own_shape(sizes: dict[str, int | None], usual: Shape) -> Shape:
 
 def fits_memory(needed: int, shape: Shape, what: str) -> None:
     """A usage error unless `needed` bytes fit into the memory of this machine; `what` takes them."""
-    try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return
-    if needed > there:
-        size = f"B={shape.B} T={shape.T} H={shape.H} HV={shape.HV} K={shape.K} V={shape.V}"
+    size = f"B={shape.B} T={shape.T} H={shape.H} HV={shape.HV} K={shape.K} V={shape.V}"
+    refuse_too_large(needed, f"{size}, for which {what}", "a call", "--T")
+
+
+def refuse_too_large(needed: int, got: str, expected: str, option: str, device: str = "cpu") -> None:
+    """A usage error of `option` unless `needed` bytes fit into the memory of this machine, or of its GPU.
+
+    Args:
+        needed: bytes.
+        got: what was given and what takes the bytes, e.g. "T=9, for which the call takes".
+        expected: what should fit, e.g. "a call".
+        option: the option that is wrong.
+        device: cpu or cuda.
+    """
+    present = _memory_of(device)
+    if present is not None and needed > present:
         raise typer.BadParameter(
-            f"got {size}, for which {what} about {needed / 1e9:.0f} GB; "
-            f"expected a call that fits into the {there / 1e9:.0f} GB of this machine",
-            param_hint="--T",
+            f"got {got} about {needed / 1e9:.0f} GB; "
+            f"expected {expected} that fits into the {present / 1e9:.0f} GB of this machine",
+            param_hint=option,
         )
+
+
+def _memory_of(device: str) -> int | None:
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

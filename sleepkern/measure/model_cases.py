@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ..integrations.caches import cache_in, cache_name
 from ..integrations.transformers import patch
 from ..rules import GATED_DELTA_RULE, Rule
 from .block_cases import Prepared
+from .model_calls import ALL, decoding, prefill
 
 MODEL = (
     "Qwen3-Next of transformers with random weights. True: its code, the layer pattern (3 linear, "
@@ -115,12 +117,18 @@ def hybrid_model() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: nn.Module = Qwen3NextForCausalLM(Qwen3NextConfig(**_SIZES))
+    slow_decay(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def slow_decay(model: nn.Module) -> None:
+    """Let a model of random weights remember about 160 tokens; random gates would forget within a token."""
     for name, parameter in model.named_parameters():  # g = -exp(A_log) softplus(a + dt_bias), a ~ 0
         if name.endswith("A_log"):
-            nn.init.constant_(parameter, -3.0)
+            parameter.fill_(-3.0)
         elif name.endswith("dt_bias"):
-            nn.init.constant_(parameter, -2.0)
-    return model.eval()
+            parameter.fill_(-2.0)
 
 
 def sessions(model: nn.Module, ids: Tensor, generated: int) -> tuple[Session, Session]:
@@ -162,34 +170,12 @@ def calls(model: nn.Module, case: ModelCase) -> tuple[Callable[[], None], Callab
     return ours, work(model, case)
 
 
-def _reading(model: nn.Module, case: ModelCase) -> Callable[[], None]:
-    ids = _text(case.tokens)
-
-    @torch.no_grad()
-    def read() -> None:
-        model(ids, use_cache=True)
-
-    return read
+def _reading(model: nn.Module, case: ModelCase) -> Callable[[], Any]:
+    return partial(prefill, model, _text(case.tokens), ALL)
 
 
-@torch.no_grad()
 def _generating(model: nn.Module, case: ModelCase) -> Callable[[], None]:
-    from transformers.cache_utils import DynamicLayer
-
-    ids = _text(case.tokens)
-    name, cache = cache_name(model), cache_in(model(ids, use_cache=True))
-    attention = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-
-    @torch.no_grad()
-    def generate() -> None:
-        for layer in attention:  # every call attends to as many keys; fast weights just go on
-            if layer.get_seq_length() > case.tokens:
-                layer.crop(case.tokens - layer.get_seq_length())
-        token = ids[:, -1:]
-        for _ in range(case.generated):
-            token = model(token, **{name: cache}, use_cache=True).logits[:, -1:].argmax(-1)
-
-    return generate
+    return decoding(model, _text(case.tokens), case.generated)
 
 
 def _text(tokens: int) -> Tensor:

@@ -1,0 +1,120 @@
+"""The comparison of a model with and without the patch.
+
+Both read the same tokens and take the same experts: a router whose scores differ by a rounding picks another expert now
+and then, and everything after that token differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...integrations import fallback
+from ...integrations.caches import cache_in, cache_name
+from ...integrations.transformers import patch
+from ...testing import TOLERANCE, relative_error
+from ..model_calls import prefill
+
+STEPS = 8
+"""Tokens after the prompt whose logits are compared."""
+MOST_LOGITS = 1 << 24
+"""Values of logits that are compared: of the last tokens of a prompt where there are more."""
+AS_STOCK = 2.0
+"""The patched model may be as many times as far from float32 as stock is, in a type shorter than float32."""
+
+
+class Agreement(NamedTuple):
+    """Errors of the logits, the largest that counts as right, and why calls went to the original functions."""
+
+    error: float
+    stock_error: float | None
+    tolerance: float
+    left: tuple[str, ...]
+
+
+def agreement(model: nn.Module, ids: Tensor) -> Agreement:
+    """Compare a model with and without the patch on ids [B,T] and STEPS tokens after them.
+
+    In float32 the difference from stock counts. In a shorter type two results of rounded products differ as each of
+    them does from float32, so both are compared with the same weights in float32.
+    """
+    dtype = next(model.parameters()).dtype
+    exact = model if dtype == torch.float32 else copy.deepcopy(model).float()
+    choices: list[Tensor] = []
+    with same_choices(choices, record=True):
+        expected, tokens = _logits(exact, ids)
+    del exact
+    stock = None
+    if dtype != torch.float32:
+        with same_choices(choices):
+            stock = relative_error(_logits(model, ids, tokens)[0], expected)
+    with patch(model), same_choices(choices), reasons() as left:
+        error = relative_error(_logits(model, ids, tokens)[0], expected)
+    tolerance = TOLERANCE[dtype] if stock is None else max(TOLERANCE[dtype], AS_STOCK * stock)
+    return Agreement(float(error), None if stock is None else float(stock), tolerance, tuple(dict.fromkeys(left)))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor, tokens: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Logits [B,n,vocabulary] of the prompt's last tokens and of those after it, and these tokens [B,1], or greedy."""
+    vocabulary: Any = model.get_output_embeddings()  # type: ignore[operator]
+    kept = max(1, min(ids.shape[1], MOST_LOGITS // (ids.shape[0] * vocabulary.weight.shape[0])))
+    out = prefill(model, ids, kept)
+    name, cache = cache_name(model), cache_in(out)
+    found, made = [out.logits[:, -kept:].float()], []
+    for i in range(STEPS):
+        made.append(found[-1][:, -1:].argmax(-1) if tokens is None else tokens[i])
+        out = model(input_ids=made[-1], **{name: cache}, use_cache=True)
+        found.append(out.logits[:, -1:].float())
+    return torch.cat(found, dim=1), made
+
+
+@contextlib.contextmanager
+def same_choices(indices: list[Tensor], record: bool = False) -> Iterator[None]:
+    """Let `topk` write down the indices that it picks, or pick those that were written down, call by call."""
+    function, method = torch.topk, torch.Tensor.topk
+    left = iter(list(indices))
+
+    def topk(x: Tensor, k: int, dim: int = -1, *arguments: Any, **options: Any) -> Any:
+        if record:
+            found = function(x, k, dim, *arguments, **options)
+            indices.append(found.indices)
+            return found
+        picked = next(left)
+        return torch.return_types.topk((x.gather(dim, picked), picked))
+
+    torch.topk = topk  # type: ignore[assignment]
+    torch.Tensor.topk = topk  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.topk = function
+        torch.Tensor.topk = method  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def reasons() -> Iterator[list[str]]:
+    """The reasons, in the debug log, why calls of a patched model went to the original functions."""
+    found: list[str] = []
+
+    class _Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.args:
+                found.append(str(record.args[0] if isinstance(record.args, tuple) else record.args))
+
+    handler, level, on = _Handler(), fallback.logger.level, fallback.logger.propagate
+    fallback.logger.addHandler(handler)
+    fallback.logger.setLevel(logging.DEBUG)
+    fallback.logger.propagate = False
+    try:
+        yield found
+    finally:
+        fallback.logger.removeHandler(handler)
+        fallback.logger.setLevel(level)
+        fallback.logger.propagate = on
