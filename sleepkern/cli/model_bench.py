@@ -110,7 +110,7 @@ def _sleeps(rows: list[LengthRow]) -> Table:
 def _explain(report: ModelReport) -> None:
     kinds = dict.fromkeys(report.layer_types)
     layers = ", ".join(f"{report.layer_types.count(kind)} {kind or 'of one kind'}" for kind in kinds)
-    size = f"{report.parameters / 1e6:.0f} million parameters"
+    size = f"{_number(report.parameters / 1e6)} million parameters"
     weights = "random weights" if report.weights == "random" else f"weights of {report.weights}"
     where = report.environment
     names = (name.rpartition(".modeling_")[2].partition(".")[2] or name for name in report.replaced)
@@ -137,7 +137,7 @@ def _peaks(phase: Phase | None) -> tuple[int | None, int | None]:
 
 
 def _megabytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.1f}" if size < 1e8 else f"{size / 1e6:.0f}"
+    return "-" if size is None else _number(size / 1e6)
 
 
 def _number(rate: float) -> str:

@@ -199,12 +199,15 @@ def _session(model: nn.Module, ids: Tensor, generated: int) -> Session:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the advice of transformers to install packages for speed, which comes once a function."""
+    """Silence the bars of transformers, and its advice to install packages for speed, which comes once a function."""
     from transformers.utils import logging as advice
 
-    before = advice.get_verbosity()
+    before, bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
     advice.set_verbosity(logging.ERROR)
+    advice.disable_progress_bar()
     try:
         yield
     finally:
         advice.set_verbosity(before)
+        if bars:
+            advice.enable_progress_bar()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,43 @@ def peaks_apart(
     work = (source, batch, lengths, steps, with_patch, dtype, threads, device)
     if torch.device(device).type == "cuda":
         return _built_peaks(*work)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_built_peaks, *work).result()
+    context = get_context("spawn")
+    result, sent = context.Pipe(duplex=False)
+    process = context.Process(target=_send_peaks, args=(sent, work), daemon=True)
+    with _child_without_interrupts():
+        process.start()
+    sent.close()
+    try:
+        found: Peaks | Exception = result.recv()
+    except EOFError:  # the system has ended the process, which needs more memory than there is
+        return [(None, None)] * len(lengths)
+    finally:
+        process.terminate()
+        process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@contextlib.contextmanager
+def _child_without_interrupts() -> Iterator[None]:
+    """Let a process that starts here ignore Ctrl-C, which goes to both and which its parent answers by ending it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _send_peaks(connection: Connection, work: tuple[Any, ...]) -> None:
+    """The work of the other process."""
+    try:
+        connection.send(_built_peaks(*work))
+    except Exception as error:  # the parent raises it
+        connection.send(error)
 
 
 def _built_peaks(

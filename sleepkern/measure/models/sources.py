@@ -119,7 +119,7 @@ def _default_config(family: str) -> Any:
 
 def _from_path(name: str) -> ModelSource:
     path = Path(name)
-    if not path.exists():
+    if not name or not path.exists():
         raise ValueError(f"model: got {name!r}, which is no file or folder; expected {EXPECTED}")
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
