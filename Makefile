@@ -7,7 +7,7 @@
 #   make check      lint, layers, and a quick slice of the tests: two minutes, for each commit
 #   make test-cpu, test-triton, test-cuda-emulated, test-sleep, test-integrations, test-offline
 #                   one part of make test each; test-mutation: all faults planted in kernels are found
-#   make bench      the full benchmark table and plot, into out/bench
+#   make bench      the full benchmark table, its plot and its page (bench.html), into out/bench
 #   make wheel      dist/*.whl for this Python, for systems from glibc 2.28 on
 #   make wheel-check  installs that wheel into clean environments without a compiler, and tries it; TORCHES="2.13.0 ..."
 #   make lint       ruff, mypy, clang-format
@@ -112,7 +112,7 @@ $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
 
 bench: $(VENV)/built
 	mkdir -p out/bench
-	$(BIN)/python -m sleepkern bench --json out/bench/bench.json --plot out/bench/bench.png
+	$(BIN)/python -m sleepkern bench --json out/bench/bench.json --plot out/bench/bench.png --report out/bench
 	$(PYTEST) benchmarks --benchmark-only --benchmark-json=out/bench/pytest-benchmark.json
 
 # The wheel is built from the source distribution, in a folder of its own, so it shows that this holds all it needs.

@@ -55,7 +55,8 @@ def check(wheel: Path, torch: str, folder: Path) -> None:
     run("install the wheel", [*install, f"{wheel.resolve()}[cli]", *CHECKERS], folder, environment, shown=0)
     run("smoke test", [python, str(HERE / "smoke.py")], folder, environment)
     run("version", ["sleepkern", "--version"], folder, environment)
-    run("verify, short form", ["sleepkern", "verify", "--quick", "--backend", "cpu"], folder, environment, shown=4)
+    verify = ["sleepkern", "verify", "--quick", "--backend", "cpu", "--report", "page"]
+    run("verify, short form, with its page", verify, folder, environment, shown=4)
     run("user's script", [python, str(HERE / "user_script.py")], folder, environment, shown=0)
     run("mypy --strict", [python, "-m", "mypy", "--strict", str(HERE / "user_script.py")], folder, environment)
     checked = folder / "checked"

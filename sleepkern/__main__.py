@@ -21,7 +21,7 @@ def main() -> None:
 
         run()
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich", "matplotlib"):
+        if error.name not in ("typer", "rich", "matplotlib", "jinja2"):
             raise
         sys.exit(f"sleepkern: the command line needs {error.name}; pip install 'sleepkern[cli]' brings it")
 

@@ -20,6 +20,7 @@ from ..testing import Shape
 from . import against as against_command
 from . import compare as compare_command
 from . import model_bench, sizes
+from . import report as report_option
 from .output import (
     check_device,
     console,
@@ -42,6 +43,9 @@ USUAL_STEP = Shape(T=1, H=16, HV=16, K=128, V=128)
 """The same for op decode."""
 CHECKED = 8
 """Bytes that the check of a result takes for each byte of the call: it computes in float64, with intermediates."""
+Picture = Annotated[
+    Path | None, typer.Option(parser=named_path, metavar="PATH", help="draw them into this file: .png, .pdf, .svg, ...")
+]
 TITLE = "bench: medians, results checked against the reference before"
 NOT_TIMED = "[dim]-[/]"
 OURS = "ours, "
@@ -77,16 +81,15 @@ def command(
     compare: compare_command.Reports = None,
     against: against_command.Folder = None,
     json: Written = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(parser=named_path, metavar="PATH", help="draw them into this file: .png, .pdf, .svg, ..."),
-    ] = None,
+    plot: Picture = None,
+    report_to: report_option.Folder = None,
 ) -> None:
     """Time every suite next to its peers, results checked first, or a call of one's own. Exit status 1 when one is
     wrong."""
     check_device(device)
     writable(json, "--json")
     drawable(plot, "--plot")
+    report_option.check(report_to, report_option.BENCH)
     if compare is not None:
         compare_command.run(context, compare, json)
         return
@@ -106,6 +109,7 @@ def command(
     write_json(json, to_dict(report))
     if plot is not None:
         draw(report, plot)
+    report_option.write_bench(report, report_to)
     finish(report.passed)
 
 

@@ -14,6 +14,7 @@ from ..measure import environment, verify
 from ..rules import RULES
 from ..testing import Shape
 from ..testing.verify import Row
+from . import report as report_option
 from . import sizes
 from .output import check_device, console, finish, named_path, progress_bar, usage, writable, write_json
 
@@ -41,6 +42,7 @@ def command(
     json: Annotated[
         Path | None, typer.Option(parser=named_path, metavar="PATH", help="write every comparison to this file")
     ] = None,
+    report_to: report_option.Folder = None,
 ) -> None:
     """Compare every backend with the float64 reference: outputs and gradients. Exit status 1 when one is wrong.
 
@@ -52,6 +54,7 @@ def command(
     sizes.one_of("--rule", rule or (), RULES)
     shape = own_shape({"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V})
     writable(json, "--json")
+    report_option.check(report_to, report_option.VERIFY)
     try:
         rows = run(device, backend, rule, quick, dtype, tf32, shape)
     except ValueError as error:
@@ -59,6 +62,7 @@ def command(
     console.print(table(rows))
     print_details(rows)
     write_json(json, to_dict(rows, device, backend))
+    report_option.write_verify(rows, device, passed(rows, backend), report_to)
     finish(passed(rows, backend))
 
 

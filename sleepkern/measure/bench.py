@@ -51,12 +51,17 @@ class PeerRow:
 class BenchRow:
     """A case. Times are per call, medians over `turns`; the rest is None when the check is red,
     share_of_peak also where no peak is known, and operations and bytes of a whole model are not
-    counted."""
+    counted. shape, passes, method and cached are those of the call; of a model or a stack of blocks
+    the shape is that of its recurrence."""
 
     case: str
     op: str
     rule: str
     dtype: str
+    shape: Shape
+    passes: int
+    method: str
+    cached: bool
     tokens: int
     threads: int
     backend: str
@@ -294,6 +299,10 @@ def _row(
         op=case.op,
         rule=case.rule.name,
         dtype=type_name(case.dtype),
+        shape=case.shape,
+        passes=case.passes,
+        method=case.method,
+        cached=case.cached,
         tokens=case.shape.B * case.shape.T * case.passes,
         threads=threads,
         backend=explained.chosen or "none",
@@ -350,6 +359,10 @@ def _measure_whole(case: ModelCase | BlocksCase, quick: bool, threads: int, best
         op=case.op,
         rule=case.rule.name,
         dtype=type_name(case.dtype),
+        shape=case.shape,
+        passes=case.passes,
+        method="auto",
+        cached=False,
         tokens=case.timed_tokens,
         threads=ours_threads,
         backend=explained.chosen or "none",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..nn import SleepLM
 from ..rules import GATED_DELTA_RULE, Rule
 from ..sleep.blocks import one_by_one, sleep_blocks
-from ..testing import TOLERANCE, relative_error
+from ..testing import TOLERANCE, Shape, relative_error
 
 MODULES, COMPILED = "ours, modules", "ours, compiled"
 CHECKED = 3
@@ -69,6 +69,12 @@ class BlocksCase:
         name = f"blocks {self.label} L={self.L} d={self.width} x{self.blocks} B={self.batch} N={self.passes}"
         name += "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
         return name + (f" threads={self.threads}" if self.threads is not None else "")
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of its recurrence."""
+        width = self.width // self.heads
+        return Shape(B=self.batch, T=self.L, H=self.heads, HV=self.heads, K=width, V=width)
 
     @property
     def timed_tokens(self) -> int:

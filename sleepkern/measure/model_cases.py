@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..integrations.caches import cache_in, cache_name
 from ..integrations.transformers import patch
 from ..rules import GATED_DELTA_RULE, Rule
+from ..testing import Shape
 from .block_cases import Prepared
 from .model_calls import ALL, decoding, prefill
 
@@ -61,6 +62,7 @@ class ModelCase:
     threads: None = None
 
     tolerance = CLOSE
+    passes = 1
 
     @property
     def rule(self) -> Rule:
@@ -76,6 +78,11 @@ class ModelCase:
     def name(self) -> str:
         """Unique, e.g. "model read T=2048"."""
         return f"model {self.op} T={self.tokens}" + (f" +{self.generated}" if self.op == "generate" else "")
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the recurrence in its linear attention."""
+        return Shape(T=self.tokens if self.op == "read" else 1, H=16, HV=32, K=128, V=128)
 
     @property
     def timed_tokens(self) -> int:

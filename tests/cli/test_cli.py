@@ -338,7 +338,9 @@ def test_demo_shows_all_parts_and_writes_them(tiny, dropin, tmp_path):
     assert "a model" in result.output
     assert "1234" in result.output and "+3 %" in result.output and "4.0 MB" in result.output
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"verify.json", "bench.json", "bench.png", "dropin.json", "sleep.json"}
+    assert written == {
+        "verify.json", "verify.html", "bench.json", "bench.png", "bench.html", "dropin.json", "sleep.json"
+    }  # fmt: skip
 
 
 def test_demo_exits_1_on_a_planted_fault(tiny, dropin, fault, tmp_path):

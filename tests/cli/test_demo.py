@@ -49,7 +49,7 @@ def test_the_summary_has_the_five_parts(run):
         line = line_of(result.output, name)
         assert "pass" in line and "all is [well]" in line
     assert result.output.count("Summary") == 1 and "all parts passed" in result.output
-    assert result.output.startswith("5 parts, about 2 minutes on two cores: verify 0:30, bench 0:30")
+    assert result.output.startswith("5 parts, about 2 minutes on two idle cores: verify 0:30, bench 0:30")
 
 
 def test_the_demo_has_these_parts():

@@ -10,14 +10,14 @@ from typing import Annotated
 import typer
 
 from ..output import console, finish, named_path, writable
-from .parts import PARTS, Outcome, Part
+from .parts import PARTS, Outcome
 from .summary import announcement, summary_table, verdict
 
 
 def command(
     out: Annotated[
         Path, typer.Option(parser=named_path, metavar="PATH", help="folder for JSON, PNG and HTML files")
-    ] = (Path("out/demo")),
+    ] = Path("out/demo"),
     text: Annotated[Path, typer.Option(parser=named_path, metavar="PATH", help="what the model reads")] = Path(
         "README.md"
     ),
@@ -28,23 +28,24 @@ def command(
         raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
     writable(out, "--out", folder=True)
     console.print(announcement(PARTS), soft_wrap=True)
-    outcomes = []
-    for i, part in enumerate(PARTS):
-        console.rule(f"{i + 1}. {part.title}")
-        with console.doing(lambda i=i, part=part: f"part {i + 1} of {len(PARTS)}, {part.name}"):  # type: ignore[misc]
-            outcomes.append(run_part(part, text, out))
+    outcomes = [run_part(i, text, out) for i in range(len(PARTS))]
     console.rule("Summary")
     console.print(summary_table(PARTS, outcomes))
     console.print(verdict(PARTS, outcomes, out), soft_wrap=True, markup=False)
     finish(all(outcome.passed for outcome in outcomes))
 
 
-def run_part(part: Part, text: Path, out: Path) -> Outcome:
-    """The part with the seconds that it took. A part that breaks off has failed, and the parts after it run."""
-    began = time.monotonic()
-    try:
-        outcome = part.run(text, out)
-    except Exception as error:
-        console.print(traceback.format_exc(), style="red", markup=False, highlight=False, soft_wrap=True)
-        outcome = Outcome(False, f"broke off: {type(error).__name__}: {error}")
+def run_part(index: int, text: Path, out: Path) -> Outcome:
+    """The part of this index, with the seconds that it took.
+
+    A part that breaks off has failed, and the parts after it run.
+    """
+    part, began = PARTS[index], time.monotonic()
+    console.rule(f"{index + 1}. {part.title}")
+    with console.doing(lambda: f"part {index + 1} of {len(PARTS)}, {part.name}"):
+        try:
+            outcome = part.run(text, out)
+        except Exception as error:
+            console.print(traceback.format_exc(), style="red", markup=False, highlight=False, soft_wrap=True)
+            outcome = Outcome(False, f"broke off: {type(error).__name__}: {error}")
     return outcome._replace(seconds=time.monotonic() - began)

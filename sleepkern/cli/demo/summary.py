@@ -17,7 +17,8 @@ def announcement(parts: Sequence[Part]) -> str:
     """How long the parts take, together and each."""
     minutes = sum(part.seconds for part in parts) / 60
     each = ", ".join(f"{part.name} {clock(part.seconds)}" for part in parts)
-    return f"{len(parts)} parts, about {minutes:.0f} minutes on two cores: {each}; a finished training is not repeated"
+    took = f"{len(parts)} parts, about {minutes:.0f} minutes on two idle cores"
+    return f"{took}: {each}; a finished training is not repeated"
 
 
 def summary_table(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> Table:
