@@ -110,10 +110,17 @@ $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) -r requirements-oldest.txt
 	touch $@
 
-bench: $(VENV)/built
+# Peers whose import names others look for are seen by this target alone.
+bench: $(VENV)/built $(VENV)/peers/installed
 	mkdir -p out/bench
-	$(BIN)/python -m sleepkern bench --json out/bench/bench.json --plot out/bench/bench.png --report out/bench
+	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(BIN)/python -m sleepkern bench --json out/bench/bench.json \
+	  --plot out/bench/bench.png --report out/bench
 	$(PYTEST) benchmarks --benchmark-only --benchmark-json=out/bench/pytest-benchmark.json
+
+$(VENV)/peers/installed: requirements-peers.txt $(VENV)/installed
+	rm -rf $(VENV)/peers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers -r requirements-peers.txt
+	mkdir -p $(VENV)/peers && touch $@
 
 # The wheel is built from the source distribution, in a folder of its own, so it shows that this holds all it needs.
 WHEEL := build/wheel

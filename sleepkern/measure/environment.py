@@ -16,7 +16,7 @@ import torch
 
 from ..backends.triton.ptxas import assembler
 
-_PACKAGES = ("torch", "transformers", "ggml-python", "flash-linear-attention", "triton")
+_PACKAGES = ("torch", "transformers", "ggml-python", "bitsandbytes-cpu-fork", "flash-linear-attention", "triton")
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_a_source_archive_has_what_make_and_the_tests_need(tmp_path: Path) -> No
     names = {str(path.relative_to(ROOT)) for path in needed}
     names |= {"README.md", "Makefile", "CMakeLists.txt", "pyproject.toml", "setup.py", ".ci/run", ".clang-format"}
     names |= {".clangd", "compile_flags.txt"}
-    names |= {"requirements.txt", "requirements-fla.txt", "requirements-oldest.txt", "requirements-docs.txt"}
+    names |= {f"requirements{part}.txt" for part in ("", "-fla", "-oldest", "-peers", "-docs")}
     names |= {"mkdocs.yml", "MANIFEST.in"}
     names |= {"benchmarks/README.md"}
     assert not names - listed

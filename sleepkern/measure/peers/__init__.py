@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from ..cases import Case
-from . import fla, ggml, hf_transformers, ours, relaunched, token_loop
+from . import bitsandbytes, fla, ggml, hf_transformers, ours, relaunched, token_loop
 from .peer import Peer, Prepared
 
 __all__ = ["GPU_PEERS", "PEERS", "Peer", "Prepared", "peers_of"]
@@ -44,6 +44,7 @@ PEERS = (
     Peer("token loop", ours.always, token_loop.prepare),
     Peer("transformers", hf_transformers.why_not, hf_transformers.prepare),
     Peer("ggml", ggml.why_not, ggml.prepare),
+    Peer("bitsandbytes", bitsandbytes.why_not, bitsandbytes.prepare),
     Peer("fla", fla.why_not, fla.prepare),
 )
 """The peers in the order of the table's columns."""
