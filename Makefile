@@ -8,8 +8,9 @@
 #   make test-cpu, test-triton, test-cuda-emulated, test-sleep, test-integrations, test-offline
 #                   one part of make test each; test-mutation: all faults planted in kernels are found
 #   make bench      the full benchmark table, its plot and its page (bench.html), into out/bench
-#   make wheel      dist/*.whl for this Python, for systems from glibc 2.28 on
+#   make wheel      dist/*.whl for this Python, or PYTHONS="python3.11 ...", for systems from glibc 2.28 on
 #   make wheel-check  installs that wheel into clean environments without a compiler, and tries it; TORCHES="2.13.0 ..."
+#   make wheel-check-arm64  cross-compiles the wheel for 64-bit Arm, and tries it under qemu
 #   make lint       ruff, mypy, clang-format
 #   make docs       the documentation as pages, into out/site (opens from a disk; its search needs a server, such as
 #                   python3 -m http.server -d out/site)
@@ -28,7 +29,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 TORCHES ?= $(patsubst torch==%,%,$(TORCH))
 
-.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench wheel wheel-check lint docs tables gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench wheel wheel-check wheel-check-arm64 lint docs tables gpu-check $(PARTS:%=gpu-%) clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -122,26 +123,17 @@ $(VENV)/peers/installed: requirements-peers.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/peers -r requirements-peers.txt
 	mkdir -p $(VENV)/peers && touch $@
 
-# The wheel is built from the source distribution, in a folder of its own, so it shows that this holds all it needs.
-WHEEL := build/wheel
-wheel: $(VENV)/wheel-tools/installed
-	rm -rf $(WHEEL) dist
-	$(BIN)/python setup.py --quiet sdist --dist-dir $(WHEEL)
-	tar -xf $(WHEEL)/*.tar.gz -C $(WHEEL)
-	@echo "Compiling the wheel: five to ten minutes with CUDA, one without"
-	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="$$CMAKE_ARGS -DSLEEPKERN_PORTABLE=ON" $(BIN)/python -m pip wheel --quiet \
-	  --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir $(WHEEL) $(WHEEL)/sleepkern-*/
-	PATH="$(CURDIR)/$(VENV)/wheel-tools/bin:$$PATH" PYTHONPATH=$(VENV)/wheel-tools $(BIN)/python -m auditwheel repair \
-	  --plat manylinux_2_28_$$(uname -m) --exclude libgomp.so.1 --wheel-dir dist $(WHEEL)/*.whl
+# Neither needs .venv. PYTHONS="python3.11 python3.12": a wheel for each; its own Python tries it.
+PYTHONS ?= $(PYTHON)
+wheel:
+	$(firstword $(PYTHONS)) packaging/wheel.py $(PYTHONS:%=--python %)
 
 wheel-check:
 	ls dist/*.whl >/dev/null 2>&1 || $(MAKE) --no-print-directory wheel
-	$(BIN)/python packaging/wheel_check.py dist/*.whl $(TORCHES:%=--torch %)
+	for python in $(PYTHONS); do $$python packaging/wheel_check.py dist $(TORCHES:%=--torch %) || exit 1; done
 
-$(VENV)/wheel-tools/installed: requirements-wheel.txt $(VENV)/installed
-	rm -rf $(VENV)/wheel-tools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(VENV)/wheel-tools -r requirements-wheel.txt
-	touch $@
+wheel-check-arm64:
+	$(PYTHON) packaging/arm64_check.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,10 +17,10 @@ from sleepkern.backends.native.module import _C
 from sleepkern.sleep import SleepSession
 
 
-def installed() -> None:
-    """The package comes from the environment, has types and a native module, and finds no compiler."""
+def installed(folder: Path) -> None:
+    """The package comes from the folder, has types and a native module, and finds no compiler."""
     where = Path(sleepkern.__file__).resolve()
-    assert where.is_relative_to(Path(sys.prefix).resolve()), f"sleepkern comes from {where}, not from the wheel"
+    assert where.is_relative_to(folder.resolve()), f"sleepkern comes from {where}, not from the wheel"
     assert (where.parent / "py.typed").exists() and (where.parent / "_C.pyi").exists()
     assert _C is not None, "sleepkern._C could not be imported"
     assert not any(map(shutil.which, ("cc", "gcc", "g++", "clang", "nvcc"))), "a compiler is on the path"
@@ -70,6 +72,10 @@ def errors() -> None:
 
 
 if __name__ == "__main__":
-    for part in (installed, kernels, sleep, errors):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(sys.prefix), help="where the wheel was installed")
+    installed(parser.parse_args().folder)
+    for part in (kernels, sleep, errors):
         part()
-    print(f"sleepkern {sleepkern.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}: ok")
+    machine = f"{platform.machine()}, {_C.isa()}, Python {platform.python_version()}"
+    print(f"sleepkern {sleepkern.__version__}, torch {torch.__version__}, {machine}: ok")

@@ -5,6 +5,7 @@ assert_type fails where a type is Any, so the file shows that no public result i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -186,6 +187,13 @@ def measuring() -> None:
         assert_type(row.passed, bool)
     assert_type(measure.bench(quick=True), measure.Report)
     assert_type(measure.bench_cases(()).passed, bool)
+    builds: measure.AgainstReport = measure.bench_against((), Path("../before"))
+    assert_type(builds.passed, bool)
+    measured: measure.ModelReport = measure.bench_model("mamba2", lengths=[64], quick=True)
+    for length in measured.rows:
+        assert_type(length, measure.LengthRow)
+        assert_type(length.prefill, measure.Phase | None)
+        assert_type(length.sleep, tuple[measure.SleepCost, ...])
 
 
 def experimenting() -> None:

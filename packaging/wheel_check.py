@@ -1,10 +1,10 @@
 """Installs a wheel as a user would, and tries it: in a clean environment, outside of the tree, without a compiler.
 
-    python packaging/wheel_check.py dist/sleepkern-*.whl --torch 2.13.0 --torch 2.14.1
+    python packaging/wheel_check.py dist --torch 2.13.0 --torch 2.14.1
 
-For each version of torch: pip install, the smoke test, the command line, the short form of verify, the user's script
-run and checked by mypy --strict and by basedpyright, whose --verifytypes also reads every module of the package. Exit
-status 1 when one of them fails.
+The wheel is the one of the folder for the Python that runs this. For each version of torch: pip install, the smoke
+test, the command line, the short form of verify, the user's script run and checked by mypy --strict and by
+basedpyright, whose --verifytypes also reads every module of the package. Exit status 1 when one of them fails.
 """
 
 from __future__ import annotations
@@ -70,12 +70,16 @@ def check(wheel: Path, torch: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--torch", action="append", help="a version to try; may be repeated")
     options = parser.parse_args()
+    tag = "cp{}{}".format(*sys.version_info[:2])
+    wheels = list(options.folder.glob(f"*-{tag}-{tag}-*{os.uname().machine}.whl"))
+    if len(wheels) != 1:
+        sys.exit(f"wheel_check: got {len(wheels)} wheels for {tag} in {options.folder}; expected one, of `make wheel`")
     for version in options.torch or ["2.13.0"]:
         with tempfile.TemporaryDirectory(prefix="sleepkern-wheel-") as folder:
-            check(options.wheel, version, Path(folder))
+            check(wheels[0], version, Path(folder))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,6 @@ from .environment import environment
 from .models import LengthRow, ModelReport, Phase, SleepCost, bench_model
 
 __all__ = [
-    "AgainstReport", "LengthRow", "ModelReport", "Phase", "Report", "SleepCost", "bench", "bench_against", "bench_cases",
-    "bench_model", "environment", "verify",
+    "AgainstReport", "LengthRow", "ModelReport", "Phase", "Report", "SleepCost", "bench", "bench_against",
+    "bench_cases", "bench_model", "environment", "verify",
 ]  # fmt: skip
