@@ -34,9 +34,9 @@ def run(name: str, command: list[str], shown: int = 0) -> None:
     began = time.perf_counter()
     print(f"{name} ...", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = (done.stdout + done.stderr).strip().splitlines()
+    lines = done.stdout.strip().splitlines()
     if done.returncode:
-        sys.exit("\n".join([*lines, f"arm64_check: {name} failed with exit status {done.returncode}"]))
+        sys.exit("\n".join([*lines, done.stderr, f"arm64_check: {name} failed with exit status {done.returncode}"]))
     print(f"  {time.perf_counter() - began:.0f} s", *lines[-shown:] if shown else (), sep="\n  ", flush=True)
 
 
