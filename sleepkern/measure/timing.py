@@ -67,12 +67,13 @@ def time_in_turns(
     device: str = "cpu",
     seconds: float = 3.0,
     turns: tuple[int, int] = (3, 40),
+    skip_slow: bool = True,
 ) -> dict[str, Timing]:
     """Time all candidates in turns for about `seconds`, at least turns[0] and at most turns[1]
     turns.
 
     A candidate whose call takes more than a third of `seconds` takes part in the first turns[0] only, and one whose
-    call takes longer than `seconds` in the first.
+    call takes longer than `seconds` in the first. With skip_slow=False all take part in every turn.
     """
     took = {name: _warm_up(c, device) for name, c in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -81,7 +82,8 @@ def time_in_turns(
         if turn >= turns[0] and time.perf_counter() - start > seconds:
             break
         for name, candidate in candidates.items():
-            if turn and took[name] > seconds or turn >= turns[0] and took[name] > seconds / 3:
+            slow = turn and took[name] > seconds or turn >= turns[0] and took[name] > seconds / 3
+            if slow and skip_slow:
                 continue
             repeats = max(1, round(SHORTEST_SAMPLE / max(took[name], 1e-7)))
             with threads(candidate.threads):

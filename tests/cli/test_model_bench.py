@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> Path:
 
 def test_a_config_gives_tables_and_json(monkeypatch: pytest.MonkeyPatch, config: Path, tmp_path: Path) -> None:
     run = timing.time_in_turns
-    monkeypatch.setattr(timing, "time_in_turns", lambda found, device, *_: run(found, device, 0.05, (1, 2)))
+    monkeypatch.setattr(timing, "time_in_turns", lambda found, device, *_, **__: run(found, device, 0.05, (1, 2)))
     sizes = ("--T", 9, "--T", 33, "--B", 2, "--layers", 4)
     result = invoke("bench", "--model", config, "--quick", *sizes, "--json", tmp_path / "m.json")
     assert result.exit_code == 0, result.output

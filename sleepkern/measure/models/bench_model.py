@@ -49,7 +49,7 @@ class _Settings:
 
     def in_turns(self, candidates: dict[str, timing.Candidate]) -> dict[str, timing.Timing]:
         seconds, turns = (1.0, (2, 20)) if self.quick else (4.0, (3, 40))
-        return timing.time_in_turns(candidates, self.device, seconds, turns)
+        return timing.time_in_turns(candidates, self.device, seconds, turns, skip_slow=False)
 
 
 def bench_model(
@@ -123,7 +123,7 @@ def _without_memory(source: ModelSource, settings: _Settings, progress: Progress
         replaced = replaced_in(model)
     rows, left, no_sleep = [], list[str](), None
     for i, tokens in enumerate(settings.lengths):
-        texts = prompts(source.text, settings.batch, tokens, _SETS, settings.device)
+        texts = prompts(source.text, settings.batch, tokens, 1 if settings.quick else _SETS, settings.device)
         progress(f"comparing the logits of {tokens} tokens", 3 * i + 1, total)
         found = agreement(model, texts[0])
         left += found.left

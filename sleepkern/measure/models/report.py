@@ -43,11 +43,11 @@ class LengthRow:
     """One length of a prompt.
 
     tokens       T, of each sequence
-    error        relative error of the logits of T tokens and of those after them. In float32 it is the difference of
-                 the patched model from stock; in a shorter type it is that of the patched model from the same weights
-                 in float32
-    stock_error  the error of the stock model in a shorter type; None in float32
-    tolerance    the largest error that counts as right
+    error        relative difference of the logits with the patch from those without, of T tokens and of some after
+                 them. Where it is above the tolerance of the type, it is their difference from the logits of the same
+                 weights in a wider type
+    stock_error  the difference of the stock model's logits from the wider type, where that was run; else None
+    tolerance    the largest error that counts as right: that of the type, or twice the stock error, at most 0.2
     prefill, decode  None where the check is red
     kv_bytes     bytes of the cache's keys and values after T tokens
     recurrent_bytes  bytes of its fast weights and of its inputs of short convolutions
