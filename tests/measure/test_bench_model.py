@@ -168,6 +168,16 @@ def test_unknown_names_and_numbers_are_refused(tmp_path: Path) -> None:
             bench_model("mamba2", **options)  # type: ignore[arg-type]
 
 
+def test_layers_that_transformers_itself_cannot_run_are_refused() -> None:
+    message = "transformers itself fails on qwen3_next with 1 layer.* of linear_attention: `get_seq_length`"
+    with pytest.raises(ValueError, match=message):
+        bench_model("qwen3_next", [5], layers=1, quick=True)
+    with pytest.raises(
+        ValueError, match="layers: transformers takes no 1 of this model: .*at least one attention layer"
+    ):
+        find_model("olmo_hybrid", 1)
+
+
 def test_a_model_that_differs_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = ops.gated_delta_rule
 

@@ -18,7 +18,7 @@ from ...testing import type_name
 from ...testing.verify import Progress
 from .. import timing
 from ..environment import environment
-from ..model_calls import cache_bytes, decoding, patched, prefill, prompts, sleeping
+from ..model_calls import cache_bytes, decoding, greedy, patched, prefill, prompts, sleeping
 from ..model_cases import quiet_transformers
 from .agreement import agreement
 from .layers import layer_types
@@ -119,6 +119,7 @@ def bench_source(source: ModelSource, settings: _Settings, memory: bool, progres
 def _without_memory(source: ModelSource, settings: _Settings, progress: Progress, total: int) -> ModelReport:
     progress(f"building {source.class_name}", 0, total)
     model = build(source, settings.dtype, settings.device)
+    _try_stock(model, source, settings)
     with patch(model):
         replaced = replaced_in(model)
     rows, left, no_sleep = [], list[str](), None
@@ -140,6 +141,19 @@ def _without_memory(source: ModelSource, settings: _Settings, progress: Progress
         batch=settings.batch, dtype=type_name(settings.dtype), decoded=settings.steps, replaced=replaced,
         left=tuple(dict.fromkeys(left)), no_sleep=no_sleep, rows=tuple(rows),
     )  # fmt: skip
+
+
+def _try_stock(model: nn.Module, source: ModelSource, settings: _Settings) -> None:
+    """Raise a ValueError where transformers itself cannot run the model, as it cannot run some without attention."""
+    (ids,) = prompts(source.text, settings.batch, 2, device=settings.device)
+    try:
+        greedy(model, cache_in(prefill(model, ids)), ids[:, -1:], 1)
+    except Exception as error:
+        kinds = ", ".join(dict.fromkeys(kind for kind in layer_types(source.text) if kind)) or "one kind"
+        raise ValueError(
+            f"model: transformers itself fails on {source.name} with {len(layer_types(source.text))} layer(s) of "
+            f"{kinds}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _timed(model: nn.Module, row: LengthRow, texts: list[Tensor], settings: _Settings) -> LengthRow:

@@ -23,7 +23,7 @@ def with_layers(config: Any, layers: int) -> Any:
     They are the first ones that hold a recurrence and attention; the first ones where there is no such choice.
 
     Raises:
-        ValueError: `layers` is below 1 or above the number of the config's layers.
+        ValueError: `layers` is below 1 or above the number of the config's layers, or the config's own checks refuse it.
     """
     kinds = layer_types(config)
     if not 1 <= layers <= len(kinds):
@@ -41,7 +41,11 @@ def with_layers(config: Any, layers: int) -> Any:
         sizes = {name: x for name, x in sizes.items() if name not in ("num_hidden_layers", "hybrid_override_pattern")}
     else:
         sizes["num_hidden_layers"] = layers
-    return type(config).from_dict(sizes)
+    try:
+        return type(config).from_dict(sizes)
+    except Exception as error:  # a config's own checks raise whatever they like
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"layers: transformers takes no {layers} of this model: {reason}") from error
 
 
 def _first(kinds: tuple[str, ...], layers: int) -> int:

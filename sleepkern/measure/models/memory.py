@@ -108,6 +108,7 @@ def peaks(
             kept: list[Any] = []
             before = _in_use(device)
             first = _peak(lambda: kept.append(cache_in(prefill(model, ids))), device)  # noqa: B023
+            _in_use(device)  # what the prefill has freed is no memory of a decode
             second = _peak(lambda: greedy(model, kept[0], ids[:, -1:], steps), device)  # noqa: B023
             found.append((_beyond(first, before), _beyond(second, before)))
     return found

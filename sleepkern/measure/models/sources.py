@@ -15,7 +15,7 @@ from torch import nn
 
 from ...files import read_json
 from ...integrations.transformers import FAMILIES, patch
-from ..model_cases import slow_decay
+from ..model_cases import quiet_transformers, slow_decay
 from .default_sizes import LAYERS, TEXT_TYPES, sizes_of
 from .layers import layer_types, with_layers
 
@@ -61,7 +61,7 @@ def find_model(name: str, layers: int | None = None) -> ModelSource:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError("model: transformers is not installed; expected pip install 'sleepkern[models]'") from error
-    with offline():
+    with offline(), quiet_transformers():
         if name in FAMILIES:
             found = ModelSource(name, _default_config(name))
             layers = min(LAYERS, len(layer_types(found.text))) if layers is None else layers
