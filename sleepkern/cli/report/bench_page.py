@@ -95,8 +95,8 @@ def _work(row: BenchRow) -> str:
 
 def cases_table(report: Report) -> Table:
     """A line for each case with everything that was measured of it."""
-    headings = ["case", "result", "error / limit", "ms", "best ms", "turns", "tokens/s", "GFLOP/s", "of peak", "GB/s",
-                "of bytes/s", "threads", "backend", "kernel"]  # fmt: skip
+    headings = ["case", "result", "ms", "best ms", "turns", "tokens/s", "GFLOP/s", "of peak", "GB/s",
+                "of bytes/s", "error / limit", "threads", "backend", "kernel"]  # fmt: skip
     return Table("All cases, times per call", headings, [_case(row) for row in report.rows], labels=2)
 
 
@@ -104,7 +104,6 @@ def _case(row: BenchRow) -> list[Cell]:
     return [
         Cell(row.case),
         Cell("right", "good") if row.passed else Cell("WRONG", "bad"),
-        Cell(f"{row.error:.1e} / {row.tolerance:.0e}", "" if row.passed else "bad"),
         number(row.milliseconds),
         number(row.best_milliseconds),
         Cell(str(row.turns)),
@@ -113,6 +112,7 @@ def _case(row: BenchRow) -> list[Cell]:
         percent(row.share_of_peak),
         number(row.gigabytes_per_second),
         percent(row.share_of_bandwidth),
+        Cell(f"{row.error:.1e} / {row.tolerance:.0e}", "" if row.passed else "bad"),
         Cell(str(row.threads)),
         Cell(row.backend),
         Cell(row.kernel),
@@ -153,7 +153,7 @@ def _peaks(report: Report) -> Sequence[tuple[str, str]]:
     peaks = []
     if report.peak_gflops is not None:
         of = "of a core, float32" if report.peak_gigabytes_per_second is None else "of large bfloat16 products"
-        peaks.append((f"peak {of}", f"{report.peak_gflops:.4g} GFLOP/s"))
+        peaks.append((f"peak {of}", f"{number(report.peak_gflops).text} GFLOP/s"))
     if report.peak_gigabytes_per_second is not None:
-        peaks.append(("peak of large copies", f"{report.peak_gigabytes_per_second:.4g} GB/s"))
+        peaks.append(("peak of large copies", f"{number(report.peak_gigabytes_per_second).text} GB/s"))
     return peaks
