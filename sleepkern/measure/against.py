@@ -10,9 +10,9 @@ its pairs, and the test counts rounds: they are independent draws of the layout.
 
 A verdict needs a median change of MINIMUM at least, and an interval of the rounds' ratios that leaves out 1. The
 interval is that of the sign test, which takes order statistics and assumes nothing of the shape of the noise. A run has
-many cases, so each interval's level is 1 - 0.05 / cases (Bonferroni): noise alone gives any verdict at all in at most
-one of 20 runs. Most cases need few rounds: one whose median is within MINIMUM after four is within noise, and the
-others are measured on until the level is reached with one round to spare on the wrong side.
+many cases and a case two looks, so each interval's level is 1 - 0.05 / (2 cases) (Bonferroni): noise alone gives any
+verdict at all in at most one of 20 runs. Most cases need few rounds: one whose median is within MINIMUM after four is
+within noise. The others are measured on until the level is reached, which takes longer where not all rounds agree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .builds import Build, BuildFacts, CallFailed, Worker, build_at, this_build
 from .cases import AnyCase, Case
 from .compare import Verdict
 from .environment import environment
-from .sign_test import Interval, is_open, judged, rounds_for, sign_interval
+from .sign_test import LOOKS, Interval, is_open, judged, sign_interval
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Effort:
 
     rounds: int = 4
     most_rounds: int | None = None
-    turns: int = 2
+    turns: int = 4
     seconds: float = 0.1
     false_alarm: float = 0.05
 
@@ -177,8 +177,9 @@ class _Job:
         """Tells whether the case takes part in this round."""
         if self.failures or self.error is not None and not self.error <= self.tolerance:
             return False
-        most = effort.most_rounds or max(effort.rounds, rounds_for(level))
-        return number < effort.rounds or number < most and is_open(self.ratios)
+        if number < effort.rounds:
+            return True
+        return number != effort.most_rounds and is_open(self.ratios, level)
 
     def row(self, level: float) -> AgainstRow:
         timed, note = bool(self.rounds), "; ".join(f"{who}: {why}" for who, why in self.failures.items()) or None
@@ -212,7 +213,7 @@ class _Run:
     ) -> None:
         self.builds = {"other": other, "this": this_build()}
         self.jobs, self.effort, self.folder, self.device, self.progress = jobs, effort, folder, device, progress
-        self.level = 1 - effort.false_alarm / len(jobs)
+        self.level = 1 - effort.false_alarm / (LOOKS * len(jobs))
         self.facts: dict[str, BuildFacts] = {}
 
     def measure(self) -> None:

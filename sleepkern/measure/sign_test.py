@@ -16,6 +16,10 @@ from .compare import Verdict, verdict_of
 
 MINIMUM = 0.02
 """A smaller change of the median gets no verdict, however certain it is."""
+SPARED = 2
+"""Rounds that may be on the other side of 1, as one is where another job takes the processor from one build only."""
+LOOKS = 2
+"""How often a verdict is looked for (`is_open`); the probability of a false one is shared among them."""
 
 
 class Interval(NamedTuple):
@@ -36,10 +40,10 @@ def sign_interval(values: Sequence[float], level: float) -> Interval:
     return Interval(ordered[dropped], ordered[-1 - dropped], _coverage(n, dropped))
 
 
-def rounds_for(level: float) -> int:
-    """Values from which `sign_interval` reaches the level and leaves out one on each side."""
-    n = 3
-    while _coverage(n, 1) < level:
+def rounds_for(level: float, spared: int = SPARED) -> int:
+    """Values from which `sign_interval` reaches the level and leaves out `spared` on each side."""
+    n = 2 * spared + 1
+    while _coverage(n, spared) < level:
         n += 1
     return n
 
@@ -53,11 +57,16 @@ def judged(ratios: Sequence[float], level: float) -> Verdict:
     return verdict_of(statistics.median(ratios), MINIMUM)
 
 
-def is_open(ratios: Sequence[float]) -> bool:
-    """Tells whether more rounds could give a verdict: the median is far enough from 1, and at most one round is on
-    the other side."""
-    opposite = min(sum(r <= 1 for r in ratios), sum(r >= 1 for r in ratios))
-    return verdict_of(statistics.median(ratios), MINIMUM) != "within noise" and opposite <= 1
+def is_open(ratios: Sequence[float], level: float) -> bool:
+    """Tells whether more rounds could give a verdict, or are needed for it.
+
+    The median has to be MINIMUM from 1, with at most SPARED rounds on the other side. A verdict is looked for twice:
+    after as many rounds as the level needs if all agree, and after as many as it needs if SPARED do not.
+    """
+    opposite, n = min(sum(r <= 1 for r in ratios), sum(r >= 1 for r in ratios)), len(ratios)
+    if verdict_of(statistics.median(ratios), MINIMUM) == "within noise" or opposite > SPARED:
+        return False
+    return n < rounds_for(level, 0 if opposite == 0 else SPARED)
 
 
 def _coverage(n: int, dropped: int) -> float:

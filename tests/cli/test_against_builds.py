@@ -31,8 +31,8 @@ def kda(*arguments, **options):
     o, state = _right(*arguments, **options)
     return 1.001 * o, state
 """
-FEW = against.Effort(rounds=2, most_rounds=2, seconds=0.02, false_alarm=1.0)
-"""Two rounds that agree are enough, which a factor of two in one of two cases needs. It is no test of noise."""
+FEW = against.Effort(rounds=2, most_rounds=2, turns=2, seconds=0.02, false_alarm=2.0)
+"""Two rounds that agree are enough for two cases, which a factor of two in one of them needs. Noise is not tested."""
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from sleepkern.measure.against import Effort, bench_against
 from sleepkern.measure.block_cases import BlocksCase
 from sleepkern.measure.cases import Case
 from sleepkern.measure.model_cases import ModelCase
-from sleepkern.measure.sign_test import is_open, judged, rounds_for, sign_interval
+from sleepkern.measure.sign_test import LOOKS, is_open, judged, rounds_for, sign_interval
 from sleepkern.testing import Shape
 
 CASES = tuple(
@@ -31,25 +31,27 @@ def test_the_interval_is_that_of_the_sign_test():
 
 
 def test_more_cases_need_more_rounds():
-    assert [rounds_for(1 - 0.05 / cases) for cases in (1, 8, 33, 100)] == [9, 13, 15, 17]
+    levels = [1 - 0.05 / (LOOKS * cases) for cases in (1, 8, 33, 100)]
+    assert [(rounds_for(level, 0), rounds_for(level)) for level in levels] == [(7, 13), (10, 17), (12, 19), (13, 21)]
 
 
 def test_a_verdict_needs_a_change_that_matters_and_rounds_that_agree():
-    level, n = 0.95, 9
-    assert judged([1.1] * n, level) == "worse" and judged([0.9] * n, level) == "better"
-    assert judged([1.1] * (n - 1) + [0.5], level) == "worse"  # one round may be on the other side
-    assert judged([1.1] * (n - 2) + [0.5] * 2, level) == "within noise"
-    assert judged([1.015] * n, level) == "within noise"  # certain, and too little
+    level, few, many = 0.975, 7, 13
+    assert judged([1.1] * few, level) == "worse" and judged([0.9] * few, level) == "better"
+    assert judged([1.1] * (many - 2) + [0.5] * 2, level) == "worse"  # two rounds may be on the other side
+    assert judged([1.1] * (many - 3) + [0.5] * 3, level) == "within noise"
+    assert judged([1.015] * many, level) == "within noise"  # certain, and too little
     assert judged([1.1] * 4, level) == "within noise"  # too few rounds
-    assert is_open([1.1] * 4) and is_open([1.1] * 4 + [0.9])
-    assert not is_open([1.01] * 4) and not is_open([1.1] * 4 + [0.9] * 2)
+    assert is_open([1.1] * 4, level) and not is_open([1.1] * few, level)
+    assert is_open([1.1] * few + [0.9], level) and not is_open([1.1] * (many - 1) + [0.9], level)
+    assert not is_open([1.01] * 4, level) and not is_open([1.1] * 4 + [0.9] * 3, level)
 
 
 def measured(draw, cases):
     """The verdict of one case as `bench_against` comes to it."""
-    level, effort = 1 - 0.05 / cases, Effort()
-    ratios = [draw() for _ in range(effort.rounds)]
-    while len(ratios) < rounds_for(level) and is_open(ratios):
+    level = 1 - Effort().false_alarm / (LOOKS * cases)
+    ratios = [draw() for _ in range(Effort().rounds)]
+    while is_open(ratios, level):
         ratios.append(draw())
     return judged(ratios, level)
 
@@ -127,7 +129,7 @@ def verdicts(build, plan, cases=CASES):
 def test_only_undecided_cases_take_more_rounds(no_process):
     report, found = verdicts(no_process, {("this", "kda"): "slow", ("other", "delta_rule"): "slow"})
     assert found == ["worse", "within noise", "better"] and not report.passed
-    full = rounds_for(1 - 0.05 / 3)
+    full = rounds_for(1 - 0.05 / (LOOKS * 3), 0)
     assert [len(row.ratios) for row in report.rows] == [full, 4, full]
     assert NoProcess.started == 2 * full  # each round has processes of its own
     assert report.rows[0].ratio == pytest.approx(1.1, rel=0.01) and report.rows[0].interval.low > 1.05
