@@ -172,9 +172,7 @@ def test_layers_that_transformers_itself_cannot_run_are_refused() -> None:
     message = "transformers itself fails on qwen3_next with 1 layer.* of linear_attention: `get_seq_length`"
     with pytest.raises(ValueError, match=message):
         bench_model("qwen3_next", [5], layers=1, quick=True)
-    with pytest.raises(
-        ValueError, match="layers: transformers takes no 1 of this model: .*at least one attention layer"
-    ):
+    with pytest.raises(ValueError, match="layers: transformers takes no 1 of this model: .*at least one attention"):
         find_model("olmo_hybrid", 1)
 
 

@@ -23,7 +23,7 @@ def with_layers(config: Any, layers: int) -> Any:
     They are the first ones that hold a recurrence and attention; the first ones where there is no such choice.
 
     Raises:
-        ValueError: `layers` is below 1 or above the number of the config's layers, or the config's checks refuse it.
+        ValueError: `layers` is below 1 or above the number of layers, or the config's checks refuse it.
     """
     kinds = layer_types(config)
     if not 1 <= layers <= len(kinds):
