@@ -119,6 +119,8 @@ def support() -> list[tuple[str, ...]]:
                     found = " ".join(_types(backends, ask, column))
                     only = " (forward)" if (name, column) in FORWARD_ONLY else ""
                     cells.append(found + only if found else "-")
+                if table[-1][1:] == tuple(cells):  # functions in a row with the same cells share a line
+                    name, _ = f"{table[-1][0]}, {name}", table.pop()
                 table.append((name, *cells))
     finally:
         torch.set_float32_matmul_precision(before)

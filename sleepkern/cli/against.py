@@ -14,12 +14,12 @@ from ..measure.against import AgainstReport, AgainstRow, bench_against
 from ..measure.builds import BuildFacts
 from ..measure.cases import AnyCase
 from ..measure.sign_test import MINIMUM
-from .output import console, finish, given, named_path, progress_bar, write_json
+from .output import console, finish, given, named_path, option_of, progress_bar, write_json
 
 HELP = "time another build of sleepkern in turns with this one: its folder, or the Python that imports it"
 Folder = Annotated[Path | None, typer.Option(parser=named_path, metavar="BUILD", help=HELP)]
 COLORS = {"worse": "red", "wrong": "red", "better": "green", "not timed": "yellow"}
-NOT_BESIDE = ("compare", "plot")
+NOT_BESIDE = ("compare", "plot", "report_to")
 """The options that --against does not allow."""
 WIDE = 0.10
 """The interval of a case on a quiet machine is narrower."""
@@ -32,7 +32,9 @@ def run(
     """Time the cases in both builds and show how they differ. Exit status 1 when one is worse or wrong."""
     for name in NOT_BESIDE:
         if given(context, name):
-            raise typer.BadParameter("got it beside --against; expected one of the two", param_hint=f"--{name}")
+            raise typer.BadParameter(
+                "got it beside --against; expected one of the two", param_hint=option_of(context, name)
+            )
     with progress_bar() as progress:
         report = bench_against(cases, build, quick, threads, device, progress)
     show(report)

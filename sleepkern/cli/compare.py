@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from ..measure.compare import NOISE, STEADY, Compared, Comparison, compare, read_report
-from .output import console, finish, given, write_json
+from .output import console, finish, given, option_of, write_json
 
 HELP = "show how two written results differ"
 Reports = Annotated[tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help=HELP)]
@@ -25,7 +25,7 @@ def run(context: typer.Context, paths: tuple[Path, Path], json: Path | None) -> 
     for name in context.params:
         if name not in BESIDE and given(context, name):
             raise typer.BadParameter("got it beside --compare, which times nothing; expected --json at most",
-                                     param_hint=f"--{name}")  # fmt: skip
+                                     param_hint=option_of(context, name))  # fmt: skip
     before, after = map(_report, paths)
     compared = compare(before["rows"], after["rows"])
     console.print(table(compared))

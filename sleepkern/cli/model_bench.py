@@ -13,7 +13,7 @@ from rich.table import Table
 from ..measure.models import LengthRow, ModelReport, Phase, bench_model
 from ..measure.models.sources import find_model, needed_bytes
 from . import sizes
-from .output import console, finish, given, progress_bar, usage, write_json
+from .output import console, finish, given, option_of, progress_bar, usage, write_json
 
 _HELP = "a hybrid model with and without the patch: a family of patch, a config.json, or a folder with one"
 Model = Annotated[str | None, typer.Option(metavar="FAMILY|PATH", help=_HELP)]
@@ -30,7 +30,7 @@ def run(context: typer.Context, model: str | None, layers: int | None, json: Pat
     for name in context.params:
         if name not in BESIDE and given(context, name):
             message = f"got it beside --model, which times a whole model; expected at most {', '.join(OTHERS)}"
-            raise typer.BadParameter(message, param_hint=f"--{name}")
+            raise typer.BadParameter(message, param_hint=option_of(context, name))
     report = _measured(model, layers, context.params)
     show(report)
     write_json(json, {"command": "bench --model", **report.to_dict()})
@@ -122,7 +122,7 @@ def _explain(report: ModelReport) -> None:
     ):
         console.print(f"[dim]{escape(line)}[/]", highlight=False)
     for reason in report.left:
-        console.print(f"[yellow]left to the original function: {escape(reason)}[/]")
+        console.print(f"[yellow]the original function is used: {escape(reason)}[/]")
 
 
 def _table(*headings: str) -> Table:

@@ -135,6 +135,12 @@ def given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def option_of(context: typer.Context, name: str) -> str:
+    """The option of a parameter, as the user writes it."""
+    found: str = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+    return found
+
+
 def usage(error: ValueError) -> typer.BadParameter:
     """A ValueError of the library as a usage error of the command line."""
     return typer.BadParameter(str(error))

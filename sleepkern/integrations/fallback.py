@@ -17,7 +17,7 @@ def use_original(reason: str | None) -> bool:
     """Tells whether a call goes to the original: for this reason or forward mode. The debug log gets the reason."""
     reason = reason or _forward_mode_reason()
     if reason is not None and not torch.compiler.is_compiling():
-        logger.debug("left to the original function: %s", reason)
+        logger.debug("the original function is used: %s", reason)
     return reason is not None
 
 

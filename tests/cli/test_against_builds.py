@@ -61,7 +61,7 @@ def invoke(other, *arguments):
 
 
 def line(text, rule):
-    return next(line for line in text.splitlines() if f"forward {rule}" in line)
+    return next(line for line in text.splitlines() if line.startswith(f" forward {rule}"))
 
 
 def test_a_slow_and_a_wrong_build_are_seen(build, monkeypatch):

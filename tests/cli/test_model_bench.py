@@ -98,7 +98,7 @@ def test_tables_fit_80_columns_and_notes_are_told(monkeypatch: pytest.MonkeyPatc
     result = invoke("bench", "--model", config)
     assert result.exit_code == 0, result.output
     assert "no sleep for this family: [it] keeps more" in result.output
-    assert "left to the original function: no kernel for [x]" in result.output
+    assert "the original function is used: no kernel for [x]" in result.output
     assert "…" not in result.output and max(map(len, result.output.splitlines())) <= 80
     for figure in ("131072", "19.00", "1235", "2.3", "45.7", "494"):
         assert figure in result.output

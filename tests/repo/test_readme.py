@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import sleepkern
+
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
@@ -13,8 +15,12 @@ def test_examples_run() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     assert len(blocks) == 3
     names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
+    try:
+        for block in blocks:
+            exec(block, names)
+        assert sleepkern.patched(names["model"])
+    finally:
+        sleepkern.unpatch()
     assert names["session"].position == 1024 and names["r"].final_state.shape == names["S"].shape
 
 
