@@ -179,7 +179,7 @@ class _Job:
             return False
         if number < effort.rounds:
             return True
-        return number != effort.most_rounds and is_open(self.ratios, level)
+        return (effort.most_rounds is None or number < effort.most_rounds) and is_open(self.ratios, level)
 
     def row(self, level: float) -> AgainstRow:
         timed, note = bool(self.rounds), "; ".join(f"{who}: {why}" for who, why in self.failures.items()) or None
@@ -227,10 +227,12 @@ class _Run:
             total = done + len(jobs) + ahead
             while jobs:  # more than once where a case ends a process
                 with self._processes(number) as workers:
-                    while jobs and not any(worker.ended for worker in workers.values()):
+                    while jobs:
                         self._report(f"round {number + 1}, {jobs[0].case.name}", done, total)
                         self._round(workers, jobs.pop(0), number)
                         done += 1
+                        if any(worker.ended for worker in workers.values()):
+                            break
 
     def _report(self, text: str, done: int, total: int) -> None:
         if self.progress is not None:
@@ -238,7 +240,7 @@ class _Run:
 
     @contextmanager
     def _processes(self, number: int) -> Iterator[dict[str, Worker]]:
-        """One of each build, which begin at the same time; the first of them is another one each round."""
+        """A process of each build; both start at the same time, and each round the other one is the first."""
         order = self._order(number)
         with ExitStack() as stack:
             workers = {who: stack.enter_context(Worker(self.builds[who])) for who in order}
@@ -275,7 +277,7 @@ class _Run:
         job.rounds.append(Round(statistics.median(other), statistics.median(this), ratio))
 
     def _ask(self, workers: dict[str, Worker], job: _Job, who: str, **order: Any) -> dict[str, Any] | None:
-        """The answer of a process; None where the build fails, which the case then knows."""
+        """The answer of a process; None where the build fails, whose reason the case then holds."""
         try:
             return workers[who].ask(**order)
         except CallFailed as error:
@@ -284,7 +286,7 @@ class _Run:
 
 
 def _request(case: Case | BlocksCase, device: str) -> dict[str, Any]:
-    """The case in the words of against_worker.py, with its inputs."""
+    """The case as against_worker.py reads it, with its inputs."""
     if isinstance(case, BlocksCase):
         torch.manual_seed(0)
         sizes = (2, case.width, case.heads, case.blocks, case.L)

@@ -76,15 +76,24 @@ def build_at(path: Path) -> Build:
 
 
 class Worker:
-    """A process that times one build; `start` has to be followed by `facts`."""
+    """A process that times one build; `facts` reads its first answer, so it comes before any order.
+
+    Raises:
+        ValueError: the system cannot run the interpreter.
+    """
 
     def __init__(self, build: Build) -> None:
         self.build = build
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (__exit__ closes it)
-        self.process = subprocess.Popen(
-            [build.python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-            text=True, env=build.environment(),
-        )  # fmt: skip
+        try:
+            self.process = subprocess.Popen(
+                [build.python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+                text=True, errors="replace", env=build.environment(),
+            )  # fmt: skip
+        except OSError as error:
+            self.errors.close()
+            reason = f"which cannot run: {error.strerror}"
+            raise ValueError(f"build: got {build.path}, {reason}; expected {EXPECTED}") from error
 
     def __enter__(self) -> Worker:
         return self
@@ -102,7 +111,7 @@ class Worker:
         return self.process.poll() is not None
 
     def facts(self) -> BuildFacts:
-        """What it imports; waits for the import.
+        """What the process imports; waits for the import.
 
         Raises:
             ValueError: the build cannot be imported or has no compiled module, or another one is imported.
@@ -112,7 +121,7 @@ class Worker:
             found = self._answer()
         except CallFailed as error:
             raise ValueError(f"build: got {path}, whose sleepkern cannot be imported: {error}") from error
-        if folder is not None and Path(found["file"]).resolve().parents[1] != folder.resolve():
+        if folder is not None and not Path(found["file"]).parent.samefile(folder / "sleepkern"):
             raise ValueError(
                 f"build: got {path}, but Python imports sleepkern from {found['file']}; expected {EXPECTED}"
             )
@@ -143,7 +152,12 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise CallFailed(self._last_words())
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: Any = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise CallFailed(f"its process wrote {line.strip()[:80]!r}, which is no answer")
         return answer
 
     def _last_words(self) -> str:

@@ -96,6 +96,30 @@ def test_a_python_that_imports_sleepkern_is_a_build(tmp_path, monkeypatch):
         assert Path(worker.facts().file).parent == PACKAGE
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("no program", "which cannot run: Exec format error; expected a folder with a compiled sleepkern"),
+        ("#!/bin/sh\necho no JSON\n", "cannot be imported: its process wrote 'no JSON', which is no answer"),
+        ("#!/bin/sh\necho 1\n", "cannot be imported: its process wrote '1', which is no answer"),
+        ("#!/bin/sh\necho this one >&2; exit 3\n", "cannot be imported: this one"),
+    ],
+    ids=["no program", "no JSON", "a number", "ends"],
+)
+def test_a_program_that_is_no_python_is_one_sentence(tmp_path, code, expected):
+    program = tmp_path / "a [b] program"
+    program.write_text(code)
+    program.chmod(0o755)
+    code, text = invoke(program, "--T", "9", "--rule", "kda")
+    assert code == 2 and expected in text, text
+
+
+def test_a_folder_may_link_to_the_package(tmp_path):
+    (tmp_path / "sleepkern").symlink_to(PACKAGE)
+    with builds.Worker(builds.build_at(tmp_path)) as worker:
+        assert Path(worker.facts().file).resolve().parent == PACKAGE
+
+
 @pytest.mark.alone
 def test_a_tenth_is_seen_and_the_same_code_is_not(build, monkeypatch):
     plant(build, SLOW.format(factor=1.1))

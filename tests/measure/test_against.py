@@ -150,6 +150,24 @@ def test_a_build_that_fails_at_a_case_goes_on_with_the_next(no_process, how):
     assert found == ["wrong", "within noise", "within noise"] and not report.passed
 
 
+def test_a_process_that_has_ended_before_its_first_case_fails_at_it(no_process, monkeypatch):
+    """Without a case that counts as failed, new processes would start for ever."""
+
+    def ask(self, **order):
+        raise builds.CallFailed("its process ended with status -9")
+
+    monkeypatch.setattr(NoProcess, "ask", ask)
+    monkeypatch.setattr(NoProcess, "facts", lambda self: setattr(self, "ended", True))
+    report, found = verdicts(no_process, {})
+    assert found == ["not timed"] * 3 and NoProcess.started == 2 * 3
+
+
+def test_most_rounds_below_rounds_adds_none(no_process):
+    NoProcess.plan = {("this", "kda"): ("slow",)}
+    report = bench_against(CASES[:1], no_process, effort=Effort(rounds=3, most_rounds=1))
+    assert len(report.rows[0].ratios) == 3
+
+
 def test_blocks_are_timed_and_models_are_left_out(no_process):
     cases = (BlocksCase("small", 4, 16, 2, 2, 1), ModelCase("read", 8))
     report, found = verdicts(no_process, {}, cases)
