@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..measure.against import AgainstReport, AgainstRow, bench_against
 from ..measure.builds import BuildFacts
 from ..measure.cases import AnyCase
 from ..measure.sign_test import MINIMUM
-from .output import console, finish, given, named_path, option_of, progress_bar, write_json
+from .output import console, finish, given, named_path, option_of, progress_bar, three_digits, write_json
 
 HELP = "time another build of sleepkern in turns with this one: its folder, or the Python that imports it"
 Folder = Annotated[Path | None, typer.Option(parser=named_path, metavar="BUILD", help=HELP)]
@@ -51,7 +52,7 @@ def show(report: AgainstReport) -> None:
     """The table, which builds were timed, and what is red or was not timed."""
     console.print(table(report))
     for name, facts in (("other", report.other), ("this", report.this)):
-        console.print(f"[dim]{name}: {_described(facts)}[/]", soft_wrap=True)
+        console.print(f"[dim]{name}: {escape(_described(facts))}[/]", soft_wrap=True)
     where = report.environment
     console.print(f"[dim]{where['device']}, {where['threads']} thread(s), {where['date'][:16]}[/]")
     console.print(f"[dim]within noise: medians less than {MINIMUM:.0%} apart, or an interval around 1[/]")
@@ -63,7 +64,7 @@ def show(report: AgainstReport) -> None:
             console.print(f"[red]{row.case}: not timed, the results of the builds differ: {error}[/]", soft_wrap=True)
         if row.note is not None:
             color = COLORS[row.verdict]
-            console.print(f"[{color}]{row.case}: not timed, {row.note}[/]", soft_wrap=True, highlight=False)
+            console.print(f"[{color}]{row.case}: not timed, {escape(row.note)}[/]", soft_wrap=True, highlight=False)
     wide = sum(row.interval is not None and row.interval.high > (1 + WIDE) * row.interval.low for row in report.rows)
     if wide:
         console.print(f"[yellow]{wide} case(s) have an interval of more than {WIDE:.0%}: the machine is not quiet[/]")
@@ -79,16 +80,12 @@ def table(report: AgainstReport) -> Table:
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("", no_wrap=True)
     for row in report.rows:
-        result.add_row(row.case, _milliseconds(row.other), _milliseconds(row.this), *_change(row), _verdict(row))
+        result.add_row(row.case, three_digits(row.other), three_digits(row.this), *_change(row), _verdict(row))
     return result
 
 
 def _described(facts: BuildFacts) -> str:
     return f"{Path(facts.file).parent}, version {facts.version}, {facts.native}"
-
-
-def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _change(row: AgainstRow) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -28,7 +29,9 @@ from .output import (
     finish,
     given,
     named_path,
+    print_written,
     progress_bar,
+    three_digits,
     usage,
     writable,
     write_json,
@@ -187,7 +190,7 @@ def draw(report: Report, path: Path) -> None:
     from .plot import draw_report
 
     draw_report(report, path)
-    console.print(f"wrote {path}", soft_wrap=True)
+    print_written(path)
 
 
 def show(report: Report) -> None:
@@ -207,7 +210,7 @@ def show(report: Report) -> None:
             console.print(f"[red]{row.case}: not timed, {wrong}[/]")
         for peer in row.peers:
             if peer.error is not None and peer.note is not None:
-                console.print(f"[yellow]{row.case}: {peer.name} is {peer.note}[/]")
+                console.print(f"[yellow]{row.case}: {escape(f'{peer.name} is {peer.note}')}[/]")
 
 
 def tables(report: Report) -> list[Table]:
@@ -265,8 +268,7 @@ def _figures(row: BenchRow) -> tuple[str, ...]:
     if row.milliseconds is None:
         return "[red]wrong[/]", "", ""
     share = "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
-    digits = ".0f" if row.milliseconds >= 100 else ".3g"
-    return f"{row.milliseconds:{digits}}", "" if row.gflops is None else f"{row.gflops:.1f}", share
+    return three_digits(row.milliseconds), "" if row.gflops is None else f"{row.gflops:.1f}", share
 
 
 def _ratio(row: BenchRow, names: list[str]) -> str:

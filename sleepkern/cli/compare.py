@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..measure.compare import NOISE, STEADY, Compared, Comparison, compare, read_report
-from .output import console, finish, given, option_of, write_json
+from .output import console, finish, given, option_of, three_digits, write_json
 
 HELP = "show how two written results differ"
 Reports = Annotated[tuple[Path, Path] | None, typer.Option(metavar="A.json B.json", help=HELP)]
@@ -32,7 +33,7 @@ def run(context: typer.Context, paths: tuple[Path, Path], json: Path | None) -> 
     for name, path, report in zip("AB", paths, (before, after), strict=True):
         where = report["environment"]
         place = f"{where['device']}, {where['threads']} thread(s), {where['date'][:16]}"
-        console.print(f"[dim]{name}: {path}: {place}[/]")
+        console.print(f"[dim]{name}: {escape(f'{path}: {place}')}[/]")
     if before["environment"]["device"] != after["environment"]["device"]:
         console.print("[yellow]A and B were measured on different devices[/]")
     _explain(compared)
@@ -53,7 +54,7 @@ def table(compared: Compared) -> Table:
         result.add_column(heading, justify="right", no_wrap=True)
     result.add_column("", no_wrap=True)
     for row in compared.rows:
-        result.add_row(row.case, _milliseconds(row.before), _milliseconds(row.after), *_verdict(row))
+        result.add_row(escape(row.case), three_digits(row.before), three_digits(row.after), *_verdict(row))
     return result
 
 
@@ -73,11 +74,7 @@ def _explain(compared: Compared) -> None:
         console.print(f"[yellow]unsteady: best and median of a row differ by more than {STEADY:.0%}; measure again[/]")
     for name, cases in (("A", compared.only_before), ("B", compared.only_after)):
         for case in cases:
-            console.print(f"[yellow]only in {name}: {case}[/]", soft_wrap=True)
-
-
-def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+            console.print(f"[yellow]only in {name}: {escape(case)}[/]", soft_wrap=True)
 
 
 def _verdict(row: Comparison) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import typer
 
 from ..experiments.training.logs import Log, read_logs
 from ..files import replacing
-from .output import console, drawable, named_path, usage
+from .output import drawable, named_path, print_written, usage
 
 
 def command(
@@ -26,7 +26,7 @@ def command(
         draw_curves(read_logs(folders), out)
     except ValueError as error:
         raise usage(error) from error
-    console.print(f"wrote {out}", soft_wrap=True)
+    print_written(out)
 
 
 def draw_curves(logs: list[Log], path: Path) -> None:

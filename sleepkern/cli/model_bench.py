@@ -13,7 +13,7 @@ from rich.table import Table
 from ..measure.models import LengthRow, ModelReport, Phase, bench_model
 from ..measure.models.sources import find_model, needed_bytes
 from . import sizes
-from .output import console, finish, given, option_of, progress_bar, usage, write_json
+from .output import console, finish, given, option_of, progress_bar, three_digits, usage, write_json
 
 _HELP = "a hybrid model with and without the patch: a family of patch, a config.json, or a folder with one"
 Model = Annotated[str | None, typer.Option(metavar="FAMILY|PATH", help=_HELP)]
@@ -85,7 +85,7 @@ def _speeds(report: ModelReport, rows: list[LengthRow]) -> Table:
         for name, phase in (("prefill", row.prefill), (f"decode {report.decoded}", row.decode)):
             if phase is not None:
                 rates = (phase.stock_tokens_per_second, phase.patched_tokens_per_second)
-                table.add_row(str(row.tokens), name, *map(_number, rates), f"{phase.ratio:.2f}")
+                table.add_row(str(row.tokens), name, *map(three_digits, rates), f"{phase.ratio:.2f}")
     return table
 
 
@@ -99,10 +99,9 @@ def _memory(rows: list[LengthRow]) -> Table:
 
 
 def _sleeps(rows: list[LengthRow]) -> Table:
-    counts = [cost.passes for row in rows for cost in row.sleep if row is rows[0]]
-    headings = [heading for n in counts for heading in (f"N = {n}", "x")]
-    table = _table("T", *headings)
-    for row in rows:
+    slept = [row for row in rows if row.sleep]
+    table = _table("T", *(heading for cost in slept[0].sleep for heading in (f"N = {cost.passes}", "x")))
+    for row in slept:
         table.add_row(str(row.tokens), *(text for c in row.sleep for text in (f"{c.seconds:.3g}", f"{c.relative:.2f}")))
     return table
 
@@ -110,7 +109,7 @@ def _sleeps(rows: list[LengthRow]) -> Table:
 def _explain(report: ModelReport) -> None:
     kinds = dict.fromkeys(report.layer_types)
     layers = ", ".join(f"{report.layer_types.count(kind)} {kind or 'of one kind'}" for kind in kinds)
-    size = f"{_number(report.parameters / 1e6)} million parameters"
+    size = f"{three_digits(report.parameters / 1e6)} million parameters"
     weights = "random weights" if report.weights == "random" else f"weights of {report.weights}"
     where = report.environment
     names = (name.rpartition(".modeling_")[2].partition(".")[2] or name for name in report.replaced)
@@ -137,8 +136,4 @@ def _peaks(phase: Phase | None) -> tuple[int | None, int | None]:
 
 
 def _megabytes(size: int | None) -> str:
-    return "-" if size is None else _number(size / 1e6)
-
-
-def _number(rate: float) -> str:
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+    return three_digits(None if size is None else size / 1e6)

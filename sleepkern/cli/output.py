@@ -78,7 +78,17 @@ def write_json(path: Path | None, content: dict[str, Any], quiet: bool = False) 
         return
     write_text(path, report_text(_finite(content)))
     if not quiet:
-        console.print(f"wrote {path}", soft_wrap=True)
+        print_written(path)
+
+
+def print_written(path: Path) -> None:
+    """Name a file that was written."""
+    console.print(f"wrote {path}", soft_wrap=True, markup=False)
+
+
+def three_digits(value: float | None) -> str:
+    """A number of a table, rounded to three digits or to a whole number above 100; "-" for None."""
+    return "-" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def check_device(device: str) -> str:

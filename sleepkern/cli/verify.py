@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from ..measure import environment, verify
@@ -135,12 +136,12 @@ def table(rows: list[Row]) -> Table:
 def print_details(rows: list[Row]) -> None:
     """Why backends refused, and what is red."""
     for backend, reason in dict.fromkeys((row.backend, row.refused) for row in rows if row.refused):
-        console.print(f"[dim]{backend} refused: {reason}[/]")
+        console.print(f"[dim]{backend} refused: {escape(str(reason))}[/]")
     red = [row for row in rows if not row.passed]
     for row in red[:SHOWN]:
         errors = ", ".join(f"{name} {e:.1e}" for name, e in row.errors.items() if not e <= row.tolerance)
         where = f"{row.backend} {row.rule} {row.dtype} {row.op} {row.shape}, {row.variant}"
-        console.print(f"[red]{where}: {errors}[/]")
+        console.print(f"[red]{escape(where)}: {errors}[/]")
     if len(red) > SHOWN:
         console.print(f"[red]... and {len(red) - SHOWN} more[/]")
 

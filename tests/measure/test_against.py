@@ -89,14 +89,14 @@ class NoProcess:
         self.ended = True
 
     def facts(self):
-        return builds.BuildFacts("folder", "folder/sleepkern/__init__.py", "avx2", "0", "3", "2")
+        return builds.BuildFacts("[a]", "[a]/sleepkern/__init__.py", "avx2", "0", "3", "2")
 
     def ask(self, **order):
         if "load" in order:
             request = torch.load(order["load"], weights_only=True)
             self.rule = request.get("rule", request["op"])
             if self.doing("fails"):
-                raise builds.CallFailed("TypeError: no such argument")
+                raise builds.CallFailed("TypeError: no [/] argument [x]")
             if self.doing("ends"):
                 self.ended = True
                 raise builds.CallFailed("its process ended with status -11")
@@ -182,15 +182,17 @@ def invoke(*arguments):
 
 
 def test_the_command_prints_a_line_a_case_in_80_columns(no_process, tmp_path):
-    NoProcess.plan = {("this", "kda"): ("slow",), ("other", "gla"): ("differs",)}
-    options = ("--against", no_process, "--T", 9, "--K", 16, "--V", 16, "--json", tmp_path / "a.json")
+    NoProcess.plan = {("this", "kda"): ("slow",), ("other", "gla"): ("differs",), ("other", "delta_rule"): ("fails",)}
+    options = ("--against", no_process, "--T", 9, "--K", 16, "--V", 16, "--json", tmp_path / "[b].json")
     code, text = invoke(*options)
     assert code == 1, text
     table = text[: text.index("other: ")]
     assert max(map(len, table.splitlines())) <= 80 and "…" not in table
     assert "1.10" in table and "worse" in table and "wrong" in table and "within noise" in table
     assert "the results of the builds differ: relative error 5.0e-01 > 2e-05" in text
-    written = json.loads((tmp_path / "a.json").read_text())
+    for told in ("other: [a]/sleepkern, version 0", "not timed, other: TypeError: no [/] argument [x]", "[b].json"):
+        assert told in text
+    written = json.loads((tmp_path / "[b].json").read_text())
     assert written["command"] == "bench --against" and written["passed"] is False and len(written["rows"]) == 5
     assert {"low", "high", "level"} == set(written["rows"][0]["interval"])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from ...measure import Report, environment
@@ -118,7 +119,7 @@ def _model(text: Path, out: Path) -> Outcome:
 
 def patched_model_table(result: dict[str, Any], source: str) -> Table:
     """Tokens a second with and without sleepkern, and the largest difference of the logits."""
-    table = Table(title=f"{result['tokens']} bytes of {source}, {torch.get_num_threads()} thread(s)")
+    table = Table(title=f"{result['tokens']} bytes of {escape(source)}, {torch.get_num_threads()} thread(s)")
     for heading in ("", "stock", "with sleepkern", "faster"):
         table.add_column(heading, justify="right" if heading else "left")
     for label, key in (("reading", "read"), ("generating", "generate")):
@@ -152,7 +153,7 @@ def sleep_table(result: dict[str, Any], source: str) -> Table:
     """Tokens a second and memory for each number of passes."""
     tokens, window = result["tokens"], result["window"]
     table = Table(
-        title=f"sleep over {tokens} bytes of {source}, {window} at a time, {torch.get_num_threads()} thread(s)"
+        title=f"sleep over {tokens} bytes of {escape(source)}, {window} at a time, {torch.get_num_threads()} thread(s)"
     )
     for heading in ("passes", "tokens/s", "memory after a quarter", "at the end", "over N plain forwards"):
         table.add_column(heading, justify="right")

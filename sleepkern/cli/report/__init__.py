@@ -12,7 +12,7 @@ import typer
 from ...files import write_text
 from ...measure import Report, environment
 from ...testing.verify import Row
-from ..output import console, named_path, writable
+from ..output import named_path, print_written, writable
 
 BENCH, VERIFY = "bench.html", "verify.html"
 """The pages in the folder."""
@@ -54,4 +54,4 @@ def write_verify(rows: Sequence[Row], device: str, passed: bool, folder: Path | 
 
 def _write(path: Path, page: str) -> None:
     write_text(path, page)
-    console.print(f"wrote {path}", soft_wrap=True)
+    print_written(path)
