@@ -153,6 +153,16 @@ def test_other_files_are_refused_in_a_sentence(content: str, message: str, tmp_p
     assert "\n" not in str(caught.value)
 
 
+def test_code_of_a_folder_is_refused(tmp_path: Path) -> None:
+    """A config whose class transformers builds no text model of, and which names a class in a file beside it."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "vit", "auto_map": {"AutoModelForImageTextToText": "code.Model"}})
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('the code has run')")
+    with pytest.raises(ValueError, match="transformers builds no model of .*contains custom code"):
+        find_model(str(tmp_path))
+
+
 def test_unknown_names_and_numbers_are_refused(tmp_path: Path) -> None:
     for name in ("nope", str(tmp_path)):
         with pytest.raises(ValueError, match=r"model: got .*; expected a config.json, .*one of qwen3_next, .*zamba2"):

@@ -75,13 +75,15 @@ def find_model(name: str, layers: int | None = None) -> ModelSource:
 def build(source: ModelSource, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
     """The model, in eval mode. Random weights are the same each time, and their decay is slow.
 
+    Code that a folder holds does not run.
+
     Raises:
         ValueError: the weights of the folder are not those of the config.
     """
     with offline(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if source.weights is None:
-            model = _auto(source.config).from_config(source.config, dtype=dtype)
+            model = _auto(source.config).from_config(source.config, dtype=dtype, trust_remote_code=False)
             slow_decay(model)
         else:
             model = _loaded(source, dtype)
@@ -168,11 +170,11 @@ def _auto(config: Any) -> Any:
 
 
 def _described(source: ModelSource) -> ModelSource:
-    """The same source with its parameters and its class, which a model without memory tells."""
+    """The same source with its number of parameters and its class, which a model on the device meta has too."""
     model_type = source.config.model_type
     try:
         with torch.device("meta"):
-            model = _auto(source.config).from_config(source.config)
+            model = _auto(source.config).from_config(source.config, trust_remote_code=False)
     except Exception as error:  # any size that does not fit another one
         raise ValueError(f"model: transformers builds no model of {source.name}: {_line(error)}") from error
     try:
@@ -190,7 +192,7 @@ def _loaded(source: ModelSource, dtype: torch.dtype) -> Any:
     try:
         model, told = _auto(source.config).from_pretrained(
             source.weights, config=source.config, dtype=dtype, local_files_only=True, use_safetensors=True,
-            output_loading_info=True,
+            output_loading_info=True, trust_remote_code=False,
         )  # fmt: skip
     except Exception as error:  # files of the user
         raise ValueError(f"model: the weights in {source.weights} cannot be loaded: {_line(error)}") from error
@@ -207,8 +209,11 @@ def _line(error: Exception) -> str:
 
 
 def needed_bytes(source: ModelSource, dtype: torch.dtype, batch: int, tokens: int) -> int:
-    """About the memory that `bench_model` takes at once: weights, with a copy in float32 for the check of a shorter
-    type, what a layer makes of its tokens, and a cache."""
+    """About the bytes that `bench_model` takes at once.
+
+    They are the weights, their copy in float32 for the check of a shorter type, activations of a layer, and a cache.
+    The copy in float64 that a float32 model needs where its logits differ is left out, for most models need none.
+    """
     text = source.text
     weights = source.parameters * (dtype.itemsize if dtype == torch.float32 else dtype.itemsize + 4)
     layer = 4 * 64 * batch * tokens * int(text.hidden_size)
