@@ -1,4 +1,4 @@
-"""A log shows that a command is at work: a line of what is being done, whenever the command was silent for a while."""
+"""The heartbeat: a line of a log that says what a command is doing, each time that the command was silent for long."""
 
 from __future__ import annotations
 
@@ -27,9 +27,17 @@ class LogConsole(Console):
         super().print(*objects, **options)
         self.wrote = time.monotonic()
 
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that rich is about to handle.
+
+        rich makes the console quiet and ends the thread that prints. If that thread is the heartbeat, the command goes
+        on without output, and its exit status is 0.
+        """
+        raise
+
     @contextmanager
     def doing(self, what: Callable[[], str]) -> Iterator[None]:
-        """Name what is being done, while the block lasts; a block inside of it adds to it.
+        """Name what is being done while the block lasts; a block inside of it adds its own text.
 
         Args:
             what: called from another thread for the text, each time that a line is due.

@@ -76,6 +76,7 @@ def test_a_part_that_breaks_off_fails_the_demo_and_the_next_ones_run(run):
 
 def test_a_slow_part_gives_lines(run, monkeypatch):
     monkeypatch.setattr(heartbeat, "SILENCE", 0.05)
+    monkeypatch.setattr(heartbeat, "clock", lambda seconds: "0:00")
 
     def slow(text, out):
         time.sleep(0.2)

@@ -23,6 +23,8 @@ study_module = importlib.import_module("sleepkern.cli.study")
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(heartbeat, "SILENCE", 0.05)
+    # A busy machine may take more than a second; that seconds are told has a test of its own.
+    monkeypatch.setattr(heartbeat, "clock", lambda seconds: "0:00")
 
 
 def beating():
@@ -51,9 +53,13 @@ def test_silence_gives_lines_with_what_is_done_and_how_long():
     assert clock(125.7) == "2:05"
 
 
-def test_output_delays_the_next_line():
+def test_output_delays_the_next_line(monkeypatch):
+    """Rows come each 10 ms, so that a busy machine too lets no SILENCE pass between two of them."""
+    monkeypatch.setattr(heartbeat, "SILENCE", 0.7)
+
     def work(log):
-        for _ in range(20):
+        began = time.monotonic()
+        while time.monotonic() < began + 1:
             log.print("a row")
             time.sleep(0.01)
 
@@ -70,8 +76,22 @@ def test_a_console_that_is_gone_ends_the_lines_alone():
             raise OSError(28, "No space left on device")
 
     with heartbeat.heartbeat(LogConsole(file=Full()), "command"):
-        time.sleep(0.2)
+        for thread in beating():
+            thread.join(timeout=60)
         assert not beating()
+
+
+def test_a_pipe_that_is_closed_ends_the_command_and_not_the_lines_alone():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    log = LogConsole(file=Closed())
+    with heartbeat.heartbeat(log, "command"):
+        for thread in beating():
+            thread.join(timeout=60)
+        with pytest.raises(BrokenPipeError):
+            log.print("a row")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), OSError(28, "full"), typer.Exit(1), KeyboardInterrupt()])
