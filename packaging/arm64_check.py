@@ -30,7 +30,7 @@ TORCH_NEEDS = ("filelock", "typing_extensions", "sympy", "mpmath", "networkx<3.5
 
 
 def run(name: str, command: list[str], shown: int = 0) -> None:
-    """A step, whose last lines are shown; all of its output if it fails."""
+    """Run a step and show its last lines, or all of its output if it fails."""
     began = time.perf_counter()
     print(f"{name} ...", flush=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -41,16 +41,20 @@ def run(name: str, command: list[str], shown: int = 0) -> None:
 
 
 def unpack_system(root: Path) -> None:
-    """The C library, Python and what its modules link, for 64-bit Arm, unpacked and not set up."""
+    """Unpack the C library, Python and the libraries of its modules for 64-bit Arm into `root`; set nothing up."""
     packages = "python3,libpython3-dev,libgomp1,libstdc++6"
     command = ["debootstrap", "--arch=arm64", "--foreign", "--variant=minbase", f"--include={packages}", "bookworm"]
-    run("unpacking Debian for 64-bit Arm", [*command, str(root)])
-    for archive in (root / "var" / "cache" / "apt" / "archives").glob("*.deb"):
-        subprocess.run(["dpkg", "-x", str(archive), str(root)], check=True)
+    partial = root.with_name("partial")  # a run that breaks off leaves no system that looks whole
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    run("unpacking Debian for 64-bit Arm", [*command, str(partial)])
+    for archive in (partial / "var" / "cache" / "apt" / "archives").glob("*.deb"):
+        subprocess.run(["dpkg", "-x", str(archive), str(partial)], check=True)
+    partial.rename(root)
 
 
 def install(wheel: Path, torch: str, site: Path) -> None:
-    """The wheel, and torch for 64-bit Arm with what its wheel requires, into a folder."""
+    """Install the wheel, and torch for 64-bit Arm with what its wheel requires, into a folder."""
     shutil.rmtree(site, ignore_errors=True)
     options = ["--quiet", "--disable-pip-version-check", "--only-binary=:all:", "--python-version", PYTHON, "--no-deps"]
     for glibc in range(17, 29):
@@ -77,7 +81,7 @@ def main() -> None:
     if sys.version_info[:2] != tuple(map(int, PYTHON.split("."))):
         sys.exit(f"arm64_check: got Python {sys.version.split()[0]}; expected {PYTHON}, Debian 12's")
     root, out, site = BUILD / "root", BUILD / "dist", BUILD / "site"
-    if not (root / "usr" / "bin" / f"python{PYTHON}").exists():
+    if not root.exists():
         unpack_system(root)
     wheel = [sys.executable, str(HERE / "wheel.py"), "--arm64", str(root), "--out", str(out)]
     run("cross-compiling the wheel", wheel, shown=1)

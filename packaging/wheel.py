@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,10 +29,10 @@ SYSCONFIG = "_sysconfigdata__linux_aarch64-linux-gnu"
 
 
 def run(command: list[str], environment: dict[str, str] | None = None, folder: Path = ROOT) -> None:
-    """A step; its exit status is the program's where it fails."""
+    """Run a step; exit with status 1 where it fails."""
     status = subprocess.run(command, cwd=folder, env=os.environ | (environment or {}), check=False).returncode
     if status:
-        sys.exit(f"wheel: `{' '.join(command[:4])} ...` failed with exit status {status}; its message stands above")
+        sys.exit(f"wheel: `{' '.join(command[:4])} ...` failed with exit status {status}; its message is above")
 
 
 def version_of(python: str) -> str:
@@ -44,7 +45,7 @@ def version_of(python: str) -> str:
 
 
 def environment_for(python: str) -> Path:
-    """The programs of an environment with the tools of requirements-wheel.txt, made once."""
+    """The folder of the programs of an environment, which is made once, with the tools of requirements-wheel.txt."""
     folder = BUILD / f"env-{version_of(python)}"
     mark = folder / "installed"
     wanted = (ROOT / "requirements-wheel.txt").read_text()
@@ -80,17 +81,17 @@ def arm64(root: Path, version: str) -> dict[str, str]:
     )  # fmt: skip
     options = [
         "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", f"-DCMAKE_CXX_FLAGS='-isystem {described}'",
+        "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", f'-DCMAKE_CXX_FLAGS=-isystem "{described}"',
         f"-DPython_INCLUDE_DIR={python / 'include' / f'python{version}'}", "-DSLEEPKERN_CUDA=OFF",
     ]  # fmt: skip
     return {
         "_PYTHON_HOST_PLATFORM": "linux-aarch64", "_PYTHON_SYSCONFIGDATA_NAME": SYSCONFIG, "PYTHONPATH": str(described),
-        "CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {' '.join(options)}",
+        "CMAKE_ARGS": f"{os.environ.get('CMAKE_ARGS', '')} {shlex.join(options)}",
     }  # fmt: skip
 
 
 def build(source: Path, programs: Path, out: Path, cross: dict[str, str]) -> Path:
-    """The wheel of one Python in `out`, with the tag of the systems that it runs on."""
+    """Build the wheel of one Python into `out`; its name has the tag of the systems that it runs on."""
     made = BUILD / "made"
     for folder in (made, source / "build"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -106,7 +107,8 @@ def build(source: Path, programs: Path, out: Path, cross: dict[str, str]) -> Pat
     oldest = min(map(int, re.findall(r"manylinux_2_(\d+)_", repaired.name)), default=99)
     if oldest > NEWEST_GLIBC:
         sys.exit(f"wheel: got {repaired.name}; expected one for glibc 2.{NEWEST_GLIBC} or older")
-    return Path(shutil.copy(repaired, out))
+    partial = Path(shutil.copy(repaired, out / f".{repaired.name}.partial"))
+    return partial.rename(out / repaired.name)
 
 
 def main() -> None:
@@ -119,7 +121,7 @@ def main() -> None:
     machine = "aarch64" if options.arm64 else os.uname().machine
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob(f"*{machine}.whl"):
+    for old in out.glob(f"sleepkern-*{machine}.whl"):
         old.unlink()
     source = sources(environment_for(pythons[0]))
     for python in pythons:

@@ -27,7 +27,7 @@ STRICT = {"include": ["."], "typeCheckingMode": "strict", "reportAny": "error", 
 
 
 def run(name: str, command: list[str], folder: Path, environment: dict[str, str], shown: int = 1) -> None:
-    """A step, whose last lines are shown; all of its output if it fails."""
+    """Run a step and show its last lines, or all of its output if it fails."""
     start = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     lines = (done.stdout + done.stderr).strip().splitlines()
@@ -37,7 +37,7 @@ def run(name: str, command: list[str], folder: Path, environment: dict[str, str]
 
 
 def check(wheel: Path, torch: str, folder: Path) -> None:
-    """All steps with one version of torch."""
+    """Run all steps with one version of torch."""
     print(f"{wheel.name} with torch {torch} on Python {sys.version.split()[0]}", flush=True)
     venv.create(folder / "env", with_pip=True, symlinks=True)
     programs = folder / "env" / "bin"
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--torch", action="append", help="a version to try; may be repeated")
     options = parser.parse_args()
     tag = "cp{}{}".format(*sys.version_info[:2])
-    wheels = list(options.folder.glob(f"*-{tag}-{tag}-*{os.uname().machine}.whl"))
+    wheels = list(options.folder.glob(f"sleepkern-*-{tag}-{tag}-*{os.uname().machine}.whl"))
     if len(wheels) != 1:
         sys.exit(f"wheel_check: got {len(wheels)} wheels for {tag} in {options.folder}; expected one, of `make wheel`")
     for version in options.torch or ["2.13.0"]:
