@@ -15,6 +15,7 @@ from rich.table import Table
 from ..measure import Report, bench_cases, gpu_cases
 from ..measure.bench import BenchRow
 from ..measure.cases import AnyCase, Case, Op
+from ..measure.peers import OURS
 from ..measure.suites import SUITES, select
 from ..rules import RULES
 from ..testing import Shape
@@ -51,8 +52,6 @@ Picture = Annotated[
 ]
 TITLE = "bench: medians, results checked against the reference before"
 NOT_TIMED = "[dim]-[/]"
-OURS = "ours, "
-"""Begins the names of sleepkern itself under other settings (measure/peers)."""
 
 CaseNames = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="only cases whose name contains this; may be repeated")

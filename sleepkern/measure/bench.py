@@ -25,7 +25,7 @@ from .cases import AnyCase, Case, Result
 from .environment import environment
 from .model_cases import ModelCase
 from .peaks import Ceilings, ceilings
-from .peers import Peer, peers_of
+from .peers import OURS, Peer, peers_of
 
 CHECKED_TOKENS = 300
 """Tokens of the check: several chunks, and a last one that is not full. 100 when quick."""
@@ -111,6 +111,16 @@ class Report:
         """Peers that were timed on some case, in order of appearance."""
         timed = (p.name for row in self.rows for p in row.peers if p.milliseconds is not None)
         return list(dict.fromkeys(timed))
+
+    @property
+    def comparisons(self) -> list[tuple[float, str, str]]:
+        """The (ratio, case, peer) of each comparison with another package, without sleepkern under other settings."""
+        return [
+            (peer.ratio, row.case, peer.name)
+            for row in self.rows
+            for peer in row.peers
+            if peer.ratio is not None and not peer.name.startswith(OURS)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict, ready for JSON."""

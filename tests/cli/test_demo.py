@@ -95,4 +95,4 @@ def test_what_verify_and_bench_say():
     assert verified([]).startswith("0 comparisons")
     found = benched(bench_report((0.3, 0.4), ["token loop", "ours, modules"]))
     assert found == "2 of 2 cases timed; faster than a peer in 2 of 2 comparisons (2 to 2 x)"
-    assert benched(bench_report((0.3,), [])) == "1 of 1 cases timed, no peer is installed"
+    assert benched(bench_report((0.3,), [])) == "1 of 1 cases timed, no peer was timed"

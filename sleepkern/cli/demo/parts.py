@@ -80,16 +80,11 @@ def _bench(text: Path, out: Path) -> Outcome:
 def benched(report: Report) -> str:
     """How many cases were timed, and how often sleepkern was faster than a peer."""
     timed = sum(row.milliseconds is not None for row in report.rows)
-    ratios = [
-        peer.ratio
-        for row in report.rows
-        for peer in row.peers
-        if peer.ratio is not None and not peer.name.startswith(bench_command.OURS)
-    ]
+    ratios = [ratio for ratio, _, _ in report.comparisons]
     found = f"{timed} of {len(report.rows)} cases timed"
     if not ratios:
-        return found + ", no peer is installed"
-    faster = sum(ratio > 1 for ratio in ratios)
+        return found + ", no peer was timed"
+    faster = sum(ratio >= 1 for ratio in ratios)
     most = f"{min(ratios):.2g} to {max(ratios):.3g} x"
     return f"{found}; faster than a peer in {faster} of {len(ratios)} comparisons ({most})"
 

@@ -10,9 +10,6 @@ from .page import MISSING, Cell, Plot, Table, facts, number, percent, render
 from .plots import lines, ratios, roofline
 from .series import ONE_CALL, Series, by_batch, by_length, by_passes
 
-OURS = "ours, "
-"""Begins the names of sleepkern itself under other settings (measure/peers)."""
-
 
 def bench_page(report: Report) -> str:
     """The page, one text of HTML that loads nothing."""
@@ -39,14 +36,9 @@ def summary(report: Report) -> str:
         return "No case was measured."
     timed = [row for row in report.rows if row.milliseconds is not None]
     said = f"{len(timed)} of {len(report.rows)} cases have the right result and were timed."
-    compared = [
-        (peer.ratio, row.case, peer.name)
-        for row in timed
-        for peer in row.peers
-        if peer.ratio is not None and not peer.name.startswith(OURS)
-    ]
+    compared = report.comparisons
     if not compared:
-        return f"{said} No peer is installed."
+        return f"{said} No peer was timed."
     lost = [one for one in compared if one[0] < 1]
     said += f" sleepkern is faster than the peer in {len(compared) - len(lost)} of {len(compared)} comparisons"
     if not lost:

@@ -16,9 +16,9 @@ import torch
 
 from ..cases import Case
 from . import bitsandbytes, fla, ggml, hf_transformers, ours, relaunched, token_loop
-from .peer import Peer, Prepared
+from .peer import OURS, Peer, Prepared
 
-__all__ = ["GPU_PEERS", "PEERS", "Peer", "Prepared", "peers_of"]
+__all__ = ["GPU_PEERS", "OURS", "PEERS", "Peer", "Prepared", "peers_of"]
 
 
 def peers_of(case: Case, device: str = "cpu") -> tuple[Peer, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..cases import Case, Result, gradients
 
+OURS = "ours, "
+"""Begins the name of a peer that is sleepkern itself under other settings."""
 Prepared = Callable[[], Result]
 Forward = Callable[[dict[str, Any]], Result]
 
