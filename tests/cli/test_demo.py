@@ -52,6 +52,16 @@ def test_the_summary_has_the_five_parts(run):
     assert result.output.startswith("5 parts, about 2 minutes on two idle cores: verify 0:30, bench 0:30")
 
 
+def test_a_text_that_has_nothing_to_read_is_wrong_usage_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "PARTS", parts_of(verify=lambda *_: pytest.fail("the work has begun")))
+    (tmp_path / "empty").touch()
+    for name, expected in (("empty", "which is empty; expected a text"), ("none", "is not a file")):
+        arguments = ["demo", "--out", str(tmp_path / "out"), "--text", str(tmp_path / name)]
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+        assert result.exit_code == 2 and expected in result.output, result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_demo_has_these_parts():
     assert [part.name for part in PARTS] == NAMES
     assert all(part.seconds > 0 for part in PARTS) and "thinking" in announcement(PARTS)

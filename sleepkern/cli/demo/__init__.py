@@ -24,8 +24,7 @@ def command(
 ) -> None:
     """Verify and bench (quick), a model with and without sleepkern, sleep, and thinking; a summary. Exit status 1 when
     red."""
-    if not text.is_file():
-        raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
+    check_text(text)
     writable(out, "--out", folder=True)
     console.print(announcement(PARTS), soft_wrap=True)
     outcomes = [run_part(i, text, out) for i in range(len(PARTS))]
@@ -33,6 +32,20 @@ def command(
     console.print(summary_table(PARTS, outcomes))
     console.print(verdict(PARTS, outcomes, out), soft_wrap=True, markup=False)
     finish(all(outcome.passed for outcome in outcomes))
+
+
+def check_text(text: Path) -> None:
+    """A usage error of --text unless the file can be read and holds something."""
+    if not text.is_file():
+        raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
+    try:
+        with text.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        message = f"got {text}; expected a file that can be read: {error.strerror}"
+        raise typer.BadParameter(message, param_hint="--text") from error
+    if empty:
+        raise typer.BadParameter(f"got {text}, which is empty; expected a text", param_hint="--text")
 
 
 def run_part(index: int, text: Path, out: Path) -> Outcome:
