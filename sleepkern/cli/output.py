@@ -72,8 +72,10 @@ def status(text: str) -> Iterator[Callable[[str], None]]:
 
 
 def write_json(path: Path | None, content: dict[str, Any], quiet: bool = False) -> None:
-    """Write where asked for, making folders, whole or not at all; infinities become strings, which JSON has no number
-    for."""
+    """Write the content to `path`, if one is given, whole or not at all.
+
+    Missing folders are made. Infinities and NaN become strings, because JSON has no numbers for them.
+    """
     if path is None:
         return
     write_text(path, report_text(_finite(content)))
@@ -92,19 +94,22 @@ def three_digits(value: float | None) -> str:
 
 
 def check_device(device: str) -> str:
-    """`device` when it is cpu or a CUDA device that is there; a usage error otherwise."""
+    """`device` when it is cpu or a CUDA device that torch sees; a usage error otherwise."""
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or not (index == "" or index.isdigit()):
         raise typer.BadParameter(f"got {device!r}; expected cpu or cuda", param_hint="--device")
     if kind == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch sees no CUDA device here", param_hint="--device")
+    if index and int(index) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise typer.BadParameter(f"got {device}; expected a number below {seen}, the devices", param_hint="--device")
     return device
 
 
 def writable(path: Path | None, option: str, folder: bool = False) -> None:
     """A usage error of `option` unless a file, or files in a folder, can be written there; leaves nothing behind.
 
-    Asked before the work, so that hours of it do not end in a traceback.
+    Commands call it before the work, so that hours of it do not end in a traceback.
     """
     if path is None:
         return
@@ -133,7 +138,7 @@ def drawable(path: Path | None, option: str) -> None:
 
 
 def named_path(text: str | Path) -> Path:
-    """A path of the command line, which has a name: an empty one, as of a variable that is not set, is wrong usage."""
+    """A path of the command line. An empty one, as from a variable that is not set, is a usage error."""
     if not str(text):
         raise typer.BadParameter("got an empty name; expected a path")
     return Path(text)

@@ -76,7 +76,7 @@ class AgainstRow:
 
     other, this  median milliseconds, None where the case was not timed
     ratio        this / other, the median over rounds, so above 1 this build is slower
-    interval     of the ratio. Its level is that of the verdict only for a case that was measured on
+    interval     bounds of the ratio; a case that stopped early has a lower level than a verdict needs
     error        relative error between the results of both builds; above `tolerance` the case is wrong
     note         why a case was not timed
     """
@@ -131,14 +131,17 @@ def bench_against(
             sleepkern's public functions.
         build: a folder that holds a compiled sleepkern (a checkout, or the target of `pip install --target`), or the
             Python interpreter of another virtual environment.
-        quick: shorter bursts.
-        threads: torch threads of both builds.
-        device: cpu or cuda.
+        quick: bursts of 0.05 seconds, not of 0.1.
+        threads: torch threads of both builds, at least 1; a case with a number of its own keeps it.
+        device: "cpu" or "cuda".
         progress: called with (text, done, total).
-        effort: how long a case is measured; None takes what `quick` says.
+        effort: how long a case is measured; by default it follows from `quick`.
+
+    Returns:
+        An AgainstReport with one row for each case, in their order, without those that are left out.
 
     Raises:
-        ValueError: `build` is no build that can be timed, or nothing of `cases` can, or threads below 1.
+        ValueError: `build` is no build that can be timed, or every case is left out, or threads is below 1.
     """
     if threads < 1:
         raise ValueError(f"threads: got {threads}; expected at least 1")

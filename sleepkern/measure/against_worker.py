@@ -87,7 +87,7 @@ def _call(request: dict[str, Any], device: str) -> Call:
 
 
 def _module(name: str = "") -> Any:
-    """sleepkern or a module of it, by name: which one it is says the path of this process."""
+    """sleepkern or a module of it, by name. The path of this process decides which build it is of."""
     return importlib.import_module("sleepkern" + name)
 
 

@@ -17,7 +17,7 @@ EXPECTED = "a folder with a compiled sleepkern, or a Python interpreter that imp
 
 
 class CallFailed(RuntimeError):
-    """A build that cannot make a call; the message says why."""
+    """Raised where a build cannot make a call; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Build:
     folder: Path | None
 
     def environment(self) -> dict[str, str]:
-        """The variables of its process: the folder comes before other packages, and an interpreter has its own only."""
+        """The variables of its process. A folder comes before other packages; an interpreter finds its own alone."""
         variables = dict(os.environ)
         paths = variables.pop("PYTHONPATH", "")
         if self.folder is not None:
@@ -55,7 +55,7 @@ class BuildFacts:
 
 
 def this_build() -> Build:
-    """The build that this process has imported."""
+    """The build that the calling process has imported."""
     folder = Path(__file__).resolve().parents[2]
     return Build(folder, sys.executable, folder)
 

@@ -14,9 +14,9 @@ from ..integrations.transformers import patch
 
 _RECURRENT = ("conv_states", "recurrent_states")
 ALL = 0
-"""Logits of all tokens."""
+"""The number of logits that stands for those of all tokens."""
 _MOST_TOKENS = 32_000
-"""Random tokens are below: above, a vocabulary has those that stand for images."""
+"""Random tokens are below this number. Above it a vocabulary has the tokens that stand for images."""
 
 
 def prompts(config: Any, batch: int, tokens: int, sets: int = 1, device: str = "cpu") -> list[Tensor]:
@@ -45,7 +45,10 @@ def greedy(model: nn.Module, cache: Any, token: Tensor, steps: int) -> None:
 
 
 def decoding(model: nn.Module, ids: Tensor, steps: int) -> Callable[[], None]:
-    """Greedy steps after a prefill of ids, from as many keys at each call; fast weights go on."""
+    """A call that makes greedy steps after a prefill of ids [B,T].
+
+    Each call starts from the keys of the prompt. Its fast weights are those that the call before has left.
+    """
     cache, token = cache_in(prefill(model, ids)), ids[:, -1:]
 
     def decode() -> None:
@@ -67,14 +70,14 @@ def crop(cache: Any, tokens: int) -> None:
 
 
 def _attention_crop(layer: Any) -> Any:
-    """The method that drops keys; a layer that has fast weights beside them refuses its own."""
+    """The method that drops keys. The own method of a layer that also has fast weights refuses to."""
     from transformers.cache_utils import DynamicLayer
 
     return DynamicLayer.crop if hasattr(layer, "recurrent_states") else type(layer).crop
 
 
 def patched(model: nn.Module, call: Callable[[], Any]) -> Callable[[], None]:
-    """The call under the patch, which is there for the call alone."""
+    """The same call with the model patched, while it runs."""
 
     def run() -> None:
         with patch(model):

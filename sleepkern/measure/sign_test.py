@@ -41,7 +41,7 @@ def sign_interval(values: Sequence[float], level: float) -> Interval:
 
 
 def rounds_for(level: float, spared: int = SPARED) -> int:
-    """Values from which `sign_interval` reaches the level and leaves out `spared` on each side."""
+    """The fewest values for which `sign_interval` reaches the level without the `spared` lowest and highest."""
     n = 2 * spared + 1
     while _coverage(n, spared) < level:
         n += 1
@@ -58,7 +58,7 @@ def judged(ratios: Sequence[float], level: float) -> Verdict:
 
 
 def is_open(ratios: Sequence[float], level: float) -> bool:
-    """Tells whether more rounds could give a verdict, or are needed for it.
+    """Tells whether a verdict needs more rounds, and whether they could give one.
 
     The median has to be MINIMUM from 1, with at most SPARED rounds on the other side. A verdict is looked for twice:
     after as many rounds as the level needs if all agree, and after as many as it needs if SPARED do not.

@@ -2,10 +2,14 @@
 
 import json
 
+import pytest
+import torch
+import typer
 from typer.testing import CliRunner
 
 from sleepkern import rules
 from sleepkern.cli import app
+from sleepkern.cli.output import check_device
 from sleepkern.measure import suites
 from sleepkern.measure.cases import Case
 from sleepkern.testing import Shape
@@ -44,3 +48,11 @@ def test_verify_compares_at_a_shape_of_ones_own(tmp_path):
     assert {row["shape"] for row in rows} == {"B=2 T=9 H=1 HV=2 K=16 V=8"}
     assert {row["op"] for row in rows} == {"rule", "step", "sleep"}
     assert {row["variant"] for row in rows} == {"slow decay", "strong decay", "beta to 2"}
+
+
+def test_a_device_that_is_not_there_is_wrong_usage(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check_device("cuda:1") == "cuda:1"
+    with pytest.raises(typer.BadParameter, match="got cuda:2; expected a number below 2"):
+        check_device("cuda:2")

@@ -38,7 +38,7 @@ class Plot(NamedTuple):
 
 
 def render(template: str, **content: Any) -> str:
-    """The page of this folder's template; every text of `content` is escaped, but the SVG of a Plot."""
+    """The page of this folder's template; every text of `content` is escaped, except the SVG of a Plot."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

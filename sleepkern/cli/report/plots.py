@@ -18,9 +18,9 @@ from .page import Plot
 from .series import ONE_CALL, Point, Series
 
 TEXT, LINE = "#010203", "#040506"
-"""Colours that the page's own take the place of."""
+"""Colours of a drawing that the page replaces by its own."""
 WIDTH = 4.6
-"""Inches of a picture: as many as a telephone shows with letters of a size that can be read."""
+"""The width of a picture in inches, with which a telephone shows its letters in a legible size."""
 MARKERS = "osD^vP*X"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9.5, "font.family": "sans-serif", "text.color": TEXT, "axes.edgecolor": LINE,
@@ -48,7 +48,7 @@ def picture(name: str, alt: str, caption: str, height: float, draw: Callable[[An
 
 
 def _inline(text: str, name: str, alt: str) -> str:
-    """The element alone, named for those who hear it, in the page's colours."""
+    """The svg element alone, with a label for screen readers, in the colours of the page."""
     from markupsafe import escape
 
     body = text[text.index("<svg") :]

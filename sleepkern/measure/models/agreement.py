@@ -24,11 +24,11 @@ from ..model_calls import prefill
 STEPS = 8
 """Tokens after the prompt whose logits are compared."""
 MOST_LOGITS = 1 << 24
-"""Values of logits that are compared: of the last tokens of a prompt where there are more."""
+"""The most values of logits that are compared. Of a prompt with more, the last tokens are."""
 AS_STOCK = 2.0
-"""The patched model may be as many times as far from a wider type as stock is."""
+"""The largest ratio of the patched model's error to that of stock, both against a wider type."""
 MOST_TOLERANCE = 0.2
-"""The patched model may be no farther from it, whatever stock is: logits of nothing but zeros are 1 away."""
+"""The largest error against a wider type, whatever that of stock is. Logits of zeros alone have the error 1."""
 
 
 class Agreement(NamedTuple):
@@ -86,7 +86,7 @@ def _logits(model: nn.Module, ids: Tensor, tokens: list[Tensor] | None = None) -
 
 @contextlib.contextmanager
 def same_choices(indices: list[Tensor], record: bool = False) -> Iterator[None]:
-    """Let `topk` write down the indices that it picks, or pick those that were written down, call by call."""
+    """Let `topk` record the indices that it picks, or pick the recorded ones, call by call."""
     function, method = torch.topk, torch.Tensor.topk
     left = iter(list(indices))
 

@@ -37,7 +37,10 @@ def peaks_apart(
     threads: int,
     device: str = "cpu",
 ) -> Peaks:
-    """`peaks` of a model that is built for it, on a CPU in a process of its own, where nothing else takes memory."""
+    """The peaks of a model that is built for this call.
+
+    On a CPU it runs in a process of its own, in which nothing else takes memory.
+    """
     work = (source, batch, lengths, steps, with_patch, dtype, threads, device)
     if torch.device(device).type == "cuda":
         return _built_peaks(*work)
@@ -49,7 +52,7 @@ def peaks_apart(
     sent.close()
     try:
         found: Peaks | Exception = result.recv()
-    except EOFError:  # the system has ended the process, which needs more memory than there is
+    except EOFError:  # the process has ended without an answer, as where the system has no more memory for it
         return [(None, None)] * len(lengths)
     finally:
         process.terminate()
@@ -128,7 +131,7 @@ def _in_use(device: str) -> int | None:
 
 
 def _peak(run: Callable[[], Any], device: str) -> int | None:
-    """The most memory in use while `run` runs, all that was in use before included."""
+    """The most bytes in use while `run` runs, with those that were in use before; None where they are not told."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         run()

@@ -11,7 +11,7 @@ class Phase:
     """Prefill or decode with and without the patch.
 
     stock_tokens_per_second, patched_tokens_per_second  medians, tokens of all sequences together
-    ratio               how many times faster the patched model is: the median of the quotients of one turn
+    ratio               how many times as fast the patched model is: the median over turns of their ratio
     turns               how often both were timed
     stock_peak_bytes, patched_peak_bytes  the most memory at once beside the weights; None where it is not measured
     """
@@ -30,7 +30,7 @@ class SleepCost:
 
     passes    N, how often the blocks run over the window
     seconds   median
-    relative  times the seconds of the first number of passes: the median of the quotients of one turn
+    relative  seconds over those of the first number of passes: the median over turns of their ratio
     """
 
     passes: int
