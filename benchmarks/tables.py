@@ -17,6 +17,7 @@ from sleepkern.files import read_json, read_rows, write_text
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ZEN4, ZEN4_BLOCKS = "2026-11-26-amd-epyc-avx512", "2026-11-26-amd-epyc-avx512-blocks"
+AVX2_PEERS = "2026-11-30-amd-epyc-avx2-peers"
 H200, H200_BLOCKS = "2026-11-26-nvidia-h200", "2026-11-26-nvidia-h200-blocks"
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.S)
 USUAL, SMALL = "H=16 K=128 V=128 float32", "H=4 K=64 V=64 float32"
@@ -123,6 +124,16 @@ def cpu() -> Table:
         row = stored[case, 2]
         faster = f"{times(row, 'ours, 1 thread')} x one thread"
         table.append((says, figure(row["milliseconds"]), percent(row), faster, "", ""))
+    return table
+
+
+def cpu_peers() -> Table:
+    """A few calls beside every peer on a CPU, in the order of the run; rows lost to a peer are there too."""
+    names = ("token loop", "transformers", "ggml", "bitsandbytes")
+    table: Table = [("call", "ms", *(f"x {name}" for name in names))]
+    for row in rows_of(AVX2_PEERS).values():
+        cells = [times(row, name) if any(p["name"] == name for p in row["peers"]) else "" for name in names]
+        table.append((row["case"], figure(row["milliseconds"]), *cells))
     return table
 
 
@@ -309,8 +320,8 @@ def numbers() -> Table:
 
 
 TABLES: dict[str, Callable[[], Table]] = {
-    "cpu": cpu, "cpu-blocks": cpu_blocks, "cpu-blocks-rate": cpu_blocks_rate, "gpu": gpu, "gpu-blocks": gpu_blocks,
-    "gpu-sleep": gpu_sleep, "numbers": numbers, "support": support,
+    "cpu": cpu, "cpu-blocks": cpu_blocks, "cpu-blocks-rate": cpu_blocks_rate, "cpu-peers": cpu_peers, "gpu": gpu,
+    "gpu-blocks": gpu_blocks, "gpu-sleep": gpu_sleep, "numbers": numbers, "support": support,
 }  # fmt: skip
 
 
