@@ -52,7 +52,11 @@ def costs(
     out: Annotated[Path, typer.Option(parser=named_path, metavar="PATH", help="folder for costs.json and costs.md")],
     trained: Annotated[
         Path | None,
-        typer.Option(parser=named_path, metavar="PATH", help="folder of a trained mini-Depo, to sleep until settled"),
+        typer.Option(
+            parser=named_path,
+            metavar="PATH",
+            help="folder of a trained mini-Depo, to try values of tol on",
+        ),
     ] = None,
 ) -> None:
     """Seconds and memory of a training step by passes, checkpoints and eviction; tokens a second by backend."""
@@ -76,7 +80,7 @@ def costs_markdown(found: dict[str, Any]) -> str:
     """The tables of `costs`."""
     names = ("passes", "feedback", "eviction", "checkpoint", "settled")
     first = {"feedback": "reinject", "eviction": "hard", "checkpoint": False, "settled": None}
-    lines = ["| N | feedback | eviction | checkpoint | settled | ms a step | peak MB |", "|" + "---|" * 7]
+    lines = ["| N | feedback | eviction | checkpoint | tol | ms a step | peak MB |", "|" + "---|" * 7]
     for row in found["steps"]:
         cells = [str({**first, **row}[name]) for name in names]
         lines.append("| " + " | ".join([*cells, f"{row['seconds'] * 1e3:.0f}", f"{row['bytes'] / 1e6:.0f}"]) + " |")
@@ -85,7 +89,7 @@ def costs_markdown(found: dict[str, Any]) -> str:
         rates = row["tokens_per_second"]
         lines.append(f"| {row['passes']} | {rates['ours']:.0f} | {rates['chunked']:.0f} | {row['faster']:.2f} |")
     if found["adaptive"]:
-        lines += ["", "| settled | passes made | accuracy by level |", "|" + "---|" * 3]
+        lines += ["", "| tol | passes made | accuracy by level |", "|" + "---|" * 3]
         for row in found["adaptive"]:
             shares = ", ".join(f"{level}: {share:.3f}" for level, share in row["accuracy"].items())
             lines.append(f"| {row['settled']} | {row['passes_made']:.2f} | {shares} |")

@@ -25,7 +25,9 @@ def command(
     passes: Annotated[int, typer.Option("--passes", "-N", min=1, help="over each window")] = 4,
     feedback: Annotated[str, typer.Option(help="what a pass starts from: raw, reinject or replay")] = "reinject",
     eviction: Annotated[str, typer.Option(help="hard or sliding")] = "hard",
-    settled: Annotated[float | None, typer.Option(help="stop passes that change the fast weights by less")] = None,
+    settled: Annotated[
+        float | None, typer.Option("--tol", "--settled", help="stop passes that change the fast weights by less")
+    ] = None,
     checkpoint: Annotated[bool, typer.Option(help="keep only what lies between passes; run each again backwards")] = (
         False
     ),
