@@ -42,7 +42,7 @@ class Timed:
 
     def __init__(self, request: dict[str, Any], threads: int, device: str) -> None:
         torch.set_num_threads(threads)
-        self.kind = torch.device(device).type
+        self.device, self.kind = device, torch.device(device).type
         self.first = _call(request, device)
         calls = [self.first, *(_call(request, device) for _ in range(request["sets"] - 1))]
         self.calls, self.repeats = itertools.cycle(calls), 1
@@ -75,7 +75,7 @@ class Timed:
 
     def _wait(self) -> None:
         if self.kind == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
 
 def _call(request: dict[str, Any], device: str) -> Call:

@@ -127,15 +127,16 @@ def _sample(candidate: Candidate, repeats: int, device: str) -> float:
     """Seconds per call over `repeats` calls."""
     calls = [candidate.calls[i % len(candidate.calls)] for i in range(repeats)]
     if torch.device(device).type == "cuda":
-        event: Any = torch.cuda.Event
-        first, last = event(enable_timing=True), event(enable_timing=True)
-        torch.cuda.synchronize()
-        first.record()
-        for call in calls:
-            call()
-        last.record()
-        torch.cuda.synchronize()
-        return float(first.elapsed_time(last)) * 1e-3 / repeats
+        with torch.cuda.device(device):  # events are recorded on the current device
+            event: Any = torch.cuda.Event
+            first, last = event(enable_timing=True), event(enable_timing=True)
+            torch.cuda.synchronize()
+            first.record()
+            for call in calls:
+                call()
+            last.record()
+            torch.cuda.synchronize()
+            return float(first.elapsed_time(last)) * 1e-3 / repeats
     start = time.perf_counter()
     for call in calls:
         call()

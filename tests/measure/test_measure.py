@@ -3,8 +3,9 @@
 import importlib
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,24 @@ def test_ratio_is_the_median_of_the_turns():
     ours, theirs = timing.Timing((1.0, 2.0, 4.0)), timing.Timing((3.0, 6.0, 4.0))
     assert timing.ratio(ours, theirs) == 3.0
     assert (ours.median, ours.minimum) == (2.0, 1.0)
+
+
+def test_a_sample_of_a_gpu_is_taken_on_that_gpu(monkeypatch):
+    """Events measure the current device, which another GPU's calls do not touch."""
+    current, seen = ["cuda:0"], []
+
+    @contextmanager
+    def entered(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    event = SimpleNamespace(record=lambda: seen.append(current[-1]), elapsed_time=lambda last: 8.0)
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = timing.time_in_turns({"a": timing.Candidate([lambda: None])}, "cuda:1", turns=(1, 1))
+    assert set(seen) == {"cuda:1"} and times["a"].median == 0.008 and current == ["cuda:0"]
 
 
 def test_threads_are_restored_after_a_failure():

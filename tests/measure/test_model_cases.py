@@ -45,7 +45,7 @@ def test_rows_of_a_model() -> None:
 
 @pytest.mark.parametrize("wrong", ["logits", "tokens"])
 def test_a_model_that_differs_gets_no_time(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readouts 1 % off; or right logits from which other tokens are made."""
+    """Outputs that are 1 % off; or right logits from which other tokens are made."""
     run = ops.gated_delta_rule
 
     def spoiled(*args: Any, **options: Any) -> Any:
