@@ -20,8 +20,8 @@ from .output import console, finish, given, named_path, option_of, progress_bar,
 HELP = "time another build of sleepkern in turns with this one: its folder, or the Python that imports it"
 Folder = Annotated[Path | None, typer.Option(parser=named_path, metavar="BUILD", help=HELP)]
 COLORS = {"worse": "red", "wrong": "red", "better": "green", "not timed": "yellow"}
-NOT_BESIDE = ("compare", "plot", "report_to")
-"""The options that --against does not allow."""
+NOT_BESIDE = ("plot", "report_to")
+"""The options that --against does not allow; --compare and --model refuse --against."""
 WIDE = 0.10
 """The interval of a case on a quiet machine is narrower."""
 

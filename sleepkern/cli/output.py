@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from ..files import report_text, write_text
-from ..testing.verify import Progress as Report
+from ..testing.verify import Progress as OnProgress
 from .heartbeat import LogConsole
 
 console: LogConsole = LogConsole()
@@ -47,7 +47,7 @@ def _told(bar: Progress) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Report]:
+def progress_bar() -> Iterator[OnProgress]:
     """A bar, gone when done, and the function that moves it: (text, done, total)."""
     with bars() as bar:
         task = bar.add_task("starting", total=None)

@@ -25,6 +25,7 @@ from .layers import layer_types
 from .memory import peaks_apart
 from .report import LengthRow, ModelReport, Phase, SleepCost
 from .sources import ModelSource, build, find_model
+from .wording import one_line
 
 LENGTHS, QUICK_LENGTHS = (512, 2048), (512,)
 PASSES = (1, 2, 4)
@@ -102,10 +103,10 @@ def bench_model(
     if dtype not in TYPES:
         raise ValueError(f"dtype: got {dtype}; expected one of {', '.join(map(str, TYPES))}")
     settings = _Settings(tuple(dict.fromkeys(lengths)), batch, dtype, threads, device, quick)
-    return bench_source(find_model(str(model), layers), settings, memory, progress or (lambda *_: None))
+    return _bench_source(find_model(str(model), layers), settings, memory, progress or (lambda *_: None))
 
 
-def bench_source(source: ModelSource, settings: _Settings, memory: bool, progress: Progress) -> ModelReport:
+def _bench_source(source: ModelSource, settings: _Settings, memory: bool, progress: Progress) -> ModelReport:
     """`bench_model` of a model that was found."""
     total = 3 * len(settings.lengths) + 3
     with quiet_transformers(), timing.threads(settings.threads):
@@ -152,7 +153,7 @@ def _try_stock(model: nn.Module, source: ModelSource, settings: _Settings) -> No
         kinds = ", ".join(dict.fromkeys(kind for kind in layer_types(source.text) if kind)) or "one kind"
         raise ValueError(
             f"model: transformers itself fails on {source.name} with {len(layer_types(source.text))} layer(s) of "
-            f"{kinds}: {' '.join(str(error).split())[:200]}"
+            f"{kinds}: {one_line(error)}"
         ) from error
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .wording import one_line
+
 _LINEAR = ("linear_attention", "mamba", "mamba2", "hybrid")
 _BY_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types")
 """Attributes of a config that have an entry for each layer."""
@@ -44,8 +46,7 @@ def with_layers(config: Any, layers: int) -> Any:
     try:
         return type(config).from_dict(sizes)
     except Exception as error:  # a config's own checks raise whatever they like
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"layers: transformers takes no {layers} of this model: {reason}") from error
+        raise ValueError(f"layers: transformers takes no {layers} of this model: {one_line(error)}") from error
 
 
 def _first(kinds: tuple[str, ...], layers: int) -> int:

@@ -18,6 +18,7 @@ from ...integrations.transformers import FAMILIES, patch
 from ..model_cases import quiet_transformers, slow_decay
 from .default_sizes import LAYERS, TEXT_TYPES, sizes_of
 from .layers import layer_types, with_layers
+from .wording import one_line
 
 EXPECTED = f"a config.json, a folder that holds one, or one of {', '.join(FAMILIES)}"
 
@@ -205,7 +206,7 @@ def _loaded(source: ModelSource, dtype: torch.dtype) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def needed_bytes(source: ModelSource, dtype: torch.dtype, batch: int, tokens: int) -> int:
