@@ -1,5 +1,6 @@
 """`bench --against` with builds that are there: copies of this one, made slow, wrong or incomplete."""
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -90,7 +91,8 @@ def test_a_python_that_imports_sleepkern_is_a_build(tmp_path, monkeypatch):
     """A virtual environment's interpreter, which has its own packages, whatever PYTHONPATH says."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ntest -z "$PYTHONPATH" && PYTHONPATH={PACKAGE.parent} exec {sys.executable} "$@"\n')
+    folder, program = shlex.quote(str(PACKAGE.parent)), shlex.quote(sys.executable)
+    python.write_text(f'#!/bin/sh\ntest -z "$PYTHONPATH" && PYTHONPATH={folder} exec {program} "$@"\n')
     python.chmod(0o755)
     with builds.Worker(builds.build_at(python)) as worker:
         assert Path(worker.facts().file).parent == PACKAGE
