@@ -106,8 +106,9 @@ class AgainstReport:
 
     @property
     def passed(self) -> bool:
-        """Tells whether no case is slower or wrong."""
-        return all(row.verdict not in ("worse", "wrong") for row in self.rows)
+        """Tells whether no case is slower or wrong, and at least one was timed."""
+        timed = any(row.ratio is not None for row in self.rows)
+        return timed and all(row.verdict not in ("worse", "wrong") for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a dict, ready for JSON."""
