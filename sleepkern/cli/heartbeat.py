@@ -19,7 +19,7 @@ class LogConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.wrote = 0.0
+        self.wrote: float = 0.0
         self.under_way: list[Callable[[], str]] = []
 
     def print(self, *objects: Any, **options: Any) -> None:

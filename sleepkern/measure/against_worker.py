@@ -40,6 +40,13 @@ Call = Callable[[], Sequence[Tensor | None]]
 class Timed:
     """Calls on copies of one set of inputs, rotated, and how many of them make a sample."""
 
+    device: str
+    kind: str
+    first: Call
+    calls: itertools.cycle[Call]
+    repeats: int
+    result: list[Tensor | None]
+
     def __init__(self, request: dict[str, Any], threads: int, device: str) -> None:
         torch.set_num_threads(threads)
         self.device, self.kind = device, torch.device(device).type

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 WORKER = Path(__file__).with_name("against_worker.py")
 EXPECTED = "a folder with a compiled sleepkern, or a Python interpreter that imports one"
@@ -81,6 +81,9 @@ class Worker:
     Raises:
         ValueError: the system cannot run the interpreter.
     """
+
+    errors: IO[str]
+    process: subprocess.Popen[str]
 
     def __init__(self, build: Build) -> None:
         self.build = build
