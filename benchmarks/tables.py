@@ -133,7 +133,8 @@ def cpu_peers() -> Table:
     table: Table = [("call", "ms", *(f"x {name}" for name in names))]
     for row in rows_of(AVX2_PEERS).values():
         cells = [times(row, name) if any(p["name"] == name for p in row["peers"]) else "" for name in names]
-        table.append((row["case"], figure(row["milliseconds"]), *cells))
+        if any(cells):
+            table.append((row["case"], figure(row["milliseconds"]), *cells))
     return table
 
 
