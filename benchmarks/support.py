@@ -86,8 +86,8 @@ FUNCTIONS: tuple[tuple[str, Any, Ask], ...] = (
     ("`recurrent_step`", BACKENDS, recurrence(GATED_DELTA_RULE, tokens=1)),
     ("`sleep_ingest`", BACKENDS, recurrence(GATED_DELTA_RULE, tokens=64, passes=4)),
     ("`short_convolution`", MIXER_BACKENDS, mixer(_convolution)),
-    ("`short_convolution_step`", MIXER_BACKENDS, mixer(_convolution_step)),
     ("`gated_rms_norm`", MIXER_BACKENDS, mixer(_norm)),
+    ("`short_convolution_step`", MIXER_BACKENDS, mixer(_convolution_step)),
     ("`sleep_blocks`", BLOCK_BACKENDS, blocks),
 )
 """A public function, its backends, and the question."""

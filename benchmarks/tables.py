@@ -313,7 +313,7 @@ def numbers() -> Table:
         line("one core: forward + backward, T = 2048", train, both[0]),
         line("one core: decode of one token", decode, *both),
         line("one core: replay of 512 tokens, N = 16", replay, *both),
-        line("one core: a sleep of 64 windows, N = 4 (Rule 110's model)", sleep, *modules),
+        line("one core: a sleep, N = 4, batch of 64 (Rule 110's model)", sleep, *modules),
         line("H200: gated delta rule, T = 8192, bfloat16", fast, fla),
         line("H200: KDA, T = 8192, bfloat16", kda, fla),
         line("H200: replay of 64 tokens, N = 8, bfloat16", again, ("fla", f"N launches of {fla[1]}"), prepared),
