@@ -148,7 +148,7 @@ def _load(order: dict[str, Any]) -> Timed:
 
 
 def _hello() -> dict[str, Any]:
-    """Which sleepkern this process imports, and whether it has its compiled module."""
+    """Tells which sleepkern this process imports, and whether it has its compiled module."""
     found = _module()
     try:
         native = _module("._C").isa()

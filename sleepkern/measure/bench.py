@@ -151,7 +151,7 @@ def bench(
         progress: called with (text, done, total).
         so_far: called with what there is after each case, so that a run that is cut off leaves something.
         apart: each case in a fresh process. What earlier cases leave in the allocator saves later ones the first touch
-            of their memory, up to a fifth of a call that makes many tensors. A script that asks for it guards its
+            of their memory, up to a fifth of a call that makes many tensors. A script that sets it guards its
             `__main__`, as multiprocessing's "spawn" wants.
 
     Raises:

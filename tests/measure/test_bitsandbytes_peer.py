@@ -15,7 +15,7 @@ from sleepkern.measure.peers import PEERS, bitsandbytes
 from sleepkern.testing import Shape, relative_error
 
 FOLDER = Path(sys.prefix) / "peers"
-"""Where `make bench` puts it."""
+"""The folder into which `make bench` installs the peer."""
 CASES = (
     Case("forward", rules.GATED_DELTA_RULE, Shape(B=2, T=70, H=2, HV=2, K=32, V=48)),
     Case("forward", rules.DELTA_RULE, Shape(T=70, H=2, HV=2, K=32, V=32)),

@@ -83,7 +83,7 @@ def bench_model(
         threads: torch's threads, with and without the patch.
         device: "cpu" or "cuda".
         quick: fewer turns, and 16 tokens of a decode.
-        memory: measure the peak memory too, on a CPU in processes of their own. A script that asks for it guards its
+        memory: measure the peak memory too, on a CPU in processes of their own. A script that sets it guards its
             `__main__`, as multiprocessing's "spawn" wants.
         progress: called with (text, done, total).
 
