@@ -103,7 +103,7 @@ test-oldest: $(VENV)/built $(OLDEST)/installed
 test-newest: $(VENV)/built
 	rm -rf $(NEWEST)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(NEWEST) transformers
-	PYTHONPATH=$(NEWEST) $(PYTEST) $(PATCHED) $(addprefix tests/integrations/test_,mamba2.py packing.py call_mapping.py mixers.py) \
+	PYTHONPATH=$(NEWEST) $(PYTEST) $(PATCHED) $(addprefix tests/integrations/test_,mamba2.py packing.py call_mapping.py mixers.py flash_attention.py) \
 	  tests/measure/test_model_cases.py $(filter-out %/test_cuda_graph.py %/test_threads.py,$(wildcard tests/sleep/*.py)) -n auto
 
 $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed

@@ -16,6 +16,7 @@ from ..backends.triton.ptxas import assembler, assembler_fault
 from ..dispatch import explain_problem, other_families
 from ..measure.cases import Case
 from ..measure.environment import environment, native_module
+from ..nn.attention import capability_of, explain_attention
 from ..rules import GATED_DELTA_RULE
 from ..testing import Shape
 from .output import console, named_path, writable, write_json
@@ -48,8 +49,15 @@ def gather() -> dict[str, Any]:
         "warnings": known_faults(),
         "backends": {name: reason or "ready" for name, reason in
         explain_problem(problem).reasons.items()},
+        "attention": attention_here(),
         "SLEEPKERN_BACKEND": {"recurrence": settings.BACKEND, **other_families()},
     }  # fmt: skip
+
+
+def attention_here() -> str:
+    """The attention of sleepkern.nn in bfloat16, heads of 64, on the first GPU or without one."""
+    first = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return explain_attention(torch.bfloat16, 64, capability_of(first))
 
 
 def known_faults() -> list[str]:

@@ -16,7 +16,10 @@ import torch
 
 from ..backends.triton.ptxas import assembler
 
-_PACKAGES = ("torch", "transformers", "ggml-python", "bitsandbytes-cpu-fork", "flash-linear-attention", "triton")
+_PACKAGES = (
+    "torch", "transformers", "ggml-python", "bitsandbytes-cpu-fork", "flash-linear-attention", "flash-attn",
+    "flash-attn-4", "triton",
+)  # fmt: skip
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

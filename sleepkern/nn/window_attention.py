@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..state import KVState
+from .attention import attend
 from .padding import without_padding
 from .sizes import residual, whole_numbers
-
-_FLASH = importlib.util.find_spec("flash_attn") is not None
 
 
 class WindowAttention(nn.Module):
@@ -54,7 +50,7 @@ class WindowAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if before is not None:
             k, v = torch.cat([before.keys, k], dim=2), torch.cat([before.values, v], dim=2)
-        return self.out(_attend(q, k, v, mask).transpose(1, 2).flatten(-2)), KVState(k, v)
+        return self.out(attend(q, k, v, mask).transpose(1, 2).flatten(-2)), KVState(k, v)
 
     def _check_before(self, before: KVState, B: int) -> None:
         if not isinstance(before, KVState):
@@ -62,19 +58,3 @@ class WindowAttention(nn.Module):
         for name, t in before._asdict().items():
             if t.ndim != 4 or t.shape[:2] != (B, self.heads) or t.shape != before.keys.shape:
                 raise ValueError(f"before: got {name} {list(t.shape)}; expected {[B, self.heads]} and tokens, width")
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    T, S = q.shape[2], k.shape[2]
-    if mask is None and _FLASH and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from flash_attn import flash_attn_func
-
-        out: Tensor = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
-        return out.transpose(1, 2)
-    if mask is None and S == T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if mask is not None:
-        diagonal = torch.eye(T, S, dtype=torch.bool, device=q.device).roll(S - T, 1)  # a row of padding sees itself
-        seen = (seen & mask[:, None, None, :].bool()) | diagonal
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ..backends.modules import change_of, repeat
 from ..state import KVState, RecurrentState, State
+from .attention import attention_of
 from .protocols import FusedModelAdapter, LayerCache, ModelAdapter, restored_on_error
 from .settings import ConvState, Eviction, Feedback
 from .window_buffer import copy_of_tokens, joined_mask
@@ -71,7 +72,7 @@ class PassLoop:
 
         Returns:
             What `explain_blocks` says of the window where all passes are one call, else a sentence why the session
-            runs block by block.
+            runs block by block and, where the model says so, a line on its attention.
 
         Raises:
             ValueError: `backend` names one that cannot run such a window.
@@ -79,7 +80,8 @@ class PassLoop:
         example = next(iter(self._parameters()), torch.empty(0))
         reason = self._why_not_fused(example, None)
         if reason is not None:
-            return f"block by block: {reason}"
+            attention = attention_of(self.model)
+            return f"block by block: {reason}" + (f"\nattention: {attention}" if attention else "")
         assert isinstance(self.adapter, FusedModelAdapter)
         return f"all passes in one call\n{self.adapter.explain(self.window, self.looped, self.backend)}"
 
