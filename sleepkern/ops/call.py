@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import settings, transforms
+from ..autograd import gated
 from ..autograd import recurrence as autograd
 from ..backends.interface import RecurrenceBackend
 from ..backends.native.views import on_device_of
 from ..dispatch import Explanation, choose, explain_problem, method_of, torch_form
 from ..eager import any_autocast
+from ..problems.gates import GateOptions, RawGates, read_gates
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check, check_flag
 from ..rules import Rule, rule_named
 from . import fast_path
@@ -90,22 +92,39 @@ def run(
     tol: float | None = None,
     method: str = "auto",
     outputs: bool = True,
+    gates: RawGates | None = None,
 ) -> SleepResult:
     """Check, choose, apply, and say how the passes were made."""
-    problem, engine, out = apply(rule, x, scale, normalize, backend, passes, tol, method, outputs)
+    problem, engine, out = apply(rule, x, scale, normalize, backend, passes, tol, method, outputs, gates=gates)
     with on_device_of(x.k):
         made_by = method_of(problem, engine)
     return SleepResult(out.state, out.o, problem.passes if out.passes is None else out.passes, out.residual, made_by)
 
 
 def apply(
-    rule: Rule, x: Tensors, scale: float | None, normalize: bool, backend: str | None, *replay: Any
+    rule: Rule,
+    x: Tensors,
+    scale: float | None,
+    normalize: bool,
+    backend: str | None,
+    *replay: Any,
+    gates: RawGates | None = None,
 ) -> tuple[Problem, RecurrenceBackend, RecurrenceResult]:
     """The one way from every public function to a kernel. replay: passes, tol, method, outputs."""
     x = cast(x)
     problem = check(rule, x, scale, normalize, *replay)
     engine = engine_for(problem, x, backend)
+    if gates is not None:
+        return problem, engine, gated.ingest(problem, engine, x, gates)
     return problem, engine, autograd.ingest(problem, engine, x)
+
+
+def raw_gates(options: GateOptions) -> RawGates | None:
+    """What a call says of its gates; None where neither is raw."""
+    use_gate, A_log, dt_bias, use_sigmoid, doubled, lower_bound = options
+    if use_gate is use_sigmoid is doubled is False and A_log is dt_bias is None and lower_bound is None:
+        return None
+    return read_gates(options)
 
 
 def engine_for(problem: Problem, x: Tensors, backend: str | None) -> RecurrenceBackend:
@@ -125,14 +144,16 @@ def one_pass(
     normalize: bool,
     output_final_state: bool,
     backend: str | None,
+    options: GateOptions,
 ) -> tuple[Tensor, Tensor | None]:
     if type(output_final_state) is not bool:
         check_flag("output_final_state", output_final_state)
-    plain = fast_path.forward(rule, x, scale, normalize, backend)
+    gates = raw_gates(options)
+    plain = None if gates is not None else fast_path.forward(rule, x, scale, normalize, backend)
     if plain is not None:
         o, state = plain
         return o, state if output_final_state else None
-    _, _, out = apply(rule, Tensors._make(x), scale, normalize, backend)
+    _, _, out = apply(rule, Tensors._make(x), scale, normalize, backend, gates=gates)
     assert out.o is not None
     return out.o, out.state if output_final_state else None
 

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from .. import transforms
 from ..addresses import check_memory
+from ..autograd import gated
 from ..autograd import recurrence as autograd
 from ..eager import untraced
+from ..problems.gates import RawGates
 from ..problems.recurrence import Tensors, check, check_dense, check_flag, check_pool
 from ..rules import GATED_DELTA_RULE, Rule, rule_named
 from . import fast_path
-from .call import cast, engine_for
+from .call import cast, engine_for, raw_gates
 
 
 def recurrent_step(
@@ -28,6 +30,12 @@ def recurrent_step(
     use_qk_l2norm_in_kernel: bool = False,
     backend: str | None = None,
     state_indices: Tensor | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode: a few tokens of any rule, on a state that is updated in place.
 
@@ -51,6 +59,15 @@ def recurrent_step(
             `sleepkern.explain` says which.
         state_indices: [B] int32 or int64: row b goes on from state[state_indices[b]], as serving engines keep states.
             Each index may occur once; a negative one marks a padded row, whose outputs are 0.
+        use_gate_in_kernel: whether g is raw, of any sign: the log decay is -exp(A_log) softplus(g + dt_bias).
+        A_log: [HV] logarithm of each value head's rate, of any float type, where g is raw; None for rates of 1, which
+            only lower_bound allows.
+        dt_bias: [HV], or [HV,K] or [HV*K] where the rule decays by key channel, added to a raw g, of any float type,
+            default 0.
+        use_beta_sigmoid_in_kernel: whether beta is raw, of any sign: the factor is sigmoid(beta).
+        allow_neg_eigval: whether a raw beta's factor is 2 sigmoid(beta), with which a transition may have negative
+            eigenvalues.
+        lower_bound: makes a raw g the log decay lower_bound sigmoid(exp(A_log) (g + dt_bias)); a number below 0.
 
     Returns:
         o [B,T,HV,V] in the type of v, and the state after the tokens, in the shape of `state`. Both are differentiable;
@@ -64,17 +81,20 @@ def recurrent_step(
     """
     if type(rule) is not Rule:
         rule = rule_named(rule)
-    if inplace is True and state_indices is None:
+    gates = raw_gates((use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound))
+    if inplace is True and state_indices is None and gates is None:
         plain = fast_path.step(rule, q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel, backend)
         if plain is not None:
             return plain, state
     x = Tensors(q, k, v, g, beta, state, None)
     check_flag("inplace", inplace)
     if state_indices is not None:
-        return _step_in_pool(rule, x, state_indices, inplace, scale, use_qk_l2norm_in_kernel, backend)
+        return _step_in_pool(rule, x, state_indices, inplace, scale, use_qk_l2norm_in_kernel, backend, gates)
     x = cast(x)
     check_dense("state", state)
     problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
+    if gates is not None:
+        x = gated.made(problem, x, gates)
     engine = engine_for(problem, x, backend)
     if inplace and not (autograd.wants_grad(x) or transforms.active()):
         return autograd.step(problem, engine, x), state
@@ -89,13 +109,22 @@ def recurrent_step(
 
 
 def _step_in_pool(
-    rule: Rule, x: Tensors, places: Tensor, inplace: bool, scale: float | None, normalize: bool, backend: str | None
+    rule: Rule,
+    x: Tensors,
+    places: Tensor,
+    inplace: bool,
+    scale: float | None,
+    normalize: bool,
+    backend: str | None,
+    gates: RawGates | None,
 ) -> tuple[Tensor, Tensor]:
     """recurrent_step on states that lie in a pool."""
     x = cast(x)
     pool = x.state
     problem = check(rule, x._replace(state=None), scale, normalize)
     check_pool(problem, pool, places)
+    if gates is not None:
+        x = gated.made(problem, x, gates)
     assert pool is not None
     if untraced(pool, places):
         check_memory(("state", "state_indices"), (pool, places))

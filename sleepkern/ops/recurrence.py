@@ -49,6 +49,12 @@ def gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule: a decay for each head, and writes that first erase along k.
 
@@ -72,6 +78,14 @@ def gated_delta_rule(
             each has a state of its own. Default: one sequence a row.
         backend: "cuda", "cpu", "triton", "chunked" or "reference", default the first of these that can;
             `sleepkern.explain` says which.
+        use_gate_in_kernel: whether g is raw, of any sign: the log decay is -exp(A_log) softplus(g + dt_bias).
+        A_log: [HV] logarithm of each value head's rate, of any float type, where g is raw; None for rates of 1, which
+            only lower_bound allows.
+        dt_bias: [HV] added to a raw g, of any float type, default 0.
+        use_beta_sigmoid_in_kernel: whether beta is raw, of any sign: the factor is sigmoid(beta).
+        allow_neg_eigval: whether a raw beta's factor is 2 sigmoid(beta), with which a transition may have negative
+            eigenvalues.
+        lower_bound: makes a raw g the log decay lower_bound sigmoid(exp(A_log) (g + dt_bias)); a number below 0.
 
     Returns:
         o [B,T,HV,V] in the type of v, and the final state [n,HV,K,V], or None without output_final_state. Sums and
@@ -83,7 +97,8 @@ def gated_delta_rule(
             SLEEPKERN_DEBUG=1), or a backend that cannot do this call. No kernel has run then.
     """
     x = (q, k, v, g, beta, initial_state, cu_seqlens)
-    return one_pass(GATED_DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
+    gates = (use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound)
+    return one_pass(GATED_DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend, gates)
 
 
 def kda(
@@ -98,6 +113,12 @@ def kda(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Kimi Delta Attention: a decay for each key channel, and writes that first erase along k.
 
@@ -121,6 +142,14 @@ def kda(
             each has a state of its own. Default: one sequence a row.
         backend: "cuda", "cpu", "triton", "chunked" or "reference", default the first of these that can;
             `sleepkern.explain` says which.
+        use_gate_in_kernel: whether g is raw, of any sign: the log decay is -exp(A_log) softplus(g + dt_bias).
+        A_log: [HV] logarithm of each value head's rate, of any float type, where g is raw; None for rates of 1, which
+            only lower_bound allows.
+        dt_bias: [HV,K] or [HV*K] added to a raw g, of any float type, default 0.
+        use_beta_sigmoid_in_kernel: whether beta is raw, of any sign: the factor is sigmoid(beta).
+        allow_neg_eigval: whether a raw beta's factor is 2 sigmoid(beta), with which a transition may have negative
+            eigenvalues.
+        lower_bound: makes a raw g the log decay lower_bound sigmoid(exp(A_log) (g + dt_bias)); a number below 0.
 
     Returns:
         o [B,T,HV,V] in the type of v, and the final state [n,HV,K,V], or None without output_final_state. Sums and
@@ -132,7 +161,8 @@ def kda(
             SLEEPKERN_DEBUG=1), or a backend that cannot do this call. No kernel has run then.
     """
     x = (q, k, v, g, beta, initial_state, cu_seqlens)
-    return one_pass(KDA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
+    gates = (use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound)
+    return one_pass(KDA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend, gates)
 
 
 def delta_rule(
@@ -146,6 +176,8 @@ def delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Delta rule: no decay, and writes that first erase along k.
 
@@ -168,6 +200,9 @@ def delta_rule(
             each has a state of its own. Default: one sequence a row.
         backend: "cuda", "cpu", "triton", "chunked" or "reference", default the first of these that can;
             `sleepkern.explain` says which.
+        use_beta_sigmoid_in_kernel: whether beta is raw, of any sign: the factor is sigmoid(beta).
+        allow_neg_eigval: whether a raw beta's factor is 2 sigmoid(beta), with which a transition may have negative
+            eigenvalues.
 
     Returns:
         o [B,T,HV,V] in the type of v, and the final state [n,HV,K,V], or None without output_final_state. Sums and
@@ -179,7 +214,8 @@ def delta_rule(
             SLEEPKERN_DEBUG=1), or a backend that cannot do this call. No kernel has run then.
     """
     x = (q, k, v, None, beta, initial_state, cu_seqlens)
-    return one_pass(DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
+    gates = (False, None, None, use_beta_sigmoid_in_kernel, allow_neg_eigval, None)
+    return one_pass(DELTA_RULE, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend, gates)
 
 
 def simple_gla(
@@ -194,6 +230,12 @@ def simple_gla(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention with a decay for each head; also called `ssd`.
 
@@ -217,6 +259,14 @@ def simple_gla(
             each has a state of its own. Default: one sequence a row.
         backend: "cuda", "cpu", "triton", "chunked" or "reference", default the first of these that can;
             `sleepkern.explain` says which.
+        use_gate_in_kernel: whether g is raw, of any sign: the log decay is -exp(A_log) softplus(g + dt_bias).
+        A_log: [HV] logarithm of each value head's rate, of any float type, where g is raw; None for rates of 1, which
+            only lower_bound allows.
+        dt_bias: [HV] added to a raw g, of any float type, default 0.
+        use_beta_sigmoid_in_kernel: whether beta is raw, of any sign: the factor is sigmoid(beta).
+        allow_neg_eigval: whether a raw beta's factor is 2 sigmoid(beta), with which a transition may have negative
+            eigenvalues.
+        lower_bound: makes a raw g the log decay lower_bound sigmoid(exp(A_log) (g + dt_bias)); a number below 0.
 
     Returns:
         o [B,T,HV,V] in the type of v, and the final state [n,HV,K,V], or None without output_final_state. Sums and
@@ -228,7 +278,8 @@ def simple_gla(
             SLEEPKERN_DEBUG=1), or a backend that cannot do this call. No kernel has run then.
     """
     x = (q, k, v, g, beta, initial_state, cu_seqlens)
-    return one_pass(SIMPLE_GLA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
+    gates = (use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound)
+    return one_pass(SIMPLE_GLA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend, gates)
 
 
 def gla(
@@ -243,6 +294,12 @@ def gla(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention: a decay for each key channel.
 
@@ -266,6 +323,14 @@ def gla(
             each has a state of its own. Default: one sequence a row.
         backend: "cuda", "cpu", "triton", "chunked" or "reference", default the first of these that can;
             `sleepkern.explain` says which.
+        use_gate_in_kernel: whether g is raw, of any sign: the log decay is -exp(A_log) softplus(g + dt_bias).
+        A_log: [HV] logarithm of each value head's rate, of any float type, where g is raw; None for rates of 1, which
+            only lower_bound allows.
+        dt_bias: [HV,K] or [HV*K] added to a raw g, of any float type, default 0.
+        use_beta_sigmoid_in_kernel: whether beta is raw, of any sign: the factor is sigmoid(beta).
+        allow_neg_eigval: whether a raw beta's factor is 2 sigmoid(beta), with which a transition may have negative
+            eigenvalues.
+        lower_bound: makes a raw g the log decay lower_bound sigmoid(exp(A_log) (g + dt_bias)); a number below 0.
 
     Returns:
         o [B,T,HV,V] in the type of v, and the final state [n,HV,K,V], or None without output_final_state. Sums and
@@ -277,7 +342,8 @@ def gla(
             SLEEPKERN_DEBUG=1), or a backend that cannot do this call. No kernel has run then.
     """
     x = (q, k, v, g, beta, initial_state, cu_seqlens)
-    return one_pass(GLA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend)
+    gates = (use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound)
+    return one_pass(GLA, x, scale, use_qk_l2norm_in_kernel, output_final_state, backend, gates)
 
 
 ssd = simple_gla

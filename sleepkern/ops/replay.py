@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..problems.gates import read_gates
 from ..problems.recurrence import Tensors
 from ..rules import GATED_DELTA_RULE, Rule, rule_named
 from .call import SleepResult, run
@@ -26,6 +27,12 @@ def sleep_ingest(
     backend: str | None = None,
     scale: float | None = None,
     use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    lower_bound: float | None = None,
 ) -> SleepResult:
     """Looped ingestion (replay): `passes` passes over one window, with the state carried from pass to pass.
 
@@ -62,6 +69,15 @@ def sleep_ingest(
         scale: factor of the output, default K ** -0.5.
         use_qk_l2norm_in_kernel: use q / |q| and k / |k|, with 1e-6 added under the root; on a GPU for lengths below
             1e19.
+        use_gate_in_kernel: whether g is raw, of any sign: the log decay is -exp(A_log) softplus(g + dt_bias).
+        A_log: [HV] logarithm of each value head's rate, of any float type, where g is raw; None for rates of 1, which
+            only lower_bound allows.
+        dt_bias: [HV], or [HV,K] or [HV*K] where the rule decays by key channel, added to a raw g, of any float type,
+            default 0.
+        use_beta_sigmoid_in_kernel: whether beta is raw, of any sign: the factor is sigmoid(beta).
+        allow_neg_eigval: whether a raw beta's factor is 2 sigmoid(beta), with which a transition may have negative
+            eigenvalues.
+        lower_bound: makes a raw g the log decay lower_bound sigmoid(exp(A_log) (g + dt_bias)); a number below 0.
 
     Returns:
         A SleepResult: final_state [n,HV,K,V], output [B,T,HV,V] or None without q, passes, residual [n,HV] or None
@@ -74,4 +90,7 @@ def sleep_ingest(
             that cannot do this call.
     """
     x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
-    return run(rule_named(rule), x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, outputs=False)
+    gates = read_gates((use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound))
+    return run(
+        rule_named(rule), x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, outputs=False, gates=gates
+    )

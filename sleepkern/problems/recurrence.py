@@ -160,7 +160,7 @@ def check_values(problem: Problem, x: Tensors, state_name: str = "initial_state"
     if debug:
         for name, t in zip(names, x, strict=True):
             if t is not None:
-                _check_numbers(name, transforms.plain(t))
+                check_numbers(name, transforms.plain(t))
     if (
         g is not None and g.numel() and not (g := transforms.plain(g) if transformed else g).amax().item() <= 0
     ):  # NaN may hide what is above
@@ -350,7 +350,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 
-def _check_numbers(name: str, t: Tensor) -> None:
+def check_numbers(name: str, t: Tensor) -> None:
     if bool(torch.isnan(t).any()):
         raise ValueError(f"{name}: got NaN; expected numbers")
     if bool(torch.isposinf(t).any()) or (name != "g" and bool(torch.isneginf(t).any())):

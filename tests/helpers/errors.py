@@ -124,4 +124,4 @@ def gradients(rule: Rule, x: dict[str, Any], backend: str, do: Tensor, dstate: T
     return {name: t for name, t in found.items() if name in NAMES}
 
 
-NAMES = ("q", "k", "v", "g", "beta", "initial_state")
+NAMES = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
