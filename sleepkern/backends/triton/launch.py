@@ -3,11 +3,16 @@
     forward    chunk factors, state pass            or one launch: decode (T <= 8), single chunk (T <= one chunk)
     backward   chunk factors, state pass, backward state pass, chunk backward      or one launch: single chunk
 
+The first call of its kind makes the launches by `_forward` and `_backward`; later ones repeat them (held_launches.py).
+What these two decide therefore follows from the problem, the other parts of the key and what tensors there are.
+
 Nothing here waits for the device, so all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +22,14 @@ from torch import Tensor
 
 from ...problems.recurrence import Problem, Tensors
 from ..native.views import in_rows, on_device_of
+from . import held_launches
 from .chunk_backward import chunk_backward_kernel
 from .chunk_factors import chunk_factors_kernel
 from .common import ChunkFactors, Dims, Flags, Gradients, Inputs, Sizes, StateGradients, States
 from .decode import decode_kernel
+from .held_launches import Recording
 from .plan import DECODE_LIMIT, decode_tile, padded, plan_for
-from .plan_table import Direction, Precision, Tile, TilePlan
+from .plan_table import TABLE, Direction, Precision, Tile, TilePlan
 from .ptxas import capability_of_plans
 from .single_chunk import single_chunk_backward_kernel, single_chunk_kernel
 from .state_pass import state_pass_kernel
@@ -36,40 +43,73 @@ def forward(
 ) -> tuple[Tensor | None, Tensor]:
     """Outputs o (None unless output) and final state of problem.passes passes; `final` may be `state` itself."""
     p = problem
-    job = Job(problem, x, output, precision, "forward")
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
     if final is None:
-        final = job.empty(p.sequences, p.HV, p.K, p.V, dtype=torch.float32)
-    states = States(None if state is None else state.contiguous(), final, o, None, None)
-    more: dict[str, Any] = {"states": states, "HAS_STATE": state is not None, "REPLAY": p.passes > 1, "SAVE": False}
+        final = torch.empty((p.sequences, p.HV, p.K, p.V), dtype=torch.float32, device=x.k.device)
+    if state is not None:
+        state = state.contiguous()
+    rows, strides = _rows(p, x, output)
+    key = (_forward, p, precision, output, strides, TABLE.version)
     with on_device_of(x.k):
-        if p.T <= DECODE_LIMIT and p.passes == 1 and not p.packed:
-            tile = decode_tile(p.K, p.V)
-            job.launch(decode_kernel, job.columns(tile), tile, **more)
-            return o, final
-        more["factors"] = job.factors(save=False)
-        if job.one_chunk:
-            grid = (p.sequences * p.HV,)
-            job.launch(single_chunk_kernel, grid, job.plan.single_chunk, **more, HAS_FACTORS=job.has_factors)
-            return o, final
-        if job.has_factors:
-            job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
-        job.launch(state_pass_kernel, job.columns(job.plan.state_pass), job.plan.state_pass, **more)
+        held_launches.run(key, (*rows, state, final, o), partial(_forward, p, precision, output), x.k)
     return o, final
+
+
+def _forward(
+    problem: Problem, precision: Precision, output: bool, recording: Recording, tensors: Sequence[Any]
+) -> None:
+    """The launches of a forward. tensors: as in Tensors, then final and o."""
+    p, x = problem, Tensors._make((*tensors[:5], None, tensors[5]))
+    state, final, o = tensors[6:]
+    job = Job(p, x, output, precision, "forward", recording)
+    states = States(state, final, o, None, None)
+    more: dict[str, Any] = {"states": states, "HAS_STATE": state is not None, "REPLAY": p.passes > 1, "SAVE": False}
+    if p.T <= DECODE_LIMIT and p.passes == 1 and not p.packed:
+        tile = decode_tile(p.K, p.V)
+        job.launch(decode_kernel, job.columns(tile), tile, **more)
+        return
+    more["factors"] = job.factors(save=False)
+    if job.one_chunk:
+        grid = (p.sequences * p.HV,)
+        job.launch(single_chunk_kernel, grid, job.plan.single_chunk, **more, HAS_FACTORS=job.has_factors)
+        return
+    if job.has_factors:
+        job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
+    job.launch(state_pass_kernel, job.columns(job.plan.state_pass), job.plan.state_pass, **more)
 
 
 def backward(
     problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None, precision: Precision
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor."""
-    p = problem
-    job = Job(problem, x, do is not None and x.q is not None, precision, "backward")
+    p, output = problem, do is not None and x.q is not None
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in x[:5]]
-    if not job.output and grads[0] is not None:
+    if not output and grads[0] is not None:
         grads[0].zero_()
+    dinitial = torch.empty((p.sequences, p.HV, p.K, p.V), dtype=torch.float32, device=x.k.device)
+    rows, strides = _rows(p, x, output)
+    do, do_stride = in_rows(do, p.HV * p.V) if output and do is not None else (None, 0)
+    state, dstate = (None if t is None else t.contiguous() for t in (state, dstate))
+    key = (_backward, p, precision, output, strides, do_stride, TABLE.version)
+    with on_device_of(x.k):
+        tensors = (*rows, state, do, dstate, dinitial, *grads)
+        held_launches.run(key, tensors, partial(_backward, p, precision, output, do_stride), x.k)
+    grads = [
+        d if d is None or t is None or d.dtype == t.dtype else d.to(t.dtype) for d, t in zip(grads, x, strict=False)
+    ]
+    return [*grads, None if x.state is None else dinitial]  # empty_like has given them the types of the inputs
+
+
+def _backward(
+    problem: Problem, precision: Precision, output: bool, do_stride: int, recording: Recording, tensors: Sequence[Any]
+) -> None:
+    """The launches of a backward. tensors: as in Tensors, then do, dstate, dinitial and five gradients."""
+    p, x = problem, Tensors._make((*tensors[:5], None, tensors[5]))
+    state, do, dstate, dinitial, *grads = tensors[6:]
+    job = Job(p, x, output, precision, "backward", recording)
     factors = job.factors(save=True)
     states = job.states(state)
-    back = job.state_gradients(do, dstate)
+    back = job.state_gradients(do, do_stride, dstate, dinitial)
     sums = p.HV > p.H or p.normalize
     dq_sum, dk_sum = (
         job.empty(job.rows, p.H, p.K, dtype=torch.float32) if sums and d is not None else d for d in grads[:2]
@@ -80,18 +120,15 @@ def backward(
         "SAVE": True, "HAS_STATE": state is not None, "REPLAY": False, "HAS_DSTATE": dstate is not None, "SUMS": sums,
         "HAS_FACTORS": job.has_factors,
     }  # fmt: skip
-    with on_device_of(x.k):
-        if job.one_chunk:
-            job.launch(single_chunk_backward_kernel, (p.sequences * p.H,), job.plan.single_chunk, **more)
-        else:
-            tile, back_tile = job.plan.state_pass, job.plan.state_pass_backward
-            if job.has_factors:
-                job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
-            job.launch(state_pass_kernel, job.columns(tile), tile, **more, FLAGS=job.flags._replace(OUTPUT=False))
-            job.launch(state_pass_backward_kernel, job.columns(back_tile), back_tile, **more)
-            job.launch(chunk_backward_kernel, (job.slots, p.H), job.plan.chunk_backward, **more)
-    grads = [d if d is None or t is None else d.to(t.dtype) for d, t in zip(grads, x, strict=False)]
-    return [*grads, None if x.state is None else back.dinitial]
+    if job.one_chunk:
+        job.launch(single_chunk_backward_kernel, (p.sequences * p.H,), job.plan.single_chunk, **more)
+        return
+    tile, back_tile = job.plan.state_pass, job.plan.state_pass_backward
+    if job.has_factors:
+        job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
+    job.launch(state_pass_kernel, job.columns(tile), tile, **more, FLAGS=job.flags._replace(OUTPUT=False))
+    job.launch(state_pass_backward_kernel, job.columns(back_tile), back_tile, **more)
+    job.launch(chunk_backward_kernel, (job.slots, p.H), job.plan.chunk_backward, **more)
 
 
 def plan_of(problem: Problem, precision: Precision, direction: Direction) -> TilePlan:
@@ -112,13 +149,17 @@ class Job:
     rows: int
     one_chunk: bool
     has_factors: bool
-    where: torch.device
+    recording: Recording
     flags: Flags
     values: dict[str, Inputs | Sizes | Dims | Flags]
 
-    def __init__(self, problem: Problem, x: Tensors, output: bool, precision: Precision, direction: Direction) -> None:
+    def __init__(
+        self, problem: Problem, x: Tensors, output: bool, precision: Precision, direction: Direction,
+        recording: Recording | None = None,
+    ) -> None:  # fmt: skip
         p, rule = problem, problem.rule
         self.problem, self.output = problem, output
+        self.recording = Recording((), x.k) if recording is None else recording
         self.type = torch.bfloat16 if precision == "bf16" else torch.float32
         self.plan = plan_of(problem, precision, direction)
         chunk = self.plan.chunk
@@ -126,7 +167,6 @@ class Job:
         self.rows = p.B * p.T
         self.one_chunk = not p.packed and p.T <= chunk
         self.has_factors = rule.delta or output or rule.gate == "channel"
-        self.where = x.k.device
         self.flags = Flags(
             GATE=GATES[rule.gate],
             DELTA=rule.delta,
@@ -138,8 +178,9 @@ class Job:
             PRECISION="ieee" if precision == "ieee" else "tf32",
             WIDE=precision == "ieee",
         )
+        rows, strides = _rows(problem, x, output)
         self.values = {
-            "inputs": _inputs(problem, x, output),
+            "inputs": Inputs._make((*rows, *strides)),
             "sizes": Sizes(p.T, p.sequences, p.passes, p.scale),
             "DIMS": Dims(p.HV, p.HV // p.H, p.K, p.V, chunk, padded(p.K)),
             "FLAGS": self.flags,
@@ -164,24 +205,25 @@ class Job:
         """The initial state, and scratch for the states and Vn of all chunks."""
         p = self.problem
         return States(
-            initial=None if initial is None else initial.contiguous(),
+            initial=initial,
             final=self.empty(p.sequences, p.HV, p.K, p.V, dtype=torch.float32),
             o=None,
             starts=self.empty(self.slots, p.HV, p.K, p.V),
             Vn=self.empty(self.rows, p.HV, p.V),
         )
 
-    def state_gradients(self, do: Tensor | None, dstate: Tensor | None) -> StateGradients:
+    def state_gradients(
+        self, do: Tensor | None, do_stride: int, dstate: Tensor | None, dinitial: Tensor
+    ) -> StateGradients:
         """The gradients that come from above, the initial state's gradient, and scratch for those of all chunks."""
         p = self.problem
-        rows, stride = in_rows(do, p.HV * p.V) if self.output and do is not None else (None, 0)
         return StateGradients(
-            do=rows,
-            dstate=None if dstate is None else dstate.contiguous(),
-            dinitial=self.empty(p.sequences, p.HV, p.K, p.V, dtype=torch.float32),
+            do=do,
+            dstate=dstate,
+            dinitial=dinitial,
             ends=self.empty(self.slots, p.HV, p.K, p.V),
             dVn=self.empty(self.rows, p.HV, p.V),
-            do_stride=stride,
+            do_stride=do_stride,
         )
 
     def columns(self, tile: Tile) -> tuple[int]:
@@ -190,11 +232,11 @@ class Job:
 
     def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         """Scratch on the device of the inputs, in the type of the operands unless another is named."""
-        return torch.empty(size, dtype=dtype or self.type, device=self.where)
+        return self.recording.empty(size, dtype or self.type)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Launch a kernel with the arguments that it names."""
-        kernel[grid](**self.arguments(kernel, tile, **more), num_warps=tile.warps, num_stages=tile.stages)
+        self.recording.launch(kernel, grid, self.arguments(kernel, tile, **more), tile.warps, tile.stages)
 
     def arguments(self, kernel: Any, tile: Tile, **more: Any) -> dict[str, Any]:
         """The arguments that a kernel names, from the call's, the launch's and the tile's."""
@@ -202,19 +244,22 @@ class Job:
         return {name: values[name] for name in kernel.arg_names}
 
 
-def _inputs(problem: Problem, x: Tensors, output: bool) -> Inputs:
-    """Pointers and row strides of the inputs; q only when output."""
+def _rows(problem: Problem, x: Tensors, output: bool) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """q, k, v, g, beta and offsets as kernels read them, and the row strides of the first five; q only when output."""
     p = problem
     keys, values = p.H * p.K, p.HV * p.V
     widths = (keys, keys, values, p.HV * p.K if p.rule.gate == "channel" else p.HV, p.HV)
-    offsets = x.cu_seqlens
-    if offsets is not None:
-        offsets = offsets.to(x.k.device, non_blocking=True).contiguous()
     tensors: list[Tensor | None] = []
     strides: list[int] = []
     for t, width in zip((x.q if output else None, *x[1:5]), widths, strict=True):
-        single = t.float() if t is not None and t.dtype == torch.float64 else t
-        rows, stride = (None, 0) if single is None else in_rows(single, width)
-        tensors.append(rows)
+        stride = width
+        if t is None:
+            stride = 0
+        elif t.dtype == torch.float64 or not t.is_contiguous():
+            t, stride = in_rows(t.float() if t.dtype == torch.float64 else t, width)
+        tensors.append(t)
         strides.append(stride)
-    return Inputs._make((*tensors, offsets, *strides))
+    offsets = x.cu_seqlens
+    if offsets is not None:
+        offsets = offsets.to(x.k.device, non_blocking=True).contiguous()
+    return [*tensors, offsets], tuple(strides)

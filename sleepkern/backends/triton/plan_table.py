@@ -8,7 +8,7 @@ sm_100 without a device (tests/offline/triton): the largest tiles that neither s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Precision = Literal["bf16", "tf32", "ieee"]
 """What products multiply: bfloat16, float32 rounded to tf32 (also for float16 inputs), or float32 without rounding."""
@@ -321,5 +321,24 @@ def _table() -> dict[Key, TilePlan]:
     return everywhere | plain | devices
 
 
-TABLE: dict[Key, TilePlan] = _table()
+class PlanTable(dict[Key, TilePlan]):
+    """Plans by key. `version` is another one after each change, so that what follows from the plans can be held."""
+
+    version = 0
+
+    def __setitem__(self, key: Key, plan: TilePlan) -> None:
+        super().__setitem__(key, plan)
+        self.version += 1
+
+    def __delitem__(self, key: Key) -> None:
+        super().__delitem__(key)
+        self.version += 1
+
+    def update(self, *plans: Any, **more: Any) -> None:
+        """Add plans, as dict.update does."""
+        super().update(*plans, **more)
+        self.version += 1
+
+
+TABLE = PlanTable(_table())
 """One plan for every key of capability 0. A key with a device's capability comes first; `use_plans` adds such keys."""
