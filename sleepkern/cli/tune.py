@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..backends.triton.plan import table_rows
 from ..backends.triton.plan_table import Key, TilePlan
+from ..measure.candidates import read_candidates
 from ..measure.environment import environment
 from ..measure.tune import CHUNKS, PlanTrial, tune
 from ..rules import RULES
@@ -39,6 +40,9 @@ def command(
         list[int] | None, typer.Option(help="rows of a chunk to try", show_default=", ".join(map(str, CHUNKS)))
     ] = None,
     seconds: Annotated[float, typer.Option(help="how long a candidate is timed")] = 0.2,
+    candidates: Annotated[
+        Path | None, typer.Option(help="time the candidates of this file and no others (benchmarks/candidates.json)")
+    ] = None,
 ) -> None:
     """Time every candidate of every stage on the current device; some minutes, most of them compiling."""
     for name, value, known in (("--dtype", dtype, set(TYPES)), *(("--rule", r, set(RULES)) for r in rule or ())):
@@ -48,11 +52,12 @@ def command(
     writable(out, "out")
     plans: dict[Key, TilePlan] = {}
     trials: list[PlanTrial] = []
+    listed = None if candidates is None else read_candidates(candidates)
     with progress_bar() as step:
         for name in rule or BOTH:
             shape = Shape(T=T, H=H, HV=H, K=K, V=V)
             try:
-                found, tried = tune(RULES[name], shape, TYPES[dtype], device, chunk or CHUNKS, seconds, step)
+                found, tried = tune(RULES[name], shape, TYPES[dtype], device, chunk or CHUNKS, seconds, step, listed)
             except ValueError as error:
                 raise usage(error) from error
             plans |= found

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -23,10 +24,14 @@ from ..backends.triton.ptxas import capability_of_plans
 from ..ops.recurrence import explain
 from ..rules import Rule
 from ..testing import TOLERANCE, Shape, call, make_inputs, relative_error
+from .candidates import PlanCandidate, first_plan, of_key, plan_in_table
 from .timing import Candidate, time_in_turns
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is timed, how many are done, how many there are)."""
+
+Options = Callable[[str, Tile], Sequence[Tile]]
+"""The tiles to try for a stage beside the current one."""
 
 STAGES: dict[Direction, tuple[str, ...]] = {
     "forward": ("chunk_factors", "state_pass"),
@@ -57,11 +62,13 @@ def tune(
     chunks: Sequence[int] = CHUNKS,
     seconds: float = 0.2,
     progress: Progress | None = None,
+    candidates: Sequence[PlanCandidate] | None = None,
 ) -> tuple[dict[Key, TilePlan], list[PlanTrial]]:
     """The fastest plan found for each direction of calls of this shape, and all that was tried.
 
     Args:
         chunks: rows of a chunk to try. seconds: how long a candidate is timed.
+        candidates: the tiles to try, and no others; their chunks replace `chunks`.
 
     Raises:
         ValueError: the Triton backend cannot do these calls on this device.
@@ -76,16 +83,36 @@ def tune(
     trials: list[PlanTrial] = []
     for direction in STAGES:
         key = Key(capability, direction, precision, rule.gate == "channel", _width(shape.K))
-        plan = _found(key)
         run = _runner(rule, inputs, direction)
-        expected = run()
-        candidates = _Search(key, run, expected, TOLERANCE[dtype], device, seconds, trials, progress)
+        search = _Search(key, run, run(), TOLERANCE[dtype], device, seconds, trials, progress)
         fastest = float("inf")
-        for chunk in (c for c in chunks if c <= 32 or capability != PLAIN_HOPPER):
-            tuned, took = candidates.descend(replace(plan, chunk=chunk), direction)
+        for start, options in _starts(key, shape, chunks, candidates):
+            tuned, took = search.descend(start, direction, options)
             if took < fastest:
                 best[key], fastest = tuned, took
     return best, trials
+
+
+def _starts(
+    key: Key, shape: Shape, chunks: Sequence[int], candidates: Sequence[PlanCandidate] | None
+) -> Iterator[tuple[TilePlan, Options]]:
+    """A plan to start from and the tiles to try, for each chunk."""
+    if candidates is None:
+        for chunk in (c for c in chunks if c <= 32 or key.capability != PLAIN_HOPPER):
+            yield replace(plan_in_table(key), chunk=chunk), partial(_grid, key)
+        return
+    wanted = of_key(candidates, key, shape.HV)
+    for chunk in sorted({plan_in_table(key).chunk, *(one.chunk for one in wanted)}):
+        here = [one for one in wanted if one.chunk == chunk]
+        yield first_plan(here, key, chunk), partial(_listed, here)
+
+
+def _grid(key: Key, stage: str, current: Tile) -> list[Tile]:
+    return list(_tiles(stage, key, current))
+
+
+def _listed(candidates: Sequence[PlanCandidate], stage: str, current: Tile) -> list[Tile]:
+    return [one.tile for one in candidates if one.stage == stage and one.tile != current]
 
 
 class _Search:
@@ -98,14 +125,14 @@ class _Search:
         self.key, self.run, self.expected, self.tolerance = key, run, expected, tolerance
         self.device, self.seconds, self.trials, self.progress = device, seconds, trials, progress
 
-    def descend(self, plan: TilePlan, direction: Direction) -> tuple[TilePlan, float]:
+    def descend(self, plan: TilePlan, direction: Direction, options: Options) -> tuple[TilePlan, float]:
         """The best plan with this chunk, and its seconds (infinite where none ran)."""
         best = self._time("all", plan)
         for stage in STAGES[direction]:
-            options = list(_tiles(stage, self.key, getattr(plan, stage)))
-            for done, tile in enumerate(options):
+            tiles = options(stage, getattr(plan, stage))
+            for done, tile in enumerate(tiles):
                 if self.progress is not None:
-                    self.progress(f"{direction}, chunks of {plan.chunk}, {stage}", done, len(options))
+                    self.progress(f"{direction}, chunks of {plan.chunk}, {stage}", done, len(tiles))
                 change: dict[str, Any] = {stage: tile}
                 candidate = replace(plan, **change)
                 took = self._time(stage, candidate)
@@ -138,9 +165,10 @@ def _tiles(stage: str, key: Key, current: Tile) -> Iterator[Tile]:
     keys = (key.width,) if scans else tuple(c for c in COLUMNS if c <= key.width)
     loads = LOADS if scans else (1,)
     warps = (2,) if scans and key.capability == PLAIN_HOPPER else WARPS
-    for tile in product(keys, COLUMNS, warps, loads):
+    for sizes in product(keys, COLUMNS, warps, loads):
+        tile = Tile(*sizes)
         if tile != current:
-            yield Tile(*tile)
+            yield tile
 
 
 @contextmanager
@@ -154,10 +182,6 @@ def _plan_in_table(key: Key, plan: TilePlan) -> Iterator[None]:
             del TABLE[key]
         else:
             TABLE[key] = before
-
-
-def _found(key: Key) -> TilePlan:
-    return TABLE.get(key) or TABLE[key._replace(capability=0)]
 
 
 def _width(K: int) -> int:

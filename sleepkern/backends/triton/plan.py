@@ -94,4 +94,4 @@ def _cut_down(plan: TilePlan, K: int, V: int, T: int) -> TilePlan:
 def _fitted(tile: Tile, K: int, V: int, chunk: int) -> Tile:
     """A tile no wider than the head; a chunk of 16 rows keeps no more than four warps busy."""
     warps = min(tile.warps, 4) if chunk == 16 and tile.stages == 1 and tile.keys < padded(K) else tile.warps
-    return Tile(min(tile.keys, padded(K)), min(tile.values, padded(V)), warps, tile.stages)
+    return tile._replace(keys=min(tile.keys, padded(K)), values=min(tile.values, padded(V)), warps=warps)

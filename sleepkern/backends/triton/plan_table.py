@@ -18,14 +18,18 @@ PLAIN_HOPPER = -90
 """The capability of a Hopper whose assembler is not sound (ptxas.py): its plans have no warp-group products, which
 Triton takes where a product has 64 rows and its kernel a multiple of four warps."""
 
+Variant = Literal[""]
+"""How a kernel goes about its work where there is more than one way; "" is the way that every kernel has."""
+
 
 class Tile(NamedTuple):
-    """One kernel: key and value columns at a time, warps, and stages of its loads in flight."""
+    """One kernel: key and value columns at a time, warps, stages of its loads in flight, and its variant."""
 
     keys: int
     values: int
     warps: int
     stages: int
+    variant: Variant = ""
 
 
 @dataclass(frozen=True)

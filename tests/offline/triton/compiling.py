@@ -6,6 +6,7 @@ and each record is compiled as Triton's just-in-time compiler would specialise i
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -49,6 +50,7 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
+    programs: int = 1
 
     @property
     def name(self) -> str:
@@ -74,6 +76,7 @@ class Compiled:
     spills: int
     instructions: int
     transposes: int
+    assembly: str
 
 
 def record(
@@ -90,7 +93,7 @@ def record(
 
     def note(job: Any, kernel: Any, grid: Any, tile: Any, **more: Any) -> None:
         arguments = job.arguments(kernel, tile, **more)
-        seen.append(Launch(kernel, arguments, tile.warps, tile.stages))
+        seen.append(Launch(kernel, arguments, tile.warps, tile.stages, math.prod(grid)))
 
     x = _inputs(rule, shape, torch.bfloat16 if precision == "bf16" else torch.float32)
     problem = describe(rule, x, shape.K**-0.5, normalize, passes)
@@ -135,7 +138,7 @@ def compile_launch(one: Launch, capability: int) -> Compiled:
     count = {name: len(re.findall(pattern, assembly)) for name, pattern in OPCODES.items()}
     return Compiled(
         seconds, made.metadata.shared, registers, stack, getattr(made.metadata, "tmem_size", 0) or 0,
-        count["tensor"], count["HGMMA"], count["spill"], assembly.count(";"), transposes,
+        count["tensor"], count["HGMMA"], count["spill"], assembly.count(";"), transposes, assembly,
     )  # fmt: skip
 
 
