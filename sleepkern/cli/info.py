@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import settings
 from ..backends import triton
-from ..backends.triton.ptxas import assembler, assembler_fault
+from ..backends.triton.ptxas import assembler_fault, assembler_of
 from ..dispatch import explain_problem, other_families
 from ..measure.cases import Case
 from ..measure.environment import environment, native_module
@@ -46,6 +46,7 @@ def gather() -> dict[str, Any]:
             "cuda": getattr(native, "has_cuda", False),
         },
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "assembler": assemblers(),
         "warnings": known_faults(),
         "backends": {name: reason or "ready" for name, reason in
         explain_problem(problem).reasons.items()},
@@ -60,6 +61,15 @@ def attention_here() -> str:
     return explain_attention(torch.bfloat16, 64, capability_of(first))
 
 
+def assemblers() -> dict[str, str]:
+    """The ptxas of the Triton kernels on each kind of GPU here, or on a Hopper where there is none."""
+    if not triton.installed():
+        return {}
+    devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())} or {(9, 0)}
+    chosen = {device: assembler_of(device) for device in sorted(devices)}
+    return {f"on {a}.{b}": f"{one.source}'s ptxas {one.version}, {one.path}" for (a, b), one in chosen.items()}
+
+
 def known_faults() -> list[str]:
     """What is known to be wrong with the versions and devices here."""
     try:
@@ -68,7 +78,7 @@ def known_faults() -> list[str]:
         return []
     devices = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
     found = [triton.known_fault(version, device) for device in devices]
-    found += [assembler_fault(assembler(), device) for device in devices]
+    found += [assembler_fault(assembler_of(device).version, device) for device in devices]
     return [fault for fault in found if fault is not None]
 
 

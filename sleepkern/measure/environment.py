@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..backends.triton.ptxas import assembler
+from ..backends.triton.ptxas import assembler_of
 
 _PACKAGES = (
     "torch", "transformers", "ggml-python", "bitsandbytes-cpu-fork", "flash-linear-attention", "flash-attn",
@@ -74,10 +74,11 @@ def cpu_name() -> str:
 
 
 def _assembler(device: str) -> dict[str, str]:
-    """The ptxas that Triton takes for a GPU; the plans of its kernels depend on it (backends/triton/ptxas.py)."""
+    """The ptxas of the Triton kernels on a GPU and whose it is; their plans depend on it (backends/triton/ptxas.py)."""
     if torch.device(device).type != "cuda" or importlib.util.find_spec("triton") is None:
         return {}
-    return {"ptxas": assembler()}
+    chosen = assembler_of(torch.cuda.get_device_capability(device))
+    return {"ptxas": f"{chosen.version} ({chosen.source})"}
 
 
 def _versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from ..interface import REPLAY
 from ..replay import backward as replay_backward
 from .plan import DECODE_LIMIT, plan_for
 from .plan_table import Precision
-from .ptxas import capability_of_plans, numbers
+from .ptxas import assembler_of, capability_of_plans, numbers
 
 NAME = "triton"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
@@ -47,7 +47,7 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_on(device: str) -> str | None:
     """None, or the sentence why nothing can run on a type of device."""
-    if not _installed():
+    if not installed():
         return "Triton is not installed"
     if device != "cuda":
         return None if _interpreted() else f"runs on a GPU, the tensors are on {device}"
@@ -79,7 +79,15 @@ def kernel(problem: Problem) -> str:
     found = capability_of_plans(_capability()) if problem.device == "cuda" else 0
     chunk = plan_for(problem.K, problem.V, precision, channel, problem.T, "forward", found).chunk
     replay = f", replay by {method_of(problem)}" if problem.passes > 1 else ""
-    return f"Triton, chunks of {chunk}, {precision} products{replay}"
+    return f"Triton, chunks of {chunk}, {precision} products{replay}{_assembled(problem.device)}"
+
+
+def _assembled(device: str) -> str:
+    """The assembler of a kernel on a Hopper, where two may be installed."""
+    if device != "cuda" or _capability()[0] != 9:
+        return ""
+    chosen = assembler_of(_capability())
+    return f", assembled by {chosen.source}'s ptxas {chosen.version}"
 
 
 def method_of(problem: Problem) -> str:
@@ -166,7 +174,8 @@ def _launch() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _installed() -> bool:
+def installed() -> bool:
+    """Tells whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -15,7 +15,7 @@ instruments kernels, and where an argument has an unknown origin, every call goe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -94,9 +94,9 @@ class Recording:
         self._scratch.append(torch.empty(size, dtype=dtype, device=self._like.device))
         return self._scratch[-1]
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], warps: int, stages: int) -> None:
-        """Launch a kernel by Triton and note it. arguments: by name, all that the kernel has."""
-        compiled = kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: Mapping[str, Any]) -> None:
+        """Launch a kernel by Triton and note it. arguments: by name, all that the kernel has; options: of Triton's."""
+        compiled = kernel[grid](**arguments, **options)
         self._known = self._known and isinstance(compiled, CompiledKernel) and not kernel.pre_run_hooks
         if self._known:
             given = [_Constant(arguments[p.name]) if p.is_constexpr else arguments[p.name] for p in kernel.params]

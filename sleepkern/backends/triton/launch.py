@@ -23,6 +23,7 @@ from torch import Tensor
 from ...problems.recurrence import Problem, Tensors
 from ..native.views import in_rows, on_device_of
 from . import held_launches
+from .assembler import assembling
 from .chunk_backward import chunk_backward_kernel
 from .chunk_factors import chunk_factors_kernel
 from .common import ChunkFactors, Dims, Flags, Gradients, Inputs, Sizes, StateGradients, States
@@ -150,6 +151,7 @@ class Job:
     one_chunk: bool
     has_factors: bool
     recording: Recording
+    capability: tuple[int, int]
     flags: Flags
     values: dict[str, Inputs | Sizes | Dims | Flags]
 
@@ -167,6 +169,7 @@ class Job:
         self.rows = p.B * p.T
         self.one_chunk = not p.packed and p.T <= chunk
         self.has_factors = rule.delta or output or rule.gate == "channel"
+        self.capability = torch.cuda.get_device_capability() if p.device == "cuda" else (0, 0)
         self.flags = Flags(
             GATE=GATES[rule.gate],
             DELTA=rule.delta,
@@ -236,7 +239,14 @@ class Job:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
         """Launch a kernel with the arguments that it names."""
-        self.recording.launch(kernel, grid, self.arguments(kernel, tile, **more), tile.warps, tile.stages)
+        with assembling(self.capability) as options:
+            all_options = {**self.compile_options(tile), **options}
+            self.recording.launch(kernel, grid, self.arguments(kernel, tile, **more), all_options)
+
+    def compile_options(self, tile: Tile) -> dict[str, Any]:
+        """Triton's options for a tile. A kernel without warp-group products is lowered as for sm_80 on a Hopper."""
+        plain = not tile.warp_groups and self.capability[0] == 9
+        return {"num_warps": tile.warps, "num_stages": tile.stages} | ({"arch": "sm80"} if plain else {})
 
     def arguments(self, kernel: Any, tile: Tile, **more: Any) -> dict[str, Any]:
         """The arguments that a kernel names, from the call's, the launch's and the tile's."""

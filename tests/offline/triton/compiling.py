@@ -7,6 +7,7 @@ and each record is compiled as Triton's just-in-time compiler would specialise i
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -24,14 +25,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sleepkern.backends.triton import launch
+from sleepkern.backends.triton.assembler import machine_code
 from sleepkern.backends.triton.plan import plan_for
 from sleepkern.backends.triton.plan_table import Direction, Precision, TilePlan
+from sleepkern.backends.triton.ptxas import Assembler
 from sleepkern.problems.recurrence import Problem, Tensors, describe
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+PTX_VERSION = 86
+"""What Triton 3.6 writes for Hopper, which both of its assemblers and those of later versions read."""
+FLAGS = ("-lineinfo",) if os.environ.get("TRITON_DEFAULT_FP_FUSION", "1") == "1" else ("-lineinfo", "--fmad=false")
 TRANSPOSED_PRODUCT = r"tt\.trans [^\n]*? : tensor<[^,>\n]*, #mma"
 """A transpose of registers that hold a product; those of loaded tiles (#blocked) are sound."""
 OPCODES = {
@@ -51,6 +57,7 @@ class Launch:
     warps: int
     stages: int
     programs: int = 1
+    warp_groups: bool = True
 
     @property
     def name(self) -> str:
@@ -93,7 +100,8 @@ def record(
 
     def note(job: Any, kernel: Any, grid: Any, tile: Any, **more: Any) -> None:
         arguments = job.arguments(kernel, tile, **more)
-        seen.append(Launch(kernel, arguments, tile.warps, tile.stages, math.prod(grid)))
+        programs = math.prod(grid)
+        seen.append(Launch(kernel, arguments, tile.warps, tile.stages, programs, tile.warp_groups))
 
     x = _inputs(rule, shape, torch.bfloat16 if precision == "bf16" else torch.float32)
     problem = describe(rule, x, shape.K**-0.5, normalize, passes)
@@ -119,8 +127,8 @@ def on_device(capability: int) -> Iterator[None]:
         yield
 
 
-def compile_launch(one: Launch, capability: int) -> Compiled:
-    """Compile for compute capability 80, 90 or 100 and look at the machine code."""
+def compile_launch(one: Launch, capability: int, assembler: Assembler | None = None) -> Compiled:
+    """Compile for compute capability 80, 90 or 100 and look at the machine code, on a Hopper by this assembler."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -129,11 +137,13 @@ def compile_launch(one: Launch, capability: int) -> Compiled:
         signature[parameter.name] = _specialise(value, parameter, (i,), constants, attributes)
     source = ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
     begin = time.perf_counter()
-    made = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": one.warps, "num_stages": one.stages}
-    )
+    options: dict[str, Any] = {"num_warps": one.warps, "num_stages": one.stages}
+    if capability == 90:
+        options |= {"ptx_version": PTX_VERSION} | ({} if one.warp_groups else {"arch": "sm80"})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = made.asm["cubin"] if assembler is None else machine_code(made.asm["ptx"], assembler, FLAGS)
     seconds = time.perf_counter() - begin
-    registers, stack, assembly = _machine_code(made.asm["cubin"])
+    registers, stack, assembly = _machine_code(cubin)
     transposes = len(re.findall(TRANSPOSED_PRODUCT, made.asm["ttgir"]))
     count = {name: len(re.findall(pattern, assembly)) for name, pattern in OPCODES.items()}
     return Compiled(

@@ -4,8 +4,10 @@
 
 Prints what each needs and exits with 1 if one exceeds a limit: shared memory and tensor memory of the architecture, a
 budget of stack (spilled registers), tensor-core instructions where products are bf16 or tf32, no transposes of products
-(see backends/triton/common.py), no warp-group products where a plan must do without (ptxas.py). Must be a process of
-its own: under TRITON_INTERPRET Triton's own functions are interpreted ones and nothing can be compiled.
+(see backends/triton/common.py), no warp-group products where a plan must do without (ptxas.py). Code for Hopper is
+assembled by every assembler that is there: the two that Triton brings, of CUDA 12 and 13, and that of nvidia-cuda-nvcc
+where it is installed. It must be a process of its own: under TRITON_INTERPRET Triton's own functions are interpreted
+ones and nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -26,12 +29,13 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch
 import triton
 import triton.language as tl
-from compiling import Compiled, Launch, compile_launch, on_device, record
+from compiling import TOOLS, Compiled, Launch, compile_launch, on_device, record
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from sleepkern.backends.triton.plan_table import PLAIN_HOPPER, TABLE, Key
+from sleepkern.backends.triton.ptxas import Assembler, packaged_assembler, tool
 from sleepkern.rules import GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from sleepkern.testing import Shape
 
@@ -86,7 +90,7 @@ def subjects(quick: bool) -> Iterator[Subject]:
             continue
         every, some = _capabilities(key)
         if quick:
-            every, some = (tuple(c for c in chosen if c == 90) for chosen in (every, some))
+            every, some = (tuple(c for c in chosen if abs(c) == 90) for chosen in (every, some))
         shape = Shape(T=LONG, H=16, HV=16, K=key.width, V=key.width)
         rule = KDA if key.channel else GATED_DELTA_RULE
         shared = () if key.direction == "backward" else ("chunk_factors_kernel",)
@@ -133,14 +137,29 @@ def _of(
                 yield Subject(name, rule, shape, key, one.name, capability, normalize, passes)
 
 
-def measure(subject: Subject) -> tuple[Subject, Compiled | None, str]:
-    """The compiled kernel's needs, and what is wrong with them ('' if nothing)."""
+Row = tuple[Subject, str, Compiled | None, str]
+"""A kernel, the version of its assembler, what it needs, and what is wrong with it ('' if nothing)."""
+
+
+def measure(subject: Subject) -> list[Row]:
+    """The compiled kernel's needs, by each assembler."""
+    return [_measured(subject, one) for one in (assemblers() if subject.architecture == 90 else (None,))]
+
+
+def _measured(subject: Subject, assembler: Assembler | None) -> Row:
+    label = "" if assembler is None else ".".join(assembler.version.split(".")[:2])
     try:
-        one = subject.launch()
-        made = compile_launch(one, subject.architecture)
+        made = compile_launch(subject.launch(), subject.architecture, assembler)
     except Exception as error:  # a compiler's failure is one red row, not the end of the table
-        return subject, None, f"{type(error).__name__}: {str(error).splitlines()[-1][:80]}"
-    return subject, made, "; ".join(_faults(subject, made))
+        return subject, label, None, f"{type(error).__name__}: {str(error).splitlines()[-1][:80]}"
+    return subject, label, made, "; ".join(_faults(subject, made))
+
+
+@lru_cache(maxsize=1)
+def assemblers() -> tuple[Assembler, ...]:
+    """Those that code for Hopper may be assembled by, each version once."""
+    own = (tool(str(TOOLS / name), "triton") for name in ("ptxas", "ptxas-blackwell"))
+    return tuple({one.version: one for one in (*own, packaged_assembler()) if one is not None}.values())
 
 
 def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
@@ -159,10 +178,17 @@ def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
         yield "no tensor-core instruction"
     if made.transposes and subject.architecture == 90:
         yield f"{made.transposes} transposes of products"
-    if made.wgmma and subject.capability == PLAIN_HOPPER:
+    if made.wgmma and not _may_have_warp_groups(subject):
         yield f"{made.wgmma} warp-group products"
     if made.instructions < 100:
         yield f"an empty body ({made.instructions} instructions)"
+
+
+def _may_have_warp_groups(subject: Subject) -> bool:
+    """Whether a plan may: those of a Hopper without a sound assembler may not, nor may equal plans of one with it."""
+    key = subject.key
+    plain = TABLE.get(key._replace(capability=PLAIN_HOPPER))
+    return subject.capability != PLAIN_HOPPER and not (key.capability == 90 and TABLE[key] == plain)
 
 
 @triton.jit
@@ -190,27 +216,37 @@ def main() -> int:
     chosen = list(subjects(options.quick))
     console = Console(width=170)
     table = Table(title="Triton kernels, compiled without a device")
-    for column in ("call", "kernel", "sm", "registers", "stack", "shared", "tensor memory", "mma", "seconds", "fault"):
+    for column in (
+        "call",
+        "kernel",
+        "sm",
+        "ptxas",
+        "registers",
+        "stack",
+        "shared",
+        "tensor memory",
+        "mma",
+        "seconds",
+        "fault",
+    ):
         table.add_column(column, justify="left" if column in ("call", "kernel", "fault") else "right")
     faulty = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         done = pool.map(measure, chosen)
-        for subject, made, fault in track(done, "compiling", total=len(chosen), console=console):
+        for subject, ptxas, made, fault in (row for rows in track(done, "compiling", len(chosen)) for row in rows):
             faulty += bool(fault)
             numbers = [""] * 6
             if made is not None:
                 needs = (made.registers, made.stack, made.shared, made.tensor_memory, made.tensor_instructions)
                 numbers = [*(str(n) for n in needs), f"{made.seconds:.1f}"]
-            table.add_row(
-                subject.name,
-                subject.kernel,
-                f"{subject.architecture}{' plain' * (subject.capability < 0)}",
-                *numbers,
-                f"[red]{fault}[/]",
-            )
+            architecture = f"{subject.architecture}{' plain' * (subject.capability < 0)}"
+            table.add_row(subject.name, subject.kernel, architecture, ptxas, *numbers, f"[red]{fault}[/]")
     console.print(table)
     seen = sees_planted_fault()
-    console.print(f"{len(chosen)} kernels, {faulty} faulty; the planted fault was {'seen' if seen else 'NOT seen'}")
+    names = ", ".join(f"{one.source}'s {one.version}" for one in assemblers())
+    console.print(
+        f"{len(chosen)} kernels, those of sm_90 by {names}: {faulty} faulty; the planted fault was {'seen' if seen else 'NOT seen'}"
+    )
     return int(faulty > 0 or not seen)
 
 
