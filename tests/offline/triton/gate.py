@@ -244,9 +244,8 @@ def main() -> int:
     console.print(table)
     seen = sees_planted_fault()
     names = ", ".join(f"{one.source}'s {one.version}" for one in assemblers())
-    console.print(
-        f"{len(chosen)} kernels, those of sm_90 by {names}: {faulty} faulty; the planted fault was {'seen' if seen else 'NOT seen'}"
-    )
+    planted = "seen" if seen else "NOT seen"
+    console.print(f"{len(chosen)} kernels, those of sm_90 by {names}: {faulty} faulty; the planted fault was {planted}")
     return int(faulty > 0 or not seen)
 
 
