@@ -78,7 +78,7 @@ def _convolution_step(dtype: torch.dtype, device: str) -> ConvolutionStepProblem
 
 
 def _norm(dtype: torch.dtype, device: str) -> GatedNormProblem:
-    return GatedNormProblem(device, (dtype, dtype, dtype), 1e-6, True, False)
+    return GatedNormProblem(device, (dtype, dtype, dtype), 1e-6, True, False, 128)
 
 
 FUNCTIONS: tuple[tuple[str, Any, Ask], ...] = (
@@ -91,7 +91,9 @@ FUNCTIONS: tuple[tuple[str, Any, Ask], ...] = (
     ("`sleep_blocks`", BLOCK_BACKENDS, blocks),
 )
 """A public function, its backends, and the question."""
-FORWARD_ONLY = {("`short_convolution_step`", "cpu"), ("`recurrent_step`", "cuda")}
+FORWARD_ONLY = {
+    ("`short_convolution_step`", "cpu"), ("`short_convolution_step`", "triton"), ("`recurrent_step`", "cuda"),
+}  # fmt: skip
 """Calls that a backend does where no gradient is wanted; another one does them where one is."""
 
 

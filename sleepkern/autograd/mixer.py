@@ -19,6 +19,7 @@ from ..backends import torch_mixer
 from ..backends.cpu import mixer as cpu_mixer
 from ..backends.interface import MixerBackend
 from ..backends.torch_common import differentiable
+from ..backends.triton import mixer as triton_mixer
 from ..dispatch import choose_mixer
 from ..eager import refuse_tangents
 from ..problems.mixer import (
@@ -105,11 +106,17 @@ def _torch_form(engine: MixerBackend, *tensors: Tensor | None) -> MixerBackend |
     return None
 
 
+def _kernels(x: Tensor) -> Any:
+    """The backend whose kernels run an operator on the device of x."""
+    return triton_mixer if x.is_cuda or triton_mixer.interprets() else cpu_mixer
+
+
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    check_convolution_operands(x, weight, bias, past, cu_seqlens, silu, cpu_mixer.WIDEST)
-    return cpu_mixer.convolve(x, weight, bias, past, cu_seqlens, silu)
+    kernels = _kernels(x)
+    check_convolution_operands(x, weight, bias, past, cu_seqlens, silu, kernels.WIDEST)
+    return kernels.convolve(x, weight, bias, past, cu_seqlens, silu)  # type: ignore[no-any-return]
 
 
 def _convolve_fake(
@@ -129,8 +136,11 @@ def _convolve_backward(
     dy: Tensor | None,
     dlast: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_convolution_operands(x, weight, bias, past, cu_seqlens, silu, cpu_mixer.WIDEST)
-    return cpu_mixer.convolve_backward(x, weight, bias, past, cu_seqlens, silu, dy, dlast)
+    kernels = _kernels(x)
+    check_convolution_operands(x, weight, bias, past, cu_seqlens, silu, kernels.WIDEST)
+    return kernels.convolve_backward(  # type: ignore[no-any-return]
+        x, weight, bias, past, cu_seqlens, silu, dy, dlast
+    )
 
 
 def _convolve_backward_fake(
@@ -168,7 +178,9 @@ def _differentiate_convolution(ctx: Any, dy: Tensor | None, dlast: Tensor | None
 
 def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool) -> Tensor:
     check_gated_norm_operands(x, gate, weight, eps)
-    return cpu_mixer.gated_norm(x, gate, weight, eps, silu, gate_first)
+    return _kernels(x).gated_norm(  # type: ignore[no-any-return]
+        x, gate, weight, eps, silu, gate_first
+    )
 
 
 def _gated_norm_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -179,7 +191,9 @@ def _gated_norm_backward(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool, gate_first: bool, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_gated_norm_operands(x, gate, weight, eps)
-    return cpu_mixer.gated_norm_backward(x, gate, weight, eps, silu, gate_first, dy)
+    return _kernels(x).gated_norm_backward(  # type: ignore[no-any-return]
+        x, gate, weight, eps, silu, gate_first, dy
+    )
 
 
 def _gated_norm_backward_fake(x: Tensor, gate: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,10 +212,11 @@ def _differentiate_norm(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (*torch.ops.sleepkern.gated_norm_backward.default(*ctx.saved_tensors, *ctx.options, dy), None, None, None)
 
 
-_library.impl("convolve", _convolve, "CPU")
-_library.impl("convolve_backward", _convolve_backward, "CPU")
-_library.impl("gated_norm", _gated_norm, "CPU")
-_library.impl("gated_norm_backward", _gated_norm_backward, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("convolve", _convolve, _key)
+    _library.impl("convolve_backward", _convolve_backward, _key)
+    _library.impl("gated_norm", _gated_norm, _key)
+    _library.impl("gated_norm_backward", _gated_norm_backward, _key)
 torch.library.register_fake("sleepkern::convolve", _convolve_fake, lib=_library)
 torch.library.register_fake("sleepkern::convolve_backward", _convolve_backward_fake, lib=_library)
 torch.library.register_fake("sleepkern::gated_norm", _gated_norm_fake, lib=_library)

@@ -29,12 +29,13 @@ from .cpu import recurrence as cpu
 from .cuda import blocks as cuda_blocks
 from .cuda import recurrence as cuda
 from .interface import BlocksBackend, MixerBackend, RecurrenceBackend
+from .triton import mixer as triton_mixer
 
 BACKENDS: tuple[RecurrenceBackend, ...] = (cuda, cpu, triton, chunked, reference)
 """Best first; `choose` takes the first that does not refuse. Another tuple in this place counts from the next call."""
 BLOCK_BACKENDS: tuple[BlocksBackend, ...] = (cuda_blocks, cpu_blocks, modules)
 """The same for the passes of a stack of blocks (`sleep_blocks`): objects with the words of `BlocksBackend`."""
-MIXER_BACKENDS: tuple[MixerBackend, ...] = (cpu_mixer, torch_mixer)
+MIXER_BACKENDS: tuple[MixerBackend, ...] = (cpu_mixer, triton_mixer, torch_mixer)
 """The same for the short convolution, its step and the gated RMS norm: objects with the words of `MixerBackend`."""
 
 

@@ -44,7 +44,7 @@ def short_convolution(
         past: [n,W-1,D] inputs before the first token of each of the n sequences, default zeros.
         activation: "silu" or None.
         cu_seqlens: [n+1] where packed sequences start and end, with B = 1; default one sequence a row.
-        backend: "cpu" or "torch", default the first of these that can.
+        backend: "cpu", "triton" or "torch", default the first of these that can.
 
     Returns:
         y [B,T,D] in x's type, and the last W - 1 inputs [n,W-1,D], `past` of a call that goes on. Differentiable in
@@ -86,7 +86,7 @@ def short_convolution_step(
         weight: [D,W], the token's own last.
         bias: [D].
         activation: "silu" or None.
-        backend: "cpu" or "torch", default the first of these that can.
+        backend: "cpu", "triton" or "torch", default the first of these that can.
 
     Returns:
         y [B,D] in x's type.
@@ -123,7 +123,7 @@ def gated_rms_norm(
         eps: added to the mean of squares.
         activation: of the gate, "silu" or "sigmoid".
         gate_first: whether the gate is applied before the norm.
-        backend: "cpu" or "torch", default the first of these that can.
+        backend: "cpu", "triton" or "torch", default the first of these that can.
 
     Returns:
         The same shape, in x's type. Differentiable in x, gate and weight.

@@ -58,6 +58,7 @@ class GatedNormProblem(NamedTuple):
     eps         the number that is added to the mean of squares
     silu        whether the gate passes silu, else sigmoid
     gate_first  whether the gate is applied before the norm
+    V           the number of elements that share a norm
     """
 
     device: str
@@ -65,6 +66,7 @@ class GatedNormProblem(NamedTuple):
     eps: float
     silu: bool
     gate_first: bool
+    V: int
 
 
 MixerProblem = ConvolutionProblem | ConvolutionStepProblem | GatedNormProblem
@@ -180,7 +182,7 @@ def check_gated_norm(
     if untraced(x, gate, weight):
         check_memory(("x", "gate", "weight"), (x, gate, weight))
     eps = check_gated_norm_sizes(x, gate, weight, eps, activation, gate_first)
-    return GatedNormProblem(x.device.type, _types(x, gate, weight), eps, activation == "silu", gate_first)
+    return GatedNormProblem(x.device.type, _types(x, gate, weight), eps, activation == "silu", gate_first, x.shape[-1])
 
 
 def check_gated_norm_sizes(

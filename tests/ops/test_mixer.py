@@ -319,7 +319,7 @@ def test_a_backend_by_name() -> None:
     for call in calls:
         assert torch.equal(call(None), call("cpu"))
         assert relative_error(call("torch"), call("cpu")) < SAME_SUMS
-        with pytest.raises(ValueError, match="^backend: got 'typo'; expected one of cpu, torch"):
+        with pytest.raises(ValueError, match="^backend: got 'typo'; expected one of cpu, triton, torch"):
             call("typo")
     for name, call in {
         "no kernel for torch.float64": lambda: gated_rms_norm(x.double(), x.double(), weight[:, 0], backend="cpu"),
