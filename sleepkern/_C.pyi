@@ -67,7 +67,18 @@ class Layer:
     def __init__(self) -> None: ...
     def copy(self) -> Layer: ...
 
-def ordinary(grad: bool, q: object, k: object, v: object, g: object, beta: object, state: object, /) -> bool: ...
+def ordinary(
+    grad: bool,
+    q: object,
+    k: object,
+    v: object,
+    g: object,
+    beta: object,
+    state: object,
+    A_log: object = None,
+    dt_bias: object = None,
+    /,
+) -> bool: ...
 def try_fast_path(
     gate: int,
     delta: bool,
@@ -81,10 +92,15 @@ def try_fast_path(
     state: object,
     o: object,
     final_state: object,
+    A_log: object = None,
+    dt_bias: object = None,
+    raw_decay: object = False,
+    lower_bound: object = 0.0,
+    beta_scale: object = 0.0,
     /,
 ) -> bool: ...
 def use_exchange_api(capsule: Any) -> bool: ...
-def use_tensor_class(type: type) -> bool: ...
+def use_tensor_class(type: type, parameter: type) -> bool: ...
 def forward(
     *,
     gate: int,
@@ -135,6 +151,68 @@ def backward(
     dg: int,
     dbeta: int,
     dstate: int,
+) -> None: ...
+def forward_of_raw(
+    *,
+    gate: int,
+    delta: bool,
+    normalize: bool,
+    scale: float,
+    sequences: int,
+    T: int,
+    H: int,
+    HV: int,
+    K: int,
+    V: int,
+    offsets: int,
+    q: _Rows,
+    k: _Rows,
+    v: _Rows,
+    g: _Rows,
+    beta: _Rows,
+    state: int,
+    raw_decay: bool,
+    lower_bound: float,
+    beta_scale: float,
+    A_log: _Array,
+    dt_bias: _Array,
+    o: int,
+    final_state: int,
+) -> None: ...
+def backward_of_raw(
+    *,
+    gate: int,
+    delta: bool,
+    normalize: bool,
+    scale: float,
+    sequences: int,
+    T: int,
+    H: int,
+    HV: int,
+    K: int,
+    V: int,
+    offsets: int,
+    q: _Rows,
+    k: _Rows,
+    v: _Rows,
+    g: _Rows,
+    beta: _Rows,
+    state: int,
+    raw_decay: bool,
+    lower_bound: float,
+    beta_scale: float,
+    A_log: _Array,
+    dt_bias: _Array,
+    do: _Rows,
+    dfinal: int,
+    dq: int,
+    dk: int,
+    key_type: int,
+    dv: int,
+    dg: int,
+    dbeta: int,
+    dstate: int,
+    gate_sums: int,
 ) -> None: ...
 def replay(
     *,

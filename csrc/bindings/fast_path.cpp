@@ -54,7 +54,7 @@ struct Range {
 bool apart(const PlainCall& c, const Problem& p) {
   if (p.state != p.final_state) return true;
   const Range written(*c.final_state);
-  for (const Tensor* t : {c.q, c.k, c.v, c.g, c.beta}) {
+  for (const Tensor* t : {c.q, c.k, c.v, c.g, c.beta, c.raw.A_log, c.raw.dt_bias}) {
     if (t && written.meets(Range(*t))) return false;
   }
   return true;
@@ -112,13 +112,31 @@ bool states(const Tensor& t, const Problem& p, float*& data) {
          dense(t, 0);
 }
 
+// Reads a contiguous tensor of `size` elements, [size] or [rows, size / rows]; absent where there is none.
+bool parameter(const Tensor* t, int64_t size, int64_t rows, Array& out) {
+  if (!t) return true;
+  if (!type_of(*t, out.type) || !dense(*t, 0) || !has_memory(*t)) return false;
+  out.data = address(*t);
+  return has_shape(*t, {size}) || (rows != size && has_shape(*t, {rows, size / rows}));
+}
+
+bool raw_gates(const PlainCall& c, Problem& p) {
+  const int64_t channels = p.gate == Gate::channel ? p.K : 1;
+  p.raw_decay = c.raw.raw_decay;
+  p.lower_bound = static_cast<float>(c.raw.lower_bound);
+  p.beta_scale = static_cast<float>(c.raw.beta_scale);
+  if ((p.beta_scale != 0 && !c.beta) || (p.raw_decay && p.gate == Gate::none)) return false;
+  return parameter(c.raw.A_log, p.HV, p.HV, p.A_log) && parameter(c.raw.dt_bias, p.HV * channels, p.HV, p.dt_bias);
+}
+
 bool gates(const PlainCall& c, Problem& p) {
   if ((c.g == nullptr) != (p.gate == Gate::none) || (p.delta && !c.beta)) return false;
   const int64_t B = p.sequences, T = p.T;
   if (c.g) {
     const bool channel = p.gate == Gate::channel;
     if (!(channel ? has_shape(*c.g, {B, T, p.HV, p.K}) : has_shape(*c.g, {B, T, p.HV}))) return false;
-    if (!rows(*c.g, p.g) || any_positive(p.g, B * T, channel ? p.HV * p.K : p.HV)) return false;
+    if (!rows(*c.g, p.g)) return false;
+    if (!c.raw.raw_decay && any_positive(p.g, B * T, channel ? p.HV * p.K : p.HV)) return false;
   }
   return !c.beta || (has_shape(*c.beta, {B, T, p.HV}) && rows(*c.beta, p.beta));
 }
@@ -144,7 +162,7 @@ bool is_plain(const PlainCall& c, Problem& p) {
   p.scale = static_cast<float>(std::isnan(c.scale) ? 1 / std::sqrt(static_cast<double>(p.K)) : c.scale);
   if (!has_shape(*c.q, {p.sequences, p.T, p.H, p.K}) || !has_shape(*c.v, {p.sequences, p.T, p.HV, p.V})) return false;
   if (!rows(*c.q, p.q) || !rows(*c.k, p.k) || !rows(*c.v, p.v)) return false;
-  if (p.q.type != p.k.type || p.v.type != p.k.type || !gates(c, p)) return false;
+  if (p.q.type != p.k.type || p.v.type != p.k.type || !gates(c, p) || !raw_gates(c, p)) return false;
   float* state = nullptr;
   if (c.state && !states(*c.state, p, state)) return false;
   p.state = state;

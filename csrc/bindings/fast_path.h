@@ -6,12 +6,20 @@
 
 namespace sleepkern {
 
+// Gates that the kernel makes of raw g and beta (RawGates in common/recurrence.h); the tensors may be nullptr.
+struct PlainGates {
+  bool raw_decay;
+  double lower_bound, beta_scale;
+  const dlpack::Tensor *A_log, *dt_bias;
+};
+
 // The tensors of a call, nullptr where absent; results are written to o and final_state.
 struct PlainCall {
   Gate gate;
   bool delta, normalize;
   double scale;  // NaN for K^-0.5
   const dlpack::Tensor *q, *k, *v, *g, *beta, *state, *o, *final_state;
+  PlainGates raw;
 };
 
 // Whether every check of sleepkern/problems/recurrence.py would accept the call, and the CPU kernels can read its

@@ -15,6 +15,8 @@ namespace {
 
 struct BackwardCall : Problem, Gradients {};
 struct ReplayCall : Problem, Replay {};
+struct RawForwardCall : Problem {};
+struct RawBackwardCall : BackwardCall {};
 
 template <class Call>
 std::vector<Field<Call>> problem_fields() {
@@ -37,7 +39,27 @@ std::vector<Field<Call>> problem_fields() {
           field<Call, &Problem::state>("state")};
 }
 
-// The checks of all three entry points. Outputs are wanted if q is given.
+template <class Call>
+std::vector<Field<Call>> raw_gate_fields() {
+  return {field<Call, &RawGates::raw_decay>("raw_decay"), field<Call, &RawGates::lower_bound>("lower_bound"),
+          field<Call, &RawGates::beta_scale>("beta_scale"), field<Call, &RawGates::A_log>("A_log"),
+          field<Call, &RawGates::dt_bias>("dt_bias")};
+}
+
+template <class Call>
+std::vector<Field<Call>> gradient_fields() {
+  return {field<Call, &Gradients::dout>("do"),
+          field<Call, &Gradients::dfinal>("dfinal"),
+          field<Call, &Gradients::dq>("dq"),
+          field<Call, &Gradients::dk>("dk"),
+          field<Call, &Gradients::key_type>("key_type"),
+          field<Call, &Gradients::dv>("dv"),
+          field<Call, &Gradients::dg>("dg"),
+          field<Call, &Gradients::dbeta>("dbeta"),
+          field<Call, &Gradients::dstate>("dstate")};
+}
+
+// The checks of all entry points. Outputs are wanted if q is given.
 void complete(Problem& problem) {
   problem.want_output = problem.q.data != nullptr;
   check(problem);
@@ -65,6 +87,29 @@ void run_backward(BackwardCall& call) {
   }
   py::gil_scoped_release unlocked;
   backward(call, call);
+}
+
+void check(const RawGates& gates, const Problem& p) {
+  check_given("beta", p.beta.data, gates.beta_scale != 0 && p.first(p.sequences) > 0);
+  if (!(gates.lower_bound <= 0)) refuse("lower_bound", std::to_string(gates.lower_bound), "at most 0");
+  if (gates.raw_decay && p.gate == Gate::none) refuse("raw_decay", "True", "False for a rule without decay");
+}
+
+void run_forward_of_raw(RawForwardCall& call) {
+  check(call, call);
+  run_forward(call);
+}
+
+// Adds the sequences' gradients of A_log and dt_bias to those of the first one, in order.
+void run_backward_of_raw(RawBackwardCall& call) {
+  check(call, call);
+  check_given("gate_sums", call.gate_sums, call.raw_decay && call.sequences > 0);
+  run_backward(call);
+  if (!call.gate_sums) return;
+  const int64_t size = call.HV * (1 + (call.gate == Gate::channel ? call.K : 1));
+  for (int64_t n = 1; n < call.sequences; ++n) {
+    for (int64_t i = 0; i < size; ++i) call.gate_sums[i] += call.gate_sums[n * size + i];
+  }
 }
 
 void check(const Problem& p, const Replay& r) {
@@ -99,13 +144,20 @@ void bind_recurrence(py::module_& m) {
   NamedFunction<Problem, run_forward>::bind(m, "forward", std::move(forward_fields));
 
   auto backward_fields = problem_fields<BackwardCall>();
-  append(backward_fields,
-         {field<BackwardCall, &Gradients::dout>("do"), field<BackwardCall, &Gradients::dfinal>("dfinal"),
-          field<BackwardCall, &Gradients::dq>("dq"), field<BackwardCall, &Gradients::dk>("dk"),
-          field<BackwardCall, &Gradients::key_type>("key_type"), field<BackwardCall, &Gradients::dv>("dv"),
-          field<BackwardCall, &Gradients::dg>("dg"), field<BackwardCall, &Gradients::dbeta>("dbeta"),
-          field<BackwardCall, &Gradients::dstate>("dstate")});
+  append(backward_fields, gradient_fields<BackwardCall>());
   NamedFunction<BackwardCall, run_backward>::bind(m, "backward", std::move(backward_fields));
+
+  auto raw_fields = problem_fields<RawForwardCall>();
+  append(raw_fields, raw_gate_fields<RawForwardCall>());
+  append(raw_fields,
+         {field<RawForwardCall, &Problem::o>("o"), field<RawForwardCall, &Problem::final_state>("final_state")});
+  NamedFunction<RawForwardCall, run_forward_of_raw>::bind(m, "forward_of_raw", std::move(raw_fields));
+
+  auto raw_backward_fields = problem_fields<RawBackwardCall>();
+  append(raw_backward_fields, raw_gate_fields<RawBackwardCall>());
+  append(raw_backward_fields, gradient_fields<RawBackwardCall>());
+  append(raw_backward_fields, {field<RawBackwardCall, &Gradients::gate_sums>("gate_sums")});
+  NamedFunction<RawBackwardCall, run_backward_of_raw>::bind(m, "backward_of_raw", std::move(raw_backward_fields));
 
   auto replay_fields = problem_fields<ReplayCall>();
   append(replay_fields,

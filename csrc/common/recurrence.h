@@ -7,7 +7,16 @@
 
 namespace sleepkern {
 
-struct Problem {
+// How g and beta are made where the caller gives raw projections of them. backends/torch_gates.py has the formulas.
+struct RawGates {
+  bool raw_decay;     // whether g is raw
+  float lower_bound;  // of the log decay, below 0; 0 for softplus, which has none
+  float beta_scale;   // factor of the sigmoid of a raw beta; 0 where beta is not raw
+  Array A_log;        // [HV], absent means 0
+  Array dt_bias;      // [HV] or [HV, K], absent means 0
+};
+
+struct Problem : RawGates {
   Gate gate;
   bool delta;
   bool normalize;
@@ -17,7 +26,7 @@ struct Problem {
   const int64_t* offsets;  // [sequences + 1] token offsets when packed, else nullptr: sequence n starts at n * T
   Rows q, k;               // [tokens, H, K]; q only with want_output
   Rows v;                  // [tokens, HV, V]
-  Rows g;                  // [tokens, HV] or [tokens, HV, K] log decay, absent without gate
+  Rows g;                  // [tokens, HV] or [tokens, HV, K] log decay, raw with raw_decay, absent without gate
   Rows beta;               // [tokens, HV], absent means 1
   const float* state;      // [sequences, HV, K, V], nullptr means 0; may be final_state itself
   void* o;                 // [tokens, HV, V] in v's type
@@ -55,6 +64,8 @@ struct Gradients {
   void* dv;             // [tokens, HV, V] in v's type
   void *dg, *dbeta;     // like g and beta, in their types; absent where those are
   float* dstate;        // [sequences, HV, K, V], nullptr when not wanted
+  double* gate_sums;    // [sequences, HV, 1 + 1] or [sequences, HV, 1 + K]: the gradients of A_log and of dt_bias are
+                        // added; only with raw_decay
 };
 
 }  // namespace sleepkern

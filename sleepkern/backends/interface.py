@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from ..problems.blocks import BlockProblem, Slept
+from ..problems.gates import RawGates
 from ..problems.mixer import MixerProblem
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors
 from ..rules import Rule
@@ -63,6 +64,25 @@ class StepsInPool(Protocol):
 
     def step_in_pool(self, problem: Problem, x: Tensors, indices: Tensor, /) -> Tensor:
         """Outputs of a few tokens; x.state is the pool [n,HV,K,V], and row b updates x.state[indices[b]]."""
+
+
+@runtime_checkable
+class MakesGates(Protocol):
+    """A backend whose kernels make the gates of raw projections; for any other, torch makes them before the call."""
+
+    def why_not_gates(self, problem: Problem, /) -> str | None:
+        """None, or the sentence why its kernels take made gates for this problem."""
+
+    def forward_of_raw(self, problem: Problem, x: Tensors, gates: RawGates, /) -> RecurrenceResult:
+        """The same as `forward`, x.g and x.beta raw as `gates` says."""
+
+    def backward_of_raw(
+        self, problem: Problem, x: Tensors, gates: RawGates, do: Tensor | None, dstate: Tensor | None, /
+    ) -> list[Tensor | None]:
+        """Gradients of q, k, v, g, beta, the initial state, A_log and dt_bias."""
+
+    def step_of_raw(self, problem: Problem, x: Tensors, gates: RawGates, /) -> Tensor:
+        """The same as `step`, x.g and x.beta raw as `gates` says."""
 
 
 @runtime_checkable

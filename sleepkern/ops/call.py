@@ -149,7 +149,7 @@ def one_pass(
     if type(output_final_state) is not bool:
         check_flag("output_final_state", output_final_state)
     gates = raw_gates(options)
-    plain = None if gates is not None else fast_path.forward(rule, x, scale, normalize, backend)
+    plain = fast_path.forward(rule, x, scale, normalize, backend, gates)
     if plain is not None:
         o, state = plain
         return o, state if output_final_state else None

@@ -82,8 +82,8 @@ def recurrent_step(
     if type(rule) is not Rule:
         rule = rule_named(rule)
     gates = raw_gates((use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound))
-    if inplace is True and state_indices is None and gates is None:
-        plain = fast_path.step(rule, q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel, backend)
+    if inplace is True and state_indices is None:
+        plain = fast_path.step(rule, q, k, v, g, beta, state, scale, use_qk_l2norm_in_kernel, backend, gates)
         if plain is not None:
             return plain, state
     x = Tensors(q, k, v, g, beta, state, None)
@@ -93,9 +93,12 @@ def recurrent_step(
     x = cast(x)
     check_dense("state", state)
     problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
-    if gates is not None:
-        x = gated.made(problem, x, gates)
     engine = engine_for(problem, x, backend)
+    if gates is not None:
+        o = gated.step(problem, engine, x, gates) if inplace else None
+        if o is not None:
+            return o, state
+        x = gated.made(problem, x, gates)
     if inplace and not (autograd.wants_grad(x) or transforms.active()):
         return autograd.step(problem, engine, x), state
     if inplace:  # what is saved for the gradient must not be the buffer that is about to be overwritten

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .. import backends, settings
 from ..addresses import mark_written
@@ -22,10 +23,16 @@ from ..backends.native.module import _C, GATE_CODES
 from ..eager import any_autocast as _autocast
 from ..eager import dispatch_modes as _modes
 from ..eager import transform_stack as _transforms
+from ..problems.gates import RawGates
 from ..rules import RULES, Rule
 
 _api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-_usable = _C is not None and _api is not None and bool(_C.use_exchange_api(_api)) and bool(_C.use_tensor_class(Tensor))
+_usable = (
+    _C is not None
+    and _api is not None
+    and bool(_C.use_exchange_api(_api))
+    and bool(_C.use_tensor_class(Tensor, Parameter))
+)
 # These are names of this module because each dot on the way to a function costs half of what the function does.
 _compiling = torch.compiler.is_compiling
 _grad = torch.is_grad_enabled
@@ -40,11 +47,16 @@ _names: tuple[str | None, ...] = ()
 
 
 def forward(
-    rule: Rule, x: tuple[Tensor | None, ...], scale: float | None, normalize: bool, backend: str | None
+    rule: Rule,
+    x: tuple[Tensor | None, ...],
+    scale: float | None,
+    normalize: bool,
+    backend: str | None,
+    gates: RawGates | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Return (o, final state) of a plain call, None for any other. x: the fields of Tensors."""
     q, k, v, g, beta, state, cu_seqlens = x
-    if cu_seqlens is not None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
+    if cu_seqlens is not None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend, gates):
         return None
     assert k is not None and v is not None
     try:
@@ -54,7 +66,7 @@ def forward(
         final = v.new_empty((B, HV, K, V), dtype=torch.float32)
     except (ValueError, RuntimeError):  # of other dimensions; of a layout or type that has no such thing
         return None
-    return (o, final) if _run(rule, scale, normalize, q, k, v, g, beta, state, o, final) else None
+    return (o, final) if _run(rule, scale, normalize, gates, q, k, v, g, beta, state, o, final) else None
 
 
 def step(
@@ -68,9 +80,10 @@ def step(
     scale: float | None,
     normalize: bool,
     backend: str | None,
+    gates: RawGates | None = None,
 ) -> Tensor | None:
     """Return o of a plain call that updates `state` in place, None for any other."""
-    if state is None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend):
+    if state is None or not _open(rule, q, k, v, g, beta, state, scale, normalize, backend, gates):
         return None
     if not state.is_contiguous() or (state.is_inference() and not _inference()):
         return None
@@ -78,7 +91,7 @@ def step(
         o = _empty_like(v, memory_format=torch.contiguous_format)
     except RuntimeError:
         return None
-    if not _run(rule, scale, normalize, q, k, v, g, beta, state, o, state):
+    if not _run(rule, scale, normalize, gates, q, k, v, g, beta, state, o, state):
         return None
     mark_written(state)
     return o
@@ -95,6 +108,7 @@ def _open(
     scale: float | None,
     normalize: bool,
     backend: str | None,
+    gates: RawGates | None,
 ) -> bool:
     if not _usable or settings.DEBUG or id(rule) not in _RULES:
         return False
@@ -112,7 +126,9 @@ def _open(
         or forward_ad._current_level >= 0
     ):
         return False
-    return _C.ordinary(_grad(), q, k, v, g, beta, state)
+    if gates is None:
+        return _C.ordinary(_grad(), q, k, v, g, beta, state)
+    return _C.ordinary(_grad(), q, k, v, g, beta, state, gates.A_log, gates.dt_bias)
 
 
 def _read_order() -> bool:
@@ -137,10 +153,14 @@ def _never_on_the_cpu(backend: RecurrenceBackend) -> bool:
     return isinstance(backend, NamesDevices) and backend.why_not_on("cpu") is not None
 
 
-def _run(rule: Rule, scale: float | None, normalize: bool, *tensors: Tensor | None) -> bool:
+def _run(rule: Rule, scale: float | None, normalize: bool, gates: RawGates | None, *tensors: Tensor | None) -> bool:
     """tensors: q, k, v, g, beta, state, o, final state."""
     unscaled = math.nan if scale is None else scale
-    return _C.try_fast_path(GATE_CODES[rule.gate], rule.delta, normalize, unscaled, *tensors)
+    if gates is None:
+        return _C.try_fast_path(GATE_CODES[rule.gate], rule.delta, normalize, unscaled, *tensors)
+    A_log, dt_bias, lower_bound, decay, beta_scale = gates
+    given = (*tensors, A_log, dt_bias, decay, lower_bound or 0.0, beta_scale)
+    return _C.try_fast_path(GATE_CODES[rule.gate], rule.delta, normalize, unscaled, *given)
 
 
 _read_order()  # compiled graphs guard on the values they find here

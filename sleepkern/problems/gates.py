@@ -46,14 +46,14 @@ def read_gates(options: GateOptions) -> RawGates | None:
         ValueError: options that do not belong together.
     """
     use_gate, A_log, dt_bias, use_sigmoid, doubled, lower_bound = options
-    check_flag("use_gate_in_kernel", use_gate)
-    check_flag("use_beta_sigmoid_in_kernel", use_sigmoid)
-    check_flag("allow_neg_eigval", doubled)
+    if not type(use_gate) is type(use_sigmoid) is type(doubled) is bool:
+        check_flag("use_gate_in_kernel", use_gate)
+        check_flag("use_beta_sigmoid_in_kernel", use_sigmoid)
+        check_flag("allow_neg_eigval", doubled)
     if doubled and not use_sigmoid:
         raise ValueError("allow_neg_eigval: got True; expected use_beta_sigmoid_in_kernel=True beside it")
-    for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
-        if value is not None and not use_gate:
-            raise ValueError(f"{name}: got {type(value).__name__}; expected use_gate_in_kernel=True beside it, or None")
+    if not use_gate:
+        _refuse_given(A_log=A_log, dt_bias=dt_bias, lower_bound=lower_bound)
     if lower_bound is not None and (lower_bound := finite("lower_bound", lower_bound)) >= 0:
         raise ValueError(f"lower_bound: got {lower_bound}; expected a log decay below 0")
     if use_gate and A_log is None and lower_bound is None:
@@ -61,6 +61,12 @@ def read_gates(options: GateOptions) -> RawGates | None:
     if not use_gate and not use_sigmoid:
         return None
     return RawGates(A_log, dt_bias, lower_bound, use_gate, (2.0 if doubled else 1.0) if use_sigmoid else 0.0)
+
+
+def _refuse_given(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {type(value).__name__}; expected use_gate_in_kernel=True beside it, or None")
 
 
 def check_gates(problem: Problem, x: Tensors, gates: RawGates) -> None:

@@ -74,6 +74,8 @@ SLEEPKERN_STAGE void backward_head(const Problem& problem, Workspace& work, Back
   const int64_t bytes = work.state_size * sizeof(float);
   Problem without_outputs = problem;
   without_outputs.want_output = false;
+  const int64_t channels = problem.gate == Gate::channel ? problem.K : 1;
+  grads.gate_sums = out.gate_sums ? out.gate_sums + bh * (1 + channels) : nullptr;
   load_state(work, problem.state, bh, work.state);
   for (int64_t first = tokens.begin, s = 0; s + 1 < segments; first += CHUNK) {
     if ((first - tokens.begin) % length == 0)

@@ -50,6 +50,7 @@ struct BackwardBuffers {
   float *gate_lanes, *write_lanes;  // head decay: terms of dg that are summed from a token on, and up to it
   float* pair_lanes;                // head decay: the term of dg from pairs of an earlier and a later token
   float* row;                       // one token's gradient
+  double* gate_sums;                // of the current head: the gradients of A_log and dt_bias (Gradients::gate_sums)
 };
 
 static void lay_out(BackwardBuffers& grads, const Problem& problem, const Workspace& work, int64_t longest,

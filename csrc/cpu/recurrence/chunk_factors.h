@@ -15,6 +15,7 @@
 #include "cpu/recurrence/buffers.h"
 #include "cpu/recurrence/chunk_factors_channel.h"
 #include "cpu/recurrence/pack_tokens.h"
+#include "cpu/recurrence/raw_gates.h"
 #include "cpu/recurrence/rounding.h"
 #include "cpu/simd/bf16.h"
 #include "cpu/simd/vec.h"
@@ -25,16 +26,19 @@ namespace {
 SLEEPKERN_STAGE void load_gates(const Chunk& chunk, Workspace& work) {
   const Problem& problem = chunk.problem;
   const bool head_decay = problem.gate == Gate::head;
-  double G = 0;
+  alignas(64) float g[CHUNK] = {};
   for (int64_t t = 0; t < CHUNK; ++t) {
     const bool live = t < chunk.count;
     work.beta[t] = !live               ? 0.0f
                    : problem.beta.data ? load_scalar(chunk.row(problem.beta, t, chunk.head), problem.beta.type, 0)
                                        : 1.0f;
-    if (live && head_decay) {
-      const float g = load_scalar(chunk.row(problem.g, t, chunk.head), problem.g.type, 0);
-      G += g < MIN_LOG_DECAY ? MIN_LOG_DECAY : g;
-    }
+    if (live && head_decay) g[t] = load_scalar(chunk.row(problem.g, t, chunk.head), problem.g.type, 0);
+  }
+  if (problem.beta_scale != 0) make_betas(chunk, work.beta);
+  if (problem.raw_decay && head_decay) make_head_decays(chunk, g);
+  double G = 0;
+  for (int64_t t = 0; t < CHUNK; ++t) {
+    G += g[t] < MIN_LOG_DECAY ? MIN_LOG_DECAY : g[t];
     work.log_decay[t] = G;
   }
   for (int64_t t = 0; t < CHUNK; t += LANES) {

@@ -16,6 +16,7 @@
 #include "cpu/gemm/microkernel.h"
 #include "cpu/recurrence/buffers.h"
 #include "cpu/recurrence/pack_tokens.h"
+#include "cpu/recurrence/raw_gates.h"
 #include "cpu/simd/vec.h"
 
 namespace sleepkern::SLEEPKERN_ISA {
@@ -49,10 +50,15 @@ static void pack_decayed(const Workspace& work, const float* rows, int64_t end, 
 }
 
 static void load_channel_rows(const Chunk& chunk, Workspace& work) {
+  const bool raw = chunk.problem.raw_decay;
+  const DecayGate gate(chunk.problem, chunk.head);
+  alignas(64) float bias[HEAD_LIMIT];
+  if (raw) load_channel_bias(chunk.problem, chunk.head, bias);
   for (int64_t t = 0; t < CHUNK; ++t) {
     float* g = work.gates + t * work.row_size;
     for (int64_t d = 0; d < work.row_size; d += LANES) store(g + d, Vec{});
     if (t < chunk.count) load_row(chunk.row(chunk.problem.g, t, chunk.head * work.K), chunk.problem.g.type, work.K, g);
+    if (t < chunk.count && raw) make_channel_decays(gate, work.K, bias, g);
     if (t < chunk.count) clear_beyond(g, work.K);
     for (int64_t d = 0; d < work.row_size; d += LANES) store(g + d, exp_nonpositive(load(g + d)));
     work.k_norm[t] = load_token(chunk, work, chunk.problem.k, t, work.k_rows + t * work.row_size);

@@ -11,6 +11,7 @@
 #include "common/recurrence.h"
 #include "cpu/recurrence/buffers.h"
 #include "cpu/recurrence/pack_tokens.h"
+#include "cpu/recurrence/raw_gates.h"
 #include "cpu/simd/vec.h"
 
 namespace sleepkern::SLEEPKERN_ISA {
@@ -123,8 +124,9 @@ SLEEPKERN_STAGE void decode_token(const Chunk& chunk, Workspace& work, int64_t t
   std::memset(decay, 0, work.row_size * sizeof(float));
   if (problem.gate == Gate::channel)
     load_row(chunk.row(problem.g, t, chunk.head * problem.K), problem.g.type, problem.K, decay);
-  const float g =
-      problem.gate == Gate::head ? load_scalar(chunk.row(problem.g, t, chunk.head), problem.g.type, 0) : 0.0f;
+  float g = problem.gate == Gate::head ? load_scalar(chunk.row(problem.g, t, chunk.head), problem.g.type, 0) : 0.0f;
+  float b = problem.beta.data ? load_scalar(chunk.row(problem.beta, t, chunk.head), problem.beta.type, 0) : 1.0f;
+  if (problem.raw_decay || problem.beta_scale != 0) make_token_gates(problem, chunk.head, g, decay, b);
   Vec qk{};
   float *decayed_k = work.keys, *decayed_q = work.q_panels;
   for (int64_t d = 0; d < problem.K; d += LANES) {
@@ -135,7 +137,6 @@ SLEEPKERN_STAGE void decode_token(const Chunk& chunk, Workspace& work, int64_t t
     qk += load(k + d) * load(q + d);
   }
   load_row(chunk.row(problem.v, t, chunk.head * problem.V), problem.v.type, problem.V, v);
-  const float b = problem.beta.data ? load_scalar(chunk.row(problem.beta, t, chunk.head), problem.beta.type, 0) : 1.0f;
   decode_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, problem, state, v, work.gram_kk, work.gram_qk,
                  work.k_tails);
   if (problem.want_output)

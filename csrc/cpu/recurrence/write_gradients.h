@@ -8,6 +8,7 @@
 #include "cpu/recurrence/backward_buffers.h"
 #include "cpu/recurrence/buffers.h"
 #include "cpu/recurrence/pack_tokens.h"
+#include "cpu/recurrence/raw_gates.h"
 #include "cpu/simd/vec.h"
 
 namespace sleepkern::SLEEPKERN_ISA {
@@ -84,12 +85,41 @@ static void store_scalar(float x, Type type, int64_t i, void* to) {
   store_row(lanes, type, 1, static_cast<char*>(to) + i * (type == Type::float32 ? 4 : 2));
 }
 
+// Stores one gradient a token of a chunk's head, [tokens, HV].
+static void store_scalars(const Chunk& chunk, const float* x, Type type, void* to) {
+  for (int64_t t = 0; t < chunk.count; ++t)
+    store_scalar(x[t], type, (chunk.first + t) * chunk.problem.HV + chunk.head, to);
+}
+
+static void write_channel_gate_gradients(const Chunk& chunk, const Workspace& work, const BackwardBuffers& grads,
+                                         const Gradients& out) {
+  const Problem& problem = chunk.problem;
+  const int64_t size = problem.g.type == Type::float32 ? 4 : 2;
+  const DecayGate gate(problem, chunk.head);
+  alignas(64) float bias[HEAD_LIMIT], of_bias[HEAD_LIMIT] = {};
+  Vec of_rate{};
+  if (problem.raw_decay) load_channel_bias(problem, chunk.head, bias);
+  for (int64_t t = 0; t < chunk.count; ++t) {
+    for (int64_t d = 0; d < work.K_rows; d += LANES) {
+      store(grads.row + d, load(grads.dgates + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL));
+    }
+    if (problem.raw_decay) of_rate += channel_gradients_to_raw(chunk, gate, bias, t, grads.row, of_bias);
+    char* row = static_cast<char*>(out.dg) + ((chunk.first + t) * problem.HV + chunk.head) * problem.K * size;
+    store_row(grads.row, problem.g.type, problem.K, row);
+  }
+  if (!problem.raw_decay) return;
+  grads.gate_sums[0] += sum(of_rate);
+  for (int64_t d = 0; d < problem.K; ++d) grads.gate_sums[1 + d] += of_bias[d];
+}
+
 SLEEPKERN_STAGE void write_gate_gradients(const Chunk& chunk, const Workspace& work, const BackwardBuffers& grads,
                                           const Gradients& out) {
   const Problem& problem = chunk.problem;
-  for (int64_t t = 0; out.dbeta && t < chunk.count; ++t) {
-    store_scalar(sum(load(grads.beta_lanes + t * LANES)), problem.beta.type,
-                 (chunk.first + t) * problem.HV + chunk.head, out.dbeta);
+  alignas(64) float scalars[CHUNK] = {};
+  if (out.dbeta) {
+    for (int64_t t = 0; t < chunk.count; ++t) scalars[t] = sum(load(grads.beta_lanes + t * LANES));
+    if (problem.beta_scale != 0) beta_gradients_to_raw(chunk, scalars);
+    store_scalars(chunk, scalars, problem.beta.type, out.dbeta);
   }
   if (problem.gate == Gate::head) {
     double before = 0, after = 0, local[CHUNK];
@@ -101,20 +131,12 @@ SLEEPKERN_STAGE void write_gate_gradients(const Chunk& chunk, const Workspace& w
     }
     for (int64_t t = chunk.count - 1; t >= 0; --t) {
       after += sum(load(grads.gate_lanes + t * LANES));
-      store_scalar(static_cast<float>(local[t] + after), problem.g.type, (chunk.first + t) * problem.HV + chunk.head,
-                   out.dg);
+      scalars[t] = static_cast<float>(local[t] + after);
     }
+    if (problem.raw_decay) head_gradients_to_raw(chunk, scalars, grads.gate_sums);
+    store_scalars(chunk, scalars, problem.g.type, out.dg);
   }
-  if (problem.gate == Gate::channel) {
-    const int64_t size = problem.g.type == Type::float32 ? 4 : 2;
-    for (int64_t t = 0; t < chunk.count; ++t) {
-      for (int64_t d = 0; d < work.K_rows; d += LANES) {
-        store(grads.row + d, load(grads.dgates + d / PANEL * CHUNK * PANEL + t * PANEL + d % PANEL));
-      }
-      char* row = static_cast<char*>(out.dg) + ((chunk.first + t) * problem.HV + chunk.head) * problem.K * size;
-      store_row(grads.row, problem.g.type, problem.K, row);
-    }
-  }
+  if (problem.gate == Gate::channel) write_channel_gate_gradients(chunk, work, grads, out);
 }
 
 }  // namespace

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from ...problems.gates import RawGates
 from ...problems.recurrence import Problem, RecurrenceResult, Tensors
 from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
 from ..interface import REPLAY
 from ..native.module import _C, GATE_CODES, MISSING, TYPE_CODES
-from ..native.views import ABSENT, Rows, address, rows
+from ..native.views import ABSENT, Array, Rows, address, array, rows
 from ..replay import backward as replay_backward
 from ..replay import costs
 from ..replay.methods import affine, closed, repeat, window_decay
@@ -124,15 +125,44 @@ def _state_after(problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
     return _one_pass(problem, x, state, False)[1]
 
 
-def step(problem: Problem, x: Tensors) -> Tensor:
+def step(problem: Problem, x: Tensors, gates: RawGates | None = None) -> Tensor:
     """Compute the outputs [B,T,HV,V]; the state is updated in place, also where it is not contiguous."""
     assert x.state is not None
     state = x.state.contiguous()
-    o, _ = _one_pass(problem, x, state, True, final=state)
+    o, _ = _one_pass(problem, x, state, True, final=state, gates=gates)
     assert o is not None
     if state is not x.state:
         x.state.copy_(state)
     return o
+
+
+def why_not_gates(problem: Problem) -> str | None:
+    """None for one pass: its kernels make the gates of raw projections."""
+    return None if problem.passes == 1 and problem.tol is None else "a replay takes gates that were made before"
+
+
+def forward_of_raw(problem: Problem, x: Tensors, gates: RawGates) -> RecurrenceResult:
+    """Compute the output and the final state of one pass whose gates are raw."""
+    return RecurrenceResult(*_one_pass(problem, x, x.state, problem.output, gates=gates))
+
+
+def backward_of_raw(
+    problem: Problem, x: Tensors, gates: RawGates, do: Tensor | None, dstate: Tensor | None
+) -> list[Tensor | None]:
+    """Compute the gradients of q, k, v, raw g, raw beta, state, A_log and dt_bias."""
+    channels = problem.K if problem.rule.gate == "channel" else 1
+    size = (max(problem.sequences, 1), problem.HV, 1 + channels)
+    sums = torch.zeros(size, dtype=torch.float64) if gates.decay else None
+    grads = _one_backward(problem, x, x.state, do, dstate, gates, sums)
+    A_log, dt_bias = gates.A_log, gates.dt_bias
+    dA_log = None if sums is None or A_log is None else sums[0, :, 0].to(A_log.dtype)
+    ddt_bias = None if sums is None or dt_bias is None else sums[0, :, 1:].to(dt_bias.dtype).reshape(dt_bias.shape)
+    return [*grads, dA_log, ddt_bias]
+
+
+def step_of_raw(problem: Problem, x: Tensors, gates: RawGates) -> Tensor:
+    """Do the same as `step` with raw gates."""
+    return step(problem, x, gates)
 
 
 def _transition(problem: Problem, x: Tensors) -> Tensor:
@@ -144,21 +174,39 @@ def _transition(problem: Problem, x: Tensors) -> Tensor:
 
 
 def _one_pass(
-    problem: Problem, x: Tensors, state: Tensor | None, output: bool, final: Tensor | None = None
+    problem: Problem,
+    x: Tensors,
+    state: Tensor | None,
+    output: bool,
+    final: Tensor | None = None,
+    gates: RawGates | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
     if final is None:
         final = x.k.new_empty((problem.sequences, problem.HV, problem.K, problem.V), dtype=torch.float32)
         state = None if state is None else state.contiguous()
     fields, _alive = _fields(problem, x, state, output)
-    _C.forward(**fields, o=address(o), final_state=final.data_ptr())
+    if gates is None:
+        _C.forward(**fields, o=address(o), final_state=final.data_ptr())
+    else:
+        more, _alive_too = _gate_fields(gates)
+        _C.forward_of_raw(**fields, **more, o=address(o), final_state=final.data_ptr())
     return o, final
 
 
 def _one_backward(
-    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None
+    problem: Problem,
+    x: Tensors,
+    state: Tensor | None,
+    do: Tensor | None,
+    dstate: Tensor | None,
+    gates: RawGates | None = None,
+    sums: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor."""
+    """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor.
+
+    With raw gates, the gradients of A_log and dt_bias are added to sums [sequences,HV,2] or [sequences,HV,1+K].
+    """
     want_output = do is not None and x.q is not None
     state = None if state is None else state.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
@@ -171,18 +219,14 @@ def _one_backward(
 
     dq, dk, dv = like(x.q if want_output else None, key_type), like(x.k, key_type), like(x.v)
     dg, dbeta, dinitial = (like(t, _gate_type(t)) for t in (x.g, x.beta, state))
-    _C.backward(
-        **fields,
-        do=do_view,
-        dfinal=address(dstate),
-        dq=address(dq),
-        dk=address(dk),
-        key_type=TYPE_CODES[key_type],
-        dv=address(dv),
-        dg=address(dg),
-        dbeta=address(dbeta),
-        dstate=address(dinitial),
-    )
+    above = {"do": do_view, "dfinal": address(dstate)}
+    made = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dbeta": dbeta, "dstate": dinitial}
+    written: dict[str, Any] = {**above, "key_type": TYPE_CODES[key_type], **{n: address(t) for n, t in made.items()}}
+    if gates is None:
+        _C.backward(**fields, **written)
+    else:
+        more, _alive_too = _gate_fields(gates)
+        _C.backward_of_raw(**fields, **more, **written, gate_sums=address(sums))
     if dq is None and x.q is not None:
         dq = torch.zeros_like(x.q)
     grads = [dq, dk, dv, dg, dbeta, dinitial]
@@ -244,6 +288,31 @@ def _fields(
         "state": address(state),
     }
     return fields, [offsets, q, k, v, g, beta, state]
+
+
+class _GateFields(TypedDict):
+    """The fields that say which gates are raw (RawGates of csrc/common/recurrence.h)."""
+
+    raw_decay: bool
+    lower_bound: float
+    beta_scale: float
+    A_log: Array
+    dt_bias: Array
+
+
+def _gate_fields(gates: RawGates) -> tuple[_GateFields, list[Tensor | None]]:
+    """The fields of raw gates, and the tensors that must live while a call reads them."""
+    narrow = [None if t is None or t.dtype in TYPE_CODES else t.float() for t in (gates.A_log, gates.dt_bias)]
+    given = [t if n is None else n for t, n in zip((gates.A_log, gates.dt_bias), narrow, strict=True)]
+    (A_log, A_log_view), (dt_bias, dt_bias_view) = (array(t) for t in given)
+    fields: _GateFields = {
+        "raw_decay": gates.decay,
+        "lower_bound": gates.lower_bound or 0.0,
+        "beta_scale": gates.beta_scale,
+        "A_log": A_log_view,
+        "dt_bias": dt_bias_view,
+    }
+    return fields, [A_log, dt_bias]
 
 
 def _gate_type(t: Tensor | None) -> torch.dtype | None:

@@ -166,7 +166,7 @@ def test_the_fast_path_leaves_what_is_no_call() -> None:
     with pytest.raises(ValueError, match="gate: got 9"):
         _C.try_fast_path(9, True, False, 1.0, x, x, x, None, x[..., 0], None, x, torch.zeros(1, 1, 8, 8))
     assert not _C.use_exchange_api(signal_capsule())
-    for call, count in ((_C.try_fast_path, 12), (_C.ordinary, 7)):
+    for call, count in ((_C.try_fast_path, 17), (_C.ordinary, 9)):
         with pytest.raises(TypeError, match=f"got 3 arguments; expected {count}"):
             call(1, 2, 3)
     with pytest.raises(TypeError):
@@ -187,7 +187,10 @@ def test_the_fast_path_knows_what_torch_says_of_a_tensor() -> None:
         assert not at(torch.nn.Parameter(x, requires_grad=False)) and not at(3) and not at(np.zeros(2))
         assert not at(torch._neg_view(x)) and not at(x.cfloat().conj().imag)
         assert not at(x.clone().requires_grad_(), grad=True) and at(x.clone().requires_grad_(), grad=False)
-    assert not _C.use_tensor_class(int) and _C.ordinary(True, *[x] * 6)
+    parameter = torch.nn.Parameter(x)
+    assert _C.ordinary(False, *[x] * 6, parameter, None) and not _C.ordinary(True, *[x] * 6, None, parameter)
+    assert not _C.ordinary(False, *[x] * 6, 3, None) and not _C.ordinary(False, *[x] * 6, None, torch._neg_view(x))
+    assert not _C.use_tensor_class(int, int) and _C.ordinary(True, *[x] * 6)
 
 
 def signal_capsule() -> Any:
