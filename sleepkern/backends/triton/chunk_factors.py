@@ -78,7 +78,8 @@ def merge(X, L, PRECISION: tl.constexpr):
 
 @triton.jit
 def chunk_grams(
-    inputs, factors, slot, first, rows, head, scale, BK: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr
+    inputs, factors, slot, first, rows, head, scale,
+    BK: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """q k^T and k k^T with decay, [C, C] each (the latter counts below the diagonal); 1 / |k| [C]; G [C] of head decay.
 
@@ -136,13 +137,37 @@ def chunk_grams(
     if FLAGS.NORMALIZE:
         gram_qk *= q_norm[:, None] * k_norm[None, :]
         gram_kk *= k_norm[:, None] * k_norm[None, :]
+    if DECAYS:
+        store_row_decays(factors, slot, first, rows, head, scale, q_norm, k_norm, G, DIMS, FLAGS)
     return gram_qk, gram_kk, k_norm, G
+
+
+@triton.jit
+def store_row_decays(
+    factors, slot, first, rows, head, scale, q_norm, k_norm, G, DIMS: tl.constexpr, FLAGS: tl.constexpr
+):  # fmt: skip
+    """Store scale exp(G) / |q|, exp(G_C - G) / |k| and exp(G_C) of head decay or none, for the state passes."""
+    i = tl.arange(0, DIMS.C)
+    from_start = scale * q_norm
+    to_end = k_norm
+    chunk_decay = 1.0
+    if FLAGS.GATE == HEAD:
+        G_end = last_row(G, DIMS.C)
+        from_start *= exp_of(G)
+        # mutant: stored-decays-to-the-start
+        to_end *= exp_of(G_end - G)
+        chunk_decay = exp_of(G_end)
+    at_rows = first * DIMS.HV + head + i * DIMS.HV
+    tl.store(factors.from_start + at_rows, from_start, mask=i < rows)
+    tl.store(factors.to_end + at_rows, to_end, mask=i < rows)
+    tl.store(factors.chunk_decay + slot.to(tl.int64) * DIMS.HV + head, chunk_decay)
 
 
 @triton.jit
 def write_chunk_factors(
     inputs, factors, slot, first, rows, head, scale,
-    BK: tl.constexpr, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, SAVE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
+    SAVE: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """Store the factors of the chunk of a value head that starts at row `first`; X and kk only when SAVE."""
     HV: tl.constexpr = DIMS.HV
@@ -150,7 +175,7 @@ def write_chunk_factors(
     V: tl.constexpr = DIMS.V
     C: tl.constexpr = DIMS.C
     at_rows = first * HV + head
-    gram_qk, gram_kk, k_norm, G = chunk_grams(inputs, factors, slot, first, rows, head, scale, BK, DIMS, FLAGS)
+    gram_qk, gram_kk, k_norm, G = chunk_grams(inputs, factors, slot, first, rows, head, scale, BK, DIMS, FLAGS, DECAYS)
     if FLAGS.OUTPUT:
         store_tile(factors.P + at_rows * C, HV * C, rows, 0, scale * gram_qk, C, C, C)
     if FLAGS.DELTA:
@@ -178,7 +203,8 @@ def write_chunk_factors(
 @triton.jit(do_not_specialize=["sizes"])
 def chunk_factors_kernel(
     inputs, factors, sizes,
-    BK: tl.constexpr, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, SAVE: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
+    SAVE: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """P, W, U and their like (formulas: this file's head) of one chunk of one value head. Grid (slots, HV).
 
@@ -188,5 +214,5 @@ def chunk_factors_kernel(
     first, rows = find_chunk(slot, inputs, sizes, DIMS.C, FLAGS.PACKED)
     if rows > 0:
         write_chunk_factors(
-            inputs, factors, slot, first, rows, tl.program_id(1), sizes.scale, BK, BV, DIMS, FLAGS, SAVE
+            inputs, factors, slot, first, rows, tl.program_id(1), sizes.scale, BK, BV, DIMS, FLAGS, SAVE, DECAYS
         )  # fmt: skip

@@ -49,6 +49,9 @@ class ChunkFactors(NamedTuple):
     Kt: Any  # [rows,HV,K], channel decay
     Qe: Any  # [rows,HV,K], channel decay
     G_end: Any  # [slots,HV,K] float32, channel decay: G at the last row of the chunk
+    from_start: Any = None  # [rows,HV] float32, state passes of variant "decays": scale exp(G) / |q|
+    to_end: Any = None  # [rows,HV] float32, the same: exp(G_C - G) / |k|
+    chunk_decay: Any = None  # [slots,HV] float32, the same: exp(G_C)
 
 
 class States(NamedTuple):

@@ -202,7 +202,23 @@ class Job:
             Kt=self.empty(*rows, p.K) if channel else None,
             Qe=self.empty(*rows, p.K) if channel and self.output else None,
             G_end=self.empty(self.slots, p.HV, p.K, dtype=torch.float32) if channel else None,
+            **self.row_decays(),
         )
+
+    def row_decays(self) -> dict[str, Tensor]:
+        """Scratch for the factors of the rows that state passes of variant "decays" load."""
+        p, shape = self.problem, (self.rows, self.problem.HV)
+        if not self.decays:
+            return {}
+        sizes = {"from_start": shape, "to_end": shape, "chunk_decay": (self.slots, p.HV)}
+        return {name: self.empty(*size, dtype=torch.float32) for name, size in sizes.items()}
+
+    @property
+    def decays(self) -> bool:
+        """Tells whether chunk_factors_kernel stores the factors of the rows."""
+        passes = (self.plan.state_pass, self.plan.state_pass_backward)
+        wanted = any(tile.variant == "decays" for tile in passes)
+        return wanted and self.has_factors and not self.one_chunk and self.problem.rule.gate != "channel"
 
     def states(self, initial: Tensor | None) -> States:
         """The initial state, and scratch for the states and Vn of all chunks."""
@@ -250,7 +266,9 @@ class Job:
 
     def arguments(self, kernel: Any, tile: Tile, **more: Any) -> dict[str, Any]:
         """The arguments that a kernel names, from the call's, the launch's and the tile's."""
-        values = self.values | more | {"BK": tile.keys, "BV": tile.values}
+        variant = tile.variant if tile.variant != "decays" or self.decays else ""
+        tiles = {"BK": tile.keys, "BV": tile.values, "VARIANT": variant, "DECAYS": self.decays}
+        values = self.values | more | tiles
         return {name: values[name] for name in kernel.arg_names}
 
 

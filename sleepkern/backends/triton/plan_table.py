@@ -18,8 +18,11 @@ PLAIN_HOPPER = -90
 """The capability of a Hopper whose assembler is not sound (ptxas.py): its plans have no warp-group products, which
 Triton takes where a product has 64 rows and its kernel a multiple of four warps."""
 
-Variant = Literal[""]
-"""How a kernel goes about its work where there is more than one way; "" is the way that every kernel has."""
+Variant = Literal["", "decays"]
+"""How a kernel goes about its work where there is more than one way; "" is the way that every kernel has.
+
+State passes: "decays" loads the factors of the rows, which chunk_factors_kernel then stores.
+"""
 
 
 class Tile(NamedTuple):

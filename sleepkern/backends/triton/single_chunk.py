@@ -26,13 +26,13 @@ def single_chunk_kernel(
     begin = slot.to(tl.int64) * sizes.T
     if HAS_FACTORS:
         write_chunk_factors(
-            inputs, factors, slot, begin, sizes.T, bh % DIMS.HV, sizes.scale, BK, BV, DIMS, FLAGS, False
+            inputs, factors, slot, begin, sizes.T, bh % DIMS.HV, sizes.scale, BK, BV, DIMS, FLAGS, False, False
         )  # fmt: skip
         tl.debug_barrier()
     for col in range(0, DIMS.V, BV):
         state_pass_columns(
             inputs, factors, states, sizes, begin, sizes.T, slot, bh, col,
-            BV, DIMS, FLAGS, FLAGS.OUTPUT, False, HAS_STATE, REPLAY,
+            BV, DIMS, FLAGS, FLAGS.OUTPUT, False, HAS_STATE, REPLAY, "",
         )  # fmt: skip
 
 
@@ -53,16 +53,16 @@ def single_chunk_backward_kernel(
         bh = slot * DIMS.HV + head
         if HAS_FACTORS:
             write_chunk_factors(
-                inputs, factors, slot, begin, sizes.T, head, sizes.scale, BK, BV, DIMS, FLAGS, True
+                inputs, factors, slot, begin, sizes.T, head, sizes.scale, BK, BV, DIMS, FLAGS, True, False
             )  # fmt: skip
             tl.debug_barrier()
         for col in range(0, DIMS.V, BV):
             state_pass_columns(
                 inputs, factors, states, sizes, begin, sizes.T, slot, bh, col,
-                BV, DIMS, FLAGS, False, True, HAS_STATE, False,
+                BV, DIMS, FLAGS, False, True, HAS_STATE, False, "",
             )  # fmt: skip
             scan_chunks_backward(
-                inputs, factors, back, begin, sizes.T, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE
+                inputs, factors, back, begin, sizes.T, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE, ""
             )  # fmt: skip
     tl.debug_barrier()
     chunk_backward(

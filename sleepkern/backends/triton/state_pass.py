@@ -5,6 +5,9 @@
 Value columns are independent: each program keeps [K, BV] of the state in registers from the first chunk to the last,
 pass after pass. Decay and normalisation are one factor a row here (Kt = diag(exp(G_C - G) / |k|) K), except for channel
 decay, whose Kt and Qe chunk_factors_kernel has stored.
+
+The variant "decays" loads the factors of the rows, which chunk_factors_kernel then stores, in place of summing log
+decays and squares in each program.
 """
 
 from __future__ import annotations
@@ -31,9 +34,41 @@ from .common import (
 
 
 @triton.jit
+def row_decays(
+    inputs, factors, first, rows, at_slot, head, scale, DIMS: tl.constexpr, FLAGS: tl.constexpr, DECAYS: tl.constexpr
+):  # fmt: skip
+    """scale exp(G) and exp(G_C - G) [C], and exp(G_C): a number, or [KP, 1] of channel decay.
+
+    Where DECAYS, chunk_factors_kernel has stored them, with the lengths of q and k when those are normalised.
+    """
+    C: tl.constexpr = DIMS.C
+    K: tl.constexpr = DIMS.K
+    decay_from_start = tl.full([C], scale, tl.float32)
+    decay_to_end = tl.full([C], 1.0, tl.float32)
+    chunk_decay = 1.0
+    if DECAYS:
+        at_rows = first * DIMS.HV + head
+        chunk_decay = tl.load(factors.chunk_decay + at_slot)
+        # mutant: stored-decays-of-another-head
+        decay_from_start = load_row_values(factors.from_start + at_rows, DIMS.HV, rows, C)
+        decay_to_end = load_row_values(factors.to_end + at_rows, DIMS.HV, rows, C)
+    elif FLAGS.GATE == HEAD:
+        G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
+        G_end = last_row(G, C)
+        decay_from_start *= exp_of(G)
+        decay_to_end = exp_of(G_end - G)
+        chunk_decay = exp_of(G_end)
+    elif FLAGS.GATE == CHANNEL:
+        key = tl.arange(0, DIMS.KP)
+        chunk_decay = exp_of(tl.load(factors.G_end + at_slot * K + key, mask=key < K, other=0.0))[:, None]
+    return decay_from_start, decay_to_end, chunk_decay
+
+
+@triton.jit
 def scan_chunks(
     S, inputs, factors, states, begin, total, slot, head, col, scale,
     BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
     """One pass of S [KP, BV] over a sequence; stores outputs when OUTPUT, states at chunk starts and Vn when SAVE.
 
@@ -65,13 +100,9 @@ def scan_chunks(
                 Vn *= load_row_values(p_beta, inputs.beta_stride, rows, C)[:, None]
         if SAVE:
             store_tile(states.Vn + at_rows * V, HV * V, rows, col, Vn, V, C, BV)
-        decay_from_start = tl.full([C], scale, tl.float32)
-        decay_to_end = tl.full([C], 1.0, tl.float32)
-        if FLAGS.GATE == HEAD:
-            G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
-            G_end = last_row(G, C)
-            decay_from_start *= exp_of(G)
-            decay_to_end = exp_of(G_end - G)
+        decay_from_start, decay_to_end, chunk_decay = row_decays(
+            inputs, factors, first, rows, at_slot, head, scale, DIMS, FLAGS, VARIANT == "decays"
+        )  # fmt: skip
         if OUTPUT:
             P = load_tile(factors.P + at_rows * C, HV * C, rows, 0, C, C, C)
             if FLAGS.GATE == CHANNEL:
@@ -79,23 +110,18 @@ def scan_chunks(
                 o = product(Qe, S, FLAGS)
             else:
                 q = load_tile(inputs.q + first * inputs.q_stride + at_key, inputs.q_stride, rows, 0, K, C, KP)
-                if FLAGS.NORMALIZE:
+                if FLAGS.NORMALIZE and VARIANT != "decays":
                     decay_from_start *= inverse_norm(q, 1)
                 o = decay_from_start[:, None] * product(q, S, FLAGS)
             o += product(P, Vn, FLAGS)
             store_tile(states.o + at_rows * V, HV * V, rows, col, o, V, C, BV)
         if FLAGS.GATE == CHANNEL:
             k_transposed = load_transposed(factors.Kt + at_rows * K, HV * K, rows, 0, K, C, KP)
-            key = tl.arange(0, KP)
-            chunk_decay = exp_of(tl.load(factors.G_end + at_slot * K + key, mask=key < K, other=0.0))[:, None]
         else:
             p_k = inputs.k + first * inputs.k_stride + at_key
             k_transposed = load_transposed(p_k, inputs.k_stride, rows, 0, K, C, KP)
-            if FLAGS.NORMALIZE:
+            if FLAGS.NORMALIZE and VARIANT != "decays":
                 decay_to_end *= inverse_norm(k_transposed, 0)
-            chunk_decay = 1.0
-            if FLAGS.GATE == HEAD:
-                chunk_decay = exp_of(G_end)
         # mutant: state-does-not-decay
         S = chunk_decay * S + product(k_transposed, decay_to_end[:, None] * Vn, FLAGS)
     return S
@@ -130,6 +156,7 @@ def state_pass_columns(
     inputs, factors, states, sizes, begin, total, slot, bh, col,
     BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
     OUTPUT: tl.constexpr, SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
     """All passes of BV value columns of one bh (a sequence's value head), from the initial to the final state.
 
@@ -144,8 +171,9 @@ def state_pass_columns(
     S = tl.zeros([KP, BV], tl.float32)
     if REPLAY and not FLAGS.DELTA:
         S = scan_chunks(
-            S, inputs, factors, states, begin, total, slot, head, col, sizes.scale, BV, DIMS, FLAGS, False, False
-        )
+            S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
+            BV, DIMS, FLAGS, False, False, VARIANT,
+        )  # fmt: skip
         G = sequence_decay(inputs, factors, begin, total, slot, head, DIMS, FLAGS)
         powers = tl.zeros([KP], tl.float32)
         for n in range(sizes.passes - 1):
@@ -163,18 +191,19 @@ def state_pass_columns(
             for _ in range(1, sizes.passes):
                 S = scan_chunks(
                     S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
-                    BV, DIMS, FLAGS, False, False,
+                    BV, DIMS, FLAGS, False, False, VARIANT,
                 )  # fmt: skip
     S = scan_chunks(
-        S, inputs, factors, states, begin, total, slot, head, col, sizes.scale, BV, DIMS, FLAGS, OUTPUT, SAVE
-    )
+        S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
+        BV, DIMS, FLAGS, OUTPUT, SAVE, VARIANT,
+    )  # fmt: skip
     store_tile(states.final + at_state, V, K, col, S, V, KP, BV)
 
 
 @triton.jit(do_not_specialize=["sizes"])
 def state_pass_kernel(
     inputs, factors, states, sizes, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
-    SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr,
+    SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """All passes of the state over the chunks of its sequence. Grid (sequences * HV * cdiv(V, BV),).
 
@@ -184,5 +213,5 @@ def state_pass_kernel(
     begin, total, slot = find_sequence(bh // DIMS.HV, inputs, sizes, DIMS.C, FLAGS.PACKED)
     state_pass_columns(
         inputs, factors, states, sizes, begin, total, slot, bh, col,
-        BV, DIMS, FLAGS, FLAGS.OUTPUT, SAVE, HAS_STATE, REPLAY,
+        BV, DIMS, FLAGS, FLAGS.OUTPUT, SAVE, HAS_STATE, REPLAY, VARIANT,
     )  # fmt: skip

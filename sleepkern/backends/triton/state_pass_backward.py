@@ -12,24 +12,20 @@ import triton.language as tl
 
 from .common import (
     CHANNEL,
-    HEAD,
-    exp_of,
     find_columns,
     find_sequence,
-    head_decay,
-    last_row,
     load_tile,
     load_transposed,
     product,
     store_tile,
 )
-from .state_pass import inverse_norm
+from .state_pass import inverse_norm, row_decays
 
 
 @triton.jit
 def scan_chunks_backward(
     inputs, factors, back, begin, total, slot, bh, col, scale,
-    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr,
+    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """dS [KP, BV] from the end of a sequence to its start, 0 at its end unless HAS_DSTATE.
 
@@ -55,24 +51,16 @@ def scan_chunks_backward(
         at_rows = first * HV + head
         at_slot = (slot + chunk).to(tl.int64) * HV + head
         store_tile(back.ends + at_slot * K * V, V, K, col, dS, V, KP, BV)
-        # mutant: backward-without-scale
-        decay_from_start = tl.full([C], scale, tl.float32)
-        decay_to_end = tl.full([C], 1.0, tl.float32)
-        chunk_decay = 1.0
-        if FLAGS.GATE == HEAD:
-            G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
-            G_end = last_row(G, C)
-            decay_from_start *= exp_of(G)
-            decay_to_end = exp_of(G_end - G)
-            chunk_decay = exp_of(G_end)
+        decay_from_start, decay_to_end, chunk_decay = row_decays(
+            # mutant: backward-without-scale
+            inputs, factors, first, rows, at_slot, head, scale, DIMS, FLAGS, VARIANT == "decays"
+        )  # fmt: skip
         if FLAGS.GATE == CHANNEL:
             Kt = load_tile(factors.Kt + at_rows * K, HV * K, rows, 0, K, C, KP)
             dVn = product(Kt, dS, FLAGS)
-            key = tl.arange(0, KP)
-            chunk_decay = exp_of(tl.load(factors.G_end + at_slot * K + key, mask=key < K, other=0.0))[:, None]
         else:
             k = load_tile(inputs.k + first * inputs.k_stride + at_key, inputs.k_stride, rows, 0, K, C, KP)
-            if FLAGS.NORMALIZE:
+            if FLAGS.NORMALIZE and VARIANT != "decays":
                 decay_to_end *= inverse_norm(k, 1)
             dVn = decay_to_end[:, None] * product(k, dS, FLAGS)
         # mutant: backward-does-not-decay
@@ -86,7 +74,7 @@ def scan_chunks_backward(
                 dS += product(Qe, do, FLAGS)
             else:
                 q = load_transposed(inputs.q + first * inputs.q_stride + at_key, inputs.q_stride, rows, 0, K, C, KP)
-                if FLAGS.NORMALIZE:
+                if FLAGS.NORMALIZE and VARIANT != "decays":
                     decay_from_start *= inverse_norm(q, 0)
                 dS += product(q, decay_from_start[:, None] * do, FLAGS)
         store_tile(back.dVn + at_rows * V, HV * V, rows, col, dVn, V, C, BV)
@@ -100,7 +88,7 @@ def scan_chunks_backward(
 @triton.jit(do_not_specialize=["sizes"])
 def state_pass_backward_kernel(
     inputs, factors, back, sizes,
-    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr,
+    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient, and dVn of all chunks. Grid (sequences * HV * cdiv(V, BV),).
 
@@ -109,5 +97,5 @@ def state_pass_backward_kernel(
     bh, col = find_columns(DIMS.V, BV)
     begin, total, slot = find_sequence(bh // DIMS.HV, inputs, sizes, DIMS.C, FLAGS.PACKED)
     scan_chunks_backward(
-        inputs, factors, back, begin, total, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE
+        inputs, factors, back, begin, total, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE, VARIANT
     )  # fmt: skip

@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -16,8 +16,11 @@ from unittest import mock
 import pytest
 import torch
 from helpers.errors import errors
+from variants import with_variants
 
 from sleepkern.backends import triton as backend
+from sleepkern.backends.triton import launch as sound_launch
+from sleepkern.backends.triton.plan_table import Variant
 from sleepkern.rules import GATED_DELTA_RULE, KDA, SIMPLE_GLA, Rule
 from sleepkern.testing import TOLERANCE, Shape
 
@@ -48,8 +51,10 @@ class Fault(NamedTuple):
     shape: Shape = Shape(T=40, H=1, HV=1, K=16, V=16)
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] = {}  # noqa: RUF012  (nothing writes to it)
+    variants: dict[str, Variant] = {}  # noqa: RUF012  (the same)
 
 
+DECAYS: dict[str, Variant] = {"state_pass": "decays", "state_pass_backward": "decays"}
 IF, DIFFERENCE = r"if .*:", (r"sum_before\((\w+), \w+\)", r"tl.cumsum(\1, 0) - \1")
 FAULTS = {
     "state-does-not-decay": Fault(r"= \w+ \* S \+", "= S +"),
@@ -57,7 +62,7 @@ FAULTS = {
     "blocks-merged-with-the-wrong-half": Fault(r" == 0\)$", " == 1)"),
     "inverse-of-smaller-blocks": Fault(IF, "if level < 0:", dtype=torch.bfloat16, options={"correlation": 0.5}),
     "levels-of-the-wrong-row": Fault(r"= .*", "= half << level", KDA, options={"decay": "mixed"}),
-    "backward-without-scale": Fault(r"\], [\w.]+,", "], 1.0,"),
+    "backward-without-scale": Fault("scale,", "1.0,"),
     "backward-without-w": Fault(None),
     "dg-without-the-end-of-the-chunk": Fault(None, rule=SIMPLE_GLA),
     "dg-by-differences": Fault(*DIFFERENCE, SIMPLE_GLA, options={"decay": "strong"}),
@@ -75,6 +80,10 @@ FAULTS = {
     "gradient-of-the-length-is-left-in": Fault(r"\(d - .*\)", "d", options={"normalize": True}),
     "closed-form-of-one-pass-more": Fault(r"\(([\w.]+) - 1\)", r"\1", SIMPLE_GLA, options={"passes": 3}),
     "backward-without-dstate": Fault(IF, "if False:", shape=Shape(T=12, H=1, HV=1, K=16, V=16)),
+    "stored-decays-of-another-head": Fault(
+        r" \+ at_rows", " + first", shape=Shape(T=40, H=1, HV=2, K=16, V=16), variants=DECAYS
+    ),
+    "stored-decays-to-the-start": Fault(r"G_end - G", "G", variants=DECAYS),
     "minus-infinity-as-it-is": Fault(r"tl\.maximum\((.*), \w+\)", r"\1", options={"forget": True}),
 }
 
@@ -91,7 +100,8 @@ def test_every_anchor_has_its_fault() -> None:
 )
 def test_a_planted_fault_is_seen(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
-    sound = max(errors(fault.rule, fault.shape, fault.dtype, **fault.options).values())
+    with with_variants(sound_launch, fault.variants):
+        sound = max(errors(fault.rule, fault.shape, fault.dtype, **fault.options).values())
     with faulty(tmp_path, name, fault):
         found = errors(fault.rule, fault.shape, fault.dtype, **fault.options)
     assert sound <= TOLERANCE[fault.dtype]
@@ -115,7 +125,8 @@ def faulty(
     sys.path.insert(0, str(folder))
     try:
         launch: ModuleType = importlib.import_module(f"faulty_kernels.{launches}")
-        with mock.patch.object(backend, "_launch", return_value=launch):
+        changed = with_variants(launch, fault.variants) if isinstance(fault, Fault) else nullcontext()
+        with changed, mock.patch.object(backend, "_launch", return_value=launch):
             yield
     finally:
         sys.path.remove(str(folder))
