@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "any_autocast", "assert_async", "dispatch_modes", "forward_mode", "functorch", "increment_version",
-    "is_traceable_wrapper_subclass", "native_on_cpu", "refuse_tangents", "tangents_matter", "transform_stack",
+    "is_traceable_wrapper_subclass", "native_on_cpu", "plain", "refuse_tangents", "tangents_matter", "transform_stack",
     "unrecorded", "untraced",
 ]  # fmt: skip
 
@@ -52,6 +52,11 @@ def untraced(*tensors: Tensor | None) -> bool:
         if type(t) is not Tensor and type(t) is not Parameter:
             return False
     return True
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Nobody looks at the operator but autograd, and memory holds the values and not their opposites."""
+    return untraced(*tensors) and not any(t.is_neg() for t in tensors if t is not None)
 
 
 def unrecorded(*tensors: Tensor | None) -> bool:

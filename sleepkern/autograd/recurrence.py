@@ -23,7 +23,7 @@ from ..backends.interface import RecurrenceBackend, StepsInPool
 from ..backends.native.views import on_device_of
 from ..backends.torch_common import differentiable, step_in_pool
 from ..dispatch import choose, torch_form
-from ..eager import refuse_tangents, unrecorded, untraced
+from ..eager import plain, refuse_tangents, unrecorded, untraced
 from ..problems.recurrence import (
     Problem,
     RecurrenceResult,
@@ -63,16 +63,9 @@ def ingest(problem: Problem, engine: RecurrenceBackend, x: Tensors) -> Recurrenc
         return _by_torch(problem, engine, x)
     if unrecorded(*x):
         return _checked_forward(problem, engine, x)
-    o, state, residual, passes = torch.ops.sleepkern.ingest.default(
-        *x,
-        _row(problem.rule),
-        engine.NAME,
-        problem.scale,
-        problem.normalize,
-        problem.passes,
-        problem.tol,
-        problem.method,
-    )
+    if plain(*x):
+        return RecurrenceResult._make(_Recorded.apply(problem, engine, *x))
+    o, state, residual, passes = torch.ops.sleepkern.ingest.default(*x, *_options(problem, engine))
     if problem.tol is None:
         return RecurrenceResult(o if problem.output else None, state)
     return RecurrenceResult(o if problem.output else None, state, residual, passes)
@@ -89,6 +82,11 @@ def step(problem: Problem, engine: RecurrenceBackend, x: Tensors, places: Tensor
     return torch.ops.sleepkern.step.default(  # type: ignore[no-any-return]
         *x, _row(problem.rule), engine.NAME, problem.scale, problem.normalize, places
     )
+
+
+def _options(p: Problem, engine: RecurrenceBackend) -> tuple[Any, ...]:
+    """The arguments of the operator `ingest` after the tensors."""
+    return _row(p.rule), engine.NAME, p.scale, p.normalize, p.passes, p.tol, p.method
 
 
 def check_update(x: Tensors, places: Tensor | None = None) -> None:
@@ -201,6 +199,33 @@ def _checked(
         return problem, choose(problem, backend)
 
 
+class _Recorded(torch.autograd.Function):
+    """The operators `ingest` and `ingest_backward` for plain tensors, past torch's dispatcher.
+
+    The dispatcher costs more than the checks and the launches of a call, and nobody but autograd looks at it here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, engine: RecurrenceBackend, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        p = problem
+        ctx.problem, ctx.engine = p, engine
+        _save(ctx, (*tensors, *_options(p, engine)), None)
+        return tuple(_checked_forward(p, engine, Tensors._make(tensors)))
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dstate: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        do = do if ctx.has_output else None
+        if torch.is_grad_enabled() or not plain(do, dstate):
+            return (None, None, *_differentiate(ctx, do, dstate)[:7])
+        if do is None and dstate is None:
+            return (None,) * 9
+        x = Tensors._make(ctx.saved_tensors)
+        grads = _checked_backward(ctx.problem, ctx.engine, x, do, dstate)
+        return (None, None, *(None if t is None else d for t, d in zip(x, grads, strict=False)), None)
+
+
 def _ingest(
     q: Tensor | None,
     k: Tensor,
@@ -259,13 +284,21 @@ def _ingest_backward(
 ) -> tuple[Tensor, ...]:
     x = Tensors(q, k, v, g, beta, state, cu_seqlens)
     problem, engine = _checked(x, rule, backend, scale, normalize, passes, tol, method)
-    check_values(problem, x)
     _check_upstream(problem, x, do, dstate)
+    grads = _checked_backward(problem, engine, x, do, dstate)
+    return tuple(k.new_empty(0) if d is None else d for d in grads)
+
+
+def _checked_backward(
+    problem: Problem, engine: RecurrenceBackend, x: Tensors, do: Tensor | None, dstate: Tensor | None
+) -> list[Tensor | None]:
+    """Contiguous gradients of q, k, v, g, beta and the state; None where there is no such tensor."""
+    check_values(problem, x)
     if problem.B == 0:
-        return tuple(k.new_empty(0) if t is None else torch.zeros_like(t) for t in x[:6])
-    with on_device_of(k):
+        return [None if t is None else torch.zeros_like(t) for t in x[:6]]
+    with on_device_of(x.k):
         grads = engine.backward(problem, x, do, dstate)
-    return tuple(k.new_empty(0) if d is None else d.contiguous() for d in grads)
+    return [None if d is None else d.contiguous() for d in grads]
 
 
 def _check_upstream(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> None:

@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import settings, transforms
+from .. import settings
 from ..autograd import gated
 from ..autograd import recurrence as autograd
 from ..backends.interface import RecurrenceBackend
 from ..backends.native.views import on_device_of
-from ..dispatch import Explanation, choose, explain_problem, method_of, torch_form
+from ..dispatch import Explanation, choose, explain_problem, method_of
 from ..eager import any_autocast
 from ..problems.gates import GateOptions, RawGates, read_gates
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check, check_flag
 from ..rules import Rule, rule_named
 from . import fast_path
+from .known_calls import check_and_choose
 
 
 class SleepResult(NamedTuple):
@@ -96,7 +97,10 @@ def run(
 ) -> SleepResult:
     """Check, choose, apply, and say how the passes were made."""
     problem, engine, out = apply(rule, x, scale, normalize, backend, passes, tol, method, outputs, gates=gates)
-    with on_device_of(x.k):
+    if x.k.is_cuda:
+        with on_device_of(x.k):
+            made_by = method_of(problem, engine)
+    else:
         made_by = method_of(problem, engine)
     return SleepResult(out.state, out.o, problem.passes if out.passes is None else out.passes, out.residual, made_by)
 
@@ -112,8 +116,7 @@ def apply(
 ) -> tuple[Problem, RecurrenceBackend, RecurrenceResult]:
     """The one way from every public function to a kernel. replay: passes, tol, method, outputs."""
     x = cast(x)
-    problem = check(rule, x, scale, normalize, *replay)
-    engine = engine_for(problem, x, backend)
+    problem, engine = check_and_choose(rule, x, scale, normalize, backend, *replay)
     if gates is not None:
         return problem, engine, gated.ingest(problem, engine, x, gates)
     return problem, engine, autograd.ingest(problem, engine, x)
@@ -125,16 +128,6 @@ def raw_gates(options: GateOptions) -> RawGates | None:
     if use_gate is use_sigmoid is doubled is False and A_log is dt_bias is None and lower_bound is None:
         return None
     return read_gates(options)
-
-
-def engine_for(problem: Problem, x: Tensors, backend: str | None) -> RecurrenceBackend:
-    """The backend that computes: the one that is chosen, or torch's operators where a transform wants their rules."""
-    if x.k.is_cuda:
-        with on_device_of(x.k):
-            engine = choose(problem, backend)
-    else:  # entering nothing costs as much as choosing
-        engine = choose(problem, backend)
-    return torch_form(problem, engine) if transforms.differentiating() else engine
 
 
 def one_pass(

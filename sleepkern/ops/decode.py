@@ -14,7 +14,8 @@ from ..problems.gates import RawGates
 from ..problems.recurrence import Tensors, check, check_dense, check_flag, check_pool
 from ..rules import GATED_DELTA_RULE, Rule, rule_named
 from . import fast_path
-from .call import cast, engine_for, raw_gates
+from .call import cast, raw_gates
+from .known_calls import check_and_choose, engine_for
 
 
 def recurrent_step(
@@ -92,8 +93,7 @@ def recurrent_step(
         return _step_in_pool(rule, x, state_indices, inplace, scale, use_qk_l2norm_in_kernel, backend, gates)
     x = cast(x)
     check_dense("state", state)
-    problem = check(rule, x, scale, use_qk_l2norm_in_kernel, state_name="state")
-    engine = engine_for(problem, x, backend)
+    problem, engine = check_and_choose(rule, x, scale, use_qk_l2norm_in_kernel, backend, state_name="state")
     if gates is not None:
         o = gated.step(problem, engine, x, gates) if inplace else None
         if o is not None:
