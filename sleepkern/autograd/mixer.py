@@ -21,7 +21,7 @@ from ..backends.interface import MixerBackend
 from ..backends.torch_common import differentiable
 from ..backends.triton import mixer as triton_mixer
 from ..dispatch import choose_mixer
-from ..eager import refuse_tangents
+from ..eager import refuse_tangents, unrecorded
 from ..problems.mixer import (
     ConvolutionProblem,
     ConvolutionStepProblem,
@@ -48,7 +48,7 @@ def convolve(
     past: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """y and the last inputs, by the operator unless torch records what the backend does.
+    """y and the last inputs: by the operator unless torch records what the backend does, or nothing is to be recorded.
 
     Raises:
         NotImplementedError: a tangent of forward mode.
@@ -56,6 +56,8 @@ def convolve(
     form = _torch_form(engine, x, weight, bias, past)
     if form is not None:
         return form.convolve(x, weight, bias, past, cu_seqlens, problem.silu)
+    if unrecorded(x, weight, bias, past, cu_seqlens):
+        return engine.convolve(x, weight, bias, past, cu_seqlens, problem.silu)
     y, last = torch.ops.sleepkern.convolve.default(x, weight, bias, past, cu_seqlens, problem.silu)
     return y, last
 
@@ -79,7 +81,7 @@ def convolve_step(
 
 
 def gated_norm(problem: GatedNormProblem, engine: MixerBackend, x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
-    """y, by the operator unless torch records what the backend does.
+    """y: by the operator unless torch records what the backend does, or nothing is to be recorded.
 
     Raises:
         NotImplementedError: a tangent of forward mode.
@@ -88,6 +90,8 @@ def gated_norm(problem: GatedNormProblem, engine: MixerBackend, x: Tensor, gate:
     options = (problem.eps, problem.silu, problem.gate_first)
     if form is not None:
         return form.gated_norm(x, gate, weight, *options)
+    if unrecorded(x, gate, weight):
+        return engine.gated_norm(x, gate, weight, *options)
     return torch.ops.sleepkern.gated_norm.default(x, gate, weight, *options)  # type: ignore[no-any-return]
 
 

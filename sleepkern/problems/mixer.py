@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..addresses import check_memory, check_writable, check_written
-from ..eager import native_on_cpu, untraced
+from ..eager import forward_mode, native_on_cpu, unrecorded, untraced
 from .blocks import KERNEL_TYPES
 from .recurrence import check_dense, check_flag, check_packing, finite
 
@@ -134,7 +134,10 @@ def check_step(
         check_dense("state", state)
     _check_floats(x, weight=weight, bias=bias, state=state)
     check_step_operands(x, state, weight, bias, activation, untraced(x, state, weight, bias))
-    readable = native_on_cpu(KERNEL_TYPES, x, state, weight, bias)
+    if x.is_cpu:
+        readable = native_on_cpu(KERNEL_TYPES, x, state, weight, bias)
+    else:
+        readable = unrecorded(x, state, weight, bias) and not forward_mode()
     return ConvolutionStepProblem(
         x.device.type,
         _types(x, state, weight, bias),

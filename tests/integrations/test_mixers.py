@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from helpers.hf_models import FAMILIES
 
 import sleepkern
+from sleepkern.backends import triton
+from sleepkern.integrations.transformers import gated_rms_norm, short_convolution
 from sleepkern.testing import relative_error
 from sleepkern.testing.tolerances import SAME_SUMS
 
@@ -97,3 +100,15 @@ def test_packed_rows_of_a_batch_are_kept_apart() -> None:
             for a, b in zip(borders, borders[1:], strict=False):
                 alone = module.causal_conv1d_fn(x[row : row + 1, :, a:b], weight, None, activation="silu")
                 assert relative_error(y[row : row + 1, :, a:b], alone.double()) < SAME_SUMS
+
+
+def test_a_gpu_takes_the_kernels_that_triton_has_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    x: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 8, 1))
+    many = short_convolution._Many(x, x, activation="silu")
+    one = short_convolution._One(x, x, x, activation="silu")
+    norm = SimpleNamespace(activation="silu")
+    for refusal, expected in ((None, None), ("Triton is not installed", "no kernel for the device cuda")):
+        monkeypatch.setattr(triton, "why_not_on", lambda device, refusal=refusal: refusal)
+        assert short_convolution._why_not(many) == expected
+        assert short_convolution._why_no_step(one) == expected
+        assert gated_rms_norm._why_not(norm, x) == expected

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sleepkern.nn import gated_rms_norm
 
-from ..fallback import use_original
+from ..fallback import unsupported_reason, use_original
 from ..patching import Target
 
 
@@ -23,7 +23,7 @@ def targets(module: ModuleType) -> list[Target]:
 
 
 def forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The replacement of the forward of a gated norm: one pass over memory on the CPU.
+    """The replacement of the forward of a gated norm: one pass over memory.
 
     Mamba-2's norms come after the gate, over groups of channels; all others before it, over a head.
     """
@@ -50,10 +50,10 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _why_not(norm: Any, x: Tensor) -> str | None:
-    if torch.compiler.is_exporting():
-        return "an exported program keeps to torch's own operators"
-    if x.device.type != "cpu" or x.dtype == torch.float64:
-        return f"no gated norm for {x.dtype} on {x.device}"
+    if (reason := unsupported_reason(x)) is not None:
+        return reason
+    if x.dtype == torch.float64:
+        return f"no gated norm for {x.dtype}"
     if getattr(norm, "activation", "silu") not in ("silu", "sigmoid"):
         return f"no gated norm with {norm.activation}"
     return None

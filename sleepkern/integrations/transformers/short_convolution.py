@@ -11,6 +11,7 @@ from torch import Tensor
 from sleepkern.nn import short_convolution, short_convolution_step
 
 from ..call_mapping import replacement
+from ..fallback import unsupported_reason
 from .packing import offsets_of, one_row, packed_by
 
 
@@ -37,7 +38,7 @@ class _One(NamedTuple):
 
 
 def many_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The replacement of causal_conv1d_fn: one pass over memory on the CPU, and packed sequences are kept apart."""
+    """The replacement of causal_conv1d_fn: one pass over memory, and packed sequences are kept apart."""
     return replacement(original, _Many, _why_not, _convolve, packed_by("seq_idx", _size))
 
 
@@ -59,11 +60,9 @@ def _step(call: _One) -> Tensor:
 
 
 def _why_not(call: _Many | _One) -> str | None:
-    """None, or a sentence why the call goes to the original, which has kernels for GPUs."""
-    if torch.compiler.is_exporting():
-        return "an exported program keeps to torch's own operators"
-    if call.hidden_states.device.type != "cpu":
-        return f"no convolution for the device {call.hidden_states.device}"
+    """None, or a sentence why the call goes to the original."""
+    if (reason := unsupported_reason(call.hidden_states)) is not None:
+        return reason
     if call.activation not in ("silu", "swish", None):
         return f"no convolution with {call.activation}"
     return None
