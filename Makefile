@@ -53,6 +53,7 @@ test-cpu: $(VENV)/built
 
 test-triton: $(VENV)/built
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton_interpreted $(USUAL)
+	$(PYTEST) tests/backends/launches
 
 test-cuda-emulated: $(VENV)/built
 	$(PYTEST) tests/backends/cuda_emulated $(USUAL)
@@ -139,7 +140,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/backends/cuda_emulated/*.h tests/backends/cuda_emulated/*.cpp packaging/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/backends/cuda_emulated/*.h tests/backends/*/*.cpp packaging/*.cpp)
 
 # The pages need the sources only: no torch, nothing compiled.
 docs: $(VENV)/docs/installed

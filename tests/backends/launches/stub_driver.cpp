@@ -104,13 +104,15 @@ const char* stub_counts() {
 }
 int stub_launches() { return static_cast<int>(launches.size()); }
 const char* stub_kernel(int i) { return launches.at(i).function->name.c_str(); }
-// grid, block, bytes of shared memory, stream, number of parameters.
+// grid, block, bytes of shared memory, stream, number of parameters, and the function, which is another one for each
+// compiled kernel.
 void stub_shape(int i, uint64_t* into) {
   const Launch& one = launches.at(i);
   for (int axis = 0; axis < 3; ++axis) into[axis] = one.grid[axis], into[3 + axis] = one.block[axis];
   into[6] = one.shared;
   into[7] = reinterpret_cast<uint64_t>(one.stream);
   into[8] = one.function->parameters.size();
+  into[9] = reinterpret_cast<uint64_t>(one.function);
 }
 // The bytes of a parameter; its value goes into `into`, of which 8 bytes are taken.
 int stub_parameter(int i, int parameter, unsigned char* into) {

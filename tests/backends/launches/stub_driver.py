@@ -1,7 +1,7 @@
 """Triton on a GPU that is not there: its driver layer on a stub of libcuda, for tests and for timing the host.
 
-`install` builds the stub (stub_driver.cpp) with g++, makes Triton load it, and lets the Triton backend take tensors of
-the CPU. Kernels are compiled for compute capability 9.0 by Triton's own assembler; a launch runs nothing.
+`install` builds the stub (stub_driver.cpp) with g++ and makes Triton load it. Kernels are compiled for compute
+capability 9.0 by Triton's own assembler; a launch runs nothing. Pointers are those of tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -11,19 +11,14 @@ import os
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
-
-from sleepkern.backends import triton as backend
 
 HERE = Path(__file__).resolve().parent
 INCLUDE = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
@@ -35,14 +30,15 @@ CUDA = ("is_available", "current_device", "get_device_capability", "current_stre
 
 @dataclass(frozen=True)
 class DriverLaunch:
-    """A launch as libcuda sees it: bytes and value of each parameter, of a number at most 8 bytes wide."""
+    """A launch as libcuda sees it: `function` stands for the compiled kernel; parameters are at most 8 bytes wide."""
 
     kernel: str
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared: int
     stream: int
-    parameters: tuple[tuple[int, bytes], ...]
+    function: int
+    parameters: tuple[bytes, ...]
 
 
 class Stub:
@@ -68,15 +64,15 @@ class Stub:
         return [self._launch(i) for i in range(self.library.stub_launches())]
 
     def _launch(self, i: int) -> DriverLaunch:
-        shape = (ctypes.c_uint64 * 9)()
+        shape = (ctypes.c_uint64 * 10)()
         self.library.stub_shape(i, shape)
         found = []
         for parameter in range(shape[8]):
             value = ctypes.create_string_buffer(8)
             size = self.library.stub_parameter(i, parameter, value)
-            found.append((size, value.raw[:size]))
+            found.append(value.raw[:size])
         name = self.library.stub_kernel(i).decode()
-        return DriverLaunch(name, tuple(shape[:3]), tuple(shape[3:6]), shape[6], shape[7], tuple(found))
+        return DriverLaunch(name, tuple(shape[:3]), tuple(shape[3:6]), shape[6], shape[7], shape[9], tuple(found))
 
 
 def install(folder: Path) -> Stub:
@@ -106,13 +102,6 @@ def _count_calls_of_torch(stub: Stub) -> None:
 
     for name in CUDA:
         setattr(torch.cuda, name, counted(name))
-
-
-@contextmanager
-def triton_on_cpu_tensors() -> Iterator[None]:
-    """Let the Triton backend take tensors of the CPU, with the plans of the stub's device."""
-    with mock.patch.object(backend, "why_not_on", return_value=None):
-        yield
 
 
 def temporary_folder() -> Path:
