@@ -1,10 +1,12 @@
 """The launches of the mixer's own operators: one a call, and one sum of partial sums for the gradients of weights.
+The first call of its kind goes through Triton, later ones repeat its launch (held_launches.py).
 
 Nothing here waits for the device, so all of it can be captured in a CUDA graph where `cu_seqlens` is on the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from ...addresses import check_memory, mark_written
 from ...problems.mixer import check_upstream
 from ...problems.recurrence import check_offsets
 from ..native.views import in_rows, on_device_of
+from . import held_launches
 from .gated_rms_norm import (
     NormDims,
     NormFlags,
@@ -25,6 +28,7 @@ from .gated_rms_norm import (
     gated_norm_backward_kernel,
     gated_norm_kernel,
 )
+from .held_launches import Recording
 from .plan import padded
 from .short_convolution import (
     ConvolutionDims,
@@ -60,8 +64,30 @@ class Call(NamedTuple):
 
 
 def launch(kernel: Any, programs: int, warps: int, *arguments: Any) -> None:
-    """Launch `programs` programs of a kernel of this file on the current device."""
-    kernel[(programs,)](*arguments, num_warps=warps)
+    """Launch `programs` programs of a kernel on the current device; later launches of the same repeat the first.
+
+    arguments: all that the kernel has, in its order: tensors, values, and tuples of them; the first tensor is x.
+    """
+    tensors: list[Tensor | None] = []
+    values: list[Any] = []
+    for one in arguments:
+        for value in one if isinstance(one, tuple) else (one,):
+            (tensors if value is None or isinstance(value, Tensor) else values).append(value)
+    like = tensors[0]
+    assert like is not None
+
+    def launches(recording: Recording, aliases: Sequence[Any]) -> None:
+        left = iter(aliases)
+        own = [type(one)(*_with(one, left)) if isinstance(one, tuple) else _with((one,), left)[0] for one in arguments]
+        named = dict(zip(kernel.arg_names, own, strict=True))
+        recording.launch(kernel, (programs,), named, {"num_warps": warps})
+
+    held_launches.run((kernel.__name__, programs, warps, *values), tensors, launches, like)
+
+
+def _with(group: tuple[Any, ...], tensors: Iterator[Any]) -> list[Any]:
+    """The values of a group, the next of the tensors in the place of each of its own."""
+    return [next(tensors) if value is None or isinstance(value, Tensor) else value for value in group]
 
 
 def convolve(

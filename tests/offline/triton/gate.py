@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from compiling import TOOLS, Compiled, Launch, compile_launch, on_device, record
+from mixer import Operator, operators
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -137,22 +138,23 @@ def _of(
                 yield Subject(name, rule, shape, key, one.name, capability, normalize, passes)
 
 
-Row = tuple[Subject, str, Compiled | None, str]
+Row = tuple[Subject | Operator, str, Compiled | None, str]
 """A kernel, the version of its assembler, what it needs, and what is wrong with it ('' if nothing)."""
 
 
-def measure(subject: Subject) -> list[Row]:
+def measure(subject: Subject | Operator) -> list[Row]:
     """The compiled kernel's needs, by each assembler."""
     return [_measured(subject, one) for one in (assemblers() if subject.architecture == 90 else (None,))]
 
 
-def _measured(subject: Subject, assembler: Assembler | None) -> Row:
+def _measured(subject: Subject | Operator, assembler: Assembler | None) -> Row:
     label = "" if assembler is None else ".".join(assembler.version.split(".")[:2])
     try:
         made = compile_launch(subject.launch(), subject.architecture, assembler)
     except Exception as error:  # a compiler's failure is one red row, not the end of the table
         return subject, label, None, f"{type(error).__name__}: {str(error).splitlines()[-1][:80]}"
-    return subject, label, made, "; ".join(_faults(subject, made))
+    faults = subject.faults(made) if isinstance(subject, Operator) else _faults(subject, made)
+    return subject, label, made, "; ".join(faults)
 
 
 @lru_cache(maxsize=1)
@@ -213,7 +215,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--quick", action="store_true", help="only the rows of bf16, K = 128, on sm_90")
     options = parser.parse_args()
-    chosen = list(subjects(options.quick))
+    chosen = [*subjects(options.quick), *operators(options.quick, CAPABILITIES)]
     console = Console(width=170)
     table = Table(title="Triton kernels, compiled without a device")
     for column in (
