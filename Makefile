@@ -15,21 +15,21 @@
 #   make docs       the documentation as pages, into out/site (opens from a disk; its search needs a server, such as
 #                   python3 -m http.server -d out/site)
 #   make tables     write the number tables and the support matrix of README and docs anew
-#   make gpu-check  on a GPU machine: everything worth running there, with the python that is there; OUT=folder
+#   make gpu-check  on a GPU machine: everything worth running there, in one call of 480 seconds, with the python that is
+#                   there; OUT=folder PARTS="verify times" WHEELS=folder; DRY=1 rehearses it here. make gpu-profile: one part
 #   make clean      remove what make made
 #   make help       this list
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= out/gpu
-PARTS ?= info launches replays verify graphs blocks bench memcheck racecheck
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt setup.py
 
 TORCHES ?= $(patsubst torch==%,%,$(TORCH))
 
-.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench wheel wheel-check wheel-check-arm64 lint docs tables gpu-check $(PARTS:%=gpu-%) clean help
+.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench wheel wheel-check wheel-check-arm64 lint docs tables gpu-check gpu-profile gpu-wheels clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -170,39 +170,19 @@ $(VENV)/built: $(VENV)/installed $(SOURCES) pyproject.toml
 	touch $@
 
 # No network and no virtual environment: builds in place and runs with what the machine has. One red part does not hide
-# the others: all run, and the exit status is the last bad one. PARTS="verify bench" runs only those (docs/developing/testing.md).
-SANITIZER := $(shell command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+# the others, and results are written as they come. WHEELS has the peers as files, which `make gpu-wheels` packs.
+DRY ?=
+PARTS ?=
+WHEELS ?=
+GPU_CHECK = $(PYTHON) -m benchmarks.gpu_check $(OUT) $(if $(DRY),--dry) $(if $(WHEELS),--wheels $(WHEELS))
 gpu-check:
-	mkdir -p $(OUT)
-	timeout 200 $(PYTHON) setup.py --quiet build_ext --inplace
-	status=0; for part in $(PARTS); do $(MAKE) --no-print-directory gpu-$$part || status=$$?; done; exit $$status
+	$(GPU_CHECK) $(if $(PARTS),--only $(PARTS))
 
-gpu-info:
-	timeout 30 $(PYTHON) -m sleepkern info --json $(OUT)/info.json
+gpu-profile:
+	$(GPU_CHECK) --only profile
 
-gpu-launches:
-	timeout 150 $(PYTHON) -m benchmarks.gpu_checks launches
-
-gpu-replays:
-	timeout 90 $(PYTHON) -m benchmarks.gpu_checks replays --json $(OUT)/replays.json > $(OUT)/replays.txt \
-	  || { grep -v ": ok" $(OUT)/replays.txt; exit 1; }
-
-gpu-verify:
-	timeout 230 $(PYTHON) -m benchmarks.gpu_verify $(OUT) --seconds 220
-
-gpu-graphs:
-	timeout 150 $(PYTHON) -m benchmarks.gpu_checks graphs --json $(OUT)/graphs.json
-
-gpu-blocks:
-	timeout 90 $(PYTHON) -m benchmarks.gpu_blocks $(OUT)/blocks.json --seconds 60
-
-gpu-bench:
-	timeout 400 $(PYTHON) -m sleepkern bench --device cuda --quick --json $(OUT)/bench.json --plot $(OUT)/bench.png
-
-gpu-memcheck gpu-racecheck: gpu-%:
-	@if [ -z "$(SANITIZER)" ]; then echo "compute-sanitizer is not here: $* left out"; else \
-	  timeout 60 $(SANITIZER) --tool $* --error-exitcode 9 $(PYTHON) -m benchmarks.gpu_checks launches --of cuda \
-	    > $(OUT)/$*.txt 2>&1; status=$$?; tail -n 3 $(OUT)/$*.txt; exit $$status; fi
+gpu-wheels:
+	$(PYTHON) -m benchmarks.gpu_check.wheels $(or $(WHEELS),build/wheels)
 
 clean:
 	rm -rf $(VENV) build out dist *.egg-info sleepkern/*.so

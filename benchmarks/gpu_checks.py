@@ -8,7 +8,6 @@ python -m benchmarks.gpu_checks graphs [--json F]     CUDA graphs and torch.comp
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from sleepkern.sleep.settings import Eviction
 from sleepkern.testing import Shape, call, make_inputs, relative_error, rules_of
 
 from .cuda_calls import LONG, STEPS, WINDOWS, Call, calls
+from .gpu_check.writing import write
 from .gpu_verify import ALONE
 
 ONE = {"H": 1, "HV": 2, "K": 32, "V": 32}
@@ -102,6 +102,13 @@ def launch_side_by_side() -> int:
     for part, one in done.items():
         print(f"{part}: {'ok' if one.returncode == 0 else (one.stdout + one.stderr)[-800:]}")
     return int(any(one.returncode for one in done.values()))
+
+
+def rehearsal() -> Found:
+    """One call by the float64 reference against itself: the form of what `replays` and `graphs` find."""
+    one = Call(GATED_DELTA_RULE, Shape(T=5, **ONE), torch.float32)
+    x = one.inputs("cpu")
+    yield f"rehearsal of {one.name}", _attempt(lambda: relative_error(*[one.run(x, "reference")[1]] * 2))
 
 
 def replays(device: str = "cuda", small: bool = False) -> Found:
@@ -181,8 +188,9 @@ def main() -> int:
     parser.add_argument("what", choices=("launches", "replays", "graphs"))
     parser.add_argument("--of", choices=LAUNCHES, help="part, in this process  [default: all, side by side]")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--dry", action="store_true", help="rehearse replays and graphs on the CPU")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not options.dry and not torch.cuda.is_available():
         print("torch sees no CUDA device here")
         return 1
     if options.what == "launches":
@@ -193,11 +201,13 @@ def main() -> int:
         print("every kernel was launched")
         return 0
     found: dict[str, Any] = {}
-    for name, fault in replays() if options.what == "replays" else graphs():
+    where = environment("cpu" if options.dry else "cuda")
+    checks = rehearsal() if options.dry else replays() if options.what == "replays" else graphs()
+    for name, fault in checks:
         found[name] = fault or "ok"
-        print(f"{name}: {found[name]}")
-    if options.json is not None:
-        options.json.write_text(json.dumps({"environment": environment("cuda"), "checks": found}, indent=1) + "\n")
+        print(f"{name}: {found[name]}", flush=True)
+        if options.json is not None:
+            write(options.json, {"environment": where, "checks": found})
     return int(any(fault != "ok" for fault in found.values()))
 
 

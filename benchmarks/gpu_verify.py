@@ -24,12 +24,12 @@ ALONE = {"OMP_NUM_THREADS": "1"}
 """Of processes side by side: threads of torch's in each would only fight for the cores."""
 
 
-def verify(rule: str, kind: str, folder: Path, device: str, deadline: float) -> dict[str, Any]:
+def verify(rule: str, kind: str, folder: Path, device: str, backend: str, deadline: float) -> dict[str, Any]:
     """One process; its summary."""
     file = folder / f"verify-{rule}-{kind}.json"
     options = ["--dtype", "float32", "--tf32"] if kind == "tf32" else ["--dtype", kind]
     command = [
-        sys.executable, "-m", "sleepkern", "verify", "--device", device, "--backend", "triton", "--quick",
+        sys.executable, "-m", "sleepkern", "verify", "--device", device, "--backend", backend, "--quick",
         "--rule", rule, *options, "--json", str(file),
     ]  # fmt: skip
     begin = time.monotonic()
@@ -58,10 +58,15 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--only", action="append", metavar="RULE-TYPE", help="such as kda-bfloat16  [default: all]")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.seconds
-    jobs = [(rule, kind, options.folder, options.device, deadline) for kind in TYPES for rule in RULES]
+    wanted = [
+        (rule, kind) for kind in TYPES for rule in RULES if f"{rule}-{kind}" in (options.only or [f"{rule}-{kind}"])
+    ]
+    jobs = [(*one, options.folder, options.device, options.backend, deadline) for one in wanted]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(lambda job: verify(*job), jobs))
     for one in found:

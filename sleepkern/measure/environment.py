@@ -17,8 +17,8 @@ import torch
 from ..backends.triton.ptxas import assembler_of
 
 _PACKAGES = (
-    "torch", "transformers", "ggml-python", "bitsandbytes-cpu-fork", "flash-linear-attention", "flash-attn",
-    "flash-attn-4", "triton",
+    "torch", "transformers", "ggml-python", "bitsandbytes-cpu-fork", "flash-linear-attention", "flash-qla",
+    "tilelang", "flash-attn", "flash-attn-4", "triton",
 )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def test_import_leaves_heavy_packages_alone() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["benchmarks.gpu_checks", "benchmarks.gpu_verify", "tests.offline.triton.gate", "tests.offline.cuda.gate"],
+    ["benchmarks.gpu_check", "tests.offline.triton.gate", "tests.offline.cuda.gate"],
 )
 def test_programs_of_the_makefile_find_the_package(module: str) -> None:
     """From the root of a checkout in which nothing is installed and no PYTHONPATH is set, as make runs them."""

@@ -248,10 +248,11 @@ BUILT_IN: tuple[PlanRow, ...] = (
         chunk_backward=Tile(keys=64, values=64, warps=8, stages=1),
     ),
     # Hopper with a sound assembler (ptxas.py), without channel decay, measured on an H200: the fastest tiles within the
-    # gate's limits. Microseconds with warp-group products (chunks of 64) and without (32), T = 8192, 32 heads of 128:
-    # forward 455 and 484; backward 1638 and 1776, though its chunk backward alone takes 914 and 889.
+    # gate's limits. Microseconds with warp-group products (chunks of 64) and without (32), T = 8192, 32 heads: forward
+    # of 128 channels 455 and 483, backward of 128 1849 and 1896, of 64 933 and 955. A chunk backward alone is slower
+    # with them, but shares its chunks with the state passes.
     PlanRow(
-        capability=90, precision="bf16", channel=False, width=64, chunk=64,
+        capability=90, directions=("backward",), precision="bf16", channel=False, width=64, chunk=64,
         chunk_factors=Tile(keys=64, values=64, warps=4, stages=1),
         state_pass=Tile(keys=64, values=16, warps=4, stages=3),
         chunk_backward=Tile(keys=64, values=64, warps=4, stages=1),
@@ -311,13 +312,17 @@ def without_warp_groups(key: Key, plan: TilePlan) -> TilePlan:
 
 
 def _without_gain() -> dict[Key, TilePlan]:
-    """Plans of a Hopper with a sound assembler that have no warp-group products all the same: those of channel decay.
+    """Plans of a Hopper with a sound assembler that have no warp-group products all the same.
 
-    Their stages were measured slower with such products: chunk factors 1562 us against 763, chunk backward 3658 against
-    2372 (T = 8192, 32 heads of 128, on an H200).
+    They were measured slower with such products (microseconds, T = 8192, 32 heads, on an H200): channel decay, chunk
+    factors 1562 against 763 and chunk backward 3658 against 2372; the forward of 64 channels, 341 against 321.
     """
-    rows = (row for row in BUILT_IN if row.capability == PLAIN_HOPPER and row.channel)
-    return {key._replace(capability=90): plan for row in rows for key, plan in row.plans().items()}
+    plans = {key: plan for row in BUILT_IN if row.capability == PLAIN_HOPPER for key, plan in row.plans().items()}
+    return {
+        key._replace(capability=90): plan
+        for key, plan in plans.items()
+        if key.channel or (key.width, key.direction) == (64, "forward")
+    }
 
 
 def _table() -> dict[Key, TilePlan]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from ..cases import Case
-from . import bitsandbytes, fla, ggml, hf_transformers, ours, relaunched, token_loop
+from . import bitsandbytes, fla, flash_qla, ggml, hf_transformers, ours, relaunched, token_loop
 from .peer import OURS, Peer, Prepared
 
 __all__ = ["GPU_PEERS", "OURS", "PEERS", "Peer", "Prepared", "peers_of"]
@@ -34,6 +34,7 @@ def peers_of(case: Case, device: str = "cpu") -> tuple[Peer, ...]:
 
 GPU_PEERS = (
     Peer("fla", fla.why_not, fla.prepare),
+    Peer("FlashQLA", flash_qla.why_not, flash_qla.prepare),
     Peer("torch.compile", ours.not_to_compile, ours.by_compiler),
     Peer("ours, pass by pass", ours.not_several_passes, ours.pass_by_pass),
     Peer("ours, prepared once", ours.not_for_triton, relaunched.prepare),

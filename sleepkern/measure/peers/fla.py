@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ def why_not(case: Case, device: str) -> str | None:
 
 def prepare(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
     form = "fused_recurrent" if case.op == "decode" else "chunk"
+    os.environ.setdefault("FLA_FLASH_QLA", "0")  # its own kernels, also where FlashQLA is installed
     module: ModuleType = importlib.import_module(f"fla.ops.{case.rule.name}")
     function = getattr(module, f"{form}_{case.rule.name}")
 
@@ -35,6 +37,8 @@ def prepare(case: Case, inputs: dict[str, Any], threads: int) -> Prepared:
             options["beta"] = x["beta"]
         else:
             value = value * x["beta"][..., None]
+        if x.get("cu_seqlens") is not None:
+            options["cu_seqlens"] = x["cu_seqlens"]
         if case.rule.name == "gla" and case.op == "decode":
             options["gk"] = options.pop("g")
         result = function(
