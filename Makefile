@@ -29,7 +29,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 TORCHES ?= $(patsubst torch==%,%,$(TORCH))
 
-.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest bench wheel wheel-check wheel-check-arm64 lint docs tables gpu-check gpu-profile gpu-wheels clean help
+.PHONY: demo check test test-cpu test-triton test-cuda-emulated test-sleep test-integrations test-mutation test-offline test-hardening test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest test-oldest-triton bench wheel wheel-check wheel-check-arm64 lint docs tables gpu-check gpu-profile gpu-wheels clean help
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -79,7 +79,7 @@ OLDEST := $(VENV)/transformers-oldest
 NEWEST := $(VENV)/transformers-newest
 PATCHED := $(addprefix tests/integrations/test_,transformers_versions.py transformers.py patching.py)
 
-test-hardening: test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest
+test-hardening: test-thorough test-kernels test-sanitized test-properties test-errors test-oldest test-newest test-oldest-triton
 
 test-thorough: $(VENV)/built
 	$(PYTEST) -m hardening -n auto
@@ -106,6 +106,16 @@ test-newest: $(VENV)/built
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(NEWEST) transformers
 	PYTHONPATH=$(NEWEST) $(PYTEST) $(PATCHED) $(addprefix tests/integrations/test_,mamba2.py packing.py call_mapping.py mixers.py flash_attention.py) \
 	  tests/measure/test_model_cases.py $(filter-out %/test_cuda_graph.py %/test_threads.py,$(wildcard tests/sleep/*.py)) -n auto
+
+# The oldest Triton that is promised, which a GPU machine may have, in a folder of its own: 190 MB.
+OLDEST_TRITON := $(VENV)/triton-oldest
+test-oldest-triton: $(VENV)/built $(OLDEST_TRITON)/installed
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m tests.offline.triton.gate --quick
+
+$(OLDEST_TRITON)/installed: $(VENV)/installed
+	rm -rf $(OLDEST_TRITON)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	touch $@
 
 $(OLDEST)/installed: requirements-oldest.txt $(VENV)/installed
 	rm -rf $(OLDEST)

@@ -182,7 +182,8 @@ def write_chunk_factors(
         p_k = inputs.k + first * inputs.k_stride + (head // DIMS.GROUP) * K
         p_v = inputs.v + first * inputs.v_stride + head * V
         b = load_row_values(inputs.beta + first * inputs.beta_stride + head, inputs.beta_stride, rows, C)
-        X = invert(b[:, None] * gram_kk, C, FLAGS.PRECISION)
+        PRECISION: tl.constexpr = FLAGS.PRECISION
+        X = invert(b[:, None] * gram_kk, C, PRECISION)
         if SAVE:
             store_tile(factors.X + at_rows * C, HV * C, rows, 0, X, C, C, C)
             store_tile(factors.kk + at_rows * C, HV * C, rows, 0, gram_kk, C, C, C)

@@ -102,6 +102,7 @@ def gradient_levels(
     scales the pairs with i >= t, the decay of a row t of the lower half the pairs with j < t: dg_t sums the terms of
     these pairs.
     """
+    PRECISION: tl.constexpr = FLAGS.PRECISION
     for level in range(first, last):
         e, upper, paired, paired_transposed = level_decay(G, level, B, R, BK)
         ex = tl.where(upper, e, 0.0)
@@ -128,7 +129,7 @@ def gradient_levels(
             dk += of_k
             terms += k * of_k
         scaled = tl.broadcast_to(scaled_by_row(level, R), [B, R, R])
-        dg += block_product_as(scaled, terms, tl.float32, FLAGS.PRECISION)
+        dg += block_product_as(scaled, terms, tl.float32, PRECISION)
     return dq, dk, dg
 
 
@@ -169,7 +170,8 @@ def level_decay(G, level, B: tl.constexpr, R: tl.constexpr, BK: tl.constexpr):
 @triton.jit
 def block_product(a, b, FLAGS: tl.constexpr):
     """a @ b of each block, in the precision of the call."""
-    return block_product_as(a, b, FLAGS.DT, FLAGS.PRECISION)
+    PRECISION: tl.constexpr = FLAGS.PRECISION
+    return block_product_as(a, b, FLAGS.DT, PRECISION)
 
 
 @triton.jit

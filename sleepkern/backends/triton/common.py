@@ -221,7 +221,8 @@ def load_row_values(p, stride, rows, R: tl.constexpr):
 @triton.jit
 def product(a, b, FLAGS: tl.constexpr):
     """a @ b in the precision of the call."""
-    return product_as(a, b, FLAGS.DT, FLAGS.PRECISION)
+    PRECISION: tl.constexpr = FLAGS.PRECISION  # Triton 3.6 passes no string on that is not a name's
+    return product_as(a, b, FLAGS.DT, PRECISION)
 
 
 @triton.jit
