@@ -44,7 +44,9 @@ from .short_convolution import (
 CHANNELS = 128
 """Channels of a program of the convolution: a row of it is 256 bytes of bfloat16, two whole cache lines."""
 SHORT = 32
-"""Sequences of at most so many tokens take runs of half the length, so that fewer rows of a tile are empty."""
+"""Sequences of at most so many tokens take tiles of at most so many rows, so that fewer of them are empty."""
+USUAL = 4
+"""The width of the convolutions of all models that `patch` knows."""
 STEP = 256
 """Channels of a program of the step: 128 threads and two channels each."""
 ELEMENTS = 2048
@@ -197,14 +199,19 @@ def gated_norm_backward(
 def convolution_tile(D: int, W: int, T: int, size: int, backward: bool) -> ConvolutionDims:
     """How the convolution is cut, for elements of `size` bytes.
 
-    A thread of the forward loads 16 bytes of bfloat16 or float32 at once, as much as one instruction can. One of the
-    backward has four channels, because 41 tiles of inputs, dz and sums of eight do not fit into its registers.
+    A run of 8 rows loads (8 + W - 1) / 8 rows for each of its own and computes z as often. A thread of the forward
+    loads 16 bytes of bfloat16 or float32 at once, as much as one instruction can. One of the backward has four
+    channels, of wide convolutions two, because the tiles of inputs, dz and sums of more do not fit into its registers;
+    64 channels and 8 runs a program keep its partial sums at one for 64 tokens.
     """
-    channels = min(CHANNELS, padded(D))
-    if backward:
-        return ConvolutionDims(D, W, 4, 8 if T <= SHORT else 16, channels)
-    runs = 8 if size == 2 else 4
-    return ConvolutionDims(D, W, runs // 2 if T <= SHORT else runs, 8, channels)
+    channels, runs = min(CHANNELS, padded(D)), 8 if size == 2 and not backward else 4
+    if backward and channels == CHANNELS and W > USUAL:
+        return ConvolutionDims(D, W, 4, 8, CHANNELS // 2)
+    if T <= SHORT:
+        return ConvolutionDims(D, W, 4 if backward else runs // 2, 8, channels)
+    if backward and channels == CHANNELS:
+        return ConvolutionDims(D, W, 8, 8, CHANNELS // 2)
+    return ConvolutionDims(D, W, runs, 8, channels)
 
 
 def norm_tile(GROUPS: int, INNER: int, V: int) -> tuple[NormDims, int]:

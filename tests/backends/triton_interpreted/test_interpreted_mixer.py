@@ -272,4 +272,5 @@ def test_tiles_fit_their_threads(size: int) -> None:
     for T in (1, 32, 33, 8192):
         for backward in (False, True):
             dims = mixer_launch.convolution_tile(8192, 4, T, size, backward)
-            assert dims.N * dims.BD % 128 == 0 and dims.N * dims.BD * size <= 128 * 16 * (1 + backward)
+            assert dims.N * dims.BD % 128 == 0 and dims.N * dims.BD * size <= 128 * 16
+            assert dims.N * dims.R <= (32 if T <= 32 else 64)
