@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Barrier, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,3 +184,24 @@ def test_threads_hold_it_together(packaged: ptxas.Assembler) -> None:
         thread.join()
     assert found == [release(NEW)]
     assert knobs.runtime.add_stages_inspection_hook is None or "TRITON_INTERPRET" in os.environ
+
+
+@pytest.mark.parametrize("capability", [HOPPER, (8, 0)])
+def test_a_launch_takes_the_options_of_its_tile_and_device(
+    packaged: ptxas.Assembler, capability: tuple[int, int]
+) -> None:
+    from sleepkern.backends.triton.launch import Job
+    from sleepkern.backends.triton.plan_table import Tile
+
+    seen: list[tuple[Any, bool]] = []
+    job: Any = object.__new__(Job)
+    job.capability = capability
+    job.arguments = lambda *_, **__: {}
+    hooked = lambda: knobs.runtime.add_stages_inspection_hook is not None  # noqa: E731
+    job.recording = SimpleNamespace(launch=lambda kernel, grid, given, options: seen.append((options, hooked())))
+    for warp_groups in (True, False):
+        job.launch(SimpleNamespace(arg_names=()), (1,), Tile(64, 16, 4, 3, warp_groups=warp_groups))
+    usual, plain = {"num_warps": 4, "num_stages": 3}, {}
+    if capability == HOPPER:
+        usual, plain = usual | {"ptx_options": assembler.MARK + "13.5.37"}, {"arch": "sm80"}
+    assert seen == [(usual, capability == HOPPER), (usual | plain, capability == HOPPER)]
