@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import sleepkern
+from helpers.raw_gates import raw_inputs
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape, call, make_inputs, relative_error, to_float64
 
@@ -31,7 +32,8 @@ def errors(
     """Relative errors of o, state and every gradient.
 
     passes: of sleep_ingest; None for the rule's own function. upstream: which gradients come from above, "o", "state"
-    or "both". outputs False leaves q out. forget: one token decays by -inf.
+    or "both". outputs False leaves q out. forget: one token decays by -inf. inputs: options of `make_inputs`, or with
+    raw=True those of `raw_inputs`.
     """
     x, do, dstate = _drawn(rule, shape, dtype, outputs, upstream, normalize, forget, **inputs)
     options: dict[str, Any] = {"passes": passes, "normalize": normalize, "tol": tol, "gradients": gradients}
@@ -53,7 +55,8 @@ def _drawn(
     **inputs: Any,
 ) -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
     """Inputs and the gradients from above."""
-    x = make_inputs(rule, shape, dtype, seed=3, **inputs)
+    draw = raw_inputs if inputs.pop("raw", False) else make_inputs
+    x = draw(rule, shape, dtype, seed=3, **inputs)
     if normalize:
         x["q"], x["k"] = 3 * x["q"], 0.5 * x["k"]
     if forget:

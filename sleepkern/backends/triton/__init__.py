@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...problems.gates import RawGates
 from ...problems.recurrence import Problem, RecurrenceResult, Tensors
 from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
 from ..interface import REPLAY
@@ -116,13 +117,43 @@ def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.O
     return partial(_state_after, precision), partial(_one_backward, precision)
 
 
-def step(problem: Problem, x: Tensors) -> Tensor:
+def why_not_gates(problem: Problem) -> str | None:
+    """None for one pass: its kernels make the gates of raw projections."""
+    return None if problem.passes == 1 else "a replay takes gates that were made before"
+
+
+def forward_of_raw(problem: Problem, x: Tensors, gates: RawGates) -> RecurrenceResult:
+    """Outputs and final state of one pass whose gates are raw."""
+    if problem.T == 0:
+        return _no_tokens(problem, x)
+    precision = precision_of(problem)
+    return RecurrenceResult(*_launch().forward(problem, x, x.state, problem.output, precision, gates=gates))
+
+
+def backward_of_raw(
+    problem: Problem, x: Tensors, gates: RawGates, do: Tensor | None, dstate: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, raw g, raw beta, state, A_log and dt_bias."""
+    precision = precision_of(problem)
+    if problem.T == 0:
+        zeros = [None if t is None else torch.zeros_like(t) for t in gates[:2]]
+        return [*_one_backward(precision, problem, x, x.state, do, dstate), *zeros]
+    grads: list[Tensor | None] = _launch().backward(problem, x, x.state, do, dstate, precision, gates)
+    return grads
+
+
+def step_of_raw(problem: Problem, x: Tensors, gates: RawGates) -> Tensor:
+    """The same as `step` with raw gates."""
+    return step(problem, x, gates)
+
+
+def step(problem: Problem, x: Tensors, gates: RawGates | None = None) -> Tensor:
     """Outputs [B,T,HV,V]; the state is updated in place, also where it is not contiguous."""
     assert x.state is not None
     if problem.T == 0:
         return torch.empty_like(x.v)
     state = x.state.contiguous()
-    o: Tensor = _launch().forward(problem, x, state, True, precision_of(problem), final=state)[0]
+    o: Tensor = _launch().forward(problem, x, state, True, precision_of(problem), state, gates)[0]
     if state is not x.state:
         x.state.copy_(state)
     return o

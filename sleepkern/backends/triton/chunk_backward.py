@@ -30,18 +30,16 @@ from .common import (
     CHANNEL,
     HEAD,
     NONE,
-    channel_decay,
     exp_of,
     find_chunk,
-    head_decay,
     inverse_norms,
     last_row,
-    load_row_values,
     load_tile,
     load_transposed,
     product,
     store_tile,
 )
+from .gates import beta_gradient, channel_decay, channel_gradient, head_decay, head_gradient, load_beta
 
 
 @triton.jit
@@ -191,8 +189,7 @@ def key_columns(
         decay_from_start = exp_of(G)[:, None]
         decay_to_end = exp_of(last_row(G, C) - G)[:, None]
     if FLAGS.GATE == CHANNEL:
-        p_g = inputs.g + first * inputs.g_stride + head * K
-        G = channel_decay(p_g, inputs.g_stride, rows, col, K, C, BK, FLAGS.WIDE)
+        G = channel_decay(inputs, first, head, rows, col, K, C, BK, FLAGS)
         decay_from_start = exp_of(G)
         decay_to_end = exp_of(last_row(G, C)[None, :] - G)
     dg = 0.0
@@ -217,6 +214,7 @@ def key_columns(
     if FLAGS.GATE == CHANNEL:
         # mutant: dg-of-a-channel-by-differences
         dg += tl.cumsum(from_start, 0, reverse=True) + sum_before(to_end, C) + S_dS[None, :]
+        dg = channel_gradient(inputs, grads, dg, slot, first, head, rows, col, BK, DIMS, FLAGS)
         store_tile(grads.dg + at_rows * K, HV * K, rows, col, dg, K, C, BK)
     # mutant: value-heads-overwrite-each-other
     if add:
@@ -277,13 +275,13 @@ def chunk_backward(
         at_rows = first * HV + head
         b = tl.full([C], 1.0, tl.float32)
         if FLAGS.HAS_BETA:
-            b = load_row_values(inputs.beta + first * inputs.beta_stride + head, inputs.beta_stride, rows, C)
+            b = load_beta(inputs, first, head, rows, C, FLAGS)
         dbeta, dg = value_columns(
             inputs, factors, states, back, grads, b, first, rows, head, scale, BV, DIMS, FLAGS
         )  # fmt: skip
         G = 0.0
         if FLAGS.GATE == HEAD:
-            G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
+            G = head_decay(inputs, first, head, rows, C, FLAGS)
         from_start = tl.zeros([C], tl.float32)
         to_end = tl.zeros([C], tl.float32)
         through = 0.0
@@ -299,10 +297,12 @@ def chunk_backward(
             # mutant: dg-without-the-end-of-the-chunk
             through += more_through
         if FLAGS.HAS_BETA:
+            dbeta = beta_gradient(inputs, dbeta, first, head, rows, C, FLAGS)
             tl.store(grads.dbeta + at_rows + i * HV, dbeta, mask=i < rows)
         if FLAGS.GATE == HEAD:
             # mutant: dg-by-differences
             dg += tl.cumsum(from_start, 0, reverse=True) + sum_before(to_end, C) + through
+            dg = head_gradient(inputs, grads, dg, slot, first, head, rows, DIMS, FLAGS)
             tl.store(grads.dg + at_rows + i * HV, dg, mask=i < rows)
         if SUMS:
             tl.debug_barrier()

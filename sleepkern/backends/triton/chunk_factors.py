@@ -16,18 +16,16 @@ from .chunk_factors_channel import BLOCK, channel_grams, on_diagonal
 from .common import (
     CHANNEL,
     HEAD,
-    channel_decay,
     exp_of,
     find_chunk,
-    head_decay,
     inverse_norms,
     last_row,
-    load_row_values,
     load_tile,
     product,
     product_as,
     store_tile,
 )
+from .gates import channel_decay, head_decay, load_beta
 
 
 @triton.jit
@@ -109,8 +107,7 @@ def chunk_grams(
             q = load_tile(p_q, inputs.q_stride, rows, col, K, C, BK)
         if FLAGS.GATE == CHANNEL:
             q, k = q.to(tl.float32), k.to(tl.float32)
-            p_g = inputs.g + first * inputs.g_stride + head * K
-            G_columns = channel_decay(p_g, inputs.g_stride, rows, col, K, C, BK, FLAGS.WIDE)
+            G_columns = channel_decay(inputs, first, head, rows, col, K, C, BK, FLAGS)
             more_qk, more_kk = channel_grams(q, k, G_columns, C, BK, FLAGS)
             gram_qk += more_qk
             gram_kk += more_kk
@@ -130,7 +127,7 @@ def chunk_grams(
                 gram_kk += product(k, tl.trans(k), FLAGS)
     if FLAGS.GATE != CHANNEL:
         if FLAGS.GATE == HEAD:
-            G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
+            G = head_decay(inputs, first, head, rows, C, FLAGS)
         D = head_differences(G, FLAGS.GATE, C)
         gram_qk *= D
         gram_kk *= D
@@ -181,7 +178,7 @@ def write_chunk_factors(
     if FLAGS.DELTA:
         p_k = inputs.k + first * inputs.k_stride + (head // DIMS.GROUP) * K
         p_v = inputs.v + first * inputs.v_stride + head * V
-        b = load_row_values(inputs.beta + first * inputs.beta_stride + head, inputs.beta_stride, rows, C)
+        b = load_beta(inputs, first, head, rows, C, FLAGS)
         PRECISION: tl.constexpr = FLAGS.PRECISION
         X = invert(b[:, None] * gram_kk, C, PRECISION)
         if SAVE:
@@ -193,8 +190,7 @@ def write_chunk_factors(
         for col in range(0, K, BK):
             k = b_norm[:, None] * load_tile(p_k, inputs.k_stride, rows, col, K, C, BK)
             if FLAGS.GATE == CHANNEL:
-                p_g = inputs.g + first * inputs.g_stride + head * K
-                k *= exp_of(channel_decay(p_g, inputs.g_stride, rows, col, K, C, BK, FLAGS.WIDE))
+                k *= exp_of(channel_decay(inputs, first, head, rows, col, K, C, BK, FLAGS))
             store_tile(factors.W + at_rows * K, HV * K, rows, col, product(X, k, FLAGS), K, C, BK)
         for col in range(0, V, BV):
             v = load_tile(p_v, inputs.v_stride, rows, col, V, C, BV)

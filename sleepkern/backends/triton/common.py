@@ -36,6 +36,8 @@ class Inputs(NamedTuple):
     v_stride: Any
     g_stride: Any
     beta_stride: Any
+    A_log: Any = None  # [HV] float32, with raw log decays (gates.py)
+    dt_bias: Any = None  # [HV] or [HV,K] float32
 
 
 class ChunkFactors(NamedTuple):
@@ -86,6 +88,8 @@ class Gradients(NamedTuple):
     dq_sum: Any  # [rows,H,K] float32 scratch when SUMS, else dq itself
     dk_sum: Any  # [rows,H,K] float32 scratch when SUMS, else dk itself
     dR: Any  # [rows,HV,V] scratch
+    dA_log: Any = None  # [slots,HV] or [slots,HV,K] float32, sums of a chunk, with raw log decays
+    ddt_bias: Any = None  # the same
 
 
 class Sizes(NamedTuple):
@@ -110,7 +114,7 @@ class Dims(NamedTuple):
 
 class Flags(NamedTuple):
     """Compile-time switches. GATE is NONE, HEAD or CHANNEL; DT and PRECISION are those of `product`; WIDE sums log
-    decays in float64."""
+    decays in float64. RAW log decays are made with BOUND, 0 for none; BETA_SCALE is 0 where beta is not raw."""
 
     GATE: int
     DELTA: bool
@@ -121,6 +125,9 @@ class Flags(NamedTuple):
     DT: Any
     PRECISION: str
     WIDE: bool
+    RAW: bool = False
+    BOUND: float = 0.0
+    BETA_SCALE: float = 0.0
 
 
 @triton.jit
@@ -252,28 +259,6 @@ def inverse_norms(p, stride, rows, K: tl.constexpr, C: tl.constexpr, BK: tl.cons
         x = load_tile(p, stride, rows, col, K, C, BK).to(tl.float32)
         squares += tl.sum(x * x, 1)
     return 1.0 / tl.sqrt(squares + NORM_EPS)
-
-
-@triton.jit
-def head_decay(p_g, stride, rows, C: tl.constexpr, WIDE: tl.constexpr):
-    """G [C], the running sum of one log decay a row; rows beyond the end do not decay.
-
-    G is float64 when WIDE, because differences of G are small where G is large.
-    """
-    # mutant: minus-infinity-as-it-is
-    g = tl.maximum(load_row_values(p_g, stride, rows, C), MIN_LOG_DECAY)
-    if WIDE:
-        g = g.to(tl.float64)
-    return tl.cumsum(g, 0)
-
-
-@triton.jit
-def channel_decay(p_g, stride, rows, col, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
-    """G [C, BK], the running sum of one log decay a row and key channel from col on; float64 when WIDE."""
-    g = tl.maximum(load_tile(p_g, stride, rows, col, K, C, BK).to(tl.float32), MIN_LOG_DECAY)
-    if WIDE:
-        g = g.to(tl.float64)
-    return tl.cumsum(g, 0)
 
 
 @triton.jit

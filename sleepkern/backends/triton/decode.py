@@ -11,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import CHANNEL, HEAD, MIN_LOG_DECAY, NORM_EPS, find_columns, load_tile, store_tile
+from .common import CHANNEL, HEAD, NORM_EPS, find_columns, load_tile, store_tile
+from .gates import token_beta, token_channel_decays, token_decay
 
 
 @triton.jit
@@ -47,16 +48,14 @@ def decode_kernel(
         k = head_row(inputs.k + row * inputs.k_stride + at_key, K, KP, 0, FLAGS.NORMALIZE)
         v = head_row(inputs.v + row * inputs.v_stride + head * V, V, BV, col, False)
         if FLAGS.GATE == HEAD:
-            g = tl.load(inputs.g + row * inputs.g_stride + head).to(tl.float32)
             # mutant: decode-without-decay
-            S *= tl.exp(tl.maximum(g, MIN_LOG_DECAY))
+            S *= tl.exp(token_decay(inputs, row, head, FLAGS))
         if FLAGS.GATE == CHANNEL:
-            g = head_row(inputs.g + row * inputs.g_stride + head * K, K, KP, 0, False)
-            S *= tl.exp(tl.maximum(g, MIN_LOG_DECAY))[:, None]
+            S *= tl.exp(token_channel_decays(inputs, row, head, K, KP, FLAGS))[:, None]
         if FLAGS.DELTA:
             v -= tl.sum(k[:, None] * S, 0)
         if FLAGS.HAS_BETA:
-            v *= tl.load(inputs.beta + row * inputs.beta_stride + head).to(tl.float32)
+            v *= token_beta(inputs, row, head, FLAGS)
         S += k[:, None] * v[None, :]
         if FLAGS.OUTPUT:
             q = head_row(inputs.q + row * inputs.q_stride + at_key, K, KP, 0, FLAGS.NORMALIZE)

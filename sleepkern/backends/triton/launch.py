@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...problems.gates import RawGates
 from ...problems.recurrence import Problem, Tensors
 from ..native.views import in_rows, on_device_of
 from . import held_launches
@@ -39,8 +40,25 @@ from .state_pass_backward import state_pass_backward_kernel
 GATES = {"none": 0, "head": 1, "channel": 2}
 
 
+class GateForm(NamedTuple):
+    """How the gates of a call are made in its kernels: Flags of these names."""
+
+    RAW: bool = False
+    BOUND: float = 0.0
+    BETA_SCALE: float = 0.0
+
+
+_MADE = GateForm()
+
+
 def forward(
-    problem: Problem, x: Tensors, state: Tensor | None, output: bool, precision: Precision, final: Tensor | None = None
+    problem: Problem,
+    x: Tensors,
+    state: Tensor | None,
+    output: bool,
+    precision: Precision,
+    final: Tensor | None = None,
+    gates: RawGates | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Outputs o (None unless output) and final state of problem.passes passes; `final` may be `state` itself."""
     p = problem
@@ -50,19 +68,22 @@ def forward(
     if state is not None:
         state = state.contiguous()
     rows, strides = _rows(p, x, output)
-    key = (_forward, p, precision, output, strides, TABLE.version)
+    form, parameters = _gates(gates)
+    key = (_forward, p, precision, output, strides, form, TABLE.version)
     with on_device_of(x.k):
-        held_launches.run(key, (*rows, state, final, o), partial(_forward, p, precision, output), x.k)
+        held_launches.run(
+            key, (*rows, state, final, o, *parameters), partial(_forward, p, precision, output, form), x.k
+        )
     return o, final
 
 
 def _forward(
-    problem: Problem, precision: Precision, output: bool, recording: Recording, tensors: Sequence[Any]
+    problem: Problem, precision: Precision, output: bool, form: GateForm, recording: Recording, tensors: Sequence[Any]
 ) -> None:
-    """The launches of a forward. tensors: as in Tensors, then final and o."""
+    """The launches of a forward. tensors: as in Tensors, then final, o, A_log and dt_bias."""
     p, x = problem, Tensors._make((*tensors[:5], None, tensors[5]))
-    state, final, o = tensors[6:]
-    job = Job(p, x, output, precision, "forward", recording)
+    state, final, o, *parameters = tensors[6:]
+    job = Job(p, x, output, precision, "forward", recording, form, parameters)
     states = States(state, final, o, None, None)
     more: dict[str, Any] = {"states": states, "HAS_STATE": state is not None, "REPLAY": p.passes > 1, "SAVE": False}
     if p.T <= DECODE_LIMIT and p.passes == 1 and not p.packed:
@@ -80,9 +101,18 @@ def _forward(
 
 
 def backward(
-    problem: Problem, x: Tensors, state: Tensor | None, do: Tensor | None, dstate: Tensor | None, precision: Precision
+    problem: Problem,
+    x: Tensors,
+    state: Tensor | None,
+    do: Tensor | None,
+    dstate: Tensor | None,
+    precision: Precision,
+    gates: RawGates | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor."""
+    """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor.
+
+    With raw gates the gradients of A_log and dt_bias follow.
+    """
     p, output = problem, do is not None and x.q is not None
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in x[:5]]
     if not output and grads[0] is not None:
@@ -91,23 +121,29 @@ def backward(
     rows, strides = _rows(p, x, output)
     do, do_stride = in_rows(do, p.HV * p.V) if output and do is not None else (None, 0)
     state, dstate = (None if t is None else t.contiguous() for t in (state, dstate))
-    key = (_backward, p, precision, output, strides, do_stride, TABLE.version)
+    form, parameters = _gates(gates)
+    sums = _gate_sums(p, precision, x.k.device) if form.RAW else (None, None)
+    key = (_backward, p, precision, output, strides, do_stride, form, TABLE.version)
     with on_device_of(x.k):
-        tensors = (*rows, state, do, dstate, dinitial, *grads)
-        held_launches.run(key, tensors, partial(_backward, p, precision, output, do_stride), x.k)
+        tensors = (*rows, state, do, dstate, dinitial, *grads, *parameters, *sums)
+        held_launches.run(key, tensors, partial(_backward, p, precision, output, do_stride, form), x.k)
     grads = [
         d if d is None or t is None or d.dtype == t.dtype else d.to(t.dtype) for d, t in zip(grads, x, strict=False)
     ]
-    return [*grads, None if x.state is None else dinitial]  # empty_like has given them the types of the inputs
+    grads.append(None if x.state is None else dinitial)  # empty_like has given the others the types of the inputs
+    return grads if gates is None else [*grads, *_parameter_gradients(gates, *sums)]
 
 
 def _backward(
-    problem: Problem, precision: Precision, output: bool, do_stride: int, recording: Recording, tensors: Sequence[Any]
-) -> None:
-    """The launches of a backward. tensors: as in Tensors, then do, dstate, dinitial and five gradients."""
+    problem: Problem, precision: Precision, output: bool, do_stride: int, form: GateForm, recording: Recording,
+    tensors: Sequence[Any],
+) -> None:  # fmt: skip
+    """The launches of a backward. tensors: as in Tensors, then do, dstate, dinitial, five gradients, A_log, dt_bias and
+    the sums of both."""
     p, x = problem, Tensors._make((*tensors[:5], None, tensors[5]))
-    state, do, dstate, dinitial, *grads = tensors[6:]
-    job = Job(p, x, output, precision, "backward", recording)
+    state, do, dstate, dinitial = tensors[6:10]
+    grads, parameters, gate_sums = tensors[10:15], tensors[15:17], tensors[17:]
+    job = Job(p, x, output, precision, "backward", recording, form, parameters)
     factors = job.factors(save=True)
     states = job.states(state)
     back = job.state_gradients(do, do_stride, dstate, dinitial)
@@ -117,7 +153,7 @@ def _backward(
     )
     more: dict[str, Any] = {
         "factors": factors, "states": states, "back": back,
-        "grads": Gradients._make((*grads, dq_sum, dk_sum, factors.U if p.rule.delta else back.dVn)),
+        "grads": Gradients._make((*grads, dq_sum, dk_sum, factors.U if p.rule.delta else back.dVn, *gate_sums)),
         "SAVE": True, "HAS_STATE": state is not None, "REPLAY": False, "HAS_DSTATE": dstate is not None, "SUMS": sums,
         "HAS_FACTORS": job.has_factors,
     }  # fmt: skip
@@ -139,6 +175,40 @@ def plan_of(problem: Problem, precision: Precision, direction: Direction) -> Til
     return plan_for(p.K, p.V, precision, p.rule.gate == "channel", p.T, direction, found)
 
 
+def slots_of(problem: Problem, chunk: int) -> int:
+    """The number of slots of chunks, all of which kernels have a program for (`find_chunk`)."""
+    p = problem
+    return p.T // chunk + p.sequences if p.packed else triton.cdiv(p.T, chunk) * p.B
+
+
+def _gates(gates: RawGates | None) -> tuple[GateForm, tuple[Tensor | None, Tensor | None]]:
+    """How gates are made, and A_log and dt_bias as kernels read them."""
+    if gates is None:
+        return _MADE, (None, None)
+    A_log, dt_bias = (None if t is None else t.float().contiguous() for t in gates[:2])
+    return GateForm(gates.decay, gates.lower_bound or 0.0, gates.beta_scale), (A_log, dt_bias)
+
+
+def _gate_sums(problem: Problem, precision: Precision, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The sums of each chunk for A_log and dt_bias; zero for the slots that hold no chunk."""
+    p = problem
+    width = p.K if p.rule.gate == "channel" else 1
+    slots = slots_of(p, plan_of(p, precision, "backward").chunk)
+    of_rate, of_bias = torch.zeros((2, slots, p.HV, width), dtype=torch.float32, device=device).unbind()
+    return of_rate, of_bias
+
+
+def _parameter_gradients(
+    gates: RawGates, of_rate: Tensor | None, of_bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of A_log and dt_bias, None where there is no such tensor."""
+    A_log, dt_bias = gates.A_log, gates.dt_bias
+    dA_log = None if A_log is None or of_rate is None else of_rate.sum((0, 2), dtype=torch.float64).to(A_log.dtype)
+    if dt_bias is None or of_bias is None:
+        return dA_log, None
+    return dA_log, of_bias.sum(0, dtype=torch.float64).to(dt_bias.dtype).reshape(dt_bias.shape)
+
+
 class Job:
     """Groups of arguments and scratch of the launches of one call."""
 
@@ -157,7 +227,7 @@ class Job:
 
     def __init__(
         self, problem: Problem, x: Tensors, output: bool, precision: Precision, direction: Direction,
-        recording: Recording | None = None,
+        recording: Recording | None = None, form: GateForm = _MADE, parameters: Sequence[Any] = (None, None),
     ) -> None:  # fmt: skip
         p, rule = problem, problem.rule
         self.problem, self.output = problem, output
@@ -165,7 +235,7 @@ class Job:
         self.type = torch.bfloat16 if precision == "bf16" else torch.float32
         self.plan = plan_of(problem, precision, direction)
         chunk = self.plan.chunk
-        self.slots = p.T // chunk + p.sequences if p.packed else triton.cdiv(p.T, chunk) * p.B
+        self.slots = slots_of(p, chunk)
         self.rows = p.B * p.T
         self.one_chunk = not p.packed and p.T <= chunk
         self.has_factors = rule.delta or output or rule.gate == "channel"
@@ -180,10 +250,11 @@ class Job:
             DT=tl.bfloat16 if precision == "bf16" else tl.float32,
             PRECISION="ieee" if precision == "ieee" else "tf32",
             WIDE=precision == "ieee",
+            **form._asdict(),
         )
         rows, strides = _rows(problem, x, output)
         self.values = {
-            "inputs": Inputs._make((*rows, *strides)),
+            "inputs": Inputs(*rows, *strides, *parameters),
             "sizes": Sizes(p.T, p.sequences, p.passes, p.scale),
             "DIMS": Dims(p.HV, p.HV // p.H, p.K, p.V, chunk, padded(p.K)),
             "FLAGS": self.flags,

@@ -23,7 +23,6 @@ from .common import (
     exp_of,
     find_columns,
     find_sequence,
-    head_decay,
     last_row,
     load_row_values,
     load_tile,
@@ -31,6 +30,7 @@ from .common import (
     product,
     store_tile,
 )
+from .gates import head_decay, load_beta
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def row_decays(
         decay_from_start = load_row_values(factors.from_start + at_rows, DIMS.HV, rows, C)
         decay_to_end = load_row_values(factors.to_end + at_rows, DIMS.HV, rows, C)
     elif FLAGS.GATE == HEAD:
-        G = head_decay(inputs.g + first * inputs.g_stride + head, inputs.g_stride, rows, C, FLAGS.WIDE)
+        G = head_decay(inputs, first, head, rows, C, FLAGS)
         G_end = last_row(G, C)
         decay_from_start *= exp_of(G)
         decay_to_end = exp_of(G_end - G)
@@ -96,8 +96,7 @@ def scan_chunks(
             p_v = inputs.v + first * inputs.v_stride + head * V
             Vn = load_tile(p_v, inputs.v_stride, rows, col, V, C, BV).to(tl.float32)
             if FLAGS.HAS_BETA:
-                p_beta = inputs.beta + first * inputs.beta_stride + head
-                Vn *= load_row_values(p_beta, inputs.beta_stride, rows, C)[:, None]
+                Vn *= load_beta(inputs, first, head, rows, C, FLAGS)[:, None]
         if SAVE:
             store_tile(states.Vn + at_rows * V, HV * V, rows, col, Vn, V, C, BV)
         decay_from_start, decay_to_end, chunk_decay = row_decays(

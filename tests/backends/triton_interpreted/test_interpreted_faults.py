@@ -84,6 +84,8 @@ FAULTS = {
         r" \+ at_rows", " + first", shape=Shape(T=40, H=1, HV=2, K=16, V=16), variants=DECAYS
     ),
     "stored-decays-to-the-start": Fault(r"G_end - G", "G", variants=DECAYS),
+    "raw-decay-without-rate": Fault(r"-rate \* ", "-", options={"raw": True}),
+    "raw-gate-gradient-as-it-is": Fault(None, options={"raw": True}),
     "minus-infinity-as-it-is": Fault(r"tl\.maximum\((.*), \w+\)", r"\1", options={"forget": True}),
 }
 

@@ -29,6 +29,7 @@ from sleepkern.backends.triton.assembler import machine_code
 from sleepkern.backends.triton.plan import plan_for
 from sleepkern.backends.triton.plan_table import Direction, Precision, TilePlan
 from sleepkern.backends.triton.ptxas import Assembler
+from sleepkern.problems.gates import RawGates
 from sleepkern.problems.recurrence import Problem, Tensors, describe
 from sleepkern.rules import Rule
 from sleepkern.testing import Shape
@@ -94,8 +95,9 @@ def record(
     normalize: bool = False,
     passes: int = 1,
     output: bool = True,
+    raw: bool = False,
 ) -> list[Launch]:
-    """The launches of a call of this shape."""
+    """The launches of a call of this shape; `raw`: its kernels make both gates."""
     seen: list[Launch] = []
 
     def note(job: Any, kernel: Any, grid: Any, tile: Any, **more: Any) -> None:
@@ -105,13 +107,14 @@ def record(
 
     x = _inputs(rule, shape, torch.bfloat16 if precision == "bf16" else torch.float32)
     problem = describe(rule, x, shape.K**-0.5, normalize, passes)
+    gates = _gates(rule, shape) if raw else None
     with mock.patch.object(launch.Job, "launch", note):
         if direction == "backward":
             assert x.state is not None
             do, dstate = torch.empty_like(x.v), torch.empty_like(x.state)
-            launch.backward(problem, x, x.state, do, dstate, precision)
+            launch.backward(problem, x, x.state, do, dstate, precision, gates)
         else:
-            launch.forward(problem, x, x.state, output, precision)
+            launch.forward(problem, x, x.state, output, precision, gates=gates)
     return seen
 
 
@@ -150,6 +153,12 @@ def compile_launch(one: Launch, capability: int, assembler: Assembler | None = N
         seconds, made.metadata.shared, registers, stack, getattr(made.metadata, "tmem_size", 0) or 0,
         count["tensor"], count["HGMMA"], count["spill"], assembly.count(";"), transposes, assembly,
     )  # fmt: skip
+
+
+def _gates(rule: Rule, s: Shape) -> RawGates:
+    bias = (s.HV, s.K) if rule.gate == "channel" else (s.HV,)
+    A_log, dt_bias = (torch.empty(size, device="meta") for size in ((s.HV,), bias))
+    return RawGates(A_log, dt_bias, None, True, 1.0)
 
 
 def _inputs(rule: Rule, s: Shape, dtype: torch.dtype) -> Tensors:

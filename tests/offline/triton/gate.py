@@ -66,6 +66,7 @@ class Subject:
     capability: int
     normalize: bool = False
     passes: int = 1
+    raw: bool = False
 
     @property
     def architecture(self) -> int:
@@ -76,7 +77,9 @@ class Subject:
         """The launch that the product would make."""
         key = self.key
         with on_device(self.capability):
-            launches = record(self.rule, self.shape, key.precision, key.direction, self.normalize, self.passes)
+            launches = record(
+                self.rule, self.shape, key.precision, key.direction, self.normalize, self.passes, raw=self.raw
+            )
         return next(one for one in launches if one.name == self.kernel)
 
 
@@ -122,20 +125,24 @@ def _switches(step_capabilities: tuple[int, ...]) -> Iterator[Subject]:
         key = Key(0, "forward", "bf16", rule.gate == "channel", 128)
         yield from _of(rule, Shape(T=256, H=16, HV=16, K=128, V=128), key, (90,), passes=8)
         yield from _of(rule, Shape(T=1, H=16, HV=16, K=128, V=128), key, step_capabilities)
+    for rule in (GATED_DELTA_RULE, KDA):
+        for direction, T in (("forward", 1), ("backward", LONG)):
+            key = Key(0, direction, "bf16", rule.gate == "channel", 128)
+            yield from _of(rule, Shape(T=T, H=16, HV=16, K=128, V=128), key, (90,), raw=True)
 
 
 def _of(
     rule: Rule, shape: Shape, key: Key, capabilities: tuple[int, ...] = CAPABILITIES, normalize: bool = False,
-    passes: int = 1, without: tuple[str, ...] = (),
+    passes: int = 1, without: tuple[str, ...] = (), raw: bool = False,
 ) -> Iterator[Subject]:  # fmt: skip
     name = f"{rule.name} {key.direction} {key.precision} T={shape.T} K={shape.K} V={shape.V}"
-    name += " packed" * (shape.lengths is not None) + f" N={passes}" * (passes > 1)
+    name += " packed" * (shape.lengths is not None) + f" N={passes}" * (passes > 1) + " raw gates" * raw
     for capability in capabilities:
         with on_device(capability):
-            launches = record(rule, shape, key.precision, key.direction, normalize, passes)
+            launches = record(rule, shape, key.precision, key.direction, normalize, passes, raw=raw)
         for one in launches:
             if one.name not in without:
-                yield Subject(name, rule, shape, key, one.name, capability, normalize, passes)
+                yield Subject(name, rule, shape, key, one.name, capability, normalize, passes, raw)
 
 
 Row = tuple[Subject | Operator, str, Compiled | None, str]
