@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from ..experiments.training import CONFIGURATIONS, Run, Training, configuration, current_placement
 from ..experiments.training.estimate import estimate
+from ..experiments.training.expected import compare, expected_losses
 from ..experiments.training.logs import CHECKPOINT, LOG, default_label, log_content
 from ..measure.timing import threads
 from .output import bars, check_device, console, named_path, usage, writable, write_json
@@ -32,6 +34,10 @@ def command(
         False
     ),
     steps: Annotated[int | None, typer.Option(min=1, help="default: the configuration's")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="problems a step; default: the configuration's")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="end this slice after so long, with a checkpoint; --resume goes on")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of weights and problems")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     distributed: Annotated[str, typer.Option(help="single, or under torchrun ddp or fsdp")] = "single",
@@ -51,13 +57,15 @@ def command(
     writable(out, "--out", folder=True)
     try:
         given: dict[str, Any] = {"feedback": feedback, "eviction": eviction, "settled": settled}
-        run = Run(configuration(task, size), passes, checkpoint=checkpoint, seed=seed, steps=steps, **given)
+        chosen = configuration(task, size)
+        chosen = chosen if batch is None else replace(chosen, batch=batch)
+        run = Run(chosen, passes, checkpoint=checkpoint, seed=seed, steps=steps, **given)
         with threads(cores):
             training = Training(run, current_placement(device, distributed))
             training.sleep_module.session()
             if resume and out is not None and (out / CHECKPOINT).is_file():
                 training.load(out / CHECKPOINT)
-            train(training, out, label or default_label(passes, feedback, eviction, settled))
+            train(training, out, label or default_label(passes, feedback, eviction, settled), seconds)
     except ValueError as error:
         raise usage(error) from error
     finally:
@@ -65,8 +73,11 @@ def command(
             dist.destroy_process_group()
 
 
-def train(training: Training, out: Path | None, label: str) -> None:
-    """Train to the end with a progress bar; write a log and a checkpoint after each measurement."""
+def train(training: Training, out: Path | None, label: str, seconds: float | None = None) -> None:
+    """Train with a progress bar, to the end or for so many seconds.
+
+    A log and a checkpoint are written after each measurement and at the end.
+    """
     with _bar(training, label) as bar:
 
         def save(now: Training) -> None:
@@ -76,11 +87,32 @@ def train(training: Training, out: Path | None, label: str) -> None:
             if now.placement.is_main:
                 write_json(out / LOG, log_content(now, label), quiet=True)
 
-        training.train(on_eval=save, on_step=bar)
-        if out is not None and training.placement.is_main:  # a finished run may have lost its log
+        training.train(on_eval=save, on_step=bar, seconds=seconds)
+        if training.done < training.run.length:
+            save(training)
+        elif out is not None and training.placement.is_main:  # a finished run may have lost its log
             write_json(out / LOG, log_content(training, label), quiet=True)
     if training.placement.is_main:
         console.print(accuracy_line(training))
+        _print_expected(training)
+        if training.done < training.run.length:
+            console.print(
+                f"{training.done} of {training.run.length} steps are done; the same command with --resume goes on"
+            )
+
+
+def _print_expected(training: Training) -> None:
+    """A table of losses beside those of the small run on a CPU, where there is one."""
+    expected = expected_losses(training.run)
+    rows = [] if expected is None else compare(training.losses, expected)
+    if expected is None or not rows:
+        return
+    table = Table(title=f"losses beside a CPU run of {expected['batch']} problems a step")
+    for heading in ("step", "loss", "CPU run", ""):
+        table.add_column(heading, justify="right")
+    for step, loss, small, far in rows:
+        table.add_row(str(step), f"{loss:.3f}", f"{small:.3f}", "[red]far above[/]" if far else "")
+    console.print(table)
 
 
 def accuracy_line(training: Training) -> str:

@@ -17,8 +17,9 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "done": int,
     "seconds": (int, float),
     "history": list,
+    "losses": dict,
 }
-"""What a checkpoint holds."""
+"""What a checkpoint holds; those of older versions have no losses."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load and zipfile raise whatever a damaged file makes them meet
         raise damaged(path, error) from error
+    if isinstance(content, dict):
+        content = {"losses": {}, **content}
     if not isinstance(content, dict) or content.keys() != _TYPES.keys():
         raise damaged(path, f"expected {', '.join(_TYPES)} in it")
     for name, kind in _TYPES.items():

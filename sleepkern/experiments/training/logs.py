@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ...files import read_json
 from ...measure.environment import environment
+from .expected import expected_losses
 from .training import Training
 
 LOG, CHECKPOINT = "log.json", "checkpoint.pt"
@@ -57,6 +58,8 @@ def log_content(training: Training, label: str) -> dict[str, Any]:
         "finished": training.done >= training.run.length,
         "seconds": training.seconds,
         "history": training.history,
+        "losses": training.losses,
+        "expected": expected_losses(training.run),
     }
 
 

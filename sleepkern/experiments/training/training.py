@@ -58,6 +58,13 @@ class Run:
         return found
 
 
+def is_loss_step(step: int) -> bool:
+    """Tells whether a training keeps the loss of a step: 1, 2, 5, 10, 20, 50, 100 and so on."""
+    while step >= 10 and step % 10 == 0:
+        step //= 10
+    return step in (1, 2, 5)
+
+
 class Training:
     """A model in training. Training is deterministic: an interrupted run goes on as if it had not been interrupted.
 
@@ -75,6 +82,8 @@ class Training:
     curriculum: Curriculum
     done: int
     seconds: float
+    history: list[dict[str, Any]]
+    losses: dict[int, float]
 
     def __init__(self, run: Run, placement: Placement | None = None) -> None:
         self.run, self.task = run, run.configuration.task
@@ -93,7 +102,8 @@ class Training:
         self.curriculum = curriculum(run.configuration.curriculum, self.task.levels)
         self.done = 0
         self.seconds = 0.0
-        self.history: list[dict[str, Any]] = []
+        self.history = []
+        self.losses = {}
         self._tests: dict[int, Batch] = {}
 
     def step(self) -> Tensor:
@@ -130,19 +140,28 @@ class Training:
             found[level] = correct / total
         return found
 
-    def train(self, until: int | None = None, on_eval: Callback | None = None, on_step: Callback | None = None) -> None:
-        """Train to step `until` (default the end).
+    def train(
+        self,
+        until: int | None = None,
+        on_eval: Callback | None = None,
+        on_step: Callback | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """Train to step `until` (default the end), or for so many seconds, which the step under way may exceed.
 
-        on_step is called after every step, on_eval after every measurement.
+        on_step is called after every step, on_eval after every measurement. With several processes `seconds` ends
+        the slice of all of them at the same step.
         """
         last = self.run.length if until is None else until
-        began = time.perf_counter()
+        began = start = time.perf_counter()
         while self.done < last:
             loss = self.step()
+            if is_loss_step(self.done):
+                self.losses[self.done] = self._mean(loss)
             if on_step is not None:
                 on_step(self)
             if self.done % self.run.configuration.look == 0 or self.done == self.run.length:
-                lost = float(self.placement.sum_over_processes(loss)) / self.placement.processes
+                lost = self._mean(loss)
                 self.seconds += time.perf_counter() - began  # without measurements
                 self.history.append(
                     {"step": self.done, "loss": lost, "seconds": self.seconds, "accuracy": self.measure()}
@@ -150,7 +169,20 @@ class Training:
                 if on_eval is not None:
                     on_eval(self)
                 began = time.perf_counter()
+            if seconds is not None and self._any_process(time.perf_counter() - start >= seconds):
+                break
         self.seconds += time.perf_counter() - began
+
+    def _mean(self, loss: Tensor) -> float:
+        """The loss of the whole batch, from those of the processes."""
+        return float(self.placement.sum_over_processes(loss)) / self.placement.processes
+
+    def _any_process(self, here: bool) -> bool:
+        """Tells whether something holds in a process, in all of them alike."""
+        if self.placement.processes == 1:
+            return here
+        flag = torch.tensor([int(here)], device=self.placement.device)
+        return bool(self.placement.sum_over_processes(flag)[0] > 0)
 
     @property
     def tokens(self) -> int:
@@ -174,6 +206,7 @@ class Training:
             "done": self.done,
             "seconds": self.seconds,
             "history": self.history,
+            "losses": self.losses,
         }
         with replacing(path) as partial:
             torch.save(content, partial)
@@ -204,6 +237,7 @@ class Training:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise damaged(path, error) from error
         self.done, self.seconds, self.history = content["done"], content["seconds"], content["history"]
+        self.losses = content["losses"]
 
     def _test(self, level: int) -> Batch:
         if level not in self._tests:
