@@ -22,10 +22,17 @@ class Loop:
 
 @dataclass(frozen=True)
 class Trips:
-    """How often a loop of the source runs, and the loops in its body."""
+    """How often a loop of the source runs, the loops in its body, and whether the compiler does not know the count."""
 
     count: float
     inner: tuple[Trips, ...] = ()
+    unknown: bool = False
+
+    def looped(self) -> list[Trips]:
+        """This loop, or those in its body where it runs once and the compiler knows it."""
+        if self.count > 1 or self.unknown:
+            return [self]
+        return [found for one in self.inner for found in one.looped()] if self.count == 1 else []
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,9 @@ class Code:
 def matched(loops: Sequence[Loop], trips: Sequence[Trips]) -> Iterator[tuple[Loop, float]]:
     """Each loop of the machine code with the trips of its counterpart in the source.
 
-    A loop of one trip is none in the machine code. Where a body has no loops at all, the compiler has unrolled them.
+    A loop that runs once is none in the machine code. Where a body has no loops at all, the compiler has unrolled them.
     """
-    wanted = [one for one in trips if one.count > 1]
-    for one in trips:
-        if one.count == 1:
-            wanted += one.inner
+    wanted = [found for one in trips for found in one.looped()]
     if not loops:
         return
     if len(loops) != len(wanted):

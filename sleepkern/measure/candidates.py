@@ -19,8 +19,8 @@ from ..backends.triton.plan_table import TABLE, Key, Tile, TilePlan
 class PlanCandidate:
     """A tile for one stage of the plan of a key.
 
-    stage is a field of TilePlan. heads and tokens are the call that the prediction is for; predicted_us is the time of
-    the stage's kernels in microseconds, and reason says in words what the prediction rests on.
+    stage is a field of TilePlan. heads, tokens and batch are the call that the prediction is for; predicted_us is the
+    time of the stage's kernels in microseconds, and reason says in words what the prediction rests on.
     """
 
     stage: str
@@ -32,6 +32,7 @@ class PlanCandidate:
     reason: str
     heads: int = 32
     tokens: int = 8192
+    batch: int = 1
 
     def plan(self, base: TilePlan | None = None) -> TilePlan:
         """`base`, or the table's plan of the key, with this tile in its stage and this chunk."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton as backend
-from ..backends.triton.plan import padded
+from ..backends.triton.plan import DECODE_LIMIT, padded
 from ..backends.triton.plan_table import PLAIN_HOPPER, TABLE, Direction, Key, Tile, TilePlan
 from ..backends.triton.ptxas import capability_of_plans
 from ..ops.recurrence import explain
@@ -30,7 +30,7 @@ from .timing import Candidate, time_in_turns
 Progress = Callable[[str, int, int], None]
 """Called with (what is timed, how many are done, how many there are)."""
 
-Options = Callable[[str, Tile], Sequence[Tile]]
+Options = Callable[[str, "Tile | None"], Sequence[Tile]]
 """The tiles to try for a stage beside the current one."""
 
 STAGES: dict[Direction, tuple[str, ...]] = {
@@ -41,6 +41,13 @@ CHUNKS = (16, 32, 64)
 COLUMNS = (16, 32, 64)
 WARPS = (2, 4, 8)
 LOADS = (2, 3, 4)
+
+
+def stages_of(shape: Shape, chunk: int, direction: Direction) -> tuple[str, ...]:
+    """The stages whose tiles a call of this shape takes: one for a step and for a single chunk."""
+    if shape.lengths is None and shape.T <= DECODE_LIMIT and direction == "forward":
+        return ("decode",)
+    return ("single_chunk",) if shape.lengths is None and shape.T <= chunk else STAGES[direction]
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def tune(
         search = _Search(key, run, run(), TOLERANCE[dtype], device, seconds, trials, progress)
         fastest = float("inf")
         for start, options in _starts(key, shape, chunks, candidates):
-            tuned, took = search.descend(start, direction, options)
+            tuned, took = search.descend(start, stages_of(shape, start.chunk, direction), options)
             if took < fastest:
                 best[key], fastest = tuned, took
     return best, trials
@@ -107,11 +114,11 @@ def _starts(
         yield first_plan(here, key, chunk), partial(_listed, here)
 
 
-def _grid(key: Key, stage: str, current: Tile) -> list[Tile]:
+def _grid(key: Key, stage: str, current: Tile | None) -> list[Tile]:
     return list(_tiles(stage, key, current))
 
 
-def _listed(candidates: Sequence[PlanCandidate], stage: str, current: Tile) -> list[Tile]:
+def _listed(candidates: Sequence[PlanCandidate], stage: str, current: Tile | None) -> list[Tile]:
     return [one.tile for one in candidates if one.stage == stage and one.tile != current]
 
 
@@ -125,14 +132,14 @@ class _Search:
         self.key, self.run, self.expected, self.tolerance = key, run, expected, tolerance
         self.device, self.seconds, self.trials, self.progress = device, seconds, trials, progress
 
-    def descend(self, plan: TilePlan, direction: Direction, options: Options) -> tuple[TilePlan, float]:
+    def descend(self, plan: TilePlan, stages: Sequence[str], options: Options) -> tuple[TilePlan, float]:
         """The best plan with this chunk, and its seconds (infinite where none ran)."""
         best = self._time("all", plan)
-        for stage in STAGES[direction]:
+        for stage in stages:
             tiles = options(stage, getattr(plan, stage))
             for done, tile in enumerate(tiles):
                 if self.progress is not None:
-                    self.progress(f"{direction}, chunks of {plan.chunk}, {stage}", done, len(tiles))
+                    self.progress(f"{self.key.direction}, chunks of {plan.chunk}, {stage}", done, len(tiles))
                 change: dict[str, Any] = {stage: tile}
                 candidate = replace(plan, **change)
                 took = self._time(stage, candidate)
@@ -156,13 +163,13 @@ class _Search:
         return float("inf") if trial.seconds is None else trial.seconds
 
 
-def _tiles(stage: str, key: Key, current: Tile) -> Iterator[Tile]:
+def _tiles(stage: str, key: Key, current: Tile | None) -> Iterator[Tile]:
     """Candidates for a stage: all of a small grid but the current one.
 
     State passes hold all key columns, and have two warps where there must be no warp-group products (ptxas.py).
     """
     scans = stage in ("state_pass", "state_pass_backward")
-    keys = (key.width,) if scans else tuple(c for c in COLUMNS if c <= key.width)
+    keys = (key.width,) if scans or stage == "decode" else tuple(c for c in COLUMNS if c <= key.width)
     loads = LOADS if scans else (1,)
     warps = (2,) if scans and key.capability == PLAIN_HOPPER else WARPS
     for sizes in product(keys, COLUMNS, warps, loads):

@@ -253,8 +253,12 @@ def normalize_backward(
 def chunk_backward(
     inputs, factors, states, back, grads, slot, first, rows, key_head, scale,
     BK: tl.constexpr, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, SUMS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of the chunk of one key head. The loop over its value heads is in order, so that sums repeat."""
+    """All gradients of the chunk of one key head. The loop over its value heads is in order, so that sums repeat.
+
+    Where SPLIT, chunk_backward_values_kernel has made those that need value columns alone.
+    """
     HV: tl.constexpr = DIMS.HV
     GROUP: tl.constexpr = DIMS.GROUP
     K: tl.constexpr = DIMS.K
@@ -276,9 +280,13 @@ def chunk_backward(
         b = tl.full([C], 1.0, tl.float32)
         if FLAGS.HAS_BETA:
             b = load_beta(inputs, first, head, rows, C, FLAGS)
-        dbeta, dg = value_columns(
-            inputs, factors, states, back, grads, b, first, rows, head, scale, BV, DIMS, FLAGS
-        )  # fmt: skip
+        if SPLIT:
+            dbeta = load_row_values(grads.dbeta_part + at_rows, HV, rows, C)
+            dg = load_row_values(grads.dg_part + at_rows, HV, rows, C)
+        else:
+            dbeta, dg = value_columns(
+                inputs, factors, states, back, grads, b, first, rows, head, scale, BV, DIMS, FLAGS
+            )  # fmt: skip
         G = 0.0
         if FLAGS.GATE == HEAD:
             G = head_decay(inputs, first, head, rows, C, FLAGS)
@@ -316,15 +324,43 @@ def chunk_backward(
 def chunk_backward_kernel(
     inputs, factors, states, back, grads, sizes,
     BK: tl.constexpr, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, SUMS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk of one key head (formulas: this file's head). Grid (slots, H).
 
-    Registers hold two tiles [C, C], then six tiles [C, BK] in float32.
+    Registers hold two tiles [C, C], then six tiles [C, BK] in float32; the latter alone where SPLIT.
     """
     slot = tl.program_id(0)
     first, rows = find_chunk(slot, inputs, sizes, DIMS.C, FLAGS.PACKED)
     if rows > 0:
         chunk_backward(
             inputs, factors, states, back, grads, slot, first, rows, tl.program_id(1), sizes.scale,
-            BK, BV, DIMS, FLAGS, SUMS,
+            BK, BV, DIMS, FLAGS, SUMS, SPLIT,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def chunk_backward_values_kernel(
+    inputs, factors, states, back, grads, sizes, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr
+):  # fmt: skip
+    """dR, dv, dP, dM and the terms of dbeta and dg without states, of one chunk of one value head. Grid (slots, HV).
+
+    It makes the products of value columns, and chunk_backward_kernel with SPLIT then makes those of key columns.
+    Registers hold two tiles [C, C].
+    """
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    first, rows = find_chunk(slot, inputs, sizes, DIMS.C, FLAGS.PACKED)
+    if rows > 0:
+        i = tl.arange(0, DIMS.C)
+        b = tl.full([DIMS.C], 1.0, tl.float32)
+        if FLAGS.HAS_BETA:
+            b = load_beta(inputs, first, head, rows, DIMS.C, FLAGS)
+        dbeta, dg = value_columns(
+            inputs, factors, states, back, grads, b, first, rows, head, sizes.scale, BV, DIMS, FLAGS
+        )  # fmt: skip
+        at_rows = first * DIMS.HV + head + i * DIMS.HV
+        # mutant: split-without-dbeta-of-values
+        tl.store(grads.dbeta_part + at_rows, dbeta, mask=i < rows)
+        # mutant: split-without-dg-of-values
+        tl.store(grads.dg_part + at_rows, dg, mask=i < rows)

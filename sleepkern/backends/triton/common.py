@@ -90,6 +90,8 @@ class Gradients(NamedTuple):
     dR: Any  # [rows,HV,V] scratch
     dA_log: Any = None  # [slots,HV] or [slots,HV,K] float32, sums of a chunk, with raw log decays
     ddt_bias: Any = None  # the same
+    dbeta_part: Any = None  # [rows,HV] float32 scratch, chunk backward of variant "products"
+    dg_part: Any = None  # [rows,HV] float32 scratch, the same
 
 
 class Sizes(NamedTuple):

@@ -25,14 +25,15 @@ from ...problems.recurrence import Problem, Tensors
 from ..native.views import in_rows, on_device_of
 from . import held_launches
 from .assembler import assembling
-from .chunk_backward import chunk_backward_kernel
+from .chunk_backward import chunk_backward_kernel, chunk_backward_values_kernel
 from .chunk_factors import chunk_factors_kernel
 from .common import ChunkFactors, Dims, Flags, Gradients, Inputs, Sizes, StateGradients, States
 from .decode import decode_kernel
 from .held_launches import Recording
-from .plan import DECODE_LIMIT, decode_tile, padded, plan_for
-from .plan_table import TABLE, Direction, Precision, Tile, TilePlan
+from .plan import DECODE_LIMIT, decode_tile, padded, plan_for, segments_of
+from .plan_table import TABLE, WITH_DECAYS, Direction, Precision, Tile, TilePlan
 from .ptxas import capability_of_plans
+from .segments import join_segments_kernel, segment_maps_kernel
 from .single_chunk import single_chunk_backward_kernel, single_chunk_kernel
 from .state_pass import state_pass_kernel
 from .state_pass_backward import state_pass_backward_kernel
@@ -87,7 +88,7 @@ def _forward(
     states = States(state, final, o, None, None)
     more: dict[str, Any] = {"states": states, "HAS_STATE": state is not None, "REPLAY": p.passes > 1, "SAVE": False}
     if p.T <= DECODE_LIMIT and p.passes == 1 and not p.packed:
-        tile = decode_tile(p.K, p.V)
+        tile = job.plan.decode or decode_tile(p.K, p.V)
         job.launch(decode_kernel, job.columns(tile), tile, **more)
         return
     more["factors"] = job.factors(save=False)
@@ -97,7 +98,7 @@ def _forward(
         return
     if job.has_factors:
         job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
-    job.launch(state_pass_kernel, job.columns(job.plan.state_pass), job.plan.state_pass, **more)
+    job.state_pass(more)
 
 
 def backward(
@@ -151,21 +152,26 @@ def _backward(
     dq_sum, dk_sum = (
         job.empty(job.rows, p.H, p.K, dtype=torch.float32) if sums and d is not None else d for d in grads[:2]
     )
+    last = job.plan.chunk_backward
+    split = last.variant == "products" and not job.one_chunk
+    parts = [job.empty(job.rows, p.HV, dtype=torch.float32) if split else None for _ in range(2)]
     more: dict[str, Any] = {
         "factors": factors, "states": states, "back": back,
-        "grads": Gradients._make((*grads, dq_sum, dk_sum, factors.U if p.rule.delta else back.dVn, *gate_sums)),
+        "grads": Gradients._make((*grads, dq_sum, dk_sum, factors.U if p.rule.delta else back.dVn, *gate_sums, *parts)),
         "SAVE": True, "HAS_STATE": state is not None, "REPLAY": False, "HAS_DSTATE": dstate is not None, "SUMS": sums,
         "HAS_FACTORS": job.has_factors,
     }  # fmt: skip
     if job.one_chunk:
         job.launch(single_chunk_backward_kernel, (p.sequences * p.H,), job.plan.single_chunk, **more)
         return
-    tile, back_tile = job.plan.state_pass, job.plan.state_pass_backward
+    back_tile = job.plan.state_pass_backward
     if job.has_factors:
         job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
-    job.launch(state_pass_kernel, job.columns(tile), tile, **more, FLAGS=job.flags._replace(OUTPUT=False))
+    job.state_pass({**more, "FLAGS": job.flags._replace(OUTPUT=False)})
     job.launch(state_pass_backward_kernel, job.columns(back_tile), back_tile, **more)
-    job.launch(chunk_backward_kernel, (job.slots, p.H), job.plan.chunk_backward, **more)
+    if split:
+        job.launch(chunk_backward_values_kernel, (job.slots, p.HV), last, **more)
+    job.launch(chunk_backward_kernel, (job.slots, p.H), last, **more, SPLIT=split)
 
 
 def plan_of(problem: Problem, precision: Precision, direction: Direction) -> TilePlan:
@@ -288,7 +294,7 @@ class Job:
     def decays(self) -> bool:
         """Tells whether chunk_factors_kernel stores the factors of the rows."""
         passes = (self.plan.state_pass, self.plan.state_pass_backward)
-        wanted = any(tile.variant == "decays" for tile in passes)
+        wanted = any(tile.variant in WITH_DECAYS for tile in passes)
         return wanted and self.has_factors and not self.one_chunk and self.problem.rule.gate != "channel"
 
     def states(self, initial: Tensor | None) -> States:
@@ -316,6 +322,24 @@ class Job:
             do_stride=do_stride,
         )
 
+    def state_pass(self, more: dict[str, Any]) -> None:
+        """The state pass, on two levels (segments.py) where the plan wants it and the call has few heads."""
+        p, tile, states = self.problem, self.plan.state_pass, more["states"]
+        segments = segments_of(p, self.plan)
+        if segments == 1:
+            self.launch(state_pass_kernel, self.columns(tile), tile, **more)
+            return
+        size = (p.sequences * segments, p.HV, p.K)
+        maps = self.empty(*size, p.K + p.V, dtype=torch.float32)
+        starts, ends = (self.empty(*size, p.V, dtype=torch.float32) for _ in range(2))
+        more = {**more, "sizes": Sizes(p.T // segments, p.sequences * segments, 1, p.scale), "maps": maps}
+        grid = (p.sequences * segments * p.HV * triton.cdiv(p.K + p.V, tile.values),)
+        self.launch(segment_maps_kernel, grid, tile, **more)
+        few = tile._replace(values=16)
+        self.launch(join_segments_kernel, self.columns(few), few, **more, starts=starts, segments=segments)
+        more = {**more, "states": states._replace(initial=starts, final=ends), "HAS_STATE": True}
+        self.launch(state_pass_kernel, (self.columns(tile)[0] * segments,), tile, **more)
+
     def columns(self, tile: Tile) -> tuple[int]:
         """The grid of kernels whose programs take `tile.values` value columns of one bh."""
         return (self.problem.sequences * self.problem.HV * triton.cdiv(self.problem.V, tile.values),)
@@ -337,9 +361,8 @@ class Job:
 
     def arguments(self, kernel: Any, tile: Tile, **more: Any) -> dict[str, Any]:
         """The arguments that a kernel names, from the call's, the launch's and the tile's."""
-        variant = tile.variant if tile.variant != "decays" or self.decays else ""
-        tiles = {"BK": tile.keys, "BV": tile.values, "VARIANT": variant, "DECAYS": self.decays}
-        values = self.values | more | tiles
+        decays = self.decays and (kernel is chunk_factors_kernel or tile.variant in WITH_DECAYS)
+        values = self.values | {"BK": tile.keys, "BV": tile.values, "DECAYS": decays} | more
         return {name: values[name] for name in kernel.arg_names}
 
 

@@ -8,15 +8,18 @@ puts in front of the built-in one.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ...problems.recurrence import Problem
 from .plan_table import TABLE, Direction, Key, Precision, Tile, TilePlan
 
 DECODE_LIMIT = 8
 """The largest number of tokens that are decoded one by one and not taken as a chunk."""
+MULTIPROCESSORS = 132
+"""Of the Hoppers that the plans with segments are for."""
 _FORMER_NAMES = {
     "operands": "precision", "exact": "ieee", "prepare": "chunk_factors", "ingest": "state_pass",
     "adjoint": "state_pass_backward", "gradients": "chunk_backward", "window": "single_chunk",
@@ -43,6 +46,21 @@ def decode_tile(K: int, V: int) -> Tile:
 def padded(width: int) -> int:
     """The power of two that a tile of `width` columns takes, at least 16 for the matrix units."""
     return max(16, 1 << (width - 1).bit_length())
+
+
+def segments_of(problem: Problem, plan: TilePlan) -> int:
+    """Segments of each sequence for a state pass on two levels; 1 where it has one level.
+
+    There are as many as the multiprocessors have room for, a power of two that divides the chunks. Two do not pay for
+    the maps of the segments.
+    """
+    p, tile = problem, plan.state_pass
+    if tile.variant != "segments" or p.packed or p.passes > 1 or p.K % tile.values or p.T % plan.chunk:
+        return 1
+    programs, chunks, segments = p.sequences * p.HV * -(-p.V // tile.values), p.T // plan.chunk, 1
+    while 2 * segments * programs <= MULTIPROCESSORS and chunks % (2 * segments) == 0 and chunks > 2 * segments:
+        segments *= 2
+    return segments if segments > 2 else 1
 
 
 def use_plans(path: str | Path) -> int:
@@ -88,7 +106,8 @@ def _cut_down(plan: TilePlan, K: int, V: int, T: int) -> TilePlan:
     tiles = (
         plan.chunk_factors, plan.state_pass, plan.state_pass_backward, plan.chunk_backward, plan.single_chunk,
     )  # fmt: skip
-    return TilePlan(chunk, *(_fitted(tile, K, V, chunk) for tile in tiles))
+    decode = plan.decode and plan.decode._replace(keys=padded(K), values=min(plan.decode.values, padded(V)))
+    return replace(TilePlan(chunk, *(_fitted(tile, K, V, chunk) for tile in tiles)), decode=decode)
 
 
 def _fitted(tile: Tile, K: int, V: int, chunk: int) -> Tile:

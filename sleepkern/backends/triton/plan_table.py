@@ -18,11 +18,15 @@ PLAIN_HOPPER = -90
 """The capability of a Hopper whose assembler is not sound (ptxas.py): its plans have no warp-group products, which
 Triton takes where a product has 64 rows and its kernel a multiple of four warps."""
 
-Variant = Literal["", "decays"]
+Variant = Literal["", "decays", "segments", "products"]
 """How a kernel goes about its work where there is more than one way; "" is the way that every kernel has.
 
-State passes: "decays" loads the factors of the rows, which chunk_factors_kernel then stores.
+State passes: "decays" loads the factors of the rows, which chunk_factors_kernel then stores. "segments" does so too,
+and scans few heads on two levels (segments.py); the backward state pass has one level.
+Chunk backward: "products" makes the products of value columns and those of key columns in two launches.
 """
+WITH_DECAYS = ("decays", "segments")
+"""The variants for which chunk_factors_kernel stores the factors of the rows."""
 
 
 class Tile(NamedTuple):
@@ -43,7 +47,7 @@ class Tile(NamedTuple):
 class TilePlan:
     """The tiles of the kernels of one problem; `chunk` is the number of rows of a chunk.
 
-    Both state passes hold all key columns.
+    Both state passes hold all key columns. decode None is plan.decode_tile's.
     """
 
     chunk: int
@@ -52,6 +56,7 @@ class TilePlan:
     state_pass_backward: Tile
     chunk_backward: Tile
     single_chunk: Tile
+    decode: Tile | None = None
 
 
 class Key(NamedTuple):

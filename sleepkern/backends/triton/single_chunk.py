@@ -32,7 +32,7 @@ def single_chunk_kernel(
     for col in range(0, DIMS.V, BV):
         state_pass_columns(
             inputs, factors, states, sizes, begin, sizes.T, slot, bh, col,
-            BV, DIMS, FLAGS, FLAGS.OUTPUT, False, HAS_STATE, REPLAY, "",
+            BV, DIMS, FLAGS, FLAGS.OUTPUT, False, HAS_STATE, REPLAY, False,
         )  # fmt: skip
 
 
@@ -59,13 +59,13 @@ def single_chunk_backward_kernel(
         for col in range(0, DIMS.V, BV):
             state_pass_columns(
                 inputs, factors, states, sizes, begin, sizes.T, slot, bh, col,
-                BV, DIMS, FLAGS, False, True, HAS_STATE, False, "",
+                BV, DIMS, FLAGS, False, True, HAS_STATE, False, False,
             )  # fmt: skip
             scan_chunks_backward(
-                inputs, factors, back, begin, sizes.T, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE, ""
+                inputs, factors, back, begin, sizes.T, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE, False
             )  # fmt: skip
     tl.debug_barrier()
     chunk_backward(
         inputs, factors, states, back, grads, slot, begin, sizes.T, key_head, sizes.scale,
-        BK, BV, DIMS, FLAGS, SUMS,
+        BK, BV, DIMS, FLAGS, SUMS, False,
     )  # fmt: skip

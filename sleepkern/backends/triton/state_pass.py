@@ -68,11 +68,12 @@ def row_decays(
 def scan_chunks(
     S, inputs, factors, states, begin, total, slot, head, col, scale,
     BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr,
-    VARIANT: tl.constexpr,
+    DECAYS: tl.constexpr, MAPS: tl.constexpr = False,
 ):  # fmt: skip
     """One pass of S [KP, BV] over a sequence; stores outputs when OUTPUT, states at chunk starts and Vn when SAVE.
 
-    A chunk loads W, q and k in [C, KP], U, v in [C, BV] and P in [C, C].
+    A chunk loads W, q and k in [C, KP], U, v in [C, BV] and P in [C, C]. Where MAPS, columns
+    below 0 take no values: segments.py computes transitions in them.
     """
     HV: tl.constexpr = DIMS.HV
     K: tl.constexpr = DIMS.K
@@ -84,23 +85,27 @@ def scan_chunks(
         first = begin + chunk * C
         rows = total - chunk * C
         at_rows = first * HV + head
+        value_rows = rows
+        if MAPS:
+            # mutant: transitions-take-values
+            value_rows = tl.where(col < 0, 0, rows)
         at_slot = (slot + chunk).to(tl.int64) * HV + head
         if SAVE:
             store_tile(states.starts + at_slot * K * V, V, K, col, S, V, KP, BV)
         if FLAGS.DELTA:
             W = load_tile(factors.W + at_rows * K, HV * K, rows, 0, K, C, KP)
-            U = load_tile(factors.U + at_rows * V, HV * V, rows, col, V, C, BV)
+            U = load_tile(factors.U + at_rows * V, HV * V, value_rows, col, V, C, BV)
             # mutant: erases-nothing
             Vn = U.to(tl.float32) - product(W, S, FLAGS)
         else:
             p_v = inputs.v + first * inputs.v_stride + head * V
-            Vn = load_tile(p_v, inputs.v_stride, rows, col, V, C, BV).to(tl.float32)
+            Vn = load_tile(p_v, inputs.v_stride, value_rows, col, V, C, BV).to(tl.float32)
             if FLAGS.HAS_BETA:
                 Vn *= load_beta(inputs, first, head, rows, C, FLAGS)[:, None]
         if SAVE:
             store_tile(states.Vn + at_rows * V, HV * V, rows, col, Vn, V, C, BV)
         decay_from_start, decay_to_end, chunk_decay = row_decays(
-            inputs, factors, first, rows, at_slot, head, scale, DIMS, FLAGS, VARIANT == "decays"
+            inputs, factors, first, rows, at_slot, head, scale, DIMS, FLAGS, DECAYS
         )  # fmt: skip
         if OUTPUT:
             P = load_tile(factors.P + at_rows * C, HV * C, rows, 0, C, C, C)
@@ -109,7 +114,7 @@ def scan_chunks(
                 o = product(Qe, S, FLAGS)
             else:
                 q = load_tile(inputs.q + first * inputs.q_stride + at_key, inputs.q_stride, rows, 0, K, C, KP)
-                if FLAGS.NORMALIZE and VARIANT != "decays":
+                if FLAGS.NORMALIZE and not DECAYS:
                     decay_from_start *= inverse_norm(q, 1)
                 o = decay_from_start[:, None] * product(q, S, FLAGS)
             o += product(P, Vn, FLAGS)
@@ -119,7 +124,7 @@ def scan_chunks(
         else:
             p_k = inputs.k + first * inputs.k_stride + at_key
             k_transposed = load_transposed(p_k, inputs.k_stride, rows, 0, K, C, KP)
-            if FLAGS.NORMALIZE and VARIANT != "decays":
+            if FLAGS.NORMALIZE and not DECAYS:
                 decay_to_end *= inverse_norm(k_transposed, 0)
         # mutant: state-does-not-decay
         S = chunk_decay * S + product(k_transposed, decay_to_end[:, None] * Vn, FLAGS)
@@ -155,7 +160,7 @@ def state_pass_columns(
     inputs, factors, states, sizes, begin, total, slot, bh, col,
     BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
     OUTPUT: tl.constexpr, SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr,
-    VARIANT: tl.constexpr,
+    DECAYS: tl.constexpr,
 ):  # fmt: skip
     """All passes of BV value columns of one bh (a sequence's value head), from the initial to the final state.
 
@@ -171,7 +176,7 @@ def state_pass_columns(
     if REPLAY and not FLAGS.DELTA:
         S = scan_chunks(
             S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
-            BV, DIMS, FLAGS, False, False, VARIANT,
+            BV, DIMS, FLAGS, False, False, DECAYS,
         )  # fmt: skip
         G = sequence_decay(inputs, factors, begin, total, slot, head, DIMS, FLAGS)
         powers = tl.zeros([KP], tl.float32)
@@ -190,11 +195,11 @@ def state_pass_columns(
             for _ in range(1, sizes.passes):
                 S = scan_chunks(
                     S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
-                    BV, DIMS, FLAGS, False, False, VARIANT,
+                    BV, DIMS, FLAGS, False, False, DECAYS,
                 )  # fmt: skip
     S = scan_chunks(
         S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
-        BV, DIMS, FLAGS, OUTPUT, SAVE, VARIANT,
+        BV, DIMS, FLAGS, OUTPUT, SAVE, DECAYS,
     )  # fmt: skip
     store_tile(states.final + at_state, V, K, col, S, V, KP, BV)
 
@@ -202,7 +207,7 @@ def state_pass_columns(
 @triton.jit(do_not_specialize=["sizes"])
 def state_pass_kernel(
     inputs, factors, states, sizes, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
-    SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, VARIANT: tl.constexpr,
+    SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """All passes of the state over the chunks of its sequence. Grid (sequences * HV * cdiv(V, BV),).
 
@@ -212,5 +217,5 @@ def state_pass_kernel(
     begin, total, slot = find_sequence(bh // DIMS.HV, inputs, sizes, DIMS.C, FLAGS.PACKED)
     state_pass_columns(
         inputs, factors, states, sizes, begin, total, slot, bh, col,
-        BV, DIMS, FLAGS, FLAGS.OUTPUT, SAVE, HAS_STATE, REPLAY, VARIANT,
+        BV, DIMS, FLAGS, FLAGS.OUTPUT, SAVE, HAS_STATE, REPLAY, DECAYS,
     )  # fmt: skip

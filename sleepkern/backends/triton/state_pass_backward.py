@@ -25,7 +25,7 @@ from .state_pass import inverse_norm, row_decays
 @triton.jit
 def scan_chunks_backward(
     inputs, factors, back, begin, total, slot, bh, col, scale,
-    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr, VARIANT: tl.constexpr,
+    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """dS [KP, BV] from the end of a sequence to its start, 0 at its end unless HAS_DSTATE.
 
@@ -53,14 +53,14 @@ def scan_chunks_backward(
         store_tile(back.ends + at_slot * K * V, V, K, col, dS, V, KP, BV)
         decay_from_start, decay_to_end, chunk_decay = row_decays(
             # mutant: backward-without-scale
-            inputs, factors, first, rows, at_slot, head, scale, DIMS, FLAGS, VARIANT == "decays"
+            inputs, factors, first, rows, at_slot, head, scale, DIMS, FLAGS, DECAYS
         )  # fmt: skip
         if FLAGS.GATE == CHANNEL:
             Kt = load_tile(factors.Kt + at_rows * K, HV * K, rows, 0, K, C, KP)
             dVn = product(Kt, dS, FLAGS)
         else:
             k = load_tile(inputs.k + first * inputs.k_stride + at_key, inputs.k_stride, rows, 0, K, C, KP)
-            if FLAGS.NORMALIZE and VARIANT != "decays":
+            if FLAGS.NORMALIZE and not DECAYS:
                 decay_to_end *= inverse_norm(k, 1)
             dVn = decay_to_end[:, None] * product(k, dS, FLAGS)
         # mutant: backward-does-not-decay
@@ -74,7 +74,7 @@ def scan_chunks_backward(
                 dS += product(Qe, do, FLAGS)
             else:
                 q = load_transposed(inputs.q + first * inputs.q_stride + at_key, inputs.q_stride, rows, 0, K, C, KP)
-                if FLAGS.NORMALIZE and VARIANT != "decays":
+                if FLAGS.NORMALIZE and not DECAYS:
                     decay_from_start *= inverse_norm(q, 0)
                 dS += product(q, decay_from_start[:, None] * do, FLAGS)
         store_tile(back.dVn + at_rows * V, HV * V, rows, col, dVn, V, C, BV)
@@ -88,7 +88,7 @@ def scan_chunks_backward(
 @triton.jit(do_not_specialize=["sizes"])
 def state_pass_backward_kernel(
     inputs, factors, back, sizes,
-    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr, VARIANT: tl.constexpr,
+    BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr, DECAYS: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient, and dVn of all chunks. Grid (sequences * HV * cdiv(V, BV),).
 
@@ -97,5 +97,5 @@ def state_pass_backward_kernel(
     bh, col = find_columns(DIMS.V, BV)
     begin, total, slot = find_sequence(bh // DIMS.HV, inputs, sizes, DIMS.C, FLAGS.PACKED)
     scan_chunks_backward(
-        inputs, factors, back, begin, total, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE, VARIANT
+        inputs, factors, back, begin, total, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE, DECAYS
     )  # fmt: skip

@@ -55,6 +55,8 @@ class Fault(NamedTuple):
 
 
 DECAYS: dict[str, Variant] = {"state_pass": "decays", "state_pass_backward": "decays"}
+SEGMENTS: dict[str, Variant] = {"state_pass": "segments"}
+LONG = Shape(T=128, H=1, HV=1, K=16, V=16)
 IF, DIFFERENCE = r"if .*:", (r"sum_before\((\w+), \w+\)", r"tl.cumsum(\1, 0) - \1")
 FAULTS = {
     "state-does-not-decay": Fault(r"= \w+ \* S \+", "= S +"),
@@ -86,6 +88,11 @@ FAULTS = {
     "stored-decays-to-the-start": Fault(r"G_end - G", "G", variants=DECAYS),
     "raw-decay-without-rate": Fault(r"-rate \* ", "-", options={"raw": True}),
     "raw-gate-gradient-as-it-is": Fault(None, options={"raw": True}),
+    "split-without-dbeta-of-values": Fault(None, variants={"chunk_backward": "products"}),
+    "split-without-dg-of-values": Fault(None, variants={"chunk_backward": "products"}),
+    "maps-from-zero": Fault(r"1\.0, 0\.0", "0.0, 0.0", shape=LONG, variants=SEGMENTS),
+    "joins-without-the-bias": Fault(r" \+ B$", "", shape=LONG, variants=SEGMENTS),
+    "transitions-take-values": Fault(r"col < 0, 0, rows", "col < 0, rows, rows", shape=LONG, variants=SEGMENTS),
     "minus-infinity-as-it-is": Fault(r"tl\.maximum\((.*), \w+\)", r"\1", options={"forget": True}),
 }
 

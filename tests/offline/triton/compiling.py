@@ -12,9 +12,9 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from sleepkern.backends.triton import launch
 from sleepkern.backends.triton.assembler import machine_code
 from sleepkern.backends.triton.plan import plan_for
-from sleepkern.backends.triton.plan_table import Direction, Precision, TilePlan
+from sleepkern.backends.triton.plan_table import Direction, Precision, TilePlan, Variant
 from sleepkern.backends.triton.ptxas import Assembler
 from sleepkern.problems.gates import RawGates
 from sleepkern.problems.recurrence import Problem, Tensors, describe
@@ -119,12 +119,16 @@ def record(
 
 
 @contextmanager
-def on_device(capability: int) -> Iterator[None]:
-    """Plans are looked up as on a device of this capability."""
+def on_device(capability: int, variants: Mapping[str, Variant] | None = None) -> Iterator[None]:
+    """Plans are looked up as on a device of this capability, and get these variants by stage."""
 
     def plan_of(problem: Problem, precision: Precision, direction: Direction) -> TilePlan:
         p = problem
-        return plan_for(p.K, p.V, precision, p.rule.gate == "channel", p.T, direction, capability)
+        plan = plan_for(p.K, p.V, precision, p.rule.gate == "channel", p.T, direction, capability)
+        tiles: dict[str, Any] = {
+            stage: getattr(plan, stage)._replace(variant=variant) for stage, variant in (variants or {}).items()
+        }
+        return replace(plan, **tiles)
 
     with mock.patch.object(launch, "plan_of", plan_of):
         yield

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sleepkern.backends.triton.plan_table import PLAIN_HOPPER, TABLE, Key
+from sleepkern.backends.triton.plan_table import PLAIN_HOPPER, TABLE, Key, Variant
 from sleepkern.backends.triton.ptxas import Assembler, packaged_assembler, tool
 from sleepkern.rules import GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA, Rule
 from sleepkern.testing import Shape
@@ -67,6 +67,7 @@ class Subject:
     normalize: bool = False
     passes: int = 1
     raw: bool = False
+    variants: tuple[tuple[str, Variant], ...] = ()
 
     @property
     def architecture(self) -> int:
@@ -76,7 +77,7 @@ class Subject:
     def launch(self) -> Launch:
         """The launch that the product would make."""
         key = self.key
-        with on_device(self.capability):
+        with on_device(self.capability, dict(self.variants)):
             launches = record(
                 self.rule, self.shape, key.precision, key.direction, self.normalize, self.passes, raw=self.raw
             )
@@ -102,6 +103,7 @@ def subjects(quick: bool) -> Iterator[Subject]:
         window = replace(shape, T=TABLE[key].chunk if key.precision == "bf16" else 16)
         yield from _of(rule, window, key, some, without=shared)
     yield from _switches((90,) if quick else CAPABILITIES)
+    yield from _variants((90,) if quick else CAPABILITIES)
 
 
 def _capabilities(key: Key) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -129,6 +131,25 @@ def _switches(step_capabilities: tuple[int, ...]) -> Iterator[Subject]:
         for direction, T in (("forward", 1), ("backward", LONG)):
             key = Key(0, direction, "bf16", rule.gate == "channel", 128)
             yield from _of(rule, Shape(T=T, H=16, HV=16, K=128, V=128), key, (90,), raw=True)
+
+
+def _variants(capabilities: tuple[int, ...]) -> Iterator[Subject]:
+    """The kernels that plans with variants take and others do not, with head and channel decay."""
+    for rule, normalize in ((GATED_DELTA_RULE, True), (KDA, False)):
+        shape = Shape(T=LONG, H=2, HV=2, K=128, V=128)
+        for direction, variants, kernels in (
+            ("forward", (("state_pass", "segments"),), ("segment_maps_kernel", "join_segments_kernel")),
+            ("forward", (("state_pass", "decays"),), ("chunk_factors_kernel", "state_pass_kernel")),
+            ("backward", (("state_pass_backward", "decays"),), ("state_pass_backward_kernel",)),
+            ("backward", (("chunk_backward", "products"),), ("chunk_backward_values_kernel", "chunk_backward_kernel")),
+        ):
+            if rule.gate == "channel" and "decays" in dict(variants).values():
+                continue  # channel decay has no such variant
+            key = Key(0, direction, "bf16", rule.gate == "channel", 128)
+            name = f"{rule.name} {direction} {'/'.join(dict(variants).values())}"
+            for capability in capabilities:
+                for kernel in kernels:
+                    yield Subject(name, rule, shape, key, kernel, capability, normalize, variants=variants)
 
 
 def _of(
