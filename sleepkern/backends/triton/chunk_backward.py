@@ -34,6 +34,7 @@ from .common import (
     find_chunk,
     inverse_norms,
     last_row,
+    load_row_values,
     load_tile,
     load_transposed,
     product,
