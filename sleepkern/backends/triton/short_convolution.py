@@ -9,8 +9,8 @@ from the L1 cache and once from memory, and no row crosses threads. Tiles stay i
 in float32. `u` numbers the rows of one sequence; those of `past` are -(W - 1) to -1.
 
 Bytes an element in a type of s bytes: forward 2 s, backward 3 s and 8 (W + 1) / (N R) for the partial sums of the
-weight's gradient, which `sum_partials` adds up in one order. At 4.2 TB/s, 8192 tokens of 8192 channels in bfloat16 are
-predicted to take 64 us forward and 103 us backward.
+weight's gradient, which torch adds up in one order. At 4.2 TB/s, 8192 tokens of 8192 channels in bfloat16 are
+predicted to take 64 us forward and 106 us backward by their bytes; instructions take longer (docs/kernels/triton.md).
 """
 
 from __future__ import annotations
