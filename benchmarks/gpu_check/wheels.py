@@ -25,7 +25,7 @@ SYSTEMS = tuple(f"manylinux_2_{minor}_x86_64" for minor in (34, 28, 27, 24, 17, 
     "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64",
 )  # fmt: skip
 UNUSED = (
-    "nvidia/cu13/include", "nvidia/cu13/bin/crt", "z3/bin", "bin", "tilelang/3rdparty/composable_kernel",
+    "nvidia/cu13/include", "nvidia/cu13/bin/crt", "bin",
     "nvidia/cu13/bin/cudafe++", "nvidia/cu13/bin/nvcc", "nvidia/cu13/bin/nvlink", "nvidia/cu13/bin/fatbinary",
     "nvidia/cu13/bin/bin2c", "nvidia/cu13/bin/nvcc.profile", "nvidia/cu13/bin/__nvcc_device_query",
 )  # fmt: skip
@@ -50,6 +50,9 @@ def main() -> int:
         for name in UNUSED:
             path = site / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for library in site.glob("z3/lib/libz3.so.*"):  # the same file twice, 22 MB each
+            library.unlink()
+            library.symlink_to("libz3.so")
         archive = options.folder / "peers.tar.xz"
         with tarfile.open(archive, "w:xz", preset=6) as packed:
             packed.add(site, arcname=".")
