@@ -19,7 +19,7 @@ from .plan_table import TABLE, Direction, Key, Precision, Tile, TilePlan
 DECODE_LIMIT = 8
 """The largest number of tokens that are decoded one by one and not taken as a chunk."""
 MULTIPROCESSORS = 132
-"""Of the Hoppers that the plans with segments are for."""
+"""Multiprocessors of the Hoppers that the plans with segments are for."""
 _FORMER_NAMES = {
     "operands": "precision", "exact": "ieee", "prepare": "chunk_factors", "ingest": "state_pass",
     "adjoint": "state_pass_backward", "gradients": "chunk_backward", "window": "single_chunk",

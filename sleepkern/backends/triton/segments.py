@@ -58,6 +58,7 @@ def join_segments_kernel(
     K: tl.constexpr = DIMS.K
     V: tl.constexpr = DIMS.V
     KP: tl.constexpr = DIMS.KP
+    PRECISION: tl.constexpr = FLAGS.PRECISION
     bh, col = find_columns(V, BV)
     S = tl.zeros([KP, BV], tl.float32)
     if HAS_STATE:
@@ -69,5 +70,5 @@ def join_segments_kernel(
         A = load_tile(p_map, K + V, K, 0, K, KP, KP)
         B = load_tile(p_map + K, K + V, K, col, V, KP, BV)
         # mutant: joins-without-the-bias
-        S = product_as(A, S, tl.float32, FLAGS.PRECISION) + B
+        S = product_as(A, S, tl.float32, PRECISION) + B
     store_tile(states.final + bh.to(tl.int64) * K * V, V, K, col, S, V, KP, BV)
