@@ -27,11 +27,11 @@ FLOOR = 1e-3
 """Gradients are compared relative to the largest of all, times this at least: those of one key's scores are 0."""
 
 
-def checks(device: str = "cuda") -> Iterator[tuple[str, str | None]]:
+def checks(device: str = "cuda", widths: tuple[int, ...] = WIDTHS) -> Iterator[tuple[str, str | None]]:
     """(what, None or what is wrong) of each call."""
     capability = attention.capability_of(torch.device(device))
     for dtype, tolerance in TOLERANCES.items():
-        for width in WIDTHS:
+        for width in widths:
             print(attention.explain_attention(dtype, width, capability), flush=True)
             for T, S in SHAPES:
                 for padded in (False, True):
@@ -71,8 +71,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--width", type=int, nargs="+", help="of heads  [default: 16 64 128 256]")
     options = parser.parse_args()
-    found = {name: fault or "ok" for name, fault in checks(options.device)}
+    found = {name: fault or "ok" for name, fault in checks(options.device, options.width or WIDTHS)}
     faults = {name: fault for name, fault in found.items() if fault != "ok"}
     for name, fault in faults.items():
         print(f"{name}: {fault}")

@@ -67,7 +67,7 @@ PARTS: tuple[Part, ...] = (
          _module("gpu_mixer", "--device", "cpu", "--json", "{work}/mixer.json"), "mixer.json", 1),
     Part("attention", "right", 135, "attention of sleepkern.nn, by flash-attn where it is installed, against float64",
          _module("gpu_attention", "--json", "{work}/attention.json"),
-         _module("gpu_attention", "--device", "cpu", "--json", "{work}/attention.json"), "attention.json", 1),
+         _module("gpu_attention", "--device", "cpu", "--width", "16", "--json", "{work}/attention.json"), "attention.json", 1),
     Part("tables", "tables", 75, "the candidates timed, and the plans chosen, as a file to commit",
          _module("gpu_check.tables", "{work}/plans.json", *_TIMED),
          _module("gpu_check.tables", "{work}/plans.json", *_TIMED, "--dry"), "plans.json", 2),
