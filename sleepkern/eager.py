@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "any_autocast", "assert_async", "dispatch_modes", "forward_mode", "functorch", "increment_version",
-    "is_traceable_wrapper_subclass", "native_on_cpu", "plain", "refuse_tangents", "tangents_matter", "transform_stack",
-    "unrecorded", "untraced",
+    "is_traceable_wrapper_subclass", "native_on_cpu", "plain", "raw_stream", "refuse_tangents", "tangents_matter",
+    "transform_stack", "unrecorded", "untraced",
 ]  # fmt: skip
 
 # The private names of torch that this package uses (tests/repo/test_private_names.py).
@@ -24,6 +24,8 @@ dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """The number of dispatch modes at work."""
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 """Tells whether autocast is on for any device."""
+raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""The handle of a GPU's current stream by the index of the device; None in a torch without CUDA."""
 increment_version: Callable[[Iterable[Tensor]], None] = torch._C._increment_version
 """Count a write to each of these tensors, as torch does for its own operators."""
 assert_async: Callable[[Tensor, str], None] = torch._assert_async

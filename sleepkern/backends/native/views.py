@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ...eager import raw_stream
 from .module import TYPE_CODES
 
 Rows = tuple[int, int, int]
@@ -31,7 +32,10 @@ def on_device_of(t: Tensor) -> AbstractContextManager[object]:
 
 def stream_of(t: Tensor) -> int:
     """Handle of the current stream of a tensor's GPU, 0 on a CPU."""
-    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+    if not t.is_cuda:
+        return 0
+    # An object for the stream takes longer to make than a small launch.
+    return torch.cuda.current_stream(t.device).cuda_stream if raw_stream is None else raw_stream(t.get_device())
 
 
 def address(t: Tensor | None) -> int:

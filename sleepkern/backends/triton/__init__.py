@@ -197,6 +197,7 @@ def precision_of(problem: Problem) -> Precision:
     return "ieee" if ieee else "tf32"
 
 
+@lru_cache(maxsize=1)
 def _launch() -> Any:
     """The kernels, imported on the first call: the package needs no Triton to be imported."""
     from . import launch
