@@ -98,10 +98,13 @@ class GatedDeltaNet(nn.Module):
         q, k = q.unflatten(-1, (-1, self.key_width)), k.unflatten(-1, (-1, self.key_width))
         v = v.unflatten(-1, (-1, self.value_width))
         decay, strength = self.rates(x).float().chunk(2, dim=-1)
-        g, beta = F.logsigmoid(decay + self.decay_bias), self.strength * torch.sigmoid(strength)
+        g, beta = F.logsigmoid(decay + self.decay_bias), strength
+        raw = padding is None and self.strength in (1.0, 2.0)
+        if not raw:  # padding has a beta of 0, which no raw beta gives
+            beta = self.strength * torch.sigmoid(strength)
         if padding is not None:
             g, beta = padding.zeroed(g), padding.zeroed(beta)
-        o, state = self._recur(q, k, v, g, beta, state, replays)
+        o, state = self._recur(q, k, v, g, beta, state, replays, raw)
         gate = self.gate(x).unflatten(-1, (-1, self.value_width))
         return self.out(self.norm(o, gate).flatten(-2)), RecurrentState(conv, state)
 
@@ -116,19 +119,29 @@ class GatedDeltaNet(nn.Module):
         mixed, last = self.convolution(joined)
         return padding.moved_back(mixed, W - 1), last
 
-    @staticmethod
     def _recur(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, replays: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor | None,
+        replays: int,
+        raw: bool,
     ) -> tuple[Tensor, Tensor]:
+        doubled = raw and self.strength == 2.0
         if replays > 1:
             slept = ops.sleep_ingest(
-                k, v, g, beta, passes=replays, q=q, initial_state=state, use_qk_l2norm_in_kernel=True
-            )
+                k, v, g, beta, passes=replays, q=q, initial_state=state, use_qk_l2norm_in_kernel=True,
+                use_beta_sigmoid_in_kernel=raw, allow_neg_eigval=doubled,
+            )  # fmt: skip
             assert slept.output is not None
             return slept.output, slept.final_state
         o, state = ops.gated_delta_rule(
-            q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
-        )
+            q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
+            use_beta_sigmoid_in_kernel=raw, allow_neg_eigval=doubled,
+        )  # fmt: skip
         assert state is not None
         return o, state
 

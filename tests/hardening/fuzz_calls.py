@@ -36,6 +36,7 @@ from sleepkern.rules import RULES, Rule
 from sleepkern.sleep.blocks import one_by_one, sleep_blocks
 from sleepkern.testing import TOLERANCE, Shape, call, make_inputs, rules_of, to_float64
 from tests.helpers import build as native
+from tests.helpers.raw_gates import raw_inputs
 
 KERNEL_TESTS = [
     "tests/backends/cpu/test_binding.py",
@@ -77,13 +78,28 @@ class Draw:
 
     def inputs(self, rule: Rule, shape: Shape) -> dict[str, Any]:
         decay = self.of.choice(("slow", "slow", "zero", "mixed", "strong", "extreme"))
-        made = make_inputs(rule, shape, self.dtype, self.seed, decay=decay, initial_state=self.maybe(0.7))
+        if self.maybe(0.25):
+            made = self.raw(rule, shape)
+        else:
+            made = make_inputs(rule, shape, self.dtype, self.seed, decay=decay, initial_state=self.maybe(0.7))
         return {name: t if name == "cu_seqlens" and self.maybe(0.5) else self.placed(t) for name, t in made.items()}
 
-    def placed(self, t: Tensor | None) -> Tensor | None:
+    def raw(self, rule: Rule, shape: Shape) -> dict[str, Any]:
+        """A call with raw gates, of any float type, with or without bounds, biases and states."""
+        of = self.of
+        made = raw_inputs(
+            rule, shape, self.dtype, self.seed, of.choice((None, None, -5.0)), self.maybe(0.3),
+            of.choice(((0.01, 1.0), (1.0, 16.0))), of.choice(TYPES), of.choice((2.0, 2.0, 40.0)),
+        )  # fmt: skip
+        for name, share in (("dt_bias", 0.2), ("initial_state", 0.3)):
+            if name in made and self.maybe(share):
+                made[name] = None
+        return made
+
+    def placed(self, t: Any) -> Any:
         """The same values: as they are, at an odd address, in wider rows, transposed, or all alike in a row."""
         how = self.of.choice(("plain", "odd", "odd", "part", "transposed", "later"))
-        if t is None or how == "plain" or t.numel() == 0:
+        if not isinstance(t, Tensor) or how == "plain" or t.numel() == 0:
             return t
         if how == "odd":
             return at_odd_address(t, self.of.choice((1, 2, 3)))
@@ -112,7 +128,7 @@ def compare(actual: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype
     for name, (a, e) in found.items():
         error = float((a.detach().double() - e.detach().double()).norm())
         scale = max(float(e.detach().double().norm()), 1e-2 * largest, 1e-6)
-        if not error <= SLACK * TOLERANCE[dtype] * scale:
+        if not error <= SLACK * max(TOLERANCE[dtype], TOLERANCE[a.dtype]) * scale:
             raise Mismatch(f"{name}: off by {error / scale:.1e}")
 
 

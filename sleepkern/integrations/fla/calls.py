@@ -94,11 +94,12 @@ def run(
     state_v_first: bool,
     cu_seqlens: Tensor | Sequence[int] | None,
     options: dict[str, Any],
+    raw: dict[str, Any] | None = None,
 ) -> Result:
     """A call of `rule` with the inputs that fla allows.
 
     These are q, k, v of different types, a state without a batch, and offsets as a list or ending before T; outputs
-    after the last offset are 0.
+    after the last offset are 0. raw: the options of sleepkern's function that say which gates are raw.
     """
     check_options(options)
     v_first = _values_first(state_v_first, options)
@@ -113,7 +114,7 @@ def run(
         q, k, v = (t[:, :end] for t in (q, k, v))
         g, beta = (None if t is None else t[:, :end] for t in (g, beta))
     state = _state(initial_state, v.dtype, v_first)
-    gates = {} if g is None else {"g": g}
+    gates = dict(raw or {}) if g is None else {"g": g, **(raw or {})}
     if rule.delta or beta is not None:
         gates["beta"] = torch.ones_like(v[..., 0]) if beta is None else beta
     o, final = getattr(ops, rule.name)(

@@ -10,7 +10,7 @@ from torch import Tensor
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, KDA
 
 from .calls import Result, check_options, run
-from .gates import beta_of, channel_gate, head_gate
+from .gates import beta_of, head_gate, raw_gates
 
 Offsets = Tensor | Sequence[int] | None
 
@@ -41,12 +41,11 @@ def chunk_gated_delta_rule(
     beta is raw; with allow_neg_eigval doubled. state_v_first: states are [n,HV,V,K].
     """
     check_options(options, (16, 32, 64))
-    g = head_gate(g, A_log, dt_bias) if use_gate_in_kernel else g
-    beta = beta_of(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    raw = raw_gates(g, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     rule = DELTA_RULE if g is None else GATED_DELTA_RULE
     return run(
         rule, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, state_v_first,
-        cu_seqlens, options,
+        cu_seqlens, options, raw,
     )  # fmt: skip
 
 
@@ -118,11 +117,12 @@ def chunk_kda(
     lower_bound sigmoid(exp(A_log) (g + dt_bias)).
     """
     check_options(options, (32, 64))
-    g = channel_gate(g, A_log, dt_bias, lower_bound) if use_gate_in_kernel else g
-    beta_given = beta_of(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    raw = raw_gates(
+        g, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound
+    )
     return run(
-        KDA, q, k, v, g, beta_given, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        state_v_first, cu_seqlens, {**options, "return_intermediate_states": return_intermediate_states},
+        KDA, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
+        state_v_first, cu_seqlens, {**options, "return_intermediate_states": return_intermediate_states}, raw,
     )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,6 +45,33 @@ def beta_of(beta: Tensor | None, raw: bool, doubled: bool) -> Tensor | None:
         return beta
     beta = _wide(beta).sigmoid()
     return beta * 2 if doubled else beta
+
+
+def raw_gates(
+    g: Tensor | None,
+    beta: Tensor | None,
+    use_gate: bool,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    use_sigmoid: bool,
+    doubled: bool,
+    lower_bound: float | None = None,
+) -> dict[str, Any]:
+    """The options by which sleepkern's functions make the gates of a call; A_log and dt_bias of any shape.
+
+    Raises:
+        ValueError: beta is doubled, but not raw; a gate without the raw g or A_log.
+    """
+    beta_of(None, use_sigmoid, doubled)
+    made: dict[str, Any] = {}
+    if use_sigmoid and beta is not None:
+        made |= {"use_beta_sigmoid_in_kernel": True, "allow_neg_eigval": doubled}
+    if not use_gate:
+        return made
+    if g is None or (A_log is None and lower_bound is None):
+        raise ValueError("A_log: got None; use_gate_in_kernel without lower_bound expects it, and the raw g")
+    flat = {name: None if t is None else t.flatten() for name, t in (("A_log", A_log), ("dt_bias", dt_bias))}
+    return made | flat | {"use_gate_in_kernel": True, "lower_bound": lower_bound}
 
 
 def head_gate(g: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
