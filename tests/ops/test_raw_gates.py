@@ -232,6 +232,19 @@ def test_a_compiled_graph_is_whole(rule: Rule) -> None:
         assert relative_error(a.grad, e.grad) < 1e-5, name
 
 
+@pytest.mark.parametrize("rule", [GATED_DELTA_RULE, KDA], ids=lambda rule: rule.name)
+def test_the_operators_are_what_torch_expects(rule: Rule) -> None:
+    x = raw_inputs(rule, Shape(T=7, H=1, HV=2, K=4, V=3), seed=14)
+    names = ("q", "k", "v", "g", "beta", "initial_state", "A_log", "dt_bias")
+    tensors = [x[n].requires_grad_() for n in names]
+    gates = (None, True, 1.0)
+    arguments = (*tensors, None, rule.name, "cpu", 0.5, True, *gates)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.sleepkern.ingest_of_raw.default, arguments, test_utils=checks)
+    with pytest.raises(ValueError, match="backend: got 'chunked', whose kernels make no gates; expected cpu or triton"):
+        torch.ops.sleepkern.ingest_of_raw(*tensors, None, rule.name, "chunked", 0.5, True, *gates)
+
+
 def test_the_formula_at_its_ends() -> None:
     g = torch.tensor([-200.0, -1e-30, 0.0, 200.0], dtype=torch.float64).view(1, 4, 1).requires_grad_()
     made = log_decay(g, torch.zeros(1), None)
