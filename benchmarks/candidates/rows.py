@@ -75,20 +75,16 @@ BACKWARD_CHANNEL: tuple[Wanted, ...] = (
     (16, Tile(32, 64, 2, 1), "no level above 16 rows, no spills"),
     (16, Tile(64, 64, 4, 1), "no level above 16 rows, half of the trips"),
 )
-SINGLE: tuple[Wanted, ...] = (
-    (64, Tile(32, 32, 4, 1), "two CTAs a multiprocessor"),
-    (64, Tile(64, 64, 4, 1), "fewer trips on four warps"),
-    (64, Tile(32, 32, 8, 1), "fewer registers"),
-)
+SINGLE: tuple[Wanted, ...] = ((64, Tile(64, 64, 4, 1), "fewer instructions a multiprocessor"),)
 FEW: tuple[Wanted, ...] = (
     (64, Tile(128, 32, 4, 3, "decays"), "half of the barriers"),
     (64, Tile(128, 32, 4, 3, "segments"), "two levels fill the multiprocessors"),
     (64, Tile(128, 64, 8, 2, "segments"), "two levels of more segments, half of the bytes through L2"),
 )
 DECODE: tuple[Wanted, ...] = (
-    (64, Tile(128, 32, 2, 1), "half of the instructions a byte"),
-    (64, Tile(128, 32, 1, 1), "one warp a program: no barrier, a quarter of the instructions a byte"),
-    (64, Tile(128, 16, 1, 1), "one warp a program: no barrier, sixteen CTAs a multiprocessor"),
+    (64, Tile(128, 32, 2, 1), "fewer instructions a byte"),
+    (64, Tile(128, 32, 1, 1), "one warp a program, half of the instructions a byte"),
+    (64, Tile(128, 16, 1, 1), "one warp a program, sixteen CTAs a multiprocessor"),
     (64, Tile(128, 64, 4, 1), "two tiles a head"),
     (64, Tile(128, 128, 8, 1), "a whole state a program"),
 )
