@@ -129,8 +129,9 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 def _product_type(q: Tensor) -> torch.dtype:
     """The type in which torch would multiply q: under autocast norms return float32, and products do not take it."""
-    if torch.is_autocast_enabled(q.device.type):
-        return torch.get_autocast_dtype(q.device.type)
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return q.dtype
 
 
