@@ -99,6 +99,22 @@ def try_fast_path(
     beta_scale: object = 0.0,
     /,
 ) -> bool: ...
+def try_fast_decode(
+    gate: int,
+    delta: bool,
+    normalize: bool,
+    scale: float,
+    q: object,
+    k: object,
+    v: object,
+    g: object,
+    beta: object,
+    state: object,
+    o: object,
+    most: int,
+    stream: int,
+    /,
+) -> bool: ...
 def use_exchange_api(capsule: Any) -> bool: ...
 def use_tensor_class(type: type, parameter: type) -> bool: ...
 def forward(

@@ -158,6 +158,7 @@ void bind_replay(py::module_& m) {
 void bind_cuda(py::module_& m) {
   using py::arg;
   bind_cuda_blocks(m);
+  bind_cuda_fast_decode(m);
   bind_problem(m);
   bind_replay(m);
   m.def("cuda_replay", &run_replay, arg("replay"), py::kw_only(), arg("inputs"), arg("offsets"), arg("state"), arg("o"),

@@ -6,7 +6,7 @@
 
 namespace dlpack {
 
-constexpr int32_t CPU = 1;
+constexpr int32_t CPU = 1, CUDA = 2;
 constexpr uint8_t FLOAT = 2, BFLOAT = 4;
 constexpr uint32_t MAJOR = 1;
 

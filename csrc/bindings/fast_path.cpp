@@ -10,7 +10,7 @@ namespace {
 using dlpack::Tensor;
 
 bool type_of(const Tensor& t, Type& type) {
-  if (t.device.type != dlpack::CPU || t.type.lanes != 1) return false;
+  if (t.type.lanes != 1) return false;
   const bool brain = t.type.code == dlpack::BFLOAT && t.type.bits == 16;
   const bool half = t.type.code == dlpack::FLOAT && t.type.bits == 16;
   type = brain ? Type::bfloat16 : half ? Type::float16 : Type::float32;
@@ -129,21 +129,24 @@ bool raw_gates(const PlainCall& c, Problem& p) {
   return parameter(c.raw.A_log, p.HV, p.HV, p.A_log) && parameter(c.raw.dt_bias, p.HV * channels, p.HV, p.dt_bias);
 }
 
-bool gates(const PlainCall& c, Problem& p) {
+bool gates(const PlainCall& c, bool read_values, Problem& p) {
   if ((c.g == nullptr) != (p.gate == Gate::none) || (p.delta && !c.beta)) return false;
   const int64_t B = p.sequences, T = p.T;
   if (c.g) {
     const bool channel = p.gate == Gate::channel;
     if (!(channel ? has_shape(*c.g, {B, T, p.HV, p.K}) : has_shape(*c.g, {B, T, p.HV}))) return false;
     if (!rows(*c.g, p.g)) return false;
-    if (!c.raw.raw_decay && any_positive(p.g, B * T, channel ? p.HV * p.K : p.HV)) return false;
+    if (read_values && !c.raw.raw_decay && any_positive(p.g, B * T, channel ? p.HV * p.K : p.HV)) return false;
   }
   return !c.beta || (has_shape(*c.beta, {B, T, p.HV}) && rows(*c.beta, p.beta));
 }
 
 }  // namespace
 
-bool is_plain(const PlainCall& c, Problem& p) {
+bool is_plain(const PlainCall& c, int32_t device_type, Problem& p) {
+  for (const Tensor* t : {c.q, c.k, c.v, c.g, c.beta, c.state, c.o, c.final_state, c.raw.A_log, c.raw.dt_bias}) {
+    if (t && (t->device.type != device_type || t->device.id != c.k->device.id)) return false;
+  }
   if (c.k->dimensions != 4 || c.v->dimensions != 4) return false;
   p.gate = c.gate;
   p.delta = c.delta;
@@ -162,7 +165,8 @@ bool is_plain(const PlainCall& c, Problem& p) {
   p.scale = static_cast<float>(std::isnan(c.scale) ? 1 / std::sqrt(static_cast<double>(p.K)) : c.scale);
   if (!has_shape(*c.q, {p.sequences, p.T, p.H, p.K}) || !has_shape(*c.v, {p.sequences, p.T, p.HV, p.V})) return false;
   if (!rows(*c.q, p.q) || !rows(*c.k, p.k) || !rows(*c.v, p.v)) return false;
-  if (p.q.type != p.k.type || p.v.type != p.k.type || !gates(c, p) || !raw_gates(c, p)) return false;
+  if (p.q.type != p.k.type || p.v.type != p.k.type || !gates(c, device_type == dlpack::CPU, p) || !raw_gates(c, p))
+    return false;
   float* state = nullptr;
   if (c.state && !states(*c.state, p, state)) return false;
   p.state = state;

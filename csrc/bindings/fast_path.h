@@ -1,6 +1,10 @@
 // The fast path (sleepkern/ops/fast_path.py): it recognises a plain call from its tensors, without Python code.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
+#include <array>
+
 #include "bindings/dlpack.h"
 #include "common/recurrence.h"
 
@@ -22,8 +26,29 @@ struct PlainCall {
   PlainGates raw;
 };
 
-// Whether every check of sleepkern/problems/recurrence.py would accept the call, and the CPU kernels can read its
-// tensors in place; `problem` is then filled. It does not report a fault: the checks in Python do.
-bool is_plain(const PlainCall& call, Problem& problem);
+// Whether every check of sleepkern/problems/recurrence.py would accept the call, all tensors are on one device of this
+// type, and kernels can read them in place; `problem` is then filled. Values are looked at on the CPU only, as those
+// checks do. It does not report a fault: the checks in Python do.
+bool is_plain(const PlainCall& call, int32_t device_type, Problem& problem);
+
+// Views of a call's tensors, in the order of PlainCall from q on; A_log and dt_bias last.
+class TensorViews {
+ public:
+  // Reads `count` Python objects, of which None is absent; false for another object, or where q, k, v, o or final_state
+  // has not four dimensions.
+  bool read(PyObject* const* given, size_t count);
+  PlainCall call(Gate gate, bool delta, bool normalize, double scale, PlainGates raw) const;
+
+ private:
+  std::array<dlpack::Tensor, 10> views_;
+  std::array<const dlpack::Tensor*, 10> found_{};
+};
+
+// Stores the table of a framework's tensor class; false for a table of another major version.
+bool use_exchange_api(const pybind11::capsule& capsule);
+
+using FastFunction = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+PyCFunction fast(FastFunction function);  // for a PyMethodDef with METH_FASTCALL
+PyObject* wrong_count(const char* name, Py_ssize_t expected, Py_ssize_t got);
 
 }  // namespace sleepkern

@@ -1,9 +1,5 @@
 // The entry points of the fast path. They take their arguments from CPython directly, because pybind11 would spend more
 // time on the arguments than all checks take.
-#include <array>
-#include <cmath>
-#include <cstring>
-
 #include "bindings/fast_path.h"
 #include "bindings/named.h"
 #include "cpu/runtime/implementation.h"
@@ -12,17 +8,6 @@ namespace py = pybind11;
 
 namespace sleepkern {
 namespace {
-
-const dlpack::ExchangeApi* exchange_api = nullptr;
-
-// Stores the table of a framework's tensor class; false for a table of another major version.
-bool use_exchange_api(const py::capsule& capsule) {
-  if (!capsule.name() || std::strcmp(capsule.name(), "dlpack_exchange_api") != 0) return false;
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), capsule.name()));
-  if (!api || api->major != dlpack::MAJOR || !api->view) return false;
-  exchange_api = api;
-  return true;
-}
 
 // The class of plain tensors, that of parameters, and the C functions of two attributes of both.
 struct TensorClass {
@@ -59,11 +44,6 @@ bool use_tensor_class(const py::type& type, const py::type& parameter) {
   return true;
 }
 
-PyObject* wrong_count(const char* name, Py_ssize_t expected, Py_ssize_t got) {
-  PyErr_Format(PyExc_TypeError, "%s: got %zd arguments; expected %zd", name, got, expected);
-  return nullptr;
-}
-
 // ordinary(grad, q, k, v, g, beta, state, A_log, dt_bias): whether these are plain tensors whose memory does not hold
 // the negatives of their values, and of which none needs a gradient if `grad`. All but q, k and v may be None, and the
 // last two may be parameters or left out.
@@ -85,26 +65,10 @@ PyObject* ordinary(PyObject*, PyObject* const* given, Py_ssize_t count) {
 
 // Runs the call and returns true if it is plain.
 bool run(Gate gate, bool delta, bool normalize, double scale, PyObject* const* given, size_t count, PlainGates raw) {
-  if (!exchange_api) return false;
-  std::array<dlpack::Tensor, 10> views;
-  std::array<const dlpack::Tensor*, 10> found{};
-  for (size_t i = 0; i < count; ++i) {
-    if (given[i] == Py_None) continue;
-    if (exchange_api->view(given[i], &views[i]) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    found[i] = &views[i];
-  }
-  for (size_t needed : {0, 1, 2, 6, 7}) {  // q, k, v, o, final_state
-    if (!found[needed] || found[needed]->dimensions != 4) return false;
-  }
+  TensorViews views;
   Problem problem{};
-  raw.A_log = found[8];
-  raw.dt_bias = found[9];
-  const PlainCall call{gate,     delta,    normalize, scale,    found[0], found[1], found[2],
-                       found[3], found[4], found[5],  found[6], found[7], raw};
-  if (!is_plain(call, problem)) return false;
+  if (!views.read(given, count)) return false;
+  if (!is_plain(views.call(gate, delta, normalize, scale, raw), dlpack::CPU, problem)) return false;
   py::gil_scoped_release unlocked;
   forward(problem);
   return true;
@@ -130,10 +94,6 @@ PyObject* try_fast_path(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const size_t views = count == 17 ? 10 : 8;
     return PyBool_FromLong(run(static_cast<Gate>(gate), delta != 0, normalize != 0, scale, given + 4, views, raw));
   });
-}
-
-PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 constexpr const char* ORDINARY =

@@ -163,7 +163,7 @@ class _Tokens:
         flat = self.real.flatten()
         self.order = (~flat).to(torch.uint8).argsort(stable=True)
         self.offsets = F.pad(self.real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        self._rest = torch.arange(flat.numel(), device=flat.device) >= self.offsets[-1]
+        self._rest = torch.arange(flat.numel(), dtype=torch.int64, device=flat.device) >= self.offsets[-1]
 
     def packed(self, x: Tensor) -> Tensor:
         """[B T,H,D] of x [B,T,H,D]."""

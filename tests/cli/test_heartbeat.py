@@ -159,7 +159,7 @@ def test_verify_and_bench_tell_how_far_they_are(monkeypatch):
 
 
 def test_train_tells_its_steps(monkeypatch):
-    def slow(training, out, label):
+    def slow(training, out, label, seconds):
         with train_module._bar(training, label):
             time.sleep(0.2)
 

@@ -152,7 +152,7 @@ def backward_of_raw(
     """Compute the gradients of q, k, v, raw g, raw beta, state, A_log and dt_bias."""
     channels = problem.K if problem.rule.gate == "channel" else 1
     size = (max(problem.sequences, 1), problem.HV, 1 + channels)
-    sums = torch.zeros(size, dtype=torch.float64) if gates.decay else None
+    sums = torch.zeros(size, dtype=torch.float64, device="cpu") if gates.decay else None
     grads = _one_backward(problem, x, x.state, do, dstate, gates, sums)
     A_log, dt_bias = gates.A_log, gates.dt_bias
     dA_log = None if sums is None or A_log is None else sums[0, :, 0].to(A_log.dtype)

@@ -136,6 +136,11 @@ def step_in_pool(problem: Problem, x: Tensors, indices: Tensor) -> Tensor:
     return _decode_in_place(problem, x, indices.to(torch.int64).contiguous())
 
 
+def try_fast_decode(*arguments: Any) -> bool:
+    """Launch a decode whose tensors say that it is plain, False for any other (csrc/bindings/cuda_fast_decode.cpp)."""
+    return _C.try_fast_decode(*arguments)  # type: ignore[no-any-return]
+
+
 def powers(A: Tensor, start: Tensor, after: Tensor, passes: int) -> Tensor:
     """Compute S_0 ... S_(passes-1) [passes,n,HV,K,V] of S <- A S + B from S_0 and S_1; A [n,HV,K,K], all float32."""
     n, HV, K, V = start.shape

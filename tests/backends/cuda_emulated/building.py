@@ -36,6 +36,9 @@ def build(folder: Path, sanitize: bool = False, mutant: str | None = None, sound
         *sorted((csrc / "cuda").rglob("*.cu")),
         csrc / "bindings" / "cuda_recurrence.cpp",
         csrc / "bindings" / "cuda_blocks.cpp",
+        csrc / "bindings" / "cuda_fast_decode.cpp",
+        csrc / "bindings" / "fast_path.cpp",
+        csrc / "bindings" / "tensor_views.cpp",
         HERE / "module.cpp",
     ]
     sources = [s for s in sources if s.name != "device.cu"]

@@ -34,10 +34,20 @@ THOROUGH = {
 """Tests that `make test` runs for QUICK alone and `make test-hardening` for the other rules."""
 QUICK = (GATED_DELTA_RULE, GLA)
 """One decay a head and one a channel, with and without the delta rule."""
+USUAL = {
+    "test_variants_of_every_rule": ("packed", "grouped, strong decay-", "eight chunks-segments"),
+    "test_interpreted_raw_gates.py::test_shapes": ("no tokens", "one token", "T=17", "grouped", "packed"),
+    "test_interpreted_raw_gates.py::test_options": ("bounded", "doubled"),
+    "test_packed_sequences_out_of_the_middle_of_a_projection": ("past",),
+}  # fmt: skip
+"""Tests of which `make test` runs the cases with these names and `make test-hardening` the others."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Mark what takes long."""
     for item in items:
         if item.originalname in THOROUGH and item.callspec.params["rule"] not in QUICK:
+            item.add_marker("hardening")
+        usual = next((cases for name, cases in USUAL.items() if f"{name}[" in item.nodeid), None)
+        if usual is not None and not any(case in item.nodeid for case in usual):
             item.add_marker("hardening")
