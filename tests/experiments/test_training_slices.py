@@ -70,10 +70,9 @@ def test_losses_beside_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [(step, far) for step, _, _, far in rows] == [(1, False), (2, True)]
 
 
-@pytest.mark.parametrize("task", ["rule110", "depo"])
-def test_the_papers_configurations_have_expected_losses(task: str) -> None:
-    row = expected_losses(Run(CONFIGURATIONS[task]["paper"], passes=4))
-    assert row is not None and len(row["losses"]) >= 3, f"{FILE.name} lacks {task}"
+def test_the_papers_configuration_has_expected_losses() -> None:
+    row = expected_losses(Run(CONFIGURATIONS["rule110"]["paper"], passes=4))
+    assert row is not None and len(row["losses"]) >= 3, f"{FILE.name} lacks it"
     losses = list(row["losses"].values())
     assert losses[-1] < losses[0]
 
