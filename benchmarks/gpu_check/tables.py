@@ -37,7 +37,7 @@ from .writing import write
 
 CANDIDATES = Path(__file__).resolve().parents[1] / "candidates.json"
 WARM_SHARE = 0.6
-"""Of the seconds, what compiling may take."""
+"""The share of the seconds that compiling may take."""
 SECONDS = 0.05
 """How long a candidate is timed; its turns are at least three."""
 

@@ -38,9 +38,9 @@ PEERS = tuple(peer for peer in GPU_PEERS if peer.name in ("fla", "FlashQLA"))
 WRONG = 2e-2
 """Relative error against ours above which a peer gets no ratio: both round to bfloat16."""
 WARM_SHARE = 0.5
-"""Of the seconds, what compiling may take."""
+"""The share of the seconds that compiling may take."""
 SECONDS = 0.4
-"""Of all ways of a case together; its turns are at least three."""
+"""The seconds of all ways of a case together; a case has three rounds at least."""
 
 
 def _case(op: Op, T: int, H: int, HV: int, B: int = 1, rule: Rule = GATED_DELTA_RULE, **more: Any) -> Case:
@@ -157,7 +157,7 @@ def warm(count: int, dry: bool, seconds: float) -> dict[str, str]:
 
 
 def through() -> dict[str, Any]:
-    """Whether flash-linear-attention's gradients run through TileLang, which it needs for some versions of Triton."""
+    """Say whether flash-linear-attention's gradients run through TileLang, as some versions of Triton need."""
     if importlib.util.find_spec("fla") is None:
         return {"fla": "not installed"}
     try:

@@ -18,7 +18,7 @@ from .recurrence import FLOATS, Problem, Tensors, check_dense, check_flag, check
 
 
 class RawGates(NamedTuple):
-    """Which gates of a call are raw, and what they are made with.
+    """The raw gates of a call, and what they are made with.
 
     A_log        [HV] logarithm of each value head's rate; None for rates of 1
     dt_bias      [HV], or [HV,K] or [HV * K] where the rule decays by key channel; None for 0

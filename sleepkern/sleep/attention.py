@@ -1,4 +1,4 @@
-"""Which attention the blocks of a model run: what `SleepSession.explain` says of it."""
+"""The attention that the blocks of a model run: what `SleepSession.explain` says of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which assembler the kernels take on a Hopper, that theirs alone is replaced, and that no cache mixes two of them."""
+"""The kernels take a sound assembler on a Hopper, theirs alone is replaced, and no cache mixes two of them."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _take() -> None:
 
 
 def _give_back() -> None:
-    """Put the earlier hook back after the last compilation, unless somebody has set a hook of theirs meanwhile."""
+    """Put the earlier hook back after the last compilation, unless somebody has set another hook."""
     from triton import knobs
 
     global _hook

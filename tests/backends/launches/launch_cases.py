@@ -131,7 +131,7 @@ Noted = tuple[str, tuple[int, ...], list[tuple[str, Any]]]
 
 @contextmanager
 def noted(into: list[Noted]) -> Iterator[None]:
-    """Note what each launch is given: the kernel's name, the grid and the arguments; tensors stay alive meanwhile."""
+    """Note what each launch is given: the kernel's name, the grid and the arguments; the tensors stay alive."""
     launched = held_launches.Recording.launch
 
     def note(self: Any, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *more: int) -> None:

@@ -44,7 +44,7 @@ def doubled(leaves: list[Tensor | None]) -> list[Any]:
 
 
 def gradients(results: list[Tensor], leaves: list[Tensor | None]) -> list[Tensor]:
-    """Of a sum of the results with weights that differ from element to element."""
+    """Gradients of a sum of the results with weights that differ from element to element."""
     present = [t for t in leaves if t is not None]
     upstream = [torch.linspace(-1, 2, t.numel()).view(t.shape).to(t) for t in results]
     return list(torch.autograd.grad(results, present, upstream))

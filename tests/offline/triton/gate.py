@@ -215,7 +215,7 @@ def _faults(subject: Subject, made: Compiled) -> Iterator[str]:
 
 
 def _may_have_warp_groups(subject: Subject) -> bool:
-    """Whether a plan may: those of a Hopper without a sound assembler may not, nor may equal plans of one with it."""
+    """Tells whether a plan may. Those of a Hopper without a sound assembler may not, nor may equal plans of another."""
     key = subject.key
     plain = TABLE.get(key._replace(capability=PLAIN_HOPPER))
     return subject.capability != PLAIN_HOPPER and not (key.capability == 90 and TABLE[key] == plain)
