@@ -178,7 +178,9 @@ def test_a_decode_step_is_differentiable_in_the_parameters(rule: Rule) -> None:
         assert relative_error(arguments[name].grad, expected[name]) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("rule", [GATED_DELTA_RULE, KDA], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [GATED_DELTA_RULE, pytest.param(KDA, marks=pytest.mark.hardening)], ids=lambda rule: rule.name
+)
 @pytest.mark.parametrize("bound", [None, -5.0])
 def test_second_derivatives(rule: Rule, bound: float | None) -> None:
     x = raw_inputs(rule, Shape(T=5, H=1, HV=1, K=3, V=2), torch.float64, seed=11, lower_bound=bound)

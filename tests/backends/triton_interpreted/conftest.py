@@ -38,6 +38,9 @@ USUAL = {
     "test_variants_of_every_rule": ("packed", "grouped, strong decay-", "eight chunks-segments"),
     "test_interpreted_raw_gates.py::test_shapes": ("no tokens", "one token", "T=17", "grouped", "packed"),
     "test_interpreted_raw_gates.py::test_options": ("bounded", "doubled"),
+    "test_interpreted_raw_gates.py::test_bfloat16": ("24-", "70-gated"),
+    "test_interpreted_raw_gates.py::test_steps_in_place": ("gated_delta_rule", "kda"),
+    "test_variants_in_bfloat16": ("gated_delta_rule",),
     "test_packed_sequences_out_of_the_middle_of_a_projection": ("past",),
 }  # fmt: skip
 """Tests of which `make test` runs the cases with these names and `make test-hardening` the others."""
