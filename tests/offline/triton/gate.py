@@ -146,7 +146,7 @@ def _variants(capabilities: tuple[int, ...]) -> Iterator[Subject]:
             ("backward", (("chunk_backward", "products"),), ("chunk_backward_values_kernel", "chunk_backward_kernel")),
         ):
             if rule.gate == "channel" and {"decays", "segments"} & set(dict(variants).values()):
-                continue  # channel decay has no decays of rows; the join of its segments spills, and no candidate has it
+                continue  # it has no decays of rows, and no candidate has segments, whose join spills
             key = Key(0, direction, "bf16", rule.gate == "channel", 128)
             name = f"{rule.name} {direction} {'/'.join(dict(variants).values())}"
             for capability in capabilities:
