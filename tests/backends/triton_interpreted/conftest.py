@@ -35,8 +35,8 @@ THOROUGH = {
 QUICK = (GATED_DELTA_RULE, GLA)
 """One decay a head and one a channel, with and without the delta rule."""
 USUAL = {
-    "test_variants_of_every_rule": ("packed", "grouped, strong decay-", "eight chunks-segments"),
-    "test_interpreted_raw_gates.py::test_shapes": ("no tokens", "one token", "T=17", "grouped", "packed"),
+    "test_variants_of_every_rule": ("packed", "eight chunks-segments-gated"),
+    "test_interpreted_raw_gates.py::test_shapes": ("no tokens", "one token", "T=17-gated", "grouped-kda", "packed"),
     "test_interpreted_raw_gates.py::test_options": ("bounded", "doubled"),
     "test_interpreted_raw_gates.py::test_bfloat16": ("24-", "70-gated"),
     "test_interpreted_raw_gates.py::test_steps_in_place": ("gated_delta_rule", "kda"),
