@@ -227,6 +227,7 @@ def avx512(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("avx512"), "-DSLEEPKERN_EMULATE_AVX512=ON")
 
 
+@pytest.mark.hardening
 def test_avx512_source_agrees(avx512: Path) -> None:
     """And what is rounded to bfloat16 keeps to 1e-2 where errors would add up: those panels are done in float32."""
     done = run_with(avx512, AVX512_AGREES)
