@@ -61,6 +61,15 @@ def rule_calls() -> None:
     assert_type(sleepkern.simple_gla(q, k, v, g), tuple[Tensor, Tensor | None])
     assert_type(sleepkern.ssd(q, k, v, g), tuple[Tensor, Tensor | None])
     assert_type(sleepkern.gla(q, k, v, channel_g), tuple[Tensor, Tensor | None])
+    for along in (
+        sleepkern.gated_delta_rule(q, k, v, g, beta, state_every=16),
+        sleepkern.kda(q, k, v, channel_g, beta, state_every=16, output_final_state=True),
+        sleepkern.delta_rule(q, k, v, beta, state_every=16),
+        sleepkern.simple_gla(q, k, v, g, state_every=16),
+        sleepkern.gla(q, k, v, channel_g, state_every=16),
+    ):
+        assert_type(along, tuple[Tensor, Tensor | None, Tensor])
+    assert_type(sleepkern.state_offsets(torch.tensor([0, 4, T]), 16), Tensor)
     step = sleepkern.recurrent_step(q[:, :1], k[:, :1], v[:, :1], g[:, :1], beta[:, :1], state)
     assert_type(step, tuple[Tensor, Tensor])
     slept = sleepkern.sleep_ingest(k, v, g, beta, passes=2, rule="gated_delta_rule", use_qk_l2norm_in_kernel=True)

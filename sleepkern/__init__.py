@@ -17,6 +17,7 @@ from .ops.recurrence import (
     simple_gla,
     sleep_ingest,
     ssd,
+    state_offsets,
 )
 from .version import __version__
 
@@ -42,6 +43,7 @@ __all__ = [
     "simple_gla",
     "sleep_ingest",
     "ssd",
+    "state_offsets",
     "unpatch",
     "verify",
 ]

@@ -25,7 +25,7 @@ from ..problems.gates import RawGates, check_gates, check_raw_values
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check, describe
 from ..rules import RULES, rule_named
 from . import recurrence
-from .recurrence import _check_upstream, _of_no_sequence, _row
+from .recurrence import check_upstream, of_no_sequence, row_of
 
 _INPUTS = (
     "Tensor? q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? state, Tensor? A_log, Tensor? dt_bias, "
@@ -54,7 +54,7 @@ def ingest(problem: Problem, engine: RecurrenceBackend, x: Tensors, gates: RawGa
         return _checked_forward(problem, maker, x, gates)
     o, state = torch.ops.sleepkern.ingest_of_raw.default(
         *x[:6], A_log, dt_bias, x.cu_seqlens,
-        _row(problem.rule), engine.NAME, problem.scale, problem.normalize, *options,
+        row_of(problem.rule), engine.NAME, problem.scale, problem.normalize, *options,
     )  # fmt: skip
     return RecurrenceResult(o if problem.output else None, state)
 
@@ -97,7 +97,7 @@ def _gate_maker(engine: RecurrenceBackend) -> MakesGates | None:
 def _checked_forward(problem: Problem, maker: MakesGates, x: Tensors, gates: RawGates) -> RecurrenceResult:
     check_raw_values(problem, x, gates)
     if problem.B == 0:
-        return _of_no_sequence(problem, x)
+        return of_no_sequence(problem, x)
     with on_device_of(x.k):
         return maker.forward_of_raw(problem, x, gates)
 
@@ -138,7 +138,7 @@ def _ingest_backward(*arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(*inputs)
     x, k = call.x, call.x.k
     check_raw_values(call.problem, x, call.gates)
-    _check_upstream(call.problem, x, do, dstate)
+    check_upstream(call.problem, x, do, dstate)
     if call.problem.B == 0:
         return tuple(k.new_empty(0) if t is None else torch.zeros_like(t) for t in inputs[:8])
     with on_device_of(k):

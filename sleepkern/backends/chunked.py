@@ -11,6 +11,7 @@ before exp, so that nothing overflows however strong the decay.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors
 from ..rules import FAMILY, Rule
-from .interface import REPLAY
+from .interface import REPLAY, STATES, refuse_states
 from .replay import backward as replay_backward
 from .replay import costs
 from .replay.methods import affine, closed, repeat
@@ -28,7 +29,7 @@ from .torch_common import Heads, by_sequence, gradients, step_by
 
 NAME = "chunked"
 SUPPORTS = FAMILY
-OPTIONS = REPLAY
+OPTIONS = REPLAY | STATES
 CHUNK = 64
 MIN_LOG_DECAY = -1e4
 """exp of it is 0 in every type; a log decay of -inf itself would make differences of G into NaN."""
@@ -50,8 +51,8 @@ class Factors(NamedTuple):
 
 
 def why_not(problem: Problem) -> str | None:
-    """None unless a replay method is asked for that its form does not allow."""
-    return costs.refuse(problem, CHUNK)
+    """None unless a replay method is asked for that its form does not allow, or states inside of chunks."""
+    return refuse_states(problem) or costs.refuse(problem, CHUNK)
 
 
 def kernel(problem: Problem) -> str:
@@ -77,9 +78,11 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
         return by_sequence(problem, x, lambda h: _ingest(problem, h))
 
 
-def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+def backward(
+    problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, dstates: Tensor | None = None
+) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state: autograd through the chunk form."""
-    return gradients(problem, x, do, dstate, forward)
+    return gradients(problem, x, do, dstate, dstates, forward)
 
 
 def pieces(problem: Problem) -> tuple[replay_backward.OnePass, replay_backward.OneBackward]:
@@ -101,9 +104,9 @@ def step(problem: Problem, x: Tensors) -> Tensor:
     return step_by(problem, x, forward)
 
 
-def prepare(rule: Rule, h: Heads, scale: float) -> Factors:
+def prepare(rule: Rule, h: Heads, scale: float, chunk: int = CHUNK) -> Factors:
     """Cut [n,HV,T,*] into chunks (a short last one is padded with k = v = beta = g = 0) and make their factors."""
-    q, k, v, g, beta = (None if t is None else _cut(t) for t in (h.q, h.k, h.v, h.g, h.beta))
+    q, k, v, g, beta = (None if t is None else _cut(t, chunk) for t in (h.q, h.k, h.v, h.g, h.beta))
     assert k is not None and v is not None
     if g is not None and rule.gate == "head":
         g = g[..., None]
@@ -161,8 +164,13 @@ def _sum_after(g: Tensor) -> Tensor:
     return behind.flip(-2).cumsum(-2).flip(-2)
 
 
-def state_pass(f: Factors, state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
-    """One pass over the chunks: outputs [n,HV,c*C,V] (None unless wanted) and the state behind the window."""
+def state_pass(
+    f: Factors, state: Tensor, output: bool, ends: list[Tensor] | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """One pass over the chunks: outputs [n,HV,c*C,V] (None unless wanted) and the state behind the window.
+
+    The state after each chunk is appended to `ends`.
+    """
     starts, writes = [], []
     for c in range(f.Kt.shape[2]):
         Vn = f.U[:, :, c] if f.W is None else f.U[:, :, c] - f.W[:, :, c] @ state
@@ -170,6 +178,8 @@ def state_pass(f: Factors, state: Tensor, output: bool) -> tuple[Tensor | None, 
         writes.append(Vn)
         kept = state if f.G_end is None else f.G_end[:, :, c].exp() * state
         state = kept + f.Kt[:, :, c].transpose(-1, -2) @ Vn
+        if ends is not None:
+            ends.append(state)
     if not output or f.Qe is None or f.P is None:
         return None, state
     o = f.Qe @ torch.stack(starts, 2) + _read_writes(f.P, torch.stack(writes, 2))
@@ -187,10 +197,9 @@ def _read_writes(P: Tensor, writes: Tensor) -> Tensor:
 
 def _ingest(problem: Problem, h: Heads) -> RecurrenceResult:
     if h.k.shape[2] == 0:
-        state = h.state.clone()
-        return RecurrenceResult(
-            h.v.clone() if problem.output else None, state, *_untouched(problem, state)
-        )  # of no tokens
+        return _no_tokens(problem, h)
+    if problem.state_every is not None:
+        return _with_states(problem, h, problem.state_every)
     f = prepare(problem.rule, h, problem.scale)
     state, passes, method = h.state, problem.passes, method_of(problem)
 
@@ -209,10 +218,25 @@ def _ingest(problem: Problem, h: Heads) -> RecurrenceResult:
     return repeat(one_pass, state, passes, problem.tol, problem.output)
 
 
-def _cut(t: Tensor) -> Tensor:
-    pad = -t.shape[2] % CHUNK
+def _with_states(problem: Problem, h: Heads, every: int) -> RecurrenceResult:
+    """One pass in chunks that end at every `every` tokens, and the states there."""
+    chunk, ends = math.gcd(every, CHUNK), []  # type: int, list[Tensor]
+    f = prepare(problem.rule, h, problem.scale, chunk)
+    o, state = state_pass(f, h.state, problem.output, ends)
+    wanted = [*ends[every // chunk - 1 : -1 : every // chunk], state]
+    return RecurrenceResult(None if o is None else o[:, :, : h.v.shape[2]], state, states=torch.stack(wanted, 1))
+
+
+def _no_tokens(problem: Problem, h: Heads) -> RecurrenceResult:
+    state = h.state.clone()
+    none = None if problem.state_every is None else state.new_empty((state.shape[0], 0, *state.shape[1:]))
+    return RecurrenceResult(h.v.clone() if problem.output else None, state, *_untouched(problem, state), none)
+
+
+def _cut(t: Tensor, chunk: int) -> Tensor:
+    pad = -t.shape[2] % chunk
     t = F.pad(t, (0, 0, 0, pad) if t.dim() == 4 else (0, pad))
-    cut: Tensor = t.unflatten(2, (-1, CHUNK))
+    cut: Tensor = t.unflatten(2, (-1, chunk))
     return cut
 
 

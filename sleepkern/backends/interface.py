@@ -18,6 +18,8 @@ from .replay.backward import OneBackward, OnePass
 
 REPLAY = frozenset({"passes", "tol", "method"})
 """The options of a replay, as a backend's OPTIONS name them."""
+STATES = frozenset({"state_every", "state_bf16"})
+"""The options that say which states are wanted along the way, and the type of those that are updated in place."""
 _PLAIN = tuple(Problem._field_defaults.items())
 """Each option of Problem and the value that changes nothing."""
 
@@ -50,9 +52,9 @@ class RecurrenceBackend(Protocol):
         """Readouts, final state, and how a replay ended."""
 
     def backward(
-        self, problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, /
+        self, problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, dstates: Tensor | None = None, /
     ) -> list[Tensor | None]:
-        """Gradients of q, k, v, g, beta and the initial state."""
+        """Gradients of q, k, v, g, beta and the initial state; dstates is that of the states along the way."""
 
     def step(self, problem: Problem, x: Tensors, /) -> Tensor:
         """Readouts of a few tokens, x.state updated in place."""
@@ -64,6 +66,26 @@ class StepsInPool(Protocol):
 
     def step_in_pool(self, problem: Problem, x: Tensors, indices: Tensor, /) -> Tensor:
         """Outputs of a few tokens; x.state is the pool [n,HV,K,V], and row b updates x.state[indices[b]]."""
+
+
+@runtime_checkable
+class StepsInStates(Protocol):
+    """A backend that also decodes without an update, and stores the state after each token of the call."""
+
+    def step_states(
+        self,
+        problem: Problem,
+        x: Tensors,
+        indices: Tensor | None,
+        states_out: Tensor,
+        out_indices: Tensor | None,
+        /,
+    ) -> Tensor:
+        """Outputs [B,T,HV,V]; x.state is read, from the rows indices [B] of a pool where they are given.
+
+        The state after token t of row b goes to states_out[b, t], or to states_out[out_indices[b, t]]; a negative index
+        is not written.
+        """
 
 
 @runtime_checkable
@@ -178,6 +200,13 @@ def refusal(backend: RecurrenceBackend, problem: Problem) -> str | None:
         if option not in backend.OPTIONS and getattr(problem, option) != plain:
             return f"does not know the option {option} = {getattr(problem, option)!r}"
     return backend.why_not(problem)
+
+
+def refuse_states(problem: Problem) -> str | None:
+    """None, or the sentence why kernels that go through chunks of 16 tokens or more do not find the wanted states."""
+    if problem.state_every is None or problem.state_every % 16 == 0:
+        return None
+    return f"finds states after every multiple of 16 tokens, got state_every = {problem.state_every}"
 
 
 def blocks_refusal(backend: BlocksBackend, problem: BlockProblem) -> str | None:

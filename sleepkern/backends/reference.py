@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors
 from ..rules import FAMILY, Rule
-from .interface import REPLAY
+from .interface import REPLAY, STATES
 from .replay.methods import repeat
 from .torch_common import Heads, by_sequence, gradients, step_by
 
 NAME = "reference"
 SUPPORTS = FAMILY
-OPTIONS = REPLAY
+OPTIONS = REPLAY | STATES
 
 
 def why_not(problem: Problem) -> str | None:
@@ -37,6 +37,9 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     """Readouts and final state of `problem.passes` passes; differentiable by torch."""
 
     def ingest(h: Heads) -> RecurrenceResult:
+        if problem.state_every is not None:
+            return _with_states(problem, h, problem.state_every)
+
         def one_pass(state: Tensor, output: bool) -> tuple[Tensor | None, Tensor]:
             return token_loop(problem.rule, h, state, problem.scale, output)
 
@@ -45,9 +48,11 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     return by_sequence(problem, x, ingest)
 
 
-def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+def backward(
+    problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, dstates: Tensor | None = None
+) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state: autograd through the loop."""
-    return gradients(problem, x, do, dstate, forward)
+    return gradients(problem, x, do, dstate, dstates, forward)
 
 
 def step(problem: Problem, x: Tensors) -> Tensor:
@@ -74,3 +79,20 @@ def token_loop(rule: Rule, h: Heads, state: Tensor, scale: float, output: bool) 
     if not output:
         return None, state
     return (torch.stack(outputs, 2) if outputs else h.v.clone()), state
+
+
+def _with_states(problem: Problem, h: Heads, every: int) -> RecurrenceResult:
+    """One pass in pieces of `every` tokens, and the state after each."""
+    outputs, states, state, T = [], [], h.state, h.k.shape[2]
+    for start in range(0, T, every):
+        q, k, v, g, beta = (None if t is None else t[:, :, start : start + every] for t in h[:5])
+        assert k is not None and v is not None
+        o, state = token_loop(problem.rule, Heads(q, k, v, g, beta, state), state, problem.scale, problem.output)
+        if o is not None:
+            outputs.append(o)
+        states.append(state)
+    if not states:
+        none = state.new_empty((state.shape[0], 0, *state.shape[1:]))
+        return RecurrenceResult(h.v.clone() if problem.output else None, state.clone(), states=none)
+    o = torch.cat(outputs, 2) if problem.output else None
+    return RecurrenceResult(o, state, states=torch.stack(states, 1))

@@ -58,18 +58,54 @@ def step_in_pool(problem: Problem, x: Tensors, places: Tensor, step: Callable[[P
     return torch.where(present[:, None, None, None], o, 0)
 
 
+def states_by_steps(
+    problem: Problem,
+    x: Tensors,
+    indices: Tensor | None,
+    states_out: Tensor,
+    out_indices: Tensor | None,
+    step: Callable[[Problem, Tensors], Tensor],
+) -> Tensor:
+    """Outputs of `step`, called for one token after the other, on copies of the states; those after each are stored."""
+    assert x.state is not None
+    present = None if indices is None else indices >= 0
+    start = x.state if indices is None else x.state[indices.clamp_min(0).long()]
+    state = start.to(problem.state_dtype, copy=True)
+    one, outputs = problem._replace(T=1, state_bf16=False), []
+    for t in range(problem.T):
+        token = [None if y is None else y[:, t : t + 1] for y in x[:5]]
+        outputs.append(step(one, Tensors._make([*token, state, None])))
+        store_states(state, states_out, out_indices, present, t)
+    o = torch.cat(outputs, 1)
+    return o if present is None else torch.where(present[:, None, None, None], o, 0)
+
+
+def store_states(state: Tensor, states_out: Tensor, out_indices: Tensor | None, present: Tensor | None, t: int) -> None:
+    """Store the states [B,HV,K,V] after token t where states_out [B,T,HV,K,V], or rows of a pool, take them."""
+    if out_indices is None:
+        if present is None:
+            states_out[:, t] = state
+        else:
+            states_out[present, t] = state[present].to(states_out.dtype)
+        return
+    written = out_indices[:, t] >= 0 if present is None else present & (out_indices[:, t] >= 0)
+    states_out.index_copy_(0, out_indices[written, t].long(), state[written].to(states_out.dtype))
+
+
 def gradients(
     problem: Problem,
     x: Tensors,
     do: Tensor | None,
     dstate: Tensor | None,
+    dstates: Tensor | None,
     forward: Callable[[Problem, Tensors], RecurrenceResult],
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state by autograd through a torch `forward`, run again here."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in x[:6]]
     with torch.enable_grad():
         out = forward(problem, Tensors._make([*leaves, x.cu_seqlens]))
-        pairs = [(y, dy) for y, dy in ((out.o, do), (out.state, dstate)) if y is not None and dy is not None]
+        upstream = ((out.o, do), (out.state, dstate), (out.states, dstates))
+        pairs = [(y, dy) for y, dy in upstream if y is not None and dy is not None]
         pairs = [(y, dy) for y, dy in pairs if y.requires_grad]  # without tokens a state is nobody's result
         wanted = [t for t in leaves if t is not None]
         outputs, above = [y for y, _ in pairs], [dy for _, dy in pairs]
@@ -112,7 +148,7 @@ def _heads(problem: Problem, x: Tensors, rows: slice, sequence: slice) -> Heads:
         n = 1 if problem.packed else problem.B
         state = x.k.new_zeros((n, problem.HV, problem.K, problem.V), dtype=dtype)
     else:
-        state = x.state[sequence]
+        state = x.state[sequence].to(dtype)
     return Heads(
         q=None if x.q is None else keys(x.q),
         k=keys(x.k),
@@ -147,4 +183,5 @@ def _token_major(problem: Problem, parts: list[RecurrenceResult], lengths: list[
         state=state,
         residual=join([p.residual for p in parts], 0),
         passes=join([p.passes for p in parts], 0),
+        states=join([p.states for p in parts], 1),
     )

@@ -12,6 +12,7 @@ from .recurrence import (
     simple_gla,
     sleep_ingest,
     ssd,
+    state_offsets,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "simple_gla",
     "sleep_ingest",
     "ssd",
+    "state_offsets",
 ]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import settings
-from ..autograd import gated
+from ..autograd import gated, states
 from ..autograd import recurrence as autograd
 from ..backends.interface import RecurrenceBackend
 from ..backends.native.views import on_device_of
 from ..dispatch import Explanation, choose, explain_problem, method_of
 from ..eager import any_autocast
 from ..problems.gates import GateOptions, RawGates, read_gates
-from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check, check_flag
+from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check
 from ..rules import Rule, rule_named
-from . import fast_path
 from .known_calls import check_and_choose
 
 
@@ -111,12 +110,21 @@ def apply(
     scale: float | None,
     normalize: bool,
     backend: str | None,
-    *replay: Any,
+    passes: int = 1,
+    tol: float | None = None,
+    method: str = "auto",
+    outputs: bool = True,
     gates: RawGates | None = None,
+    state_every: int | None = None,
 ) -> tuple[Problem, RecurrenceBackend, RecurrenceResult]:
-    """The one way from every public function to a kernel. replay: passes, tol, method, outputs."""
+    """The one way from every public function to a kernel."""
     x = cast(x)
-    problem, engine = check_and_choose(rule, x, scale, normalize, backend, *replay)
+    problem, engine = check_and_choose(
+        rule, x, scale, normalize, backend, passes, tol, method, outputs, state_every=state_every
+    )
+    if state_every is not None:
+        x = x if gates is None else gated.made(problem, x, gates)
+        return problem, engine, states.ingest(problem, engine, x)
     if gates is not None:
         return problem, engine, gated.ingest(problem, engine, x, gates)
     return problem, engine, autograd.ingest(problem, engine, x)
@@ -128,27 +136,6 @@ def raw_gates(options: GateOptions) -> RawGates | None:
     if use_gate is use_sigmoid is doubled is False and A_log is dt_bias is None and lower_bound is None:
         return None
     return read_gates(options)
-
-
-def one_pass(
-    rule: Rule,
-    x: tuple[Tensor | None, ...],
-    scale: float | None,
-    normalize: bool,
-    output_final_state: bool,
-    backend: str | None,
-    options: GateOptions,
-) -> tuple[Tensor, Tensor | None]:
-    if type(output_final_state) is not bool:
-        check_flag("output_final_state", output_final_state)
-    gates = raw_gates(options)
-    plain = fast_path.forward(rule, x, scale, normalize, backend, gates)
-    if plain is not None:
-        o, state = plain
-        return o, state if output_final_state else None
-    _, _, out = apply(rule, Tensors._make(x), scale, normalize, backend, gates=gates)
-    assert out.o is not None
-    return out.o, out.state if output_final_state else None
 
 
 def cast(x: Tensors) -> Tensors:

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from .. import transforms
 from ..addresses import check_memory
-from ..autograd import gated
+from ..autograd import gated, steps
 from ..autograd import recurrence as autograd
 from ..eager import untraced
 from ..problems.gates import RawGates
-from ..problems.recurrence import Tensors, check, check_dense, check_flag, check_pool
+from ..problems.pools import check_indices, check_pool
+from ..problems.recurrence import Tensors, check, check_dense, check_flag
 from ..rules import GATED_DELTA_RULE, Rule, rule_named
 from . import fast_path
 from .call import cast, raw_gates
@@ -100,9 +101,9 @@ def recurrent_step(
             return o, state
         x = gated.made(problem, x, gates)
     if inplace and not (autograd.wants_grad(x) or transforms.active()):
-        return autograd.step(problem, engine, x), state
+        return steps.step(problem, engine, x), state
     if inplace:  # what is saved for the gradient must not be the buffer that is about to be overwritten
-        autograd.check_update(x)
+        steps.check_update(x)
         if untraced(state):
             check_memory(("state",), (state,))
         x = x._replace(state=state.clone())
@@ -125,7 +126,8 @@ def _step_in_pool(
     x = cast(x)
     pool = x.state
     problem = check(rule, x._replace(state=None), scale, normalize)
-    check_pool(problem, pool, places)
+    problem = check_pool(problem, pool)
+    check_indices(problem, places, (problem.B,))
     if gates is not None:
         x = gated.made(problem, x, gates)
     assert pool is not None
@@ -134,9 +136,9 @@ def _step_in_pool(
     engine = engine_for(problem, x, backend)
     pool = pool if inplace else pool.clone()
     if not (autograd.wants_grad(x) or transforms.active()):
-        return autograd.step(problem, engine, x._replace(state=pool), places), pool
+        return steps.step(problem, engine, x._replace(state=pool), places), pool
     if inplace:
-        autograd.check_update(x, places)
+        steps.check_update(x, places)
     present = places >= 0
     out = autograd.ingest(problem, engine, x._replace(state=pool[places.clamp_min(0)]))
     assert out.o is not None

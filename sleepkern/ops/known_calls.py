@@ -38,6 +38,7 @@ def check_and_choose(
     method: str = "auto",
     outputs: bool = True,
     state_name: str = "initial_state",
+    state_every: int | None = None,
 ) -> tuple[Problem, RecurrenceBackend]:
     """The problem and the backend that computes it, or torch's operators where a transform wants their rules.
 
@@ -47,11 +48,11 @@ def check_and_choose(
     Raises:
         TypeError, ValueError: as `check` and `choose`.
     """
-    replay = (passes, tol, method, outputs)
+    replay = (passes, tol, method, outputs, state_name, state_every)
     key = _key(rule, x, scale, normalize, backend, replay) if _device(x.k) in DEVICES else None
     found = None if key is None else _known.get(key)
     if found is None:
-        problem = check(rule, x, scale, normalize, passes, tol, method, outputs, state_name)
+        problem = check(rule, x, scale, normalize, passes, tol, method, outputs, state_name, state_every)
         found = problem, engine_for(problem, x, backend)
         if key is not None:
             if len(_known) >= MOST:
@@ -82,7 +83,9 @@ def _key(
         return None
     if scale is not None and type(scale) is not float:
         return None
-    passes, tol, method, _ = replay
+    passes, tol, method, _, _, state_every = replay
+    if state_every is not None and type(state_every) is not int:
+        return None
     if type(passes) is not int or type(method) is not str or (tol is not None and type(tol) is not float):
         return None
     if backends.BACKENDS is not _order:

@@ -38,19 +38,22 @@ class RecurrenceResult(NamedTuple):
     state     [sequences,HV,K,V] state after the last pass
     residual  [sequences,HV] estimated distance to the fixed point over |S|; None without tol
     passes    [sequences,HV] int32, passes that each head made; None without tol
+    states    [B,n,HV,K,V] states along the way (states.py), None without state_every
     """
 
     o: Tensor | None
     state: Tensor
     residual: Tensor | None = None
     passes: Tensor | None = None
+    states: Tensor | None = None
 
 
 class Problem(NamedTuple):
     """Sizes and types of one call; together with the tensors it is all that a backend is given.
 
     sequences is the number of states: B, or the number of packed sequences. T counts the tokens of a row
-    of the batch (all packed tokens when packed). output says whether outputs are wanted.
+    of the batch (all packed tokens when packed). output says whether outputs are wanted. With state_every = n the
+    states after every n tokens are wanted too. With state_bf16 the state, which is updated in place, is bfloat16.
     """
 
     rule: Rule
@@ -70,6 +73,8 @@ class Problem(NamedTuple):
     passes: int = 1
     tol: float | None = None
     method: str = "auto"
+    state_every: int | None = None
+    state_bf16: bool = False
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -85,6 +90,7 @@ def describe(
     passes: int = 1,
     tol: float | None = None,
     method: str = "auto",
+    state_every: int | None = None,
 ) -> Problem:
     """The Problem of tensors that are known to fit."""
     _, k, v, _, _, _, cu_seqlens = x
@@ -93,7 +99,7 @@ def describe(
     return Problem(
         rule, k.device.type, k.dtype, B, T, H, HV, K, V,
         B if cu_seqlens is None else cu_seqlens.numel() - 1, cu_seqlens is not None, x.q is not None,
-        normalize, scale, passes, tol, method,
+        normalize, scale, passes, tol, method, state_every,
     )  # fmt: skip
 
 
@@ -107,10 +113,12 @@ def check(
     method: str = "auto",
     outputs: bool = True,
     state_name: str = "initial_state",
+    state_every: int | None = None,
 ) -> Problem:
     """Check everything that shapes, types and devices can tell; values are checked by check_values.
 
-    outputs says that q is required; state_name is what the caller's signature calls the state.
+    outputs says that q is required; state_name is what the caller's signature calls the state. The name "state" is that
+    of a state which is updated in place, and which may be bfloat16.
 
     Raises:
         TypeError: an argument is not a tensor, or has the wrong type.
@@ -123,19 +131,21 @@ def check(
     check_flag("use_qk_l2norm_in_kernel", normalize)
     if type(passes) is not int or passes != 1 or tol is not None or type(method) is not str or method != "auto":
         passes = _check_replay(passes, tol, method)
-    problem = describe(rule, x, scale, normalize, passes, tol, method)
+    if state_every is not None:
+        state_every = check_state_every(state_every)
+    problem = describe(rule, x, scale, normalize, passes, tol, method, state_every)
     rows = (problem.B, problem.T, problem.HV)
     _check_gate(rule, g, rows, problem.K)
     if rule.delta and beta is None:
         raise ValueError(f"beta: {rule.name} needs it, got None; expected a tensor {list(rows)}")
     if beta is not None and beta.shape != rows:
-        raise _wrong_shape("beta", beta, rows)
+        raise wrong_shape("beta", beta, rows)
     if cu_seqlens is not None:
         check_packing(cu_seqlens, problem.B)
     if state is not None and state.shape != (expected := (problem.sequences, problem.HV, problem.K, problem.V)):
-        raise _wrong_shape(state_name, state, expected)
-    _check_types(x, problem, state_name)
-    return problem
+        raise wrong_shape(state_name, state, expected)
+    _check_types(x, problem)
+    return problem if state is None else check_state_type(problem, state, state_name, state_name == "state")
 
 
 def check_values(problem: Problem, x: Tensors, state_name: str = "initial_state") -> None:
@@ -171,44 +181,6 @@ def check_values(problem: Problem, x: Tensors, state_name: str = "initial_state"
         _check_contraction(problem, x.k, x.beta)
 
 
-def check_pool(problem: Problem, pool: Tensor | None, places: Tensor) -> None:
-    """Check the states of a decode step that lie in a pool [n,HV,K,V], and where.
-
-    Raises:
-        TypeError, ValueError: as `check`.
-    """
-    check_dense("state", pool)
-    check_dense("state_indices", places)
-    assert pool is not None
-    shape = (problem.HV, problem.K, problem.V)
-    if pool.dim() != 4 or pool.shape[1:] != shape:
-        raise ValueError(f"state: got shape {list(pool.shape)}; expected {_sizes('n', *shape)}, a pool of n states")
-    if pool.dtype != problem.state_dtype:
-        raise _wrong_type("state", pool, f"{problem.state_dtype} for {problem.dtype} inputs")
-    if places.dtype not in (torch.int32, torch.int64):
-        raise _wrong_type("state_indices", places, "torch.int32 or torch.int64")
-    if places.shape != (problem.B,):
-        raise _wrong_shape("state_indices", places, (problem.B,))
-    for name, device in (("state", pool.device), ("state_indices", places.device)):
-        if device.type != problem.device:
-            raise ValueError(f"{name}: got device {device}; expected {problem.device}, where k is")
-
-
-def check_places(pool: Tensor, places: Tensor) -> None:
-    """Check what only the values of state_indices can tell: on the CPU always, on a GPU with SLEEPKERN_DEBUG=1.
-
-    Raises:
-        ValueError: an index beyond the pool, or there twice.
-    """
-    if places.device.type != "cpu" and not settings.DEBUG:
-        return
-    used = [i for i in places.tolist() if i >= 0]
-    if used and max(used) >= pool.shape[0]:
-        raise ValueError(f"state_indices: got {max(used)}; expected less than {pool.shape[0]}, the states of the pool")
-    if len(set(used)) < len(used):
-        raise ValueError(f"state_indices: got {places.tolist()}; expected every state once")
-
-
 def _check_tensors(x: Tensors, outputs: bool, state_name: str) -> None:
     names = ("q", "k", "v", "g", "beta", state_name, "cu_seqlens")
     device = x.k.device if isinstance(x.k, Tensor) else None
@@ -231,9 +203,9 @@ def _check_key_value(q: Tensor | None, k: Tensor, v: Tensor) -> None:
     if H == 0 or K == 0:
         raise ValueError(f"k: got shape {list(k.shape)}; expected H and K of at least 1")
     if q is not None and q.shape != k.shape:
-        raise _wrong_shape("q", q, k.shape)
+        raise wrong_shape("q", q, k.shape)
     if v_B != B or v_T != T or V == 0:
-        raise ValueError(f"v: got shape {list(v.shape)}; expected {_sizes(B, T, 'HV', 'V')} with V of at least 1")
+        raise ValueError(f"v: got shape {list(v.shape)}; expected {sizes_of(B, T, 'HV', 'V')} with V of at least 1")
     if HV == 0 or HV % H != 0:
         raise ValueError(f"v: got HV = {HV} value heads; expected a multiple of H = {H}")
 
@@ -247,14 +219,14 @@ def _check_gate(rule: Rule, g: Tensor | None, rows: tuple[int, int, int], K: int
     if g is None:
         raise ValueError(f"g: {rule.name} needs it, got None; expected a tensor {list(shape)}")
     if g.shape != shape:
-        raise _wrong_shape("g", g, shape)
+        raise wrong_shape("g", g, shape)
 
 
-def _sizes(*sizes: int | str) -> str:
+def sizes_of(*sizes: int | str) -> str:
     return f"[{', '.join(map(str, sizes))}]"
 
 
-def _wrong_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> ValueError:
+def wrong_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> ValueError:
     return ValueError(f"{name}: got shape {list(x.shape)}; expected {list(shape)}")
 
 
@@ -268,24 +240,51 @@ def check_packing(cu_seqlens: Tensor, B: int) -> None:
         raise ValueError(f"cu_seqlens: got a batch of B = {B}; expected B = 1 for packed sequences")
 
 
-def _check_types(x: Tensors, problem: Problem, state_name: str) -> None:
-    q, k, v, g, beta, state, _ = x
+def _check_types(x: Tensors, problem: Problem) -> None:
+    q, k, v, g, beta, _, _ = x
     dtype = problem.dtype
     if dtype not in FLOATS:
-        raise _wrong_type("k", k, f"one of {FLOATS}")
+        raise wrong_type("k", k, f"one of {FLOATS}")
     if q is not None and q.dtype != dtype:
-        raise _wrong_type("q", q, f"{dtype}, the type of k")
+        raise wrong_type("q", q, f"{dtype}, the type of k")
     if v.dtype != dtype:
-        raise _wrong_type("v", v, f"{dtype}, the type of k")
+        raise wrong_type("v", v, f"{dtype}, the type of k")
     if g is not None and g.dtype not in FLOATS:
-        raise _wrong_type("g", g, f"one of {FLOATS}")
+        raise wrong_type("g", g, f"one of {FLOATS}")
     if beta is not None and beta.dtype not in FLOATS:
-        raise _wrong_type("beta", beta, f"one of {FLOATS}")
-    if state is not None and state.dtype != problem.state_dtype:
-        raise _wrong_type(state_name, state, f"{problem.state_dtype} for {dtype} inputs")
+        raise wrong_type("beta", beta, f"one of {FLOATS}")
 
 
-def _wrong_type(name: str, x: Tensor, expected: str) -> TypeError:
+def check_state_type(problem: Problem, state: Tensor, name: str, in_place: bool) -> Problem:
+    """The problem with the type of its state; a state that is updated in place may be bfloat16.
+
+    Raises:
+        TypeError: a state of another type.
+    """
+    if state.dtype == problem.state_dtype:
+        return problem
+    narrow = in_place and problem.dtype != torch.float64
+    if narrow and state.dtype == torch.bfloat16:
+        return problem._replace(state_bf16=True)
+    expected = f"{problem.state_dtype}{' or torch.bfloat16' if narrow else ''} for {problem.dtype} inputs"
+    raise wrong_type(name, state, expected)
+
+
+def check_state_every(value: Any) -> int:
+    """state_every as an int.
+
+    Raises:
+        TypeError, ValueError: it is no integer of at least 1.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"state_every: got {type(value).__name__}; expected None or an integer of at least 1")
+    every = operator.index(value)
+    if every < 1:
+        raise ValueError(f"state_every: got {every}; expected None or an integer of at least 1")
+    return every
+
+
+def wrong_type(name: str, x: Tensor, expected: str) -> TypeError:
     return TypeError(f"{name}: got {x.dtype}; expected {expected}")
 
 

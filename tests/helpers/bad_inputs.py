@@ -97,8 +97,8 @@ BAD: dict[str, tuple[type[Exception], str, Change]] = {
     ),
     "state type": (
         TypeError,
-        r"initial_state: got torch.bfloat16; expected torch.float32",
-        lambda x: {"initial_state": x["initial_state"].bfloat16()},
+        r"initial_state: got torch.float16; expected torch.float32",
+        lambda x: {"initial_state": x["initial_state"].half()},
     ),
     "packed batch": (
         ValueError,

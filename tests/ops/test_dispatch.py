@@ -216,7 +216,9 @@ class Counting:
         self.calls.append("forward")
         return reference.forward(problem, x)
 
-    def backward(self, problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+    def backward(
+        self, problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, dstates: Tensor | None = None
+    ) -> list[Tensor | None]:
         self.calls.append("backward")
         return reference.backward(problem, x, do, dstate)
 

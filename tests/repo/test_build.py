@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,9 @@ def python(code: str) -> str:
 
 def test_native_module_links_no_torch_and_no_cuda_library() -> None:
     needed = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
-    assert "libc.so" in needed
-    assert not any(name in needed for name in ("torch", "libcuda", "c10", "not found"))
+    libraries = re.sub(r"\(0x[0-9a-f]+\)", "", needed)  # an address may have a name's letters in it
+    assert "libc.so" in libraries
+    assert not any(name in libraries for name in ("torch", "libcuda", "c10", "not found"))
 
 
 def test_native_module_answers_without_a_gpu() -> None:

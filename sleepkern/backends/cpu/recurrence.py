@@ -106,7 +106,9 @@ def _replay(problem: Problem, x: Tensors, method: str) -> RecurrenceResult:
     return RecurrenceResult(o, last if before is None else final, residual, passes_done)
 
 
-def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+def backward(
+    problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, dstates: Tensor | None = None
+) -> list[Tensor | None]:
     """Compute the gradients of q, k, v, g, beta and state."""
     if problem.passes == 1:
         return _one_backward(problem, x, x.state, do, dstate)

@@ -112,7 +112,9 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     return _replay(problem, x)
 
 
-def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+def backward(
+    problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, dstates: Tensor | None = None
+) -> list[Tensor | None]:
     """Compute the gradients of q, k, v, g, beta and the state."""
     ordinary = _ordinary(problem)
     if not _replays(problem):

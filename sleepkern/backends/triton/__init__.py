@@ -103,7 +103,9 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     return RecurrenceResult(*_launch().forward(problem, x, x.state, problem.output, precision_of(problem)))
 
 
-def backward(problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None) -> list[Tensor | None]:
+def backward(
+    problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, dstates: Tensor | None = None
+) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state."""
     if problem.passes == 1 or problem.T == 0:
         return _one_backward(precision_of(problem), problem, x, x.state, do, dstate)
