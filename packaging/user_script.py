@@ -70,6 +70,8 @@ def rule_calls() -> None:
     ):
         assert_type(along, tuple[Tensor, Tensor | None, Tensor])
     assert_type(sleepkern.state_offsets(torch.tensor([0, 4, T]), 16), Tensor)
+    slots = torch.tensor([[0]])
+    assert_type(sleepkern.commit(torch.zeros(2, H, K, V), slots, torch.tensor([1]), torch.tensor([1])), Tensor)
     step = sleepkern.recurrent_step(q[:, :1], k[:, :1], v[:, :1], g[:, :1], beta[:, :1], state)
     assert_type(step, tuple[Tensor, Tensor])
     slept = sleepkern.sleep_ingest(k, v, g, beta, passes=2, rule="gated_delta_rule", use_qk_l2norm_in_kernel=True)

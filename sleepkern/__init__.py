@@ -8,6 +8,7 @@ from . import rules
 from .dispatch import Explanation
 from .ops.recurrence import (
     SleepResult,
+    commit,
     delta_rule,
     explain,
     gated_delta_rule,
@@ -31,6 +32,7 @@ __all__ = [
     "SleepResult",
     "__version__",
     "bench",
+    "commit",
     "delta_rule",
     "explain",
     "gated_delta_rule",

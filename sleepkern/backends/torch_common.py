@@ -54,8 +54,27 @@ def step_in_pool(problem: Problem, x: Tensors, places: Tensor, step: Callable[[P
     present = places >= 0
     state = x.state[places.clamp_min(0)]
     o = step(problem, x._replace(state=state))
-    x.state.index_copy_(0, places[present].long(), state[present])
+    write_rows(x.state, state, places)
     return torch.where(present[:, None, None, None], o, 0)
+
+
+def write_rows(pool: Tensor, values: Tensor, indices: Tensor) -> None:
+    """Write values [n,...] to the rows indices [n] of a pool; a negative index writes nothing. No device is waited for.
+
+    On a GPU a row that writes nothing does what the first other one does, a second time; where all write nothing, row 0
+    is written with itself.
+    """
+    if not pool.shape[0] or not values.shape[0]:
+        return
+    present, values = indices >= 0, values.to(pool.dtype)
+    if pool.device.type == "cpu":
+        pool.index_copy_(0, indices[present].long(), values[present])
+        return
+    first = present.int().argmax().view(1)
+    source = torch.where(present, torch.arange(len(indices), device=pool.device), first)
+    rows = indices.index_select(0, source).clamp_min(0).long()
+    anything = present.any().view(1, *(1 for _ in pool.shape[1:]))
+    pool.index_copy_(0, rows, torch.where(anything, values.index_select(0, source), pool.index_select(0, rows)))
 
 
 def states_by_steps(
@@ -81,15 +100,18 @@ def states_by_steps(
 
 
 def store_states(state: Tensor, states_out: Tensor, out_indices: Tensor | None, present: Tensor | None, t: int) -> None:
-    """Store the states [B,HV,K,V] after token t where states_out [B,T,HV,K,V], or rows of a pool, take them."""
-    if out_indices is None:
-        if present is None:
-            states_out[:, t] = state
-        else:
-            states_out[present, t] = state[present].to(states_out.dtype)
-        return
-    written = out_indices[:, t] >= 0 if present is None else present & (out_indices[:, t] >= 0)
-    states_out.index_copy_(0, out_indices[written, t].long(), state[written].to(states_out.dtype))
+    """Store the states [B,...] after token t where states_out [B,T,...], or rows of a pool, take them.
+
+    Sequences that are not `present` store nothing.
+    """
+    if out_indices is not None:
+        rows = out_indices[:, t]
+        write_rows(states_out, state, rows if present is None else torch.where(present, rows, -1))
+    elif present is None:
+        states_out[:, t] = state
+    else:
+        shape = (-1, *(1 for _ in state.shape[1:]))
+        states_out[:, t] = torch.where(present.view(shape), state.to(states_out.dtype), states_out[:, t])
 
 
 def gradients(

@@ -2,6 +2,7 @@
 
 from .recurrence import (
     SleepResult,
+    commit,
     delta_rule,
     explain,
     gated_delta_rule,
@@ -17,6 +18,7 @@ from .recurrence import (
 
 __all__ = [
     "SleepResult",
+    "commit",
     "delta_rule",
     "explain",
     "gated_delta_rule",

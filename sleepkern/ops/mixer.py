@@ -6,6 +6,9 @@ checks of its sizes, because the other steps cost as much as the kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from torch import Tensor
 
 from .. import backends, settings
@@ -22,6 +25,8 @@ from ..problems.mixer import (
     check_step,
     check_step_operands,
 )
+from . import branches
+from .convolution_states import convolve_tokens
 
 
 def short_convolution(
@@ -32,6 +37,7 @@ def short_convolution(
     activation: str | None = "silu",
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    parents: Tensor | Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve each channel of the tokens with the W - 1 tokens before each, those of its own sequence only.
 
@@ -45,6 +51,8 @@ def short_convolution(
         activation: "silu" or None.
         cu_seqlens: [n+1] where packed sequences start and end, with B = 1; default one sequence a row.
         backend: "cpu", "triton" or "torch", default the first of these that can.
+        parents: [n] integers, with cu_seqlens: segment i goes on from the inputs that segment parents[i] < i ended
+            with, or for -1 from its row of `past`, which has one row for each -1, or from zeros.
 
     Returns:
         y [B,T,D] in x's type, and the last W - 1 inputs [n,W-1,D], `past` of a call that goes on. Differentiable in
@@ -55,6 +63,13 @@ def short_convolution(
         ValueError: a shape, layout, device, activation or cu_seqlens that does not fit, or a backend that cannot do
             this call.
     """
+    if parents is not None:
+        check_convolution(x, weight, bias, None, activation, cu_seqlens)
+
+        def run(x: Tensor, past: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor]:
+            return short_convolution(x, weight, bias, past, activation, offsets, backend)
+
+        return branches.convolve(x, past, cu_seqlens, parents, run)
     if (
         x is not None
         and weight is not None
@@ -77,25 +92,38 @@ def short_convolution_step(
     bias: Tensor | None = None,
     activation: str | None = "silu",
     backend: str | None = None,
+    state_indices: Tensor | None = None,
+    states_out: Tensor | None = None,
+    states_out_indices: Tensor | None = None,
 ) -> Tensor:
-    """Convolve one token with those that the state holds; the state moves on in place. Not differentiable.
+    """Convolve a token, or a few, with those that the state holds; the state moves on in place. Not differentiable.
 
     Args:
-        x: [B,D] of any float type.
-        state: [B,D,W] last W inputs of each channel, the newest last.
+        x: [B,D] of any float type, or [B,T,D] for T tokens.
+        state: [B,D,W] last W inputs of each channel, the newest last; or a pool [n,D,W], of which state_indices name B.
         weight: [D,W], the token's own last.
         bias: [D].
         activation: "silu" or None.
         backend: "cpu", "triton" or "torch", default the first of these that can.
+        state_indices: [B] int32 or int64: row b goes on from state[state_indices[b]]. Each index may occur once; a
+            negative one marks a padded row, whose outputs are 0.
+        states_out: [B,T,D,W], or with states_out_indices a pool [rows,D,W], of the type of `state`: gets the state
+            after each token, and `state` is only read. T is at most 16.
+        states_out_indices: [B,T] int32 or int64: the state after token t of row b goes to row [b,t] of this; a negative
+            one is not written. The pool may be `state` itself; `sleepkern.commit` then keeps what was accepted.
 
     Returns:
-        y [B,D] in x's type.
+        y in the shape and type of x.
 
     Raises:
         TypeError: an argument is not a tensor, or not of floats.
         ValueError: a shape, layout, device or activation that does not fit, a state that overlaps itself or another
             argument, or a backend that cannot do this call.
     """
+    more = (state_indices, states_out, states_out_indices)
+    if any(t is not None for t in more) or (isinstance(x, Tensor) and x.ndim == 3):
+        convolve = partial(short_convolution, weight=weight, bias=bias, activation=activation, backend=backend)
+        return convolve_tokens(x, state, weight, bias, activation, *more, convolve)
     if x is not None and state is not None and weight is not None and _direct(backend, x, weight, bias, state):
         check_step_operands(x, state, weight, bias, activation, True)
         if weight.shape[1] <= cpu_mixer.WIDEST and state.dtype == x.dtype and state.is_contiguous():

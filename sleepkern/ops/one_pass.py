@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from ..addresses import check_memory, check_written
 from ..autograd.recurrence import wants_grad
+from ..backends.torch_common import write_rows
 from ..eager import untraced
 from ..problems.branches import read_parents
 from ..problems.gates import GateOptions, RawGates
@@ -107,8 +108,7 @@ def _in_pool(call: _Call, x: Tensors, along: Along) -> tuple[RecurrenceResult, T
     state = pool.index_select(0, read.clamp_min(0)).to(torch.float64 if x.k.dtype == torch.float64 else torch.float32)
     state = torch.where((read >= 0)[:, None, None, None], state, 0)
     out = _ingest(call, x._replace(state=state), along.parents)
-    present = written >= 0
-    pool.index_copy_(0, written[present].long(), out.state[present].to(pool.dtype))
+    write_rows(pool, out.state, written)
     return out, pool
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from ..problems.states import state_offsets
 from .call import explain, run
+from .commit import commit
 from .decode import recurrent_step
 from .delta import delta_rule, gated_delta_rule, kda
 from .linear import gla, simple_gla, ssd
@@ -25,6 +26,7 @@ from .replay import SleepResult, sleep_ingest
 
 __all__ = [
     "SleepResult",
+    "commit",
     "delta_rule",
     "explain",
     "gated_delta_rule",

@@ -172,6 +172,51 @@ def check_step_operands(
         check_writable("state", state)
 
 
+def check_step_tokens(
+    x: Tensor,
+    state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    indices: Tensor | None,
+    states_out: Tensor | None,
+    out_indices: Tensor | None,
+    most: int,
+) -> None:
+    """Check types, shapes, devices and options of a step of T tokens x [B,T,D], on states [B,D,W] or a pool of them.
+
+    Raises:
+        TypeError, ValueError: names the argument.
+    """
+    _check_floats(x, weight=weight, bias=bias, state=state)
+    if x.ndim != 3:
+        raise ValueError(f"x: got shape {list(x.shape)}; expected [B,D] or [B,T,D]")
+    B, T, D = x.shape
+    _check_weights(D, weight, bias, activation)
+    each = (D, weight.shape[1])
+    rows = B if indices is None else state.shape[0] if state.ndim else 0
+    if state.shape != (rows, *each):
+        raise ValueError(f"state: got {list(state.shape)}; expected {['B' if indices is None else 'n', *each]}")
+    for name, t, shape in (("state_indices", indices, (B,)), ("states_out_indices", out_indices, (B, T))):
+        if t is not None:
+            check_dense(name, t)
+            if t.dtype not in (torch.int32, torch.int64) or t.shape != shape or t.device != x.device:
+                got, expected = f"{t.dtype} {list(t.shape)} on {t.device}", f"{list(shape)} on {x.device}"
+                raise ValueError(f"{name}: got {got}; expected int32 or int64 {expected}")
+    if states_out is None:
+        if out_indices is not None:
+            raise ValueError("states_out: got None; expected the pool that states_out_indices name rows of")
+        return
+    _check_float("states_out", states_out, x)
+    rows = states_out.shape[0] if states_out.ndim else 0
+    size = (B, T, *each) if out_indices is None else (rows, *each)
+    if states_out.shape != size or states_out.dtype != state.dtype:
+        got = f"{states_out.dtype} {list(states_out.shape)}"
+        raise ValueError(f"states_out: got {got}; expected {state.dtype} {list(size)}")
+    if most < T:
+        raise ValueError(f"states_out: got T = {T} tokens; expected at most {most}")
+
+
 def check_gated_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str, gate_first: bool
 ) -> GatedNormProblem:

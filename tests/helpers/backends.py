@@ -11,3 +11,8 @@ _reasons = dispatch.explain_problem(Case("forward", GATED_DELTA_RULE, Shape()).p
 
 HERE = [name for name, reason in _reasons.items() if reason is None]
 """Names of the backends that do a plain problem on the CPU."""
+
+
+def heeding(option: str) -> list[str]:
+    """Names of those among them that declare an option of a problem."""
+    return [name for name in HERE if option in dispatch.backend_named(name).OPTIONS]
