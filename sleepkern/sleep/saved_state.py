@@ -11,6 +11,7 @@ from torch import Tensor
 from ..nn.tokens import WHOLE, tokens_of
 from ..state import KVState, RecurrentState
 from .protocols import LayerCache, ModelAdapter
+from .rewinding import set_state_type
 from .settings import Eviction
 from .window_buffer import WindowBuffer
 
@@ -30,6 +31,7 @@ class SavedSession(Protocol):
     position: int
     buffer: WindowBuffer
     kept_mask: Tensor | None
+    state_dtype: torch.dtype | None
 
     @property
     def vocabulary(self) -> int | None:
@@ -71,7 +73,7 @@ def restored(session: SavedSession, state: Any, device: torch.device) -> Restore
     position = _position(state)
     given = _names(session, state, position)
     copies = {name: t.detach().to(device, copy=True) for name, t in state.items() if name != "position"}
-    _check_states(copies, given, _example_states(session.adapter, device))
+    _check_states(copies, given, _example_states(session.adapter, device, session.state_dtype))
     rows = _batch_of(copies)
     _check_texts(copies, session.vocabulary)
     if "waiting" in copies:
@@ -130,12 +132,13 @@ def _some(names: list[str]) -> str:
 
 
 @torch.no_grad()
-def _example_states(adapter: ModelAdapter, device: torch.device) -> _States:
-    """The states of the model after one token, for their shapes and types."""
+def _example_states(adapter: ModelAdapter, device: torch.device, state_dtype: torch.dtype | None) -> _States:
+    """The states of the model after one token, for their shapes and types, as a session keeps them."""
     memory = adapter.memory()
     h, calls = adapter.open(torch.zeros(1, 1, dtype=torch.int64, device=device), 0, memory, None)
     for call in calls:
         h = call(h)
+    set_state_type(memory, state_dtype)
     return memory.fast(), memory.slow()
 
 

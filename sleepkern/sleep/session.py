@@ -15,6 +15,7 @@ from .cuda_graph import GraphCache
 from .generation_options import pad_token
 from .pass_loop import PassLoop
 from .protocols import LayerCache, ModelAdapter, copy_cache
+from .rewinding import Kept, Rewinding, check_keeping, set_state_type
 from .saved_state import restored, saved
 from .settings import ConvState, Eviction, Feedback, check_settings, looped_blocks, resolve_tol
 from .text import Questions, Text, by_length, merge_answers, text_of
@@ -41,7 +42,7 @@ class SleepReport(NamedTuple):
     seconds: float
 
 
-class SleepSession(PassLoop):
+class SleepSession(PassLoop, Rewinding):
     """A hybrid model that sleeps.
 
     Windows of `window` tokens go through the model's blocks. The blocks that `blocks` names run `passes` times over a
@@ -79,11 +80,17 @@ class SleepSession(PassLoop):
         backend: of `sleep_blocks`: "cuda", "cpu" or "modules" (block by block), default the first of these that can run
             a window; `explain` says which.
         settled: deprecated name of `tol`.
+        keep_every: tokens, a multiple of window: the session keeps each position after so many, and `rewind` goes back
+            to it. What is kept is the memory there, which is not copied.
+        keep_last: the number of positions that are kept, the latest ones.
+        state_dtype: torch.bfloat16 keeps fast weights in half the memory: each sleep computes in float32 and rounds
+            them to nearest once. Default: float32.
 
     Attributes:
         position: the number of tokens that were slept over; later tokens are pending until their window is full.
         pending: the pending tokens [B,tokens], or None.
         reports: a SleepReport of each of the last 256 sleeps.
+        kept_positions: the positions that `rewind` takes.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range, or a model without such layers.
@@ -105,6 +112,9 @@ class SleepSession(PassLoop):
     position: int
     batch: int
     buffer: WindowBuffer
+    keep_every: int | None
+    keep_last: int
+    state_dtype: torch.dtype | None
 
     def __init__(
         self,
@@ -122,11 +132,15 @@ class SleepSession(PassLoop):
         *,
         backend: str | None = None,
         settled: float | None = None,
+        keep_every: int | None = None,
+        keep_last: int = 16,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         tol = resolve_tol(tol, settled)
         choices = {"eviction": eviction, "feedback": feedback, "conv_state": conv_state, "backend": backend}
         switches = {"checkpoint": checkpoint, "capture": capture, "differentiable": differentiable}
         check_settings({"window": window, "passes": passes}, choices, switches, tol, feedback)
+        check_keeping(keep_every, keep_last, window, state_dtype)
         self.adapter = adapter_of(model)
         self.looped = looped_blocks(blocks, len(self.adapter))
         self.model, self.window, self.passes = model, window, passes
@@ -146,6 +160,10 @@ class SleepSession(PassLoop):
         self.buffer = WindowBuffer()
         self.kept_mask: Tensor | None = None
         self.reports: list[SleepReport] = []
+        self.keep_every, self.keep_last = keep_every, keep_last
+        self.state_dtype = None if state_dtype == torch.float32 else state_dtype
+        self.kept: dict[int, Kept] = {}
+        self._keep_here()
 
     def __repr__(self) -> str:
         return (
@@ -276,7 +294,7 @@ class SleepSession(PassLoop):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from copies of a `state_dict` of a session with the same model and settings.
 
-        The model runs over one token, to find the shapes of its states.
+        The model runs over one token, to find the shapes of its states. Positions that were kept are dropped.
 
         Args:
             state: what `state_dict` of such a session returned: tensors by name, on any device.
@@ -288,6 +306,8 @@ class SleepSession(PassLoop):
         example = next(iter(self._parameters()), torch.empty(0))
         found = restored(self, state, example.device)
         self.memory, self.position, self.batch, self.buffer, self.kept_mask = found
+        self.kept = {}
+        self._keep_here()
 
     def _grad_mode(self) -> AbstractContextManager[Any]:
         """The mode of autograd in which the session reads."""
@@ -296,7 +316,7 @@ class SleepSession(PassLoop):
     def _with_memory(self, memory: LayerCache) -> SleepSession:
         other = object.__new__(SleepSession)
         other.__dict__ |= self.__dict__
-        other.reports, other.memory = list(self.reports), memory
+        other.reports, other.memory, other.kept = list(self.reports), memory, dict(self.kept)
         return other
 
     def _for(self, part: Questions) -> SleepSession:
@@ -315,7 +335,7 @@ class SleepSession(PassLoop):
             h, _ = self.adapter.open(ids.new_zeros(ids.shape[0], 1), 0, self.adapter.memory(), None)
             return self.adapter.logits(h)[:, :0]
         ids, mask = self.buffer.followed_by(ids)
-        h, calls = self._open(ids, mask, copy_cache(self.adapter, self.memory), self.position)
+        h, calls = self._open(ids, mask, copy_cache(self.adapter, self._widened()), self.position)
         for call in calls:
             h = call(h)
         return self.adapter.logits(h[:, self.buffer.tokens :])
@@ -324,7 +344,7 @@ class SleepSession(PassLoop):
         full, mask = self.buffer.followed_by(ids)
         mask = self._mask_with_kept(full, torch.ones_like(full) if mask is None else mask)
         assert mask is not None
-        return self.adapter.generate(full, mask, self.position, self.memory, self.buffer.tokens, **options)
+        return self.adapter.generate(full, mask, self.position, self._widened(), self.buffer.tokens, **options)
 
     def _sleep_over(self, ids: Tensor, mask: Tensor | None, end: int) -> SleepSession:
         """Sleep window by window up to token `end`; later tokens are pending."""
@@ -341,14 +361,19 @@ class SleepSession(PassLoop):
     def _sleep(self, ids: Tensor, mask: Tensor | None, part: slice) -> None:
         """Sleep over one window of ids; the tokens after it become pending."""
         began, window, padding = time.perf_counter(), ids[:, part], None if mask is None else mask[:, part]
-        if self.graph_cache is not None and self.graph_cache.why_not(self, window, padding) is None:
-            changes = self.graph_cache.sleep(self, window)
-        else:
-            changes = self.pass_through(window, padding, self.position)
+        set_state_type(self.memory, None if self.state_dtype is None else torch.float32)
+        try:
+            if self.graph_cache is not None and self.graph_cache.why_not(self, window, padding) is None:
+                changes = self.graph_cache.sleep(self, window)
+            else:
+                changes = self.pass_through(window, padding, self.position)
+        finally:
+            set_state_type(self.memory, self.state_dtype)
         first, self.position = self.position, self.position + window.shape[1]
         self.buffer = WindowBuffer(ids[:, part.stop :], None if mask is None else mask[:, part.stop :])
         self.reports.append(SleepReport(first, window.shape[1], changes, time.perf_counter() - began))
         del self.reports[:-REPORTS]
+        self._keep(first)
 
     def _rows(self) -> int | None:
         """The rows of the batch; None before the first token."""
