@@ -15,7 +15,7 @@ from typing_extensions import assert_type
 import sleepkern
 from sleepkern import Explanation, SleepResult, measure, rules, testing
 from sleepkern.experiments import tasks, training
-from sleepkern.integrations import fla, transformers
+from sleepkern.integrations import fla, serving, transformers
 from sleepkern.nn import (
     MLP,
     GatedDeltaNet,
@@ -82,6 +82,33 @@ def rule_calls() -> None:
     assert_type(explanation, Explanation)
     assert_type(explanation.chosen, str | None)
     assert_type(sleepkern.__version__, str)
+
+
+def serving_calls() -> None:
+    """Prefill, decode and a draft on a pool of states, in the words of serving engines."""
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+    g, channel_g, beta = -torch.rand(B, T, H), -torch.rand(B, T, H, K), torch.rand(B, T, H)
+    pool, rows, offsets = torch.zeros(4, H, K, V), torch.tensor([1]), torch.tensor([0, T])
+    call: dict[str, Tensor] = {"ssm_states": pool, "cache_indices": rows, "query_start_loc": offsets}
+    kernel = serving.LinearAttnKernel("gated_delta_rule")
+    rates = (torch.zeros(H), torch.zeros(H))
+    extended = kernel.extend(q, k, v, g, beta, ssm_states=pool, cache_indices=rows, query_start_loc=offsets)
+    assert_type(extended, tuple[Tensor, None, None])
+    assert_type(kernel.decode(q, k, v, g[0], beta[0], A_log=rates[0], dt_bias=rates[1], **call), Tensor)
+    few = (q[:, :2], k[:, :2], v[:, :2], g[0, :2], beta[0, :2])
+    call["query_start_loc"] = torch.tensor([0, 2])
+    buffer = torch.zeros(1, 2, H, K, V)
+    slots = torch.tensor([0])
+    verified = kernel.target_verify(
+        *rates, *few, **call, intermediate_states_buffer=buffer, intermediate_state_indices=slots, cache_steps=2
+    )
+    assert_type(verified, Tensor)
+    assert_type(serving.chunk_gated_delta_rule(q, k, v, g, beta), tuple[Tensor, Tensor | None])
+    assert_type(serving.chunk_kda(q, k, v, channel_g, beta), tuple[Tensor, Tensor | None])
+    step = serving.fused_recurrent_gated_delta_rule(q, k, v, g, beta, initial_state=pool, ssm_state_indices=rows)
+    assert_type(step, tuple[Tensor, Tensor])
+    step = serving.fused_recurrent_kda(q, k, v, channel_g, beta, initial_state=pool, ssm_state_indices=rows)
+    assert_type(step, tuple[Tensor, Tensor])
 
 
 def fla_calls() -> None:
@@ -231,6 +258,7 @@ def experimenting() -> None:
 if __name__ == "__main__":
     rule_calls()
     fla_calls()
+    serving_calls()
     modules()
     sleeping()
     numerics()

@@ -100,12 +100,33 @@ def test_decay_by_head_and_channel_or_none() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("gv", torch.ones(2)), ("reverse", True), ("cp_context", object()), ("return_intermediate_states", True)],
+    [("gv", torch.ones(2)), ("reverse", True), ("cp_context", object())],
 )
 def test_what_changes_the_result_is_refused(name: str, value: Any) -> None:
     x = inputs(GLA)
     with pytest.raises(ValueError, match=f"{name}: got .* expected None or False"):
         fla.fused_recurrent_gla(**{**named(GLA, "fused_recurrent", x), name: value})
+
+
+@pytest.mark.parametrize("v_first", [False, True], ids=["kv", "vk"])
+@pytest.mark.parametrize("lengths", [None, (64, 0, 70, 1)], ids=["batch", "packed"])
+def test_states_before_each_chunk(lengths: tuple[int, ...] | None, v_first: bool) -> None:
+    x = make_inputs(KDA, Shape(B=2, T=70, H=1, HV=2, K=16, V=8, lengths=lengths))
+    given = {**named(KDA, "chunk", x), "cu_seqlens": x["cu_seqlens"]}
+    if v_first:
+        given["initial_state"] = given["initial_state"].transpose(-1, -2)
+    o, S, h = fla.chunk_kda(**given, return_intermediate_states=True, state_v_first=v_first, chunk_size=32)
+    o_expected, S_expected, states = call(KDA, to_float64(x), "reference", state_every=32)
+    offsets = torch.tensor([0, 70]) if x["cu_seqlens"] is None else x["cu_seqlens"]
+    counts = -(-offsets.diff() // 32)
+    ends = [0, *counts.cumsum(0).tolist()]
+    expected = states.roll(1, 1)
+    for i, (first, last) in enumerate(zip(ends, ends[1:], strict=False)):
+        if last > first:
+            expected[:, first] = x["initial_state"] if lengths is None else x["initial_state"][i]
+    assert relative_error(h.transpose(-1, -2) if v_first else h, expected) <= CLOSE
+    assert relative_error(o, o_expected) <= CLOSE
+    assert relative_error(S.transpose(-1, -2) if v_first else S, S_expected) <= CLOSE
 
 
 @pytest.mark.parametrize("name", [name for name in fla.FUNCTIONS if not name.endswith("gate")])

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "packaging" / "user_script.py"
 PACKAGES = (
     "sleepkern", "sleepkern.ops", "sleepkern.nn", "sleepkern.sleep", "sleepkern.integrations.transformers",
-    "sleepkern.integrations.fla", "sleepkern.testing", "sleepkern.measure", "sleepkern.experiments.tasks",
-    "sleepkern.experiments.training",
+    "sleepkern.integrations.fla", "sleepkern.integrations.serving", "sleepkern.testing", "sleepkern.measure",
+    "sleepkern.experiments.tasks", "sleepkern.experiments.training",
 )  # fmt: skip
 INSIDE = {"run"}
 """Step 1 of an operator, which rules of one's own call; its arguments are no public types."""

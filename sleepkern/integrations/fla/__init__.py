@@ -9,7 +9,7 @@ Importing this needs neither fla nor Triton, so code written for fla runs on a C
 `parallel_` and `fused_recurrent_` are the same here: sleepkern chooses by shape. Arguments are those of fla 0.6.0; what
 tunes its kernels (`calls.HARMLESS`: chunk_size, chunk_indices, cu_seqlens_cpu, safe_gate, ...) is taken and not needed.
 What would change the result and is not done here raises a ValueError that names it: gv, reverse, cp_context,
-return_intermediate_states, output_attentions, beta for each value channel. Unknown keywords raise a TypeError. Log
+output_attentions, beta for each value channel. Unknown keywords raise a TypeError. Log
 decays above 0, which fla computes with, are refused as everywhere in sleepkern.
 
 `register` reaches the functions that fla dispatches: chunk_gated_delta_rule, chunk_kda, fused_recurrent_simple_gla. One

@@ -19,7 +19,7 @@ from ..fallback import unsupported_reason
 
 Result = tuple[Tensor, Tensor | None]
 
-CHANGING = ("gv", "reverse", "cp_context", "return_intermediate_states", "head_first", "output_attentions")
+CHANGING = ("gv", "reverse", "cp_context", "head_first", "output_attentions")
 """Keywords that change the result, and that sleepkern does not support."""
 
 HARMLESS = frozenset({
@@ -95,8 +95,9 @@ def run(
     cu_seqlens: Tensor | Sequence[int] | None,
     options: dict[str, Any],
     raw: dict[str, Any] | None = None,
-) -> Result:
-    """A call of `rule` with the inputs that fla allows.
+    states_of_chunks: bool = False,
+) -> Any:
+    """A call of `rule` with the inputs that fla allows; with states_of_chunks also the states before each chunk.
 
     These are q, k, v of different types, a state without a batch, and offsets as a list or ending before T; outputs
     after the last offset are 0. raw: the options of sleepkern's function that say which gates are raw.
@@ -117,7 +118,8 @@ def run(
     gates = dict(raw or {}) if g is None else {"g": g, **(raw or {})}
     if rule.delta or beta is not None:
         gates["beta"] = torch.ones_like(v[..., 0]) if beta is None else beta
-    o, final = getattr(ops, rule.name)(
+    every = _chunk_of(options) if states_of_chunks else None
+    o, final, *along = getattr(ops, rule.name)(
         q,
         k,
         v,
@@ -127,12 +129,36 @@ def run(
         output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=normalize,
         cu_seqlens=offsets,
+        state_every=every,
     )
     if end is not None:
         o = F.pad(o, (0, 0, 0, 0, 0, tokens - end))
     if final is not None and v_first:
         final = final.transpose(-1, -2).contiguous()
-    return o if out_type is None else o.to(out_type), final
+    o = o if out_type is None else o.to(out_type)
+    if every is None:
+        return o, final
+    before = _states_before(along[0], state, offsets, every).to(k.dtype)
+    return o, final, before.transpose(-1, -2).contiguous() if v_first else before
+
+
+def _chunk_of(options: dict[str, Any]) -> int:
+    size = options.get("chunk_size")
+    return 64 if size is None else int(size)
+
+
+def _states_before(after: Tensor, initial: Tensor | None, offsets: Tensor | None, every: int) -> Tensor:
+    """The states before each chunk, as fla stores them, of those after each and the initial ones."""
+    before = after.roll(1, 1)
+    if offsets is None:
+        first = torch.zeros(after.shape[1], dtype=torch.bool, device=after.device)
+        first[:1] = True
+        before[:, first] = 0 if initial is None else initial[:, None]
+        return before
+    starts = ops.state_offsets(offsets, every)
+    present = starts.diff() > 0
+    before[0, starts[:-1][present]] = 0 if initial is None else initial[present.to(initial.device)]
+    return before
 
 
 def _values_first(state_v_first: bool, options: dict[str, Any]) -> bool:

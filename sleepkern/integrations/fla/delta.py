@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -43,10 +43,11 @@ def chunk_gated_delta_rule(
     check_options(options, (16, 32, 64))
     raw = raw_gates(g, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     rule = DELTA_RULE if g is None else GATED_DELTA_RULE
-    return run(
+    result: Result = run(
         rule, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, state_v_first,
         cu_seqlens, options, raw,
     )  # fmt: skip
+    return result
 
 
 def fused_recurrent_gated_delta_rule(
@@ -76,15 +77,56 @@ def fused_recurrent_gated_delta_rule(
             g = head_gate(g, A_log, dt_bias)
         total = gk if g is None else gk + g[..., None]
         beta = beta_of(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
-        return run(
+        result: Result = run(
             KDA, q, k, v, total, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
             state_v_first, cu_seqlens, {**options, "gv": gv},
         )  # fmt: skip
+        return result
     return chunk_gated_delta_rule(
         q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
         use_beta_sigmoid_in_kernel, allow_neg_eigval, state_v_first, cu_seqlens,
         use_gate_in_kernel=use_gate_in_kernel, A_log=A_log, dt_bias=dt_bias, gv=gv, **options,
     )  # fmt: skip
+
+
+@overload
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    disable_recompute: bool = False,
+    return_intermediate_states: Literal[False] = False,
+    state_v_first: bool = False,
+    cu_seqlens: Offsets = None,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    **options: Any,
+) -> Result: ...
+
+
+@overload
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    return_intermediate_states: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
 
 def chunk_kda(
@@ -110,11 +152,14 @@ def chunk_kda(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     **options: Any,
-) -> Result:
+) -> Any:
     """The same as chunk_gated_delta_rule with g [B,T,HV,K].
 
     use_gate_in_kernel: the log decay is -exp(A_log) softplus(g + dt_bias), or with lower_bound
     lower_bound sigmoid(exp(A_log) (g + dt_bias)).
+
+    return_intermediate_states: returns a third result, the states before each chunk of chunk_size (default 64) tokens
+    [B,chunks,HV,K,V], in the type of k and the layout of the final state; unlike fla's they have gradients.
     """
     check_options(options, (32, 64))
     raw = raw_gates(
@@ -122,7 +167,7 @@ def chunk_kda(
     )
     return run(
         KDA, q, k, v, g, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel,
-        state_v_first, cu_seqlens, {**options, "return_intermediate_states": return_intermediate_states}, raw,
+        state_v_first, cu_seqlens, options, raw, return_intermediate_states,
     )  # fmt: skip
 
 
@@ -167,10 +212,11 @@ def chunk_delta_rule(
     **options: Any,
 ) -> Result:
     """The delta rule without decay; beta None is 1."""
-    return run(
+    result: Result = run(
         DELTA_RULE, q, k, v, None, beta, scale, initial_state, output_final_state, use_qk_l2norm_in_kernel, False,
         cu_seqlens, options,
     )  # fmt: skip
+    return result
 
 
 def fused_recurrent_delta_rule(

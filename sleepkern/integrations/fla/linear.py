@@ -34,10 +34,11 @@ def chunk_simple_gla(
         g = v.new_zeros(v.shape[:3], dtype=torch.float32)
     if g_gamma is not None:
         g = g + g_gamma
-    return run(
+    result: Result = run(
         SIMPLE_GLA, q, k, v, g, None, scale, initial_state, output_final_state, False, state_v_first, cu_seqlens,
         options,
     )  # fmt: skip
+    return result
 
 
 def fused_recurrent_simple_gla(
@@ -75,9 +76,10 @@ def chunk_gla(
 ) -> Result:
     """g log decay [B,T,H,K]; None is no decay."""
     g = k.new_zeros(k.shape, dtype=torch.float32) if g is None else g
-    return run(
+    result: Result = run(
         GLA, q, k, v, g, None, scale, initial_state, output_final_state, False, state_v_first, cu_seqlens, options
     )
+    return result
 
 
 def fused_recurrent_gla(
