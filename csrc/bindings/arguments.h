@@ -80,6 +80,7 @@ void bind_fast_path(pybind11::module_& m);         // plain calls, without the c
 void bind_recurrence(pybind11::module_& m);        // one pass, its gradients, and a replay
 void bind_mixer(pybind11::module_& m);             // short convolution and gated norm
 void bind_blocks(pybind11::module_& m);            // stacks of hybrid blocks
+void bind_witness(pybind11::module_& m);           // stacks of modules that are as they were
 void bind_cuda(pybind11::module_& m);              // the launches of csrc/cuda
 void bind_cuda_blocks(pybind11::module_& m);       // the launch for stacks of blocks
 void bind_cuda_fast_decode(pybind11::module_& m);  // plain decodes, without the checks in Python

@@ -44,6 +44,9 @@ class TensorViews {
   std::array<const dlpack::Tensor*, 10> found_{};
 };
 
+// Reads the layout of a tensor, which the object has to be; false for a tensor without strides. The view is valid as long as the tensor is.
+bool view_of(PyObject* tensor, dlpack::Tensor& out);
+
 // Stores the table of a framework's tensor class; false for a table of another major version.
 bool use_exchange_api(const pybind11::capsule& capsule);
 

@@ -94,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
   bind_recurrence(m);
   bind_mixer(m);
   bind_blocks(m);
+  bind_witness(m);
   m.def("isa", [] { return std::string(implementation().name); }, "The instruction set in use.");
   m.def("isas", &isa_names, "Those this machine runs, best first.");
   m.def("set_isa", &set_isa, py::arg("name"), "Use another one, for tests and benchmarks.");

@@ -20,14 +20,17 @@ bool use_exchange_api(const py::capsule& capsule) {
   return true;
 }
 
+bool view_of(PyObject* tensor, dlpack::Tensor& out) {
+  if (exchange_api && exchange_api->view(tensor, &out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
 bool TensorViews::read(PyObject* const* given, size_t count) {
   if (!exchange_api) return false;
   for (size_t i = 0; i < count; ++i) {
     if (given[i] == Py_None) continue;
-    if (exchange_api->view(given[i], &views_[i]) != 0) {
-      PyErr_Clear();
-      return false;
-    }
+    if (!view_of(given[i], views_[i])) return false;
     found_[i] = &views_[i];
   }
   for (size_t needed : {0, 1, 2, 6, 7}) {  // q, k, v, o, final_state

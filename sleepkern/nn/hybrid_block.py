@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..problems.layer_weights import AttentionWeights, GatedDeltaWeights, LayerWeights
+from ..problems.layer_weights import READ_OF_MODULES, AttentionWeights, GatedDeltaWeights, LayerWeights
 from .gated_delta_net import GatedDeltaNet
 from .gated_rms_norm import GatedRMSNorm
 from .padding import without_padding
@@ -117,6 +117,14 @@ _PARTS: Parts = {
     },
     **{kind: {} for kind in (nn.Linear, nn.RMSNorm, ShortConvolution, GatedRMSNorm)},
 }  # fmt: skip
+
+
+_READ = frozenset({
+    "layer_weights", "recurrent", "forward", "heads", "value_heads", "key_width", "value_width", "split", "decay_bias",
+    "strength", "eps", "normalized_shape", "_modules", "_parameters", "__dict__", "__getattribute__",
+})  # fmt: skip
+"""The names that `layer_weights` reads of the block and of the modules in it."""
+READ_OF_MODULES[HybridBlock] = (HybridBlock.layer_weights, _READ)
 
 
 def _attention(m: Any) -> AttentionWeights | str:

@@ -16,6 +16,7 @@ from ..backends import modules
 from ..backends.cpu import blocks as cpu_blocks
 from ..backends.cuda import blocks as cuda_blocks
 from ..backends.native.views import on_device_of
+from ..backends.native.witness import known_layers
 from ..dispatch import BlocksExplanation, choose_blocks, explain_blocks_problem
 from ..problems.blocks import Slept, check, check_blocks, check_window, describe
 from ..problems.layer_weights import Block
@@ -62,7 +63,7 @@ def sleep_blocks(
     if _signs_to_change(h, states):
         h, states = h.resolve_neg(), filled(states, [t.resolve_neg() for t in tensors_of(states)])
     with on_device_of(h):
-        problem = describe(h, blocks, states, passes, feedback == "reinject", conv_state == "carry")
+        problem = describe(h, blocks, states, passes, feedback == "reinject", conv_state == "carry", known_layers)
         return autograd_blocks.sleep_blocks(problem, choose_blocks(problem, backend), h, blocks, states)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,8 @@ class BlockProblem(NamedTuple):
 
     device, dtype  of h
     sizes          B, L, d of h; None where any h of this device and type is meant
-    layers         what each block handed out; none where there is a refusal
+    layers         what each block handed out, perhaps without its weights (backends/native/witness.py); none where
+                   there is a refusal
     refusal        the sentence why nothing but the modules themselves can run, None where kernels may
     passes         N
     reinject       feedback "reinject", else "raw"
@@ -61,8 +62,11 @@ def describe(
     passes: int = 1,
     reinject: bool = False,
     carry: bool = False,
+    known: Callable[[Sequence[Any], Tensor], tuple[LayerWeights, ...] | None] | None = None,
 ) -> BlockProblem:
     """Describe checked arguments. An h without 3 dimensions is an example of its device and type.
+
+    known: what the blocks handed out before, where it is known that they would do so again; weights may be left out.
 
     Raises:
         TypeError, ValueError: sizes of h, blocks and states that do not fit each other, or memory that was freed.
@@ -71,7 +75,7 @@ def describe(
     layers: tuple[LayerWeights, ...] = ()
     refusal = _why_only_modules(h)
     if refusal is None:
-        found = layers_of(blocks, h)
+        found = (None if known is None else known(blocks, h)) or layers_of(blocks, h)
         refusal, layers = (found, ()) if isinstance(found, str) else (None, found)
     if layers and states:
         check_sizes(h, layers, states)

@@ -194,6 +194,11 @@ class Block(Protocol):
         """h [B,L,d] and what it carries, None for nothing, to both after it."""
 
 
+READ_OF_MODULES: dict[type, tuple[Callable[..., Any], frozenset[str]]] = {}
+"""The classes of blocks whose `layer_weights` reads nothing but the dictionaries of the block and of the modules in it,
+and of their classes what these names mean: by class, the method and the names."""
+
+
 def layers_of(blocks: Sequence[Any], h: Tensor | None = None) -> tuple[LayerWeights, ...] | str:
     """What these blocks hand out, or the sentence why kernels cannot run them in the place of the modules.
 

@@ -26,7 +26,7 @@ def variables(nodes: list[ast.stmt]) -> set[str]:
 
 
 def of_cuda(name: str) -> bool:
-    return name.startswith(("cuda_", "Cuda")) and name != "cuda_devices"
+    return name.startswith(("cuda_", "Cuda", "try_fast_decode", "try_fast_replay")) and name != "cuda_devices"
 
 
 def public(names: Any) -> set[str]:

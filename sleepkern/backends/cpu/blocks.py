@@ -15,6 +15,7 @@ from ...problems.layer_weights import AttentionWeights, GatedDeltaWeights, Layer
 from ...state import KVState, RecurrentState, State
 from ..native.identity import Source
 from ..native.module import _C
+from ..native.witness import with_weights
 from . import recurrence as cpu
 
 NAME = cpu.NAME
@@ -178,7 +179,7 @@ def packed(blocks: Sequence[Any], layers: Sequence[LayerWeights], dtype: torch.d
     form = form_for(dtype)
     found = _packed.get(blocks[0])
     if found is None or not found.holds(blocks, layers, form):
-        found = _packed[blocks[0]] = Packed(blocks, layers, form)
+        found = _packed[blocks[0]] = Packed(blocks, with_weights(blocks, layers), form)
     return found
 
 

@@ -21,6 +21,7 @@ from ...state import KVState, RecurrentState, State
 from ..native.identity import Source
 from ..native.module import _C, TYPE_CODES
 from ..native.views import on_device_of, stream_of
+from ..native.witness import with_weights
 from . import device as gpu
 from . import recurrence as cuda
 from .blocks_plan import TILE, BlocksPlan, LayerShape, call_of, plan, share, slower
@@ -218,7 +219,7 @@ def packed(
     found = kept.get(key)
     if found is None or not found.holds(blocks, layers):
         with torch.no_grad():
-            found = kept[key] = StreamedWeights(blocks, layers, p, device, found)
+            found = kept[key] = StreamedWeights(blocks, with_weights(blocks, layers), p, device, found)
     return found
 
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...eager import is_traceable_wrapper_subclass
 from ...problems.layer_weights import LayerWeights, layers_of
+from .witness import Witness, with_weights, witness_of
+from .writes import counter, hold_weakly
 
 
 class Contents:
@@ -25,10 +25,10 @@ class Contents:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._storages = _held(tensors)
+        self._storages = hold_weakly(tensors)
         self._places = [_place(t) for t in tensors]
         self._writes = [t._version for t in tensors]
-        self._counters = [_counter(t) for t in tensors]
+        self._counters = [counter(t) for t in tensors]
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Tells whether these tensors lie there, and nobody has written to them since."""
@@ -44,17 +44,32 @@ class Source:
         self._blocks = [ref(block) for block in blocks]
         self._numbers = [layer.numbers() for layer in layers]
         self._weights = Contents([weight for layer in layers for weight in layer.tensors()])
+        self._witness: Witness | None = None
 
     def holds(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> bool:
-        """Tells whether these are the blocks with the weights and numbers they had, as far as torch counts writes."""
+        """Tells whether these are the blocks with the weights and numbers they had, as far as torch counts writes.
+
+        layers: what the blocks handed out, or what a witness knows of it, which is enough where it is the source's own.
+        """
+        if self._witness is not None and self._witness.layers is layers:
+            return True
+        layers = with_weights(blocks, layers)
         if len(blocks) != len(self._blocks) or any(r() is not b for r, b in zip(self._blocks, blocks, strict=True)):
             return False
         weights = [weight for layer in layers for weight in layer.tensors()]
-        return self._weights.hold(weights) and [layer.numbers() for layer in layers] == self._numbers
+        if not self._weights.hold(weights) or [layer.numbers() for layer in layers] != self._numbers:
+            return False
+        witness = witness_of(blocks, layers)
+        # Writes by another thread since the first look are in the witness's record; a count never falls.
+        if witness is not None and self._weights.hold(weights):
+            self._witness = witness
+        return True
 
     def current(self) -> bool:
         """Tells whether the blocks are still there, with the weights and numbers they had."""
         blocks = [block for r in self._blocks if (block := r()) is not None]
+        if self._witness is not None and self._witness.holds(blocks):
+            return True
         layers = layers_of(blocks)
         return not isinstance(layers, str) and self.holds(blocks, layers)
 
@@ -64,7 +79,7 @@ class Places:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         inner = list(_inner(tensors))
-        self._storages = _held(inner)
+        self._storages = hold_weakly(inner)
         self._places = [_place(t) for t in inner]
 
     def hold(self, tensors: Iterable[Tensor]) -> bool:
@@ -74,19 +89,6 @@ class Places:
 
 def _place(t: Tensor) -> tuple[Any, ...]:
     return (id(t), t.untyped_storage()._cdata, t.data_ptr(), t.shape, t.stride(), t.dtype)
-
-
-def _held(tensors: Sequence[Tensor]) -> list[StorageWeakRef]:
-    """While there is a weak reference to a storage no other one gets its number, and its memory is free to go."""
-    return [StorageWeakRef(t.untyped_storage()) for t in tensors]
-
-
-def _counter(t: Tensor) -> Tensor:
-    """An alias without memory, which counts its tensor's writes with it, whatever takes that tensor's place."""
-    with torch.inference_mode(False), torch.no_grad():
-        alias = t.detach()
-        alias.data = alias.new_empty(0)
-    return alias
 
 
 def _inner(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
