@@ -2,7 +2,7 @@
 code), any other tensor its address; 0 stands for None. csrc/common says what each field is."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 _Rows = tuple[int, int, int]
 _Array = tuple[int, int]
@@ -97,6 +97,24 @@ def try_fast_path(
     raw_decay: object = False,
     lower_bound: object = 0.0,
     beta_scale: object = 0.0,
+    /,
+) -> bool: ...
+def try_fast_replay(
+    replay: CudaReplay,
+    q: object,
+    k: object,
+    v: object,
+    g: object,
+    beta: object,
+    state: object,
+    o: object,
+    final_state: object,
+    before_last: int,
+    tiles: int,
+    chunk_decay: int,
+    U: int,
+    queries: int,
+    stream: int,
     /,
 ) -> bool: ...
 def try_fast_decode(
@@ -398,29 +416,18 @@ class CudaBlockLayer:
     W: int
     into: int
     hidden: int
-    first_sum: int
     mixer_eps: float
     mlp_eps: float
     taps: int
     gain: int
-    state: int
-    past: int
-    last: int
-    continued: bool
     decay_bias: float
     strength: float
     gain_eps: float
     q_gain: int
     k_gain: int
-    keys: int
-    values: int
-    kept: int
     q_eps: float
     k_eps: float
-    @overload
     def __init__(self) -> None: ...
-    @overload
-    def __init__(self, other: CudaBlockLayer, /) -> None: ...
 
 class CudaBlocks:
     tiles: int
@@ -430,11 +437,6 @@ class CudaBlocks:
     ring: int
     columns: int
     L: int
-    h: int
-    out: int
-    weights: int
-    stages: int
-    changes: int
     type: int
     B: int
     d: int
@@ -513,7 +515,18 @@ def cuda_single_chunk_memory(*, mode: int, K: int, output: bool, channel: bool) 
 def cuda_multi_chunk_memory(*, mode: int, K: int, output: bool, block: int, slots: int) -> int: ...
 def cuda_powers_memory(*, K: int, backward: bool) -> int: ...
 def cuda_blocks_paired(tiles: int) -> bool: ...
-def cuda_blocks(call: CudaBlocks, layers: list[CudaBlockLayer], stream: int) -> None: ...
+def cuda_blocks(
+    call: CudaBlocks,
+    layers: list[CudaBlockLayer],
+    carried: Sequence[tuple[int, int, int, int, int]],
+    *,
+    h: int,
+    out: int,
+    weights: int,
+    stages: int,
+    changes: int,
+    stream: int,
+) -> None: ...
 def cuda_blocks_memory(call: CudaBlocks, layers: list[CudaBlockLayer]) -> int: ...
 
 class ModuleWitness:

@@ -84,5 +84,6 @@ void bind_witness(pybind11::module_& m);           // stacks of modules that are
 void bind_cuda(pybind11::module_& m);              // the launches of csrc/cuda
 void bind_cuda_blocks(pybind11::module_& m);       // the launch for stacks of blocks
 void bind_cuda_fast_decode(pybind11::module_& m);  // plain decodes, without the checks in Python
+void bind_cuda_fast_replay(pybind11::module_& m);  // plain replays, without them too
 
 }  // namespace sleepkern

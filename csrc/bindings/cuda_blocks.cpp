@@ -1,5 +1,6 @@
 // The launch for a stack of blocks. sleepkern/backends/cuda/blocks.py fills a struct for the call and one for each
-// layer.
+// layer, once for a problem and once for the weights. What differs between two calls are arguments, because setting a
+// field of a struct takes a third of a microsecond.
 #include "bindings/arguments.h"
 #include "bindings/struct_fields.h"
 #include "cuda/blocks/api.h"
@@ -18,8 +19,45 @@ cuda::BlocksParams with_layers(const cuda::BlocksParams& params, const py::list&
   return whole;
 }
 
-void run_blocks(const cuda::BlocksParams& params, const py::list& layers, uintptr_t stream) {
-  const cuda::BlocksParams whole = with_layers(params, layers);
+using Address = uintptr_t;
+
+// What a layer carries through a call: the index of its first sums, and
+//   recurrent  whether there is a state before, the addresses of the state, of the convolution's last inputs, and of
+//   its
+//              inputs before
+//   attention  the tokens before, the addresses of keys and values, and 0
+using Carried = std::tuple<int32_t, int32_t, Address, Address, Address>;
+
+template <class T>
+void point(T*& field, Address address) {
+  field = reinterpret_cast<T*>(address);
+}
+
+void carry(cuda::BlockLayer& layer, const Carried& carried) {
+  const auto& [first_sum, before, first, second, third] = carried;
+  layer.first_sum = first_sum;
+  if (layer.recurrent) {
+    layer.continued = before;
+    point(layer.state, first);
+    point(layer.last, second);
+    point(layer.past, third);
+  } else {
+    layer.kept = before;
+    point(layer.keys, first);
+    point(layer.values, second);
+  }
+}
+
+void run_blocks(const cuda::BlocksParams& params, const py::list& layers, const std::vector<Carried>& carried,
+                Address h, Address out, Address weights, Address stages, Address changes, Address stream) {
+  cuda::BlocksParams whole = with_layers(params, layers);
+  if (carried.size() != layers.size()) throw std::runtime_error("sleepkern: what layers carry is not one of each");
+  for (size_t i = 0; i < carried.size(); ++i) carry(whole.layers[i], carried[i]);
+  point(whole.h, h);
+  point(whole.out, out);
+  point(whole.weights, weights);
+  point(whole.stages, stages);
+  point(whole.changes, changes);
   py::gil_scoped_release unlocked;
   cuda::sleep_blocks(whole, reinterpret_cast<void*>(stream));
 }
@@ -29,7 +67,7 @@ void run_blocks(const cuda::BlocksParams& params, const py::list& layers, uintpt
 void bind_layer(py::module_& m) {
   using Struct = cuda::BlockLayer;
   py::class_<Struct> type(m, "CudaBlockLayer", py::module_local());
-  type.def(py::init([] { return Struct{}; })).def(py::init<const Struct&>());
+  type.def(py::init([] { return Struct{}; }));
   SLEEPKERN_FIELD(recurrent);
   SLEEPKERN_FIELD(heads);
   SLEEPKERN_FIELD(value_heads);
@@ -40,25 +78,17 @@ void bind_layer(py::module_& m) {
   SLEEPKERN_FIELD(W);
   SLEEPKERN_FIELD(into);
   SLEEPKERN_FIELD(hidden);
-  SLEEPKERN_FIELD(first_sum);
   SLEEPKERN_FIELD(mixer_eps);
   SLEEPKERN_FIELD(mlp_eps);
   // gated DeltaNet
   SLEEPKERN_FIELD(taps);
   SLEEPKERN_FIELD(gain);
-  SLEEPKERN_FIELD(state);
-  SLEEPKERN_FIELD(past);
-  SLEEPKERN_FIELD(last);
-  SLEEPKERN_FIELD(continued);
   SLEEPKERN_FIELD(decay_bias);
   SLEEPKERN_FIELD(strength);
   SLEEPKERN_FIELD(gain_eps);
   // attention
   SLEEPKERN_FIELD(q_gain);
   SLEEPKERN_FIELD(k_gain);
-  SLEEPKERN_FIELD(keys);
-  SLEEPKERN_FIELD(values);
-  SLEEPKERN_FIELD(kept);
   SLEEPKERN_FIELD(q_eps);
   SLEEPKERN_FIELD(k_eps);
 }
@@ -74,11 +104,6 @@ void bind_call(py::module_& m) {
   SLEEPKERN_FIELD(ring);
   SLEEPKERN_FIELD(columns);
   SLEEPKERN_FIELD(L);
-  SLEEPKERN_FIELD(h);
-  SLEEPKERN_FIELD(out);
-  SLEEPKERN_FIELD(weights);
-  SLEEPKERN_FIELD(stages);
-  SLEEPKERN_FIELD(changes);
   SLEEPKERN_FIELD(type);
   SLEEPKERN_FIELD(B);
   SLEEPKERN_FIELD(d);
@@ -125,7 +150,8 @@ void bind_cuda_blocks(py::module_& m) {
   m.def("cuda_blocks_paired", &cuda::paired, arg("tiles"), "Whether a warp multiplies by two groups at a time.");
   bind_layer(m);
   bind_call(m);
-  m.def("cuda_blocks", &run_blocks, arg("call"), arg("layers"), arg("stream"));
+  m.def("cuda_blocks", &run_blocks, arg("call"), arg("layers"), arg("carried"), py::kw_only(), arg("h"), arg("out"),
+        arg("weights"), arg("stages"), arg("changes"), arg("stream"));
   m.def(
       "cuda_blocks_memory",
       [](const cuda::BlocksParams& params, const py::list& layers) {

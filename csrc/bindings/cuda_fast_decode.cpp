@@ -10,13 +10,6 @@ namespace py = pybind11;
 namespace sleepkern {
 namespace {
 
-// The type of device whose memory the kernels read, as DLPack numbers it; tests run the kernels on the CPU.
-#ifdef SLEEPKERN_CUDA_ON_CPU
-constexpr int32_t DEVICE = dlpack::CPU;
-#else
-constexpr int32_t DEVICE = dlpack::CUDA;
-#endif
-
 // try_fast_decode(gate, delta, normalize, scale, q, k, v, g, beta, state, o, most, stream): launches the decode of at
 // most so many tokens, which updates the state in place, and returns true if the call is plain. The tensors have to be
 // on the current device.
@@ -38,7 +31,7 @@ PyObject* try_fast_decode(PyObject*, PyObject* const* given, Py_ssize_t count) {
     if (!views.read(tensors.data(), tensors.size())) Py_RETURN_FALSE;
     const PlainCall call = views.call(static_cast<Gate>(gate), delta != 0, normalize != 0, scale, {});
     Problem& p = params.problem;
-    if (!is_plain(call, DEVICE, p) || p.T > most || !p.state) Py_RETURN_FALSE;
+    if (!is_plain(call, FAST_DEVICE, p) || p.T > most || !p.state) Py_RETURN_FALSE;
     params.stride = p.HV * p.K * p.V;
     {
       py::gil_scoped_release unlocked;

@@ -3,48 +3,13 @@
 // call, because setting a field of a struct takes a third of a microsecond. They are keywords, so that no two can be
 // swapped, but those of decode are positional: its launch is short, and keywords take another 0.8 us.
 // A stream is the address of a cudaStream_t on the current device.
-#include "bindings/arguments.h"
+#include "bindings/cuda_replay.h"
 #include "bindings/struct_fields.h"
-#include "cuda/recurrence/api.h"
 
 namespace py = pybind11;
 
 namespace sleepkern {
 namespace {
-
-using Address = uintptr_t;
-using Inputs = std::tuple<View, View, View, View, View>;  // q, k, v, g, beta
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// The sizes and switches of a problem; the addresses of its tensors come with a launch.
-struct CudaProblem {
-  int gate;
-  bool delta, normalize;
-  float scale;
-  int64_t sequences, T, H, HV, K, V;
-
-  Problem with(const Inputs& inputs, Address offsets, Address state, Address o, Address final_state) const {
-    const auto& [q, k, v, g, beta] = inputs;
-    Problem p = describe(gate, delta, normalize, scale, sequences, T, H, HV, K, V, offsets, q, k, v, g, beta, state);
-    p.o = at<void>(o);
-    p.final_state = at<float>(final_state);
-    check_given("final_state", p.final_state, p.sequences > 0);
-    return p;
-  }
-};
-
-// A problem and its plan.
-struct CudaReplay {
-  CudaProblem problem;
-  int mode, passes;
-  float tol;
-  bool affine, token_space, single_chunk;
-  int block, slots;
-};
 
 // One launch for windows of one chunk, else chunk_factors and the passes.
 void run_replay(const CudaReplay& replay, const Inputs& inputs, Address offsets, Address state, Address o,
@@ -52,26 +17,11 @@ void run_replay(const CudaReplay& replay, const Inputs& inputs, Address offsets,
                 Address chunk_decay, Address U, Address queries, Address stream) {
   cuda::ReplayParams call{};
   call.problem = replay.problem.with(inputs, offsets, state, o, final_state);
-  call.mode = replay.mode;
-  call.passes = replay.passes;
-  call.tol = replay.tol;
   call.residual = at<float>(residual);
   call.passes_done = at<int32_t>(passes_done);
-  call.affine = replay.affine;
-  call.token_space = replay.token_space;
   call.before = at<float>(before_last);
-  check_at_least("block", replay.block, 1);
-  call.v_tile = replay.block;
-  call.v_tiles = static_cast<int>((call.problem.V + replay.block - 1) / replay.block);
-  call.slots = replay.slots;
   call.factors = {at<void>(tiles), at<float>(chunk_decay), at<float>(U), at<void>(queries)};
-  py::gil_scoped_release unlocked;
-  if (replay.single_chunk) {
-    cuda::single_chunk(call, at<void>(stream));
-  } else {
-    cuda::chunk_factors(call, at<void>(stream));
-    cuda::multi_chunk(call, at<void>(stream));
-  }
+  replay.launch(call, stream);
 }
 
 cuda::PowersParams powers_of(int64_t heads, int K, int V, int passes, int block, Address A, Address states) {
@@ -158,9 +108,10 @@ void bind_replay(py::module_& m) {
 void bind_cuda(py::module_& m) {
   using py::arg;
   bind_cuda_blocks(m);
-  bind_cuda_fast_decode(m);
   bind_problem(m);
   bind_replay(m);
+  bind_cuda_fast_decode(m);
+  bind_cuda_fast_replay(m);
   m.def("cuda_replay", &run_replay, arg("replay"), py::kw_only(), arg("inputs"), arg("offsets"), arg("state"), arg("o"),
         arg("final_state"), arg("residual"), arg("passes_done"), arg("before_last"), arg("tiles"), arg("chunk_decay"),
         arg("U"), arg("queries"), arg("stream"));

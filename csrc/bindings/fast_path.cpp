@@ -141,6 +141,13 @@ bool gates(const PlainCall& c, bool read_values, Problem& p) {
   return !c.beta || (has_shape(*c.beta, {B, T, p.HV}) && rows(*c.beta, p.beta));
 }
 
+bool output(const Tensor& o, Problem& p) {
+  Rows found;
+  if (!p.want_output || !rows(o, found) || found.type != p.v.type) return false;
+  p.o = const_cast<void*>(found.data);
+  return has_shape(o, {p.sequences, p.T, p.HV, p.V}) && dense(o, 0);
+}
+
 }  // namespace
 
 bool is_plain(const PlainCall& c, int32_t device_type, Problem& p) {
@@ -151,7 +158,7 @@ bool is_plain(const PlainCall& c, int32_t device_type, Problem& p) {
   p.gate = c.gate;
   p.delta = c.delta;
   p.normalize = c.normalize;
-  p.want_output = true;
+  p.want_output = c.q != nullptr;
   p.sequences = c.k->shape[0];
   p.T = c.k->shape[1];
   p.H = c.k->shape[2];
@@ -163,17 +170,14 @@ bool is_plain(const PlainCall& c, int32_t device_type, Problem& p) {
   }
   if (p.HV % p.H != 0 || p.K > HEAD_LIMIT || p.V > HEAD_LIMIT) return false;
   p.scale = static_cast<float>(std::isnan(c.scale) ? 1 / std::sqrt(static_cast<double>(p.K)) : c.scale);
-  if (!has_shape(*c.q, {p.sequences, p.T, p.H, p.K}) || !has_shape(*c.v, {p.sequences, p.T, p.HV, p.V})) return false;
-  if (!rows(*c.q, p.q) || !rows(*c.k, p.k) || !rows(*c.v, p.v)) return false;
-  if (p.q.type != p.k.type || p.v.type != p.k.type || !gates(c, device_type == dlpack::CPU, p) || !raw_gates(c, p))
-    return false;
+  if (!has_shape(*c.v, {p.sequences, p.T, p.HV, p.V}) || !rows(*c.k, p.k) || !rows(*c.v, p.v)) return false;
+  if (c.q && (!has_shape(*c.q, {p.sequences, p.T, p.H, p.K}) || !rows(*c.q, p.q) || p.q.type != p.k.type)) return false;
+  if (p.v.type != p.k.type || !gates(c, device_type == dlpack::CPU, p) || !raw_gates(c, p)) return false;
   float* state = nullptr;
   if (c.state && !states(*c.state, p, state)) return false;
   p.state = state;
-  Rows o;
-  if (!states(*c.final_state, p, p.final_state) || !rows(*c.o, o) || o.type != p.v.type) return false;
-  p.o = const_cast<void*>(o.data);
-  return has_shape(*c.o, {p.sequences, p.T, p.HV, p.V}) && dense(*c.o, 0) && apart(c, p);
+  if (!states(*c.final_state, p, p.final_state) || !apart(c, p)) return false;
+  return c.o == nullptr ? c.q == nullptr : output(*c.o, p);
 }
 
 }  // namespace sleepkern

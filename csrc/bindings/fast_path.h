@@ -10,6 +10,13 @@
 
 namespace sleepkern {
 
+// The type of device whose memory the kernels of csrc/cuda read, as DLPack numbers it; tests run them on the CPU.
+#ifdef SLEEPKERN_CUDA_ON_CPU
+constexpr int32_t FAST_DEVICE = dlpack::CPU;
+#else
+constexpr int32_t FAST_DEVICE = dlpack::CUDA;
+#endif
+
 // Gates that the kernel makes of raw g and beta (RawGates in common/recurrence.h); the tensors may be nullptr.
 struct PlainGates {
   bool raw_decay;
@@ -17,7 +24,7 @@ struct PlainGates {
   const dlpack::Tensor *A_log, *dt_bias;
 };
 
-// The tensors of a call, nullptr where absent; results are written to o and final_state.
+// The tensors of a call, nullptr where absent; results are written to o and final_state. A call without q has no o.
 struct PlainCall {
   Gate gate;
   bool delta, normalize;
@@ -34,9 +41,9 @@ bool is_plain(const PlainCall& call, int32_t device_type, Problem& problem);
 // Views of a call's tensors, in the order of PlainCall from q on; A_log and dt_bias last.
 class TensorViews {
  public:
-  // Reads `count` Python objects, of which None is absent; false for another object, or where q, k, v, o or final_state
-  // has not four dimensions.
-  bool read(PyObject* const* given, size_t count);
+  // Reads `count` Python objects, of which None is absent; false for another object, or where k, v, final_state, and q
+  // and o for outputs, have not four dimensions. Without outputs q and o have to be absent.
+  bool read(PyObject* const* given, size_t count, bool outputs = true);
   PlainCall call(Gate gate, bool delta, bool normalize, double scale, PlainGates raw) const;
 
  private:
@@ -44,7 +51,8 @@ class TensorViews {
   std::array<const dlpack::Tensor*, 10> found_{};
 };
 
-// Reads the layout of a tensor, which the object has to be; false for a tensor without strides. The view is valid as long as the tensor is.
+// Reads the layout of a tensor, which the object has to be; false for a tensor without strides. The view is valid as
+// long as the tensor is.
 bool view_of(PyObject* tensor, dlpack::Tensor& out);
 
 // Stores the table of a framework's tensor class; false for a table of another major version.

@@ -26,15 +26,18 @@ bool view_of(PyObject* tensor, dlpack::Tensor& out) {
   return false;
 }
 
-bool TensorViews::read(PyObject* const* given, size_t count) {
+bool TensorViews::read(PyObject* const* given, size_t count, bool outputs) {
   if (!exchange_api) return false;
   for (size_t i = 0; i < count; ++i) {
     if (given[i] == Py_None) continue;
     if (!view_of(given[i], views_[i])) return false;
     found_[i] = &views_[i];
   }
-  for (size_t needed : {0, 1, 2, 6, 7}) {  // q, k, v, o, final_state
+  for (size_t needed : {1, 2, 7}) {  // k, v, final_state
     if (!found_[needed] || found_[needed]->dimensions != 4) return false;
+  }
+  for (size_t output : {0, 6}) {  // q, o
+    if ((found_[output] != nullptr) != outputs || (outputs && found_[output]->dimensions != 4)) return false;
   }
   return true;
 }

@@ -21,6 +21,7 @@ from ..dispatch import BlocksExplanation, choose_blocks, explain_blocks_problem
 from ..problems.blocks import Slept, check, check_blocks, check_window, describe
 from ..problems.layer_weights import Block
 from ..state import State, filled, tensors_of
+from . import known_blocks
 
 
 def sleep_blocks(
@@ -59,12 +60,19 @@ def sleep_blocks(
         TypeError: an argument of another type.
         ValueError: an argument out of range, a tensor whose memory was freed, or a backend that cannot do this call.
     """
+    key = known_blocks.key_of(h, blocks, states, passes, feedback, conv_state, backend)
+    found = known_blocks.find(key, h, blocks)  # type: ignore[arg-type]  # only a list has a key
+    if found is not None:
+        with on_device_of(h):
+            return found.engine.run(found.problem, h, blocks, [None] * len(blocks) if states is None else states)
     blocks, states = check(h, blocks, states, passes, feedback, conv_state)
     if _signs_to_change(h, states):
         h, states = h.resolve_neg(), filled(states, [t.resolve_neg() for t in tensors_of(states)])
     with on_device_of(h):
         problem = describe(h, blocks, states, passes, feedback == "reinject", conv_state == "carry", known_layers)
-        return autograd_blocks.sleep_blocks(problem, choose_blocks(problem, backend), h, blocks, states)
+        engine = choose_blocks(problem, backend)
+        known_blocks.remember(key, blocks, problem, engine)
+        return autograd_blocks.sleep_blocks(problem, engine, h, blocks, states)
 
 
 def _signs_to_change(h: Tensor, states: Sequence[State]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,9 +94,12 @@ def run(
     method: str = "auto",
     outputs: bool = True,
     gates: RawGates | None = None,
+    noted: Callable[[Problem, RecurrenceBackend], None] | None = None,
 ) -> SleepResult:
-    """Check, choose, apply, and say how the passes were made."""
+    """Check, choose, apply, and say how the passes were made. noted: is told the problem and its backend."""
     problem, engine, out = apply(rule, x, scale, normalize, backend, passes, tol, method, outputs, gates=gates)
+    if noted is not None:
+        noted(problem, engine)
     if x.k.is_cuda:
         with on_device_of(x.k):
             made_by = method_of(problem, engine)

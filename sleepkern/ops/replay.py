@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
-from ..problems.gates import read_gates
 from ..problems.recurrence import Tensors
 from ..rules import GATED_DELTA_RULE, Rule, rule_named
-from .call import SleepResult, run
+from . import fast_replay
+from .call import SleepResult, raw_gates, run
 
 __all__ = ["SleepResult", "sleep_ingest"]
 
@@ -89,8 +91,16 @@ def sleep_ingest(
             SLEEPKERN_DEBUG=1), beta |k|^2 above 2 with more than one pass, which would diverge, or a backend or method
             that cannot do this call.
     """
+    gates = raw_gates((use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound))
+    rule, key = rule_named(rule), None
+    if gates is None:
+        replay = (passes, tol, method, cu_seqlens, backend, scale, use_qk_l2norm_in_kernel)
+        key = fast_replay.key_of(rule, k, v, q, *replay)
+        plain = fast_replay.run(key, q, k, v, g, beta, initial_state)
+        if plain is not None:
+            return plain
     x = Tensors(q, k, v, g, beta, initial_state, cu_seqlens)
-    gates = read_gates((use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound))
+    noted = None if key is None else partial(fast_replay.remember, key)
     return run(
-        rule_named(rule), x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, outputs=False, gates=gates
+        rule, x, scale, use_qk_l2norm_in_kernel, backend, passes, tol, method, outputs=False, gates=gates, noted=noted
     )

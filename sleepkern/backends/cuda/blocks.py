@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -28,13 +29,16 @@ from .blocks_plan import TILE, BlocksPlan, LayerShape, call_of, plan, share, slo
 from .blocks_weight_layout import Order, heads_of, order
 
 if TYPE_CHECKING:
-    from ..._C import CudaBlockLayer
+    from ..._C import CudaBlockLayer, CudaBlocks
 
 NAME = cuda.NAME
 SUPPORTS = frozenset({AttentionWeights, GatedDeltaWeights})
 RECORDED = False
 _packed: WeakKeyDictionary[Any, dict[Any, StreamedWeights]] = WeakKeyDictionary()
 """The packed weights of each stack, keyed by its first block and then by plan."""
+MOST_SHAPES = 256
+_shapes: dict[int, tuple[tuple[LayerWeights, ...], tuple[LayerShape, ...]]] = {}
+"""The sizes of layers by the layers' address, which is theirs while they are kept here. The oldest goes first."""
 _reading: list[list[StreamedWeights]] = []
 """The lists that `reading` fills."""
 
@@ -101,38 +105,52 @@ def run(problem: BlockProblem, h: Tensor, blocks: Sequence[Any], states: Sequenc
     (B, L, d), passes = h.shape, problem.passes
     found = plan(B, L, d, shapes_of(problem.layers), gpu.current_device())
     assert found is not None
-    packed_weights = packed(blocks, problem.layers, found, h.device)
+    weights = packed(blocks, problem.layers, found, h.device)
     for read in _reading:
-        read.append(packed_weights)
+        read.append(weights)
     h = h.contiguous()
     out = torch.empty_like(h)
-    layers: list[CudaBlockLayer] = []
     after: list[RecurrentState | KVState] = []
-    alive, sums = [], 0
-    for prepared, weights, state in zip(packed_weights.layers, problem.layers, states, strict=True):
-        layer = _C.CudaBlockLayer(prepared)
-        layer.first_sum = sums
-        now, kept = (_recurrent if weights.recurrent else _attention)(layer, weights, state, h, passes)
-        if weights.recurrent:
-            sums += B * found.cluster * layer.value_heads * layer.VP // TILE
-        layers.append(layer)
+    carried, alive, sums = [], [], 0
+    for rows, layer, state in zip(weights.sums, problem.layers, states, strict=True):
+        now, addresses, kept = (_recurrent if rows else _attention)(layer, state, h, passes)
+        carried.append((sums, *addresses))
+        sums += B * rows
         after.append(now)
         alive.append(kept)
     changes = h.new_empty(passes, sums, 2, dtype=torch.float32)
-    call = call_of(found, L)
-    call.h, call.out, call.changes = h.data_ptr(), out.data_ptr(), changes.data_ptr()
-    call.weights, call.stages = packed_weights.stream.data_ptr(), packed_weights.order.stages.data_ptr()
-    call.type, call.B, call.d, call.sums = TYPE_CODES[h.dtype], B, d, sums
-    call.passes, call.reinject, call.carry = passes, problem.reinject, problem.carry
+    call = _call(found, B, L, d, TYPE_CODES[h.dtype], sums, passes, problem.reinject, problem.carry)
     with on_device_of(h):
-        _C.cuda_blocks(call, layers, stream_of(h))
-    squares = changes.sum(1, dtype=torch.float64).sqrt()
-    return Slept(out, after, (squares[:, 0] / squares[:, 1].clamp_min(1e-30)).float())
+        _C.cuda_blocks(
+            call, weights.layers, carried, h=h.data_ptr(), out=out.data_ptr(), weights=weights.stream.data_ptr(),
+            stages=weights.order.stages.data_ptr(), changes=changes.data_ptr(), stream=stream_of(h),
+        )  # fmt: skip
+    squares, norms = changes.sum(1, dtype=torch.float64).sqrt_().unbind(1)
+    return Slept(out, after, squares.div(norms.clamp_min_(1e-30)).float())
 
 
-def shapes_of(layers: Sequence[LayerWeights]) -> tuple[LayerShape, ...]:
-    """Give the sizes of each layer that a plan depends on."""
-    return tuple(LayerShape(layer.recurrent, *_widths(layer.mixer), layer.up.shape[0]) for layer in layers)
+@lru_cache(maxsize=1024)
+def _call(
+    p: BlocksPlan, B: int, L: int, d: int, dtype: int, sums: int, passes: int, reinject: bool, carry: bool
+) -> CudaBlocks:
+    """Describe a call for _C. A launch reads the result, which is kept: filling it takes longer than finding it."""
+    call = call_of(p, L)
+    call.type, call.B, call.d, call.sums = dtype, B, d, sums
+    call.passes, call.reinject, call.carry = passes, reinject, carry
+    return call
+
+
+def shapes_of(layers: tuple[LayerWeights, ...]) -> tuple[LayerShape, ...]:
+    """Give the sizes of each layer that a plan depends on; those of layers that a witness keeps are found once."""
+    found = _shapes.get(id(layers))
+    if found is not None and found[0] is layers:
+        return found[1]
+    shapes = tuple(LayerShape(layer.recurrent, *_widths(layer.mixer), layer.up.shape[0]) for layer in layers)
+    if layers and layers[0].up.is_meta:
+        if len(_shapes) >= MOST_SHAPES:
+            _shapes.pop(next(iter(_shapes)), None)
+        _shapes[id(layers)] = layers, shapes
+    return shapes
 
 
 def _widths(m: AttentionWeights | GatedDeltaWeights) -> tuple[int, int, int, int, int]:
@@ -153,6 +171,8 @@ class StreamedWeights:
     forgotten: bool
     cluster: int
     layers: list[CudaBlockLayer]
+    sums: list[int]
+    """Pairs of sums that a window's pass makes in each layer, 0 in one of attention."""
     ordered: tuple[int, tuple[LayerShape, ...], torch.device]
     stream: Tensor
 
@@ -168,8 +188,9 @@ class StreamedWeights:
         self.source, self.forgotten = Source(blocks, layers), False
         self.cluster = p.cluster
         self.alive: list[Tensor] = []
-        shapes = shapes_of(layers)
+        shapes = shapes_of(tuple(layers))
         self.layers = [self._layer(layer, s) for layer, s in zip(layers, shapes, strict=True)]
+        self.sums = [self.cluster * x.value_heads * x.VP // TILE if x.recurrent else 0 for x in self.layers]
         weights = [w.to(torch.bfloat16).flatten() for layer in layers for w in _weights(layer)]
         self.ordered = (layers[0].width, shapes, device)
         same = before is not None and before.ordered == self.ordered
@@ -236,10 +257,13 @@ def _weights(layer: LayerWeights) -> list[Tensor]:
     return [*into, layer.mixer.out, layer.up.detach() * mlp_norm, layer.down]
 
 
+_Addresses = tuple[int, int, int, int]
+
+
 def _recurrent(
-    layer: CudaBlockLayer, weights: LayerWeights, before: State, h: Tensor, passes: int
-) -> tuple[RecurrentState, Any]:
-    """Set the state that a launch reads and writes; return the state after it, and what must live until the launch."""
+    weights: LayerWeights, before: State, h: Tensor, passes: int
+) -> tuple[RecurrentState, _Addresses, Tensor | None]:
+    """The state after a launch, its addresses as `_C.cuda_blocks` takes them, and what must live until the launch."""
     conv, fast = weights.mixer.carried(h.shape[0], 0)
     last, past = h.new_empty(2, *conv), None
     if before is None:
@@ -247,19 +271,16 @@ def _recurrent(
     else:
         assert isinstance(before, RecurrentState)
         past, state = before.conv.to(h.dtype).contiguous(), before.state.float().contiguous().clone()
-        layer.past = past.data_ptr()
-    layer.state, layer.last, layer.continued = state.data_ptr(), last.data_ptr(), before is not None
-    return RecurrentState(last[(passes - 1) % 2], state), past
+    addresses = (past is not None, state.data_ptr(), last.data_ptr(), 0 if past is None else past.data_ptr())
+    return RecurrentState(last[(passes - 1) % 2], state), addresses, past
 
 
-def _attention(
-    layer: CudaBlockLayer, weights: LayerWeights, before: State, h: Tensor, passes: int
-) -> tuple[KVState, Any]:
+def _attention(weights: LayerWeights, before: State, h: Tensor, passes: int) -> tuple[KVState, _Addresses, None]:
     """Do the same as `_recurrent` for an attention layer: keys and values take the place of the state."""
     kept = 0 if before is None else before[0].shape[2]
-    after = KVState(*(h.new_empty(size) for size in weights.mixer.carried(h.shape[0], kept + h.shape[1])))
+    keys, values = weights.mixer.carried(h.shape[0], kept + h.shape[1])
+    after = KVState(h.new_empty(keys), h.new_empty(values))
     if before is not None:
         for to, old in zip(after, before, strict=True):
             to[:, :, :kept] = old
-    layer.keys, layer.values, layer.kept = after.keys.data_ptr(), after.values.data_ptr(), kept
-    return after, None
+    return after, (kept, after.keys.data_ptr(), after.values.data_ptr(), 0), None

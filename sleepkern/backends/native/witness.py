@@ -34,11 +34,13 @@ _witnesses: WeakKeyDictionary[Any, dict[int, Witness]] = WeakKeyDictionary()
 class Witness:
     """A record of blocks whose weights were read and found to fit.
 
-    layers  what the blocks handed out, with tensors of the device "meta" in the place of the weights, which it does not
-            keep: sizes, types and numbers are those of the weights
+    layers   what the blocks handed out, with tensors of the device "meta" in the place of the weights, which it does
+             not keep: sizes, types and numbers are those of the weights
+    answers  what others conclude from these layers, by keys of their own; it may not hold a block or a weight
     """
 
     layers: tuple[LayerWeights, ...]
+    answers: dict[Any, Any]
 
     def __init__(self, blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> None:
         """
@@ -53,6 +55,7 @@ class Witness:
             names |= read
         weights = list({id(t): t for layer in layers for t in layer.tensors()}.values())
         modules = list(dict.fromkeys(m for block in blocks for m in block.modules()))
+        self.answers = {}
         self._storages, self._device, self._type = hold_weakly(weights), weights[0].device, weights[0].dtype
         self._record = _C.ModuleWitness(list(blocks), modules, weights, [counter(t) for t in weights], sorted(names))
         with torch.inference_mode(False), torch.no_grad():
@@ -67,12 +70,16 @@ class Witness:
         return h.dtype is self._type and h.device == self._device and self._record.holds(blocks)
 
 
+def last_witness(blocks: Sequence[Any]) -> Witness | None:
+    """The last witness of a stack that begins with this block and has as many; it may not hold for these."""
+    found = _witnesses.get(blocks[0])
+    return None if found is None else found.get(len(blocks))
+
+
 def known_layers(blocks: Sequence[Any], h: Tensor) -> tuple[LayerWeights, ...] | None:
     """The `layers` of a witness that these blocks are as they were and fit h; None where there is no such witness."""
-    found = _witnesses.get(blocks[0])
-    if found is None or (witness := found.get(len(blocks))) is None:
-        return None
-    return witness.layers if witness.holds_on(blocks, h) else None
+    witness = last_witness(blocks)
+    return None if witness is None or not witness.holds_on(blocks, h) else witness.layers
 
 
 def with_weights(blocks: Sequence[Any], layers: Sequence[LayerWeights]) -> Sequence[LayerWeights]:

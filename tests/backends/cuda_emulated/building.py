@@ -37,6 +37,7 @@ def build(folder: Path, sanitize: bool = False, mutant: str | None = None, sound
         csrc / "bindings" / "cuda_recurrence.cpp",
         csrc / "bindings" / "cuda_blocks.cpp",
         csrc / "bindings" / "cuda_fast_decode.cpp",
+        csrc / "bindings" / "cuda_fast_replay.cpp",
         csrc / "bindings" / "fast_path.cpp",
         csrc / "bindings" / "tensor_views.cpp",
         HERE / "module.cpp",

@@ -100,9 +100,9 @@ def memory_as_planned(device: Device) -> Iterator[None]:
     """A launch asks for no more shared memory than the device has."""
     launch = planning._C.cuda_blocks
 
-    def held(call: Any, layers: list[Any], stream: int) -> None:
+    def held(call: Any, layers: list[Any], *carried: Any, **addresses: int) -> None:
         assert planning._C.cuda_blocks_memory(call, layers) <= device.shared_memory
-        launch(call, layers, stream)
+        launch(call, layers, *carried, **addresses)
 
     with mock.patch.object(cuda._C, "cuda_blocks", held):
         yield
