@@ -313,6 +313,16 @@ def test_windows_of_another_type_or_device() -> None:
         sleep_blocks(h.bfloat16(), lm.blocks(), backend="cpu")
 
 
+def test_the_record_itself_compares_the_list() -> None:
+    lm, h = made()
+    assert known(lm, h)
+    blocks = lm.blocks()
+    record = witness._witnesses[blocks[0]][3]._record
+    assert record.holds(blocks) and record.holds(tuple(blocks))
+    for others in (blocks[:2], [*blocks, blocks[0]], [], 3, None, iter(blocks), [*blocks[:2], 3]):
+        assert not record.holds(others)
+
+
 def test_nothing_is_kept_alive() -> None:
     lm, h = made()
     assert known(lm, h)
