@@ -122,8 +122,22 @@ def _calls(device: str) -> dict[str, Callable[[], Any]]:
         "forward and gradients": gradients,
         "decode, Triton": decode("triton"),
         "replay, Triton": replay("triton"),
+        "sleep_blocks": without_grad(_sleep(device)),
     }
     return calls if device == "cpu" else {**calls, "decode, CUDA": decode("cuda"), "replay, CUDA": replay("cuda")}
+
+
+def _sleep(device: str) -> Callable[[], Any]:
+    """One pass of three small blocks over four tokens: on the CPU by C++, on a GPU by one launch."""
+    import torch
+
+    from sleepkern.nn import SleepLM
+    from sleepkern.sleep.blocks import sleep_blocks
+
+    model = SleepLM(8, 32, 2, 3, window=64, pattern="AG", factor=2)
+    model = model.bfloat16().to(device) if device == "cuda" else model
+    blocks, h = model.blocks(), torch.randn(1, 4, 32, device=device).to(next(model.parameters()).dtype)
+    return lambda: sleep_blocks(h, blocks, passes=1, backend=device)
 
 
 def _seconds(call: Callable[[], Any], calls: int = 50, rounds: int = 20) -> float:

@@ -270,9 +270,14 @@ def _recurrent(
         state = h.new_empty(fast, dtype=torch.float32)
     else:
         assert isinstance(before, RecurrentState)
-        past, state = before.conv.to(h.dtype).contiguous(), before.state.float().contiguous().clone()
+        past, state = before.conv.to(h.dtype).contiguous(), _copied(before.state)
     addresses = (past is not None, state.data_ptr(), last.data_ptr(), 0 if past is None else past.data_ptr())
     return RecurrentState(last[(passes - 1) % 2], state), addresses, past
+
+
+def _copied(state: Tensor) -> Tensor:
+    """A contiguous copy in float32, which the launch writes to."""
+    return state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def _attention(weights: LayerWeights, before: State, h: Tensor, passes: int) -> tuple[KVState, _Addresses, None]:
@@ -282,5 +287,5 @@ def _attention(weights: LayerWeights, before: State, h: Tensor, passes: int) -> 
     after = KVState(h.new_empty(keys), h.new_empty(values))
     if before is not None:
         for to, old in zip(after, before, strict=True):
-            to[:, :, :kept] = old
+            to.narrow(2, 0, kept).copy_(old)
     return after, (kept, after.keys.data_ptr(), after.values.data_ptr(), 0), None

@@ -175,10 +175,34 @@ def test_other_calls_are_left_to_the_checks(replay: mock.Mock) -> None:
         torch.autograd.forward_ad.dual_level(), mock.patch.object(fast_path, "_decoding_gpu", return_value=None),
         mock.patch.object(fast_replay, "_compiling", return_value=True),
         mock.patch.object(fast_replay, "_modes", return_value=1),
+        mock.patch.object(fast_replay, "_transforms", return_value=object()),
     ):  # fmt: skip
         with patch:
             assert not taken()
     assert taken()
+
+
+def test_the_key_has_what_the_plan_and_the_choice_look_at(replay: mock.Mock) -> None:
+    x = inputs(GATED_DELTA_RULE, Shape(B=2, T=15, H=1, HV=2, K=16, V=16))
+
+    def key(q: Tensor | None = x["q"], scale: Any = 1.0) -> Any:
+        options = (4, None, "auto", None, None, scale, True)
+        return fast_replay.key_of(GATED_DELTA_RULE, x["k"], x["v"], q, *options)
+
+    keys = [key(), key(q=None), key(scale=None), key(scale=2.0)]
+    with mock.patch.object(fast_path, "_decoding_gpu", return_value=1):
+        keys.append(key())
+    with mock.patch.object(fast_replay, "_precision", return_value="medium"):
+        keys.append(key())
+    assert len(set(keys)) == len(keys) and key() == keys[0] and key(scale=1) is None
+
+
+def test_one_pass_is_no_replay(replay: mock.Mock) -> None:
+    """A few tokens are decoded, by a kernel of its own."""
+    x = inputs(GATED_DELTA_RULE, Shape(B=2, T=4, H=1, HV=2, K=16, V=16))
+    for _ in range(2):
+        ingest(GATED_DELTA_RULE, x, passes=1)
+    assert not fast_replay._plans and replay.call_count == 0
 
 
 def test_gradients_are_those_of_the_steps(replay: mock.Mock) -> None:
