@@ -78,6 +78,7 @@ bool signalled();  // whether a handler of a signal raised an exception; the cal
 
 void bind_fast_path(pybind11::module_& m);         // plain calls, without the checks in Python
 void bind_recurrence(pybind11::module_& m);        // one pass, its gradients, and a replay
+void bind_decode(pybind11::module_& m);            // a decode step on states that are anywhere
 void bind_mixer(pybind11::module_& m);             // short convolution and gated norm
 void bind_blocks(pybind11::module_& m);            // stacks of hybrid blocks
 void bind_witness(pybind11::module_& m);           // stacks of modules that are as they were

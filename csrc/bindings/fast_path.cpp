@@ -105,10 +105,10 @@ bool any_positive(const Rows& x, int64_t tokens, int64_t width) {
   return found;
 }
 
-bool states(const Tensor& t, const Problem& p, float*& data) {
+bool states(const Tensor& t, const Problem& p, Type expected, float*& data) {
   Type type;
   data = reinterpret_cast<float*>(const_cast<char*>(address(t)));
-  return has_memory(t) && type_of(t, type) && type == Type::float32 && has_shape(t, {p.sequences, p.HV, p.K, p.V}) &&
+  return has_memory(t) && type_of(t, type) && type == expected && has_shape(t, {p.sequences, p.HV, p.K, p.V}) &&
          dense(t, 0);
 }
 
@@ -150,7 +150,7 @@ bool output(const Tensor& o, Problem& p) {
 
 }  // namespace
 
-bool is_plain(const PlainCall& c, int32_t device_type, Problem& p) {
+bool is_plain(const PlainCall& c, int32_t device_type, Problem& p, Type* state_type) {
   for (const Tensor* t : {c.q, c.k, c.v, c.g, c.beta, c.state, c.o, c.final_state, c.raw.A_log, c.raw.dt_bias}) {
     if (t && (t->device.type != device_type || t->device.id != c.k->device.id)) return false;
   }
@@ -174,9 +174,14 @@ bool is_plain(const PlainCall& c, int32_t device_type, Problem& p) {
   if (c.q && (!has_shape(*c.q, {p.sequences, p.T, p.H, p.K}) || !rows(*c.q, p.q) || p.q.type != p.k.type)) return false;
   if (p.v.type != p.k.type || !gates(c, device_type == dlpack::CPU, p) || !raw_gates(c, p)) return false;
   float* state = nullptr;
-  if (c.state && !states(*c.state, p, state)) return false;
+  Type type = Type::float32;
+  const bool bf16 = state_type && type_of(*c.final_state, type) && type == Type::bfloat16;
+  type = bf16 ? Type::bfloat16 : Type::float32;
+  if (state_type) *state_type = type;
+  if (c.state && !states(*c.state, p, type, state)) return false;
   p.state = state;
-  if (!states(*c.final_state, p, p.final_state) || !apart(c, p)) return false;
+  if (!states(*c.final_state, p, type, p.final_state) || !apart(c, p)) return false;
+  if (bf16 && p.state != p.final_state) return false;
   return c.o == nullptr ? c.q == nullptr : output(*c.o, p);
 }
 

@@ -35,8 +35,9 @@ struct PlainCall {
 
 // Whether every check of sleepkern/problems/recurrence.py would accept the call, all tensors are on one device of this
 // type, and kernels can read them in place; `problem` is then filled. Values are looked at on the CPU only, as those
-// checks do. It does not report a fault: the checks in Python do.
-bool is_plain(const PlainCall& call, int32_t device_type, Problem& problem);
+// checks do. It does not report a fault: the checks in Python do. With `state_type`, which then says the type of the
+// states, a state that is updated in place may be bfloat16.
+bool is_plain(const PlainCall& call, int32_t device_type, Problem& problem, Type* state_type = nullptr);
 
 // Views of a call's tensors, in the order of PlainCall from q on; A_log and dt_bias last.
 class TensorViews {

@@ -68,9 +68,17 @@ bool run(Gate gate, bool delta, bool normalize, double scale, PyObject* const* g
   TensorViews views;
   Problem problem{};
   if (!views.read(given, count)) return false;
-  if (!is_plain(views.call(gate, delta, normalize, scale, raw), dlpack::CPU, problem)) return false;
+  Type type = Type::float32;
+  if (!is_plain(views.call(gate, delta, normalize, scale, raw), dlpack::CPU, problem, &type)) return false;
+  if (type == Type::bfloat16 && problem.T > DECODE_LIMIT) return false;
   py::gil_scoped_release unlocked;
-  forward(problem);
+  if (type == Type::bfloat16) {
+    const int64_t size = problem.K * problem.V;
+    const StateRows rows{problem.final_state, problem.HV * size, size, problem.sequences, nullptr};
+    decode(problem, {rows, rows, type, false});
+  } else {
+    forward(problem);
+  }
   return true;
 }
 

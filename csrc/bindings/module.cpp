@@ -92,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
   export_constants(m);
   bind_fast_path(m);
   bind_recurrence(m);
+  bind_decode(m);
   bind_mixer(m);
   bind_blocks(m);
   bind_witness(m);

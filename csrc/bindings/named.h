@@ -17,10 +17,12 @@
 
 #include "bindings/arguments.h"
 #include "bindings/checks.h"
+#include "common/decode.h"
 
 namespace sleepkern {
 
 using TypedAddress = std::tuple<uintptr_t, int>;
+using StatesView = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
 
 // One value of a call. Reading it as a wrong type raises an error with its name.
 class Argument {
@@ -39,6 +41,10 @@ class Argument {
   void read(Array& field) const {
     const auto& [address, type] = as<TypedAddress>();
     field = {reinterpret_cast<const void*>(address), check_type(name_, type)};
+  }
+  void read(StateRows& field) const {
+    const auto& [address, stride, head_stride, rows, indices] = as<StatesView>();
+    field = {reinterpret_cast<void*>(address), stride, head_stride, rows, reinterpret_cast<const int64_t*>(indices)};
   }
   void read(Type& field) const { field = check_type(name_, as<int>()); }
   void read(Gate& field) const { field = check_gate(as<int>()); }
@@ -61,6 +67,8 @@ class Argument {
     if constexpr (std::is_same_v<T, bool>) return "bool";
     if constexpr (std::is_floating_point_v<T>) return "float";
     if constexpr (std::is_same_v<T, Rows> || std::is_same_v<T, View>) return "tuple[int, int, int]";
+    if constexpr (std::is_same_v<T, StateRows> || std::is_same_v<T, StatesView>)
+      return "tuple[int, int, int, int, int]";
     if constexpr (std::is_same_v<T, Array> || std::is_same_v<T, TypedAddress>) return "tuple[int, int]";
     constexpr bool is_code = std::is_same_v<T, Gate> || std::is_same_v<T, Type>;
     if constexpr (std::is_integral_v<T> || std::is_pointer_v<T> || is_code) return "int";

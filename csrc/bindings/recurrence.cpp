@@ -1,10 +1,13 @@
-// The recurrence on the CPU: one pass, its gradients, and a replay. sleepkern/backends/cpu/recurrence.py fills the
-// fields.
+// The recurrence on the CPU: one pass, with or without kept states, its gradients, and a replay.
+// sleepkern/backends/cpu/recurrence.py fills the fields.
 #include "common/recurrence.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "bindings/named.h"
+#include "bindings/recurrence_fields.h"
 #include "common/interrupt.h"
 #include "cpu/runtime/implementation.h"
 
@@ -18,33 +21,14 @@ struct ReplayCall : Problem, Replay {};
 struct RawForwardCall : Problem {};
 struct RawBackwardCall : BackwardCall {};
 
-template <class Call>
-std::vector<Field<Call>> problem_fields() {
-  return {field<Call, &Problem::gate>("gate"),
-          field<Call, &Problem::delta>("delta"),
-          field<Call, &Problem::normalize>("normalize"),
-          field<Call, &Problem::scale>("scale"),
-          field<Call, &Problem::sequences>("sequences"),
-          field<Call, &Problem::T>("T"),
-          field<Call, &Problem::H>("H"),
-          field<Call, &Problem::HV>("HV"),
-          field<Call, &Problem::K>("K"),
-          field<Call, &Problem::V>("V"),
-          field<Call, &Problem::offsets>("offsets"),
-          field<Call, &Problem::q>("q"),
-          field<Call, &Problem::k>("k"),
-          field<Call, &Problem::v>("v"),
-          field<Call, &Problem::g>("g"),
-          field<Call, &Problem::beta>("beta"),
-          field<Call, &Problem::state>("state")};
-}
-
-template <class Call>
-std::vector<Field<Call>> raw_gate_fields() {
-  return {field<Call, &RawGates::raw_decay>("raw_decay"), field<Call, &RawGates::lower_bound>("lower_bound"),
-          field<Call, &RawGates::beta_scale>("beta_scale"), field<Call, &RawGates::A_log>("A_log"),
-          field<Call, &RawGates::dt_bias>("dt_bias")};
-}
+// How a call names the states that it keeps: KeptStates in common/recurrence.h, and how many the tensor holds.
+struct KeptFields {
+  int64_t state_every, state_count;
+  float* states;         // of a forward
+  const float* dstates;  // of a backward
+};
+struct KeepingForwardCall : Problem, KeptFields {};
+struct KeepingBackwardCall : BackwardCall, KeptFields {};
 
 template <class Call>
 std::vector<Field<Call>> gradient_fields() {
@@ -57,13 +41,6 @@ std::vector<Field<Call>> gradient_fields() {
           field<Call, &Gradients::dg>("dg"),
           field<Call, &Gradients::dbeta>("dbeta"),
           field<Call, &Gradients::dstate>("dstate")};
-}
-
-// The checks of all entry points. Outputs are wanted if q is given.
-void complete(Problem& problem) {
-  problem.want_output = problem.q.data != nullptr;
-  check(problem);
-  check_offsets(problem.offsets, problem.sequences, problem.T);
 }
 
 void run_forward(Problem& problem) {
@@ -89,10 +66,41 @@ void run_backward(BackwardCall& call) {
   backward(call, call);
 }
 
-void check(const RawGates& gates, const Problem& p) {
-  check_given("beta", p.beta.data, gates.beta_scale != 0 && p.first(p.sequences) > 0);
-  if (!(gates.lower_bound <= 0)) refuse("lower_bound", std::to_string(gates.lower_bound), "at most 0");
-  if (gates.raw_decay && p.gate == Gate::none) refuse("raw_decay", "True", "False for a rule without decay");
+// Gives a checked problem its KeptStates, with the offsets of packed sequences in `offsets`. Beyond the longest
+// sequence it does not matter how far two kept states are apart.
+void keep(Problem& problem, const KeptFields& given, KeptStates& kept, std::vector<int64_t>& offsets) {
+  check_at_least("state_every", given.state_every, 1);
+  kept = {std::min(given.state_every, std::max<int64_t>(problem.T, 1)), given.states, nullptr, given.dstates};
+  int64_t count = problem.sequences * kept.count(problem.T);
+  if (problem.offsets) {
+    offsets.push_back(count = 0);
+    for (int64_t n = 0; n < problem.sequences; ++n)
+      offsets.push_back(count += kept.count(problem.first(n + 1) - problem.first(n)));
+    kept.offsets = offsets.data();
+  }
+  check_product("states, HV, K, V", {count, problem.HV, problem.K, problem.V});
+  if (given.state_count != count) {
+    refuse("state_count", std::to_string(given.state_count), std::to_string(count) + ", the states that are kept");
+  }
+  problem.kept = &kept;
+}
+
+void run_keeping_forward(KeepingForwardCall& call) {
+  KeptStates kept;
+  std::vector<int64_t> offsets;
+  complete(call);
+  keep(call, call, kept, offsets);
+  check_given("states", call.states, call.state_count > 0);
+  run_forward(call);
+}
+
+void run_keeping_backward(KeepingBackwardCall& call) {
+  KeptStates kept;
+  std::vector<int64_t> offsets;
+  complete(call);
+  keep(call, call, kept, offsets);
+  check_given("dstates", call.dstates, call.state_count > 0);
+  run_backward(call);
 }
 
 void run_forward_of_raw(RawForwardCall& call) {
@@ -158,6 +166,22 @@ void bind_recurrence(py::module_& m) {
   append(raw_backward_fields, gradient_fields<RawBackwardCall>());
   append(raw_backward_fields, {field<RawBackwardCall, &Gradients::gate_sums>("gate_sums")});
   NamedFunction<RawBackwardCall, run_backward_of_raw>::bind(m, "backward_of_raw", std::move(raw_backward_fields));
+
+  auto keeping_fields = problem_fields<KeepingForwardCall>();
+  append(keeping_fields,
+         {field<KeepingForwardCall, &Problem::o>("o"), field<KeepingForwardCall, &Problem::final_state>("final_state"),
+          field<KeepingForwardCall, &KeptFields::state_every>("state_every"),
+          field<KeepingForwardCall, &KeptFields::state_count>("state_count"),
+          field<KeepingForwardCall, &KeptFields::states>("states")});
+  NamedFunction<KeepingForwardCall, run_keeping_forward>::bind(m, "forward_keeping_states", std::move(keeping_fields));
+
+  auto keeping_backward_fields = problem_fields<KeepingBackwardCall>();
+  append(keeping_backward_fields, gradient_fields<KeepingBackwardCall>());
+  append(keeping_backward_fields, {field<KeepingBackwardCall, &KeptFields::state_every>("state_every"),
+                                   field<KeepingBackwardCall, &KeptFields::state_count>("state_count"),
+                                   field<KeepingBackwardCall, &KeptFields::dstates>("dstates")});
+  NamedFunction<KeepingBackwardCall, run_keeping_backward>::bind(m, "backward_keeping_states",
+                                                                 std::move(keeping_backward_fields));
 
   auto replay_fields = problem_fields<ReplayCall>();
   append(replay_fields,

@@ -16,6 +16,19 @@ struct RawGates {
   Array dt_bias;      // [HV] or [HV, K], absent means 0
 };
 
+// The states that a call keeps on its way: of each sequence the state after every `every` tokens, and after its last.
+// An empty sequence has none.
+struct KeptStates {
+  int64_t every;           // at least 1
+  float* states;           // [states, HV, K, V], sequence after sequence; a forward writes them
+  const int64_t* offsets;  // [sequences + 1] the number of states before each sequence when packed, else nullptr
+  const float* gradients;  // like states, what a backward adds to the gradient of each; nullptr means 0
+
+  // The states of a sequence of so many tokens, and those before sequence n, of all where n is the number of sequences.
+  constexpr int64_t count(int64_t tokens) const { return tokens / every + (tokens % every != 0); }
+  constexpr int64_t before(int64_t n, int64_t T) const { return offsets ? offsets[n] : n * count(T); }
+};
+
 struct Problem : RawGates {
   Gate gate;
   bool delta;
@@ -31,6 +44,7 @@ struct Problem : RawGates {
   const float* state;      // [sequences, HV, K, V], nullptr means 0; may be final_state itself
   void* o;                 // [tokens, HV, V] in v's type
   float* final_state;      // [sequences, HV, K, V]
+  const KeptStates* kept;  // nullptr for none; on the CPU alone
 
   // The first token of a sequence in the flattened batch. first(sequences) is the number of tokens.
   constexpr int64_t first(int64_t sequence) const { return offsets ? offset_at(offsets, sequence) : sequence * T; }

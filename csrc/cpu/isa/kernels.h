@@ -10,6 +10,7 @@
 #include "cpu/mixer/convolution.h"
 #include "cpu/mixer/gated_norm.h"
 #include "cpu/recurrence/backward.h"
+#include "cpu/recurrence/decode_states.h"
 #include "cpu/recurrence/forward.h"
 #include "cpu/replay/replay.h"
 #include "cpu/runtime/implementation.h"
@@ -28,6 +29,7 @@ const Implementation table = {
     supported,
     forward_tasks,
     backward_heads,
+    decode_heads,
     replay_heads,
     convolve,
     convolve_backward,

@@ -10,6 +10,7 @@
 #include "cpu/recurrence/buffers.h"
 #include "cpu/recurrence/chunk_backward.h"
 #include "cpu/recurrence/chunk_factors.h"
+#include "cpu/recurrence/cuts.h"
 #include "cpu/recurrence/pack_tokens.h"
 #include "cpu/recurrence/prefetch.h"
 #include "cpu/recurrence/state_pass.h"
@@ -37,61 +38,68 @@ SLEEPKERN_STAGE void state_pass_keeping_writes(const Chunk& chunk, Workspace& wo
   work.values = values;
 }
 
-struct Span {
+// Chunks [begin, end) of a sequence.
+struct Segment {
   int64_t begin, end;
 };
+
+// Adds the caller's gradient of the state before a token to grads.dstate, where that state is kept.
+static void add_kept_gradient(const Problem& problem, const Workspace& work, const BackwardBuffers& grads,
+                              const Cuts& cuts, int64_t token, int64_t head) {
+  const int64_t kept = problem.kept && problem.kept->gradients ? cuts.kept_before(token) : -1;
+  // mutant: kept-gradient-dropped
+  if (kept >= 0) add_state(work, problem.kept->gradients, kept * problem.HV + head, grads.dstate);
+}
 
 // Computes the gradients of one segment. work.state is the state before it, grads.dstate the gradient of the state
 // after it. `after` is the chunk that is computed after the segment's first one.
 SLEEPKERN_STAGE void backward_segment(const Problem& problem, Workspace& work, BackwardBuffers& grads,
-                                      const Gradients& out, int64_t head, Span tokens, bool add, const Next& after) {
+                                      const Gradients& out, int64_t head, const Cuts& cuts, Segment segment, bool add,
+                                      const Next& after) {
   Problem without_outputs = problem;
   without_outputs.want_output = false;
-  const int64_t chunks = (tokens.end - tokens.begin + CHUNK - 1) / CHUNK;
-  auto state = [&](int64_t n) { return grads.states + n * grads.state_size; };
-  auto chunk_at = [&](const Problem& problem, int64_t n) {
-    const int64_t first = tokens.begin + n * CHUNK;
-    return Chunk(problem, first, min_of(CHUNK, tokens.end - first), head);
-  };
-  for (int64_t n = 0; n < chunks; ++n) {
+  auto state = [&](int64_t n) { return grads.states + (n - segment.begin) * grads.state_size; };
+  auto writes = [&](int64_t n) { return grads.writes + (n - segment.begin) * grads.values_size; };
+  for (int64_t n = segment.begin; n < segment.end; ++n) {
     transpose_panels(work.state, work.K_rows, work.K_rows, grads.V_rows, state(n), grads.V_rows);
-    const bool last = n + 1 == chunks;  // its factors for the backward are made at once, since its backward comes next
-    state_pass_keeping_writes(chunk_at(last ? problem : without_outputs, n), work, grads.writes + n * grads.values_size,
-                              chunk_at(without_outputs, n + 1));
+    // The factors of the last chunk are made for the backward at once, since its backward comes next.
+    const bool last = n + 1 == segment.end;
+    state_pass_keeping_writes(cuts.chunk(last ? problem : without_outputs, n, head), work, writes(n),
+                              cuts.chunk(without_outputs, last ? -1 : n + 1, head));
   }
-  for (int64_t n = chunks - 1; n >= 0; --n) {
-    const Chunk chunk = chunk_at(problem, n);
-    const Next next = n > 0 ? Next{Chunk(problem, chunk.first - CHUNK, CHUNK, head), -1} : after;
-    if (n + 1 < chunks) chunk_factors<float>(chunk, work);
-    chunk_backward(chunk, work, grads, out, state(n), grads.writes + n * grads.values_size, add, next);
+  for (int64_t n = segment.end - 1; n >= segment.begin; --n) {
+    const Chunk chunk = cuts.chunk(problem, n, head);
+    const Next next = n > segment.begin ? Next{cuts.chunk(problem, n - 1, head), -1} : after;
+    if (n + 1 < segment.end) chunk_factors<float>(chunk, work);
+    // mutant: kept-gradient-at-the-cut-before
+    add_kept_gradient(problem, work, grads, cuts, chunk.first + chunk.count, head);
+    chunk_backward(chunk, work, grads, out, state(n), writes(n), add, next);
   }
 }
 
 // Computes one value head of one sequence, bh = sequence * HV + head. `add`: dq and dk hold those of an earlier head.
 SLEEPKERN_STAGE void backward_head(const Problem& problem, Workspace& work, BackwardBuffers& grads,
-                                   const Gradients& out, int64_t bh, Span tokens, bool add, const Next& after) {
-  const int64_t length = grads.segment * CHUNK, segments = max_of((tokens.end - tokens.begin + length - 1) / length, 1);
+                                   const Gradients& out, int64_t bh, bool add, const Next& after) {
+  const Cuts cuts(problem, bh / problem.HV);
+  const int64_t head = bh % problem.HV, chunks = cuts.chunks(), length = grads.segment;
+  const int64_t segments = max_of((chunks + length - 1) / length, 1);
   const int64_t bytes = work.state_size * sizeof(float);
   Problem without_outputs = problem;
   without_outputs.want_output = false;
   const int64_t channels = problem.gate == Gate::channel ? problem.K : 1;
   grads.gate_sums = out.gate_sums ? out.gate_sums + bh * (1 + channels) : nullptr;
   load_state(work, problem.state, bh, work.state);
-  for (int64_t first = tokens.begin, s = 0; s + 1 < segments; first += CHUNK) {
-    if ((first - tokens.begin) % length == 0)
-      std::memcpy(grads.segment_states + s * work.state_size, work.state, bytes);
-    const Chunk chunk(without_outputs, first, CHUNK, bh % problem.HV),
-        next(without_outputs, first + CHUNK, CHUNK, chunk.head);
-    state_pass_keeping_writes(chunk, work, grads.writes, next);
-    if ((first + CHUNK - tokens.begin) % length == 0) ++s;
+  for (int64_t n = 0; n < (segments - 1) * length; ++n) {
+    if (n % length == 0) std::memcpy(grads.segment_states + n / length * work.state_size, work.state, bytes);
+    state_pass_keeping_writes(cuts.chunk(without_outputs, n, head), work, grads.writes,
+                              cuts.chunk(without_outputs, n + 1, head));
   }
   load_state(work, out.dfinal, bh, grads.dstate);
   for (int64_t s = segments - 1; s >= 0; --s) {
     if (s + 1 < segments) std::memcpy(work.state, grads.segment_states + s * work.state_size, bytes);
-    const int64_t first = tokens.begin + s * length;
-    const Span segment{first, min_of(first + length, tokens.end)};
-    const Next earlier{Chunk(problem, first - length, s > 0 ? CHUNK : 0, bh % problem.HV), -1};
-    backward_segment(problem, work, grads, out, bh % problem.HV, segment, add, s > 0 ? earlier : after);
+    const Segment segment{s * length, min_of((s + 1) * length, chunks)};
+    const Next earlier{cuts.chunk(problem, s > 0 ? segment.begin - length : -1, head), -1};
+    backward_segment(problem, work, grads, out, head, cuts, segment, add, s > 0 ? earlier : after);
   }
   if (out.dstate) store_state(work, grads.dstate, bh, out.dstate);
 }
@@ -106,21 +114,18 @@ static void fill_triangle(const Workspace& work) {
 // The first chunk that is computed of head `bh`, if bh < end.
 static Next first_chunk(const Problem& problem, int64_t bh, int64_t end) {
   if (bh >= end) return {Chunk(problem, 0, 0, 0), -1};
-  const int64_t first = problem.first(bh / problem.HV);
-  return {Chunk(problem, first, min_of(CHUNK, problem.first(bh / problem.HV + 1) - first), bh % problem.HV), bh};
+  return {Cuts(problem, bh / problem.HV).chunk(problem, 0, bh % problem.HV), bh};
 }
 
 // Computes key heads [begin, end) of sequences * H. The value heads of a key head follow each other, because they add
 // up in its dq and dk.
 void backward_heads(const Problem& problem, const Gradients& out, int64_t begin, int64_t end) {
   Workspace& work = thread_local_arrays<Workspace>(problem, true);
-  BackwardBuffers& grads = thread_local_arrays<BackwardBuffers>(problem, work, problem.longest());
+  BackwardBuffers& grads = thread_local_arrays<BackwardBuffers>(problem, work, most_chunks(problem));
   if (problem.gate == Gate::channel) fill_triangle(work);
   const int64_t group = problem.HV / problem.H;
   for (int64_t bh = begin * group; bh < end * group; ++bh) {
-    const int64_t sequence = bh / problem.HV;
-    const Span tokens{problem.first(sequence), problem.first(sequence + 1)};
-    backward_head(problem, work, grads, out, bh, tokens, bh % group > 0, first_chunk(problem, bh + 1, end * group));
+    backward_head(problem, work, grads, out, bh, bh % group > 0, first_chunk(problem, bh + 1, end * group));
   }
 }
 

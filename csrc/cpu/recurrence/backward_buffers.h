@@ -53,9 +53,9 @@ struct BackwardBuffers {
   double* gate_sums;                // of the current head: the gradients of A_log and dt_bias (Gradients::gate_sums)
 };
 
-static void lay_out(BackwardBuffers& grads, const Problem& problem, const Workspace& work, int64_t longest,
+static void lay_out(BackwardBuffers& grads, const Problem& problem, const Workspace& work, int64_t most_chunks,
                     ArenaCursor& take) {
-  const int64_t chunks = max_of((longest + CHUNK - 1) / CHUNK, 1);
+  const int64_t chunks = max_of(most_chunks, 1);
   grads.segment =
       min_of(chunks, max_of(SEGMENT, static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(chunks))))));
   grads.segments = (chunks + grads.segment - 1) / grads.segment;

@@ -3,10 +3,13 @@
 // hardware prefetches:
 //
 //   u = (a S)^T k,  y = (a S)^T q;   e = b (v - [delta] u);   o = scale (y + (q.k) e);   S <- a S + k e^T
+//
+// The elements E of a state are float, or Bf16 with half the bytes. All sums are those of floats.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/recurrence.h"
 #include "cpu/recurrence/buffers.h"
@@ -28,22 +31,28 @@ struct DecodeToken {
   float b, qk;
 };
 
-// A v-tile of the state: `columns` value columns, a multiple of LANES.
+template <class E>
+constexpr Type STATE_TYPE = std::is_same_v<E, Bf16> ? Type::bfloat16 : Type::float32;
+
+// A v-tile of the state: `columns` value columns, a multiple of LANES. `next` is the distance from it to the state that
+// is decoded next, in elements.
+template <class E>
 struct StateColumns {
-  float* data;
-  int64_t rows, stride, columns;
+  E* data;
+  int64_t rows, stride, columns, next;
 
   // Beyond the last row this is the last row again, which is multiplied by zero.
-  float* row(int64_t d) const { return data + min_of(d, rows - 1) * stride; }
+  E* row(int64_t d) const { return data + min_of(d, rows - 1) * stride; }
 };
 
-SLEEPKERN_STAGE void decode_read(const DecodeToken& x, const StateColumns& s, float* u, float* y) {
+template <class E>
+SLEEPKERN_STAGE void decode_read(const DecodeToken& x, const StateColumns<E>& s, float* u, float* y) {
   for (int64_t n = 0; n < s.columns; n += LANES) {
     store(u + n, Vec{});
     store(y + n, Vec{});
   }
   for (int64_t d = 0; d < s.rows; d += DECODE_ROWS) {
-    const float* rows[DECODE_ROWS];
+    const E* rows[DECODE_ROWS];
     Vec k[DECODE_ROWS], q[DECODE_ROWS];
     SLEEPKERN_EACH_DECODE_ROW(r) {
       rows[r] = s.row(d + r);
@@ -63,11 +72,11 @@ SLEEPKERN_STAGE void decode_read(const DecodeToken& x, const StateColumns& s, fl
   }
 }
 
-SLEEPKERN_STAGE void decode_write(const DecodeToken& x, const StateColumns& s, const float* e) {
-  const int64_t next =
-      s.rows * s.stride;  // the next head's state follows this one; after the last head the prefetch has no effect
+template <class E>
+SLEEPKERN_STAGE void decode_write(const DecodeToken& x, const StateColumns<E>& s, const float* e) {
+  const int64_t next = s.next;  // where no state follows, the prefetch has no effect
   for (int64_t d = 0; d < s.rows; d += DECODE_ROWS) {
-    float* rows[DECODE_ROWS];
+    E* rows[DECODE_ROWS];
     Vec k[DECODE_ROWS], a[DECODE_ROWS];
     const bool whole = d + DECODE_ROWS <= s.rows;
     SLEEPKERN_EACH_DECODE_ROW(r) {
@@ -86,7 +95,8 @@ SLEEPKERN_STAGE void decode_write(const DecodeToken& x, const StateColumns& s, c
 }
 
 // Replaces v by o. u and y are scratch for a row of columns.
-SLEEPKERN_INLINE void decode_tile(const DecodeToken& x, bool delta, float scale, const StateColumns& s, float* u,
+template <class E>
+SLEEPKERN_INLINE void decode_tile(const DecodeToken& x, bool delta, float scale, const StateColumns<E>& s, float* u,
                                   float* y, float* v) {
   decode_read(x, s, u, y);
   for (int64_t n = 0; n < s.columns; n += LANES) {
@@ -97,21 +107,27 @@ SLEEPKERN_INLINE void decode_tile(const DecodeToken& x, bool delta, float scale,
   decode_write(x, s, u);
 }
 
-// Computes one token. Columns that fill no vector are copied to `spare`, [K][LANES], and back.
-static void decode_columns(const DecodeToken& x, const Problem& problem, float* state, float* v, float* u, float* y,
-                           float* spare) {
+// Computes one token. Columns that fill no vector are converted to floats in `spare`, [K][LANES], and back.
+template <class E>
+static void decode_columns(const DecodeToken& x, const Problem& problem, E* state, int64_t next, float* v, float* u,
+                           float* y, float* spare) {
   const int64_t whole = problem.V / LANES * LANES, width = problem.V - whole;
-  if (whole) decode_tile(x, problem.delta, problem.scale, {state, problem.K, problem.V, whole}, u, y, v);
+  const StateColumns<E> columns{state, problem.K, problem.V, whole, next};
+  if (whole) decode_tile(x, problem.delta, problem.scale, columns, u, y, v);
   if (width == 0) return;
   for (int64_t d = 0; d < problem.K; ++d) {
     store(spare + d * LANES, Vec{});
-    copy_tail(spare + d * LANES, state + d * problem.V + whole, width);
+    load_row(state + d * problem.V + whole, STATE_TYPE<E>, width, spare + d * LANES);
   }
-  decode_tile(x, problem.delta, problem.scale, {spare, problem.K, LANES, LANES}, u, y, v + whole);
-  for (int64_t d = 0; d < problem.K; ++d) copy_tail(state + d * problem.V + whole, spare + d * LANES, width);
+  const StateColumns<float> rest{spare, problem.K, LANES, LANES, 0};
+  decode_tile(x, problem.delta, problem.scale, rest, u, y, v + whole);
+  for (int64_t d = 0; d < problem.K; ++d)
+    store_row(spare + d * LANES, STATE_TYPE<E>, width, state + d * problem.V + whole);
 }
 
-SLEEPKERN_STAGE void decode_token(const Chunk& chunk, Workspace& work, int64_t t, float* state) {
+// Decodes token t of a chunk on a contiguous state [K, V] in place, from which the next state is `next` elements away.
+template <class E>
+SLEEPKERN_STAGE void decode_token(const Chunk& chunk, Workspace& work, int64_t t, E* state, int64_t next) {
   const Problem& problem = chunk.problem;
   const int64_t size = problem.v.type == Type::float32 ? 4 : 2;
   float *k = work.rows, *q = k + work.row_size, *decay = q + work.row_size, *v = decay + work.row_size;
@@ -137,7 +153,7 @@ SLEEPKERN_STAGE void decode_token(const Chunk& chunk, Workspace& work, int64_t t
     qk += load(k + d) * load(q + d);
   }
   load_row(chunk.row(problem.v, t, chunk.head * problem.V), problem.v.type, problem.V, v);
-  decode_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, problem, state, v, work.gram_kk, work.gram_qk,
+  decode_columns({k, decay, decayed_k, decayed_q, b, sum(qk)}, problem, state, next, v, work.gram_kk, work.gram_qk,
                  work.k_tails);
   if (problem.want_output)
     store_row(v, problem.v.type, problem.V,

@@ -165,6 +165,24 @@ SLEEPKERN_STAGE void load_state(const Workspace& work, const float* states, int6
   }
 }
 
+// Adds a state in the caller's layout to one in panels.
+SLEEPKERN_STAGE void add_state(const Workspace& work, const float* states, int64_t bh, float* panels) {
+  for (int64_t d = 0; d < work.K; ++d) {
+    for (int64_t panel = work.first_panel; panel < work.end_panel; ++panel) {
+      const int64_t first = panel * PANEL, width = min_of(PANEL, work.V - first);
+      const float* from = states + (bh * work.K + d) * work.V + first;
+      float* to = panels + (panel * work.K_rows + d) * PANEL;
+      alignas(64) float row[PANEL];
+      if (width != PANEL) {
+        SLEEPKERN_EACH_VEC(n) store(row + n * LANES, Vec{});
+        load_row(from, Type::float32, width, row);
+        from = row;
+      }
+      SLEEPKERN_EACH_VEC(n) store(to + n * LANES, load(to + n * LANES) + load(from + n * LANES));
+    }
+  }
+}
+
 SLEEPKERN_STAGE void state_to_bf16x2(const Workspace& work) {
   for (int64_t panel = work.first_panel; panel < work.end_panel; ++panel) {
     const int64_t at = panel * work.K_rows * PANEL;
@@ -176,6 +194,7 @@ SLEEPKERN_STAGE void state_to_bf16x2(const Workspace& work) {
   }
 }
 
+// Stores a state from panels to the caller's layout.
 SLEEPKERN_STAGE void store_state(const Workspace& work, const float* panels, int64_t bh, float* states) {
   for (int64_t d = 0; d < work.K; ++d) {
     for (int64_t panel = work.first_panel; panel < work.end_panel; ++panel) {
@@ -185,6 +204,21 @@ SLEEPKERN_STAGE void store_state(const Workspace& work, const float* panels, int
       store_row(from, Type::float32, width, states + (bh * work.K + d) * work.V + first);
     }
   }
+}
+
+// The same past the caches, for a state that the call does not read again.
+SLEEPKERN_STAGE void stream_state(const Workspace& work, const float* panels, int64_t bh, float* states) {
+  float* to = states + bh * work.K * work.V;
+  if (work.V % PANEL != 0 || reinterpret_cast<uintptr_t>(to) % sizeof(Vec) != 0)
+    return store_state(work, panels, bh, states);
+  for (int64_t d = 0; d < work.K; ++d, to += work.V) {
+    for (int64_t panel = work.first_panel; panel < work.end_panel; ++panel) {
+      if (work.skipped >> panel & 1) continue;
+      const float* from = panels + (panel * work.K_rows + d) * PANEL;
+      SLEEPKERN_EACH_VEC(n) stream(to + panel * PANEL + n * LANES, load(from + n * LANES));
+    }
+  }
+  end_stream();
 }
 
 }  // namespace

@@ -71,15 +71,16 @@ static void huge_pages_for_output(const Problem& p, void* output, int64_t elemen
   prefer_huge_pages(output, tokens * elements_per_token * (type == Type::float32 ? 4 : 2));
 }
 
-static void huge_pages_for_states(const Problem& p, float* states) {
-  prefer_huge_pages(states, p.sequences * p.HV * p.K * p.V * static_cast<int64_t>(sizeof(float)));
+static void huge_pages_for_states(const Problem& p, int64_t count, float* states) {
+  prefer_huge_pages(states, count * p.HV * p.K * p.V * static_cast<int64_t>(sizeof(float)));
 }
 
 void forward(const Problem& p) {
   if (p.sequences == 0) return;
   const Implementation& isa = implementation();
   huge_pages_for_output(p, p.o, p.HV * p.V, p.v.type);
-  huge_pages_for_states(p, p.final_state);
+  huge_pages_for_states(p, p.sequences, p.final_state);
+  if (p.kept) huge_pages_for_states(p, p.kept->before(p.sequences, p.T), p.kept->states);
   // With fewer heads than threads a head is cut into v-tiles. Each v-tile computes the chunk factors again, an eighth
   // of the work at K = V = 128.
   const int64_t heads = p.sequences * p.HV, threads = thread_count();
@@ -94,16 +95,23 @@ void backward(const Problem& p, const Gradients& out) {
   huge_pages_for_output(p, out.dq, p.H * p.K, out.key_type);
   huge_pages_for_output(p, out.dk, p.H * p.K, out.key_type);
   huge_pages_for_output(p, out.dv, p.HV * p.V, p.v.type);
-  huge_pages_for_states(p, out.dstate);
+  huge_pages_for_states(p, p.sequences, out.dstate);
   if (p.gate == Gate::channel) huge_pages_for_output(p, out.dg, p.HV * p.K, p.g.type);
   over_tasks(p, p.sequences * p.H, 20.0 * p.K * p.V,
              [&](int64_t begin, int64_t end) { isa.backward(p, out, begin, end); });
 }
 
+void decode(const Problem& p, const DecodeStates& states) {
+  if (p.sequences == 0) return;
+  const Implementation& isa = implementation();
+  over_tasks(p, p.sequences * p.HV, 8.0 * p.K * p.V,
+             [&](int64_t begin, int64_t end) { isa.decode(p, states, begin, end); });
+}
+
 void replay(const Problem& p, const Replay& r) {
   if (p.sequences == 0) return;
   const Implementation& isa = implementation();
-  huge_pages_for_states(p, p.final_state);
+  huge_pages_for_states(p, p.sequences, p.final_state);
   over_tasks(p, p.sequences * p.HV, 4.0 * p.K * p.V * r.passes,
              [&](int64_t begin, int64_t end) { isa.replay(p, r, begin, end); });
 }

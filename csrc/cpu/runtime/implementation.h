@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/blocks.h"
+#include "common/decode.h"
 #include "common/mixer_ops.h"
 #include "common/recurrence.h"
 
@@ -17,6 +18,8 @@ struct Implementation {
   void (*forward)(const Problem&, int64_t v_tiles, int64_t begin, int64_t end);
   // Key heads [begin, end) of the sequences * H of a problem.
   void (*backward)(const Problem&, const Gradients&, int64_t begin, int64_t end);
+  // Heads [begin, end) of the sequences * HV of a problem, whose states are in DecodeStates.
+  void (*decode)(const Problem&, const DecodeStates&, int64_t begin, int64_t end);
   // Heads [begin, end) of the sequences * HV of a problem.
   void (*replay)(const Problem&, const Replay&, int64_t begin, int64_t end);
   // Tokens [begin, end) of the flattened batch.
@@ -51,6 +54,7 @@ bool set_implementation(const char* name);
 
 void forward(const Problem& problem);
 void backward(const Problem& problem, const Gradients& gradients);
+void decode(const Problem& problem, const DecodeStates& states);
 void replay(const Problem& problem, const Replay& replay);
 
 }  // namespace sleepkern

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...problems.gates import RawGates
 from ...problems.recurrence import Problem, RecurrenceResult, Tensors
+from ...problems.states import count_states
 from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
-from ..interface import REPLAY
-from ..native.module import _C, GATE_CODES, MISSING, TYPE_CODES
-from ..native.views import ABSENT, Array, Rows, address, array, rows
+from ..interface import REPLAY, STATES, refuse_states
+from ..native.module import _C, MISSING, TYPE_CODES
+from ..native.views import address, rows
 from ..replay import backward as replay_backward
 from ..replay import costs
 from ..replay.methods import affine, closed, repeat, window_decay
+from ..torch_common import states_by_steps
+from ..torch_common import step_in_pool as step_on_copies
+from . import decode
+from .fields import fields_of, gate_fields_of, gate_type
 
 NAME = "cpu"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
-OPTIONS = REPLAY
+OPTIONS = REPLAY | STATES
 
 
 def why_not(problem: Problem) -> str | None:
@@ -32,7 +37,7 @@ def why_not(problem: Problem) -> str | None:
         return f"no kernel for {problem.dtype}, only float32, bfloat16 and float16"
     if max(problem.K, problem.V) > _C.head_limit:
         return f"heads of at most {_C.head_limit}, got K = {problem.K}, V = {problem.V}"
-    return costs.refuse(problem, _C.rank_limit)
+    return refuse_states(problem) or costs.refuse(problem, _C.rank_limit)
 
 
 def kernel(problem: Problem) -> str:
@@ -57,6 +62,8 @@ def method_of(problem: Problem) -> str:
 
 def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     """Compute the output of the last of `problem.passes` passes and the final state."""
+    if problem.state_every is not None:
+        return _keeping_states(problem, x, problem.state_every)
     if problem.passes == 1 and problem.tol is None:
         return RecurrenceResult(*_one_pass(problem, x, x.state, problem.output))
     passes, method = problem.passes, method_of(problem)
@@ -78,6 +85,19 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     return repeat(one_pass, state, passes, problem.tol, problem.output)
 
 
+def _keeping_states(problem: Problem, x: Tensors, every: int) -> RecurrenceResult:
+    """One pass that stores the states along the way."""
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if problem.output else None
+    heads = (problem.HV, problem.K, problem.V)
+    final = x.k.new_empty((problem.sequences, *heads), dtype=torch.float32)
+    states = x.k.new_empty((problem.B, count_states(problem, x.cu_seqlens), *heads), dtype=torch.float32)
+    state = None if x.state is None else x.state.contiguous()
+    fields, _alive = fields_of(problem, x, state, problem.output)
+    kept = {"state_every": every, "state_count": problem.B * states.shape[1], "states": states.data_ptr()}
+    _C.forward_keeping_states(**fields, o=address(o), final_state=final.data_ptr(), **kept)
+    return RecurrenceResult(o, final, states=states)
+
+
 def _replay(problem: Problem, x: Tensors, method: str) -> RecurrenceResult:
     """Run passes over factors that are made once; outputs by an ordinary pass from the state before the last."""
     size = (problem.sequences, problem.HV, problem.K, problem.V)
@@ -89,7 +109,7 @@ def _replay(problem: Problem, x: Tensors, method: str) -> RecurrenceResult:
         residual = x.k.new_empty(size[:2], dtype=torch.float32)
         passes_done = x.k.new_empty(size[:2], dtype=torch.int32)
         before = torch.empty_like(final) if problem.output else None
-    fields, _alive = _fields(problem, x, state, False)
+    fields, _alive = fields_of(problem, x, state, False)
     _C.replay(
         **fields,
         final_state=final.data_ptr(),
@@ -111,7 +131,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Compute the gradients of q, k, v, g, beta and state."""
     if problem.passes == 1:
-        return _one_backward(problem, x, x.state, do, dstate)
+        return _one_backward(problem, x, x.state, do, dstate, dstates=dstates)
     passes_done = None
     if problem.tol is not None:
         passes_done = forward(problem._replace(output=False), x._replace(q=None)).passes
@@ -128,14 +148,39 @@ def _state_after(problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
 
 
 def step(problem: Problem, x: Tensors, gates: RawGates | None = None) -> Tensor:
-    """Compute the outputs [B,T,HV,V]; the state is updated in place, also where it is not contiguous."""
+    """Compute the outputs [B,T,HV,V]; the state is updated in place, also where it is bfloat16 or not contiguous."""
     assert x.state is not None
-    state = x.state.contiguous()
+    state = x.state
+    if problem.state_bf16 or not state.is_contiguous():
+        if problem.T <= _C.decode_limit and decode.has_matrices(state):
+            return decode.run(problem, x, None, None, None, gates)
+        state = state.float().contiguous()
     o, _ = _one_pass(problem, x, state, True, final=state, gates=gates)
     assert o is not None
     if state is not x.state:
         x.state.copy_(state)
     return o
+
+
+def step_in_pool(problem: Problem, x: Tensors, indices: Tensor) -> Tensor:
+    """Compute the outputs [B,T,HV,V]; row b updates x.state[indices[b]] in place, and none where the index is negative.
+
+    The states of calls too long for decode are copied out and back, to be computed in chunks.
+    """
+    assert x.state is not None
+    if problem.T <= _C.decode_limit and decode.has_matrices(x.state):
+        return decode.run(problem, x, indices)
+    return step_on_copies(problem, x, indices, step)
+
+
+def step_states(
+    problem: Problem, x: Tensors, indices: Tensor | None, states_out: Tensor, out_indices: Tensor | None
+) -> Tensor:
+    """Compute the outputs [B,T,HV,V] of states that are read, and store the state after each token."""
+    assert x.state is not None
+    if decode.has_matrices(x.state) and decode.has_matrices(states_out):
+        return decode.run(problem, x, indices, states_out, out_indices)
+    return states_by_steps(problem, x, indices, states_out, out_indices, step)
 
 
 def why_not_gates(problem: Problem) -> str | None:
@@ -187,11 +232,11 @@ def _one_pass(
     if final is None:
         final = x.k.new_empty((problem.sequences, problem.HV, problem.K, problem.V), dtype=torch.float32)
         state = None if state is None else state.contiguous()
-    fields, _alive = _fields(problem, x, state, output)
+    fields, _alive = fields_of(problem, x, state, output)
     if gates is None:
         _C.forward(**fields, o=address(o), final_state=final.data_ptr())
     else:
-        more, _alive_too = _gate_fields(gates)
+        more, _alive_too = gate_fields_of(gates)
         _C.forward_of_raw(**fields, **more, o=address(o), final_state=final.data_ptr())
     return o, final
 
@@ -204,6 +249,7 @@ def _one_backward(
     dstate: Tensor | None,
     gates: RawGates | None = None,
     sums: Tensor | None = None,
+    dstates: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor.
 
@@ -213,110 +259,27 @@ def _one_backward(
     state = None if state is None else state.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
     key_type = x.k.dtype if problem.H == problem.HV else torch.float32
-    fields, _alive = _fields(problem, x, state, want_output)
+    fields, _alive = fields_of(problem, x, state, want_output)
     do, do_view = rows(do if want_output else None, problem.HV * problem.V)
 
     def like(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return None if t is None else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
     dq, dk, dv = like(x.q if want_output else None, key_type), like(x.k, key_type), like(x.v)
-    dg, dbeta, dinitial = (like(t, _gate_type(t)) for t in (x.g, x.beta, state))
+    dg, dbeta, dinitial = (like(t, gate_type(t)) for t in (x.g, x.beta, state))
     above = {"do": do_view, "dfinal": address(dstate)}
     made = {"dq": dq, "dk": dk, "dv": dv, "dg": dg, "dbeta": dbeta, "dstate": dinitial}
     written: dict[str, Any] = {**above, "key_type": TYPE_CODES[key_type], **{n: address(t) for n, t in made.items()}}
-    if gates is None:
+    if dstates is not None:
+        dstates, count = dstates.contiguous(), dstates.shape[0] * dstates.shape[1]
+        written |= {"state_every": problem.state_every or 1, "state_count": count, "dstates": address(dstates)}
+        _C.backward_keeping_states(**fields, **written)
+    elif gates is None:
         _C.backward(**fields, **written)
     else:
-        more, _alive_too = _gate_fields(gates)
+        more, _alive_too = gate_fields_of(gates)
         _C.backward_of_raw(**fields, **more, **written, gate_sums=address(sums))
     if dq is None and x.q is not None:
         dq = torch.zeros_like(x.q)
     grads = [dq, dk, dv, dg, dbeta, dinitial]
     return [d if d is None or t is None else d.to(t.dtype) for d, t in zip(grads, x, strict=False)]
-
-
-class _Fields(TypedDict):
-    """The fields that every entry point of _C takes: csrc/common/recurrence.h says what each is."""
-
-    gate: int
-    delta: bool
-    normalize: bool
-    scale: float
-    sequences: int
-    T: int
-    H: int
-    HV: int
-    K: int
-    V: int
-    offsets: int
-    q: Rows
-    k: Rows
-    v: Rows
-    g: Rows
-    beta: Rows
-    state: int
-
-
-def _fields(
-    problem: Problem, x: Tensors, state: Tensor | None, want_output: bool
-) -> tuple[_Fields, list[Tensor | None]]:
-    """The fields of a call, and the tensors that must live while it runs."""
-    H, HV, K, V = problem.H, problem.HV, problem.K, problem.V
-    offsets = x.cu_seqlens
-    if offsets is not None and not (offsets.is_cpu and offsets.dtype == torch.int64 and offsets.is_contiguous()):
-        offsets = offsets.to("cpu", torch.int64).contiguous()
-    q, q_view = rows(x.q, H * K) if want_output else (None, ABSENT)
-    k, k_view = rows(x.k, H * K)
-    v, v_view = rows(x.v, HV * V)
-    g, g_view = rows(x.g, HV * K if problem.rule.gate == "channel" else HV)
-    beta, beta_view = rows(x.beta, HV)
-    fields: _Fields = {
-        "gate": GATE_CODES[problem.rule.gate],
-        "delta": problem.rule.delta,
-        "normalize": problem.normalize,
-        "scale": problem.scale,
-        "sequences": problem.sequences,
-        "T": problem.T,
-        "H": H,
-        "HV": HV,
-        "K": K,
-        "V": V,
-        "offsets": address(offsets),
-        "q": q_view,
-        "k": k_view,
-        "v": v_view,
-        "g": g_view,
-        "beta": beta_view,
-        "state": address(state),
-    }
-    return fields, [offsets, q, k, v, g, beta, state]
-
-
-class _GateFields(TypedDict):
-    """The fields that say which gates are raw (RawGates of csrc/common/recurrence.h)."""
-
-    raw_decay: bool
-    lower_bound: float
-    beta_scale: float
-    A_log: Array
-    dt_bias: Array
-
-
-def _gate_fields(gates: RawGates) -> tuple[_GateFields, list[Tensor | None]]:
-    """The fields of raw gates, and the tensors that must live while a call reads them."""
-    narrow = [None if t is None or t.dtype in TYPE_CODES else t.float() for t in (gates.A_log, gates.dt_bias)]
-    given = [t if n is None else n for t, n in zip((gates.A_log, gates.dt_bias), narrow, strict=True)]
-    (A_log, A_log_view), (dt_bias, dt_bias_view) = (array(t) for t in given)
-    fields: _GateFields = {
-        "raw_decay": gates.decay,
-        "lower_bound": gates.lower_bound or 0.0,
-        "beta_scale": gates.beta_scale,
-        "A_log": A_log_view,
-        "dt_bias": dt_bias_view,
-    }
-    return fields, [A_log, dt_bias]
-
-
-def _gate_type(t: Tensor | None) -> torch.dtype | None:
-    """Type the kernel writes the gradient of a gate in: float32 for a float64 gate, which it reads as float32."""
-    return None if t is None or t.dtype in TYPE_CODES else torch.float32

@@ -40,6 +40,14 @@ BACKWARD = PROBLEM | {
 REPLAY = PROBLEM | {
     "final_state": AT, "rank": False, "passes": 2, "tol": 0.0, "before": 0, "residual": 0, "passes_done": 0,
 }  # fmt: skip
+KEEPING = FORWARD | {"state_every": 16, "state_count": 1, "states": AT}
+KEEPING_BACKWARD = BACKWARD | {"state_every": 16, "state_count": 1, "dstates": AT}
+NO_STATES, STATES = (0, 0, 0, 0, 0), (AT, 64, 64, 2, 0)
+INDICES = np.array([1, 2])
+DECODE = {name: value for name, value in PROBLEM.items() if name != "state"} | {
+    "raw_decay": False, "lower_bound": 0.0, "beta_scale": 0.0, "A_log": (0, 0), "dt_bias": (0, 0), "o": AT,
+    "state_type": 0, "states": STATES, "each_token": False, "states_out": NO_STATES,
+}  # fmt: skip
 CONVOLUTION = {
     "sequences": 1, "T": 2, "D": 8, "W": 4, "offsets": 0, "silu": True, "x": VIEW, "weight": ARRAY, "bias": (0, 0),
     "past": 0,
@@ -98,6 +106,27 @@ def test_offsets_that_are_not_those_of_the_tokens(offsets: tuple[int, int]) -> N
         ("backward", BACKWARD | {"HV": 2, "key_type": 1}, "key_type: got 1; expected 0 where H < HV"),
         ("backward", BACKWARD | {"dk": 0}, "dk: got address 0"),
         ("backward", BACKWARD | {"do": ABSENT}, "do: got address 0"),
+        ("forward_keeping_states", KEEPING | {"state_every": 0}, "state_every: got 0; expected at least 1"),
+        ("forward_keeping_states", KEEPING | {"state_count": 2}, "state_count: got 2; expected 1, the states that"),
+        ("forward_keeping_states", KEEPING | {"states": 0}, "states: got address 0"),
+        ("backward_keeping_states", KEEPING_BACKWARD | {"state_every": -16}, "state_every: got -16"),
+        ("backward_keeping_states", KEEPING_BACKWARD | {"state_count": 0}, "state_count: got 0; expected 1"),
+        ("backward_keeping_states", KEEPING_BACKWARD | {"dstates": 0}, "dstates: got address 0"),
+        ("decode", DECODE | {"o": 0}, "o: got address 0"),
+        ("decode", DECODE | {"state_type": 2}, "state_type: got 2; expected 0 or 1, float32 or bfloat16"),
+        ("decode", DECODE | {"states": (0, 64, 64, 2, 0)}, "states: got address 0"),
+        ("decode", DECODE | {"states": (AT, -64, 64, 2, 0)}, "states: got -64; expected at least 0"),
+        ("decode", DECODE | {"states": (AT, 64, -1, 2, 0)}, "states: got -1; expected at least 0"),
+        ("decode", DECODE | {"states": (AT, 2**61, 64, 2, 0)}, "states: got a product beyond 2^60"),
+        ("decode", DECODE | {"states": (AT, 64, 64, 0, 0)}, "states: got 0 rows; expected at least 1"),
+        (
+            "decode",
+            DECODE | {"states": (AT, 64, 64, 1, INDICES.ctypes.data)},
+            "states: got index 1; expected less than",
+        ),
+        ("decode", DECODE | {"each_token": True}, "states_out: got 0 rows; expected at least 2"),
+        ("decode", DECODE | {"each_token": True, "states_out": (AT, 64, 64, 2, INDICES.ctypes.data)}, "got index 2"),
+        ("decode", DECODE | {"beta": ABSENT, "beta_scale": 1.0}, "beta: got address 0"),
         ("replay", REPLAY | {"passes": 0}, "passes: got 0; expected from 1 to 2147483647"),
         ("replay", REPLAY | {"rank": True, "passes": 2**62}, "passes: got 4611686018427387904"),
         ("replay", REPLAY | {"tol": 0.1}, "residual: got address 0"),
@@ -126,7 +155,15 @@ def test_other_numbers(entry: str, fields: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize(
     ("entry", "fields"),
-    [("forward", FORWARD), ("backward", BACKWARD), ("replay", REPLAY), ("convolve", CONVOLVE), ("gated_norm", NORM)],
+    [
+        ("forward", FORWARD),
+        ("backward", BACKWARD),
+        ("forward_keeping_states", KEEPING),
+        ("decode", DECODE),
+        ("replay", REPLAY),
+        ("convolve", CONVOLVE),
+        ("gated_norm", NORM),
+    ],  # fmt: skip
 )
 def test_a_call_names_every_field_and_no_other(entry: str, fields: dict[str, Any]) -> None:
     call = getattr(_C, entry)
