@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.raw_gates import raw_inputs
 from torch import Tensor
 
 import sleepkern
@@ -144,6 +145,18 @@ def test_the_fast_path_takes_a_bfloat16_state(rule: Rule, monkeypatch: pytest.Mo
     with torch.no_grad(), pytest.raises(TypeError, match="state"):
         call(rule, {**x, "initial_state": states[0]}, "cpu")
     assert not any(taken)
+
+
+@pytest.mark.computed_by("cpu")
+@pytest.mark.parametrize("T", [1, 7])
+def test_raw_gates_on_a_bfloat16_state(rule: Rule, T: int) -> None:
+    """All is computed as on a float32 state, which is then rounded."""
+    x = raw_inputs(rule, Shape(B=2, T=T, H=1, HV=2, K=24, V=37), seed=3)
+    arguments = {n: t for n, t in x.items() if n not in ("initial_state", "cu_seqlens")}
+    narrow = x["initial_state"].bfloat16()
+    wide = narrow.float()
+    outputs = [sleepkern.recurrent_step(**arguments, state=state, rule=rule)[0] for state in (narrow, wide)]
+    assert torch.equal(*outputs) and torch.equal(narrow, wide.bfloat16())
 
 
 def grown_errors(rule: Rule, steps: int, marks: tuple[int, ...]) -> dict[int, float]:
