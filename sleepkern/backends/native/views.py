@@ -66,6 +66,12 @@ def array(t: Tensor | None) -> tuple[Tensor | None, Array]:
     return t, (t.data_ptr(), TYPE_CODES[t.dtype])
 
 
+def contiguous_heads(states: Tensor) -> bool:
+    """Tells whether the [K,V] of each head of some states is contiguous."""
+    K, V = states.shape[-2:]
+    return (V == 1 or states.stride(-1) == 1) and (K == 1 or states.stride(-2) == V)
+
+
 def in_rows(t: Tensor, width: int) -> tuple[Tensor, int]:
     """A tensor of tokens of `width` numbers, and how many numbers one token lies behind the other.
 

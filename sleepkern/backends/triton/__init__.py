@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ...problems.gates import RawGates
 from ...problems.recurrence import Problem, RecurrenceResult, Tensors
+from ...problems.states import count_states, state_offsets
 from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
-from ..interface import REPLAY
+from .. import torch_common
+from ..interface import REPLAY, STATES, refuse_states
+from ..native.views import contiguous_heads
 from ..replay import backward as replay_backward
 from .plan import DECODE_LIMIT, plan_for
 from .plan_table import Precision
@@ -25,7 +28,7 @@ from .ptxas import assembler_of, capability_of_plans, numbers
 
 NAME = "triton"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
-OPTIONS = REPLAY
+OPTIONS = REPLAY | STATES
 WIDEST = 256
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,7 +46,7 @@ def why_not(problem: Problem) -> str | None:
         return f"replays by wy or in closed form, not by {problem.method}"
     if problem.tol is not None:
         return "makes all passes in one launch and cannot stop heads early, as tol asks"
-    return None
+    return refuse_states(problem)
 
 
 def why_not_on(device: str) -> str | None:
@@ -100,13 +103,37 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     """Outputs and final state of `problem.passes` passes."""
     if problem.T == 0:
         return _no_tokens(problem, x)
+    if problem.state_every is not None:
+        return _forward_with_states(problem, x)
     return RecurrenceResult(*_launch().forward(problem, x, x.state, problem.output, precision_of(problem)))
+
+
+def _forward_with_states(problem: Problem, x: Tensors) -> RecurrenceResult:
+    """The same with the states along the sequences. A sequence that ends before the second one has its final state."""
+    p = problem
+    if _one_state(p):
+        result = forward(p._replace(state_every=None), x)
+        return result._replace(states=result.state[:, None].clone())
+    states = x.k.new_empty((p.B, count_states(p, x.cu_seqlens), p.HV, p.K, p.V), dtype=torch.float32)
+    along = (states, _offsets(p, x))
+    o, final = _launch().forward(p, x, x.state, p.output, precision_of(p), along=along)
+    return RecurrenceResult(o, final, states=states)
 
 
 def backward(
     problem: Problem, x: Tensors, do: Tensor | None, dstate: Tensor | None, dstates: Tensor | None = None
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta, state."""
+    if problem.state_every is not None:
+        if dstates is not None and problem.T > 0 and not _one_state(problem):
+            along = (dstates.contiguous(), _offsets(problem, x))
+            grads: list[Tensor | None] = _launch().backward(
+                problem, x, x.state, do, dstate, precision_of(problem), along=along
+            )
+            return grads
+        if dstates is not None and problem.T > 0:
+            dstate = dstates[:, 0] if dstate is None else dstate + dstates[:, 0]
+        problem = problem._replace(state_every=None)
     if problem.passes == 1 or problem.T == 0:
         return _one_backward(precision_of(problem), problem, x, x.state, do, dstate)
     return replay_backward.backward(problem, x, do, dstate, None, *pieces(problem))
@@ -161,6 +188,30 @@ def step(problem: Problem, x: Tensors, gates: RawGates | None = None) -> Tensor:
     return o
 
 
+def step_in_pool(problem: Problem, x: Tensors, indices: Tensor) -> Tensor:
+    """The same on the states at `indices` [B] of a pool x.state [n,HV,K,V]; a negative index has none and outputs 0."""
+    assert x.state is not None
+    if problem.T > DECODE_LIMIT or not contiguous_heads(x.state):
+        return torch_common.step_in_pool(problem, x, indices, step)
+    if problem.T == 0:
+        return torch.empty_like(x.v)
+    o: Tensor = _launch().decode(problem, x, precision_of(problem), indices)
+    return o
+
+
+def step_states(
+    problem: Problem, x: Tensors, indices: Tensor | None, states_out: Tensor, out_indices: Tensor | None
+) -> Tensor:
+    """Outputs [B,T,HV,V]; x.state is read, and the state after each token stored (interface.py, StepsInStates)."""
+    assert x.state is not None
+    if not (contiguous_heads(x.state) and contiguous_heads(states_out)):
+        return torch_common.states_by_steps(problem, x, indices, states_out, out_indices, step)
+    if problem.T == 0:
+        return torch.empty_like(x.v)
+    o: Tensor = _launch().decode(problem, x, precision_of(problem), indices, states_out, out_indices)
+    return o
+
+
 def _state_after(precision: Precision, problem: Problem, x: Tensors, state: Tensor | None) -> Tensor:
     final: Tensor = _launch().forward(problem._replace(passes=1), x, state, False, precision)[1]
     return final
@@ -179,7 +230,20 @@ def _one_backward(
 def _no_tokens(problem: Problem, x: Tensors) -> RecurrenceResult:
     size = (problem.sequences, problem.HV, problem.K, problem.V)
     state = x.k.new_zeros(size, dtype=torch.float32) if x.state is None else x.state.clone()
-    return RecurrenceResult(torch.empty_like(x.v) if problem.output else None, state)
+    states = None if problem.state_every is None else state.new_empty((problem.B, 0, *size[1:]))
+    return RecurrenceResult(torch.empty_like(x.v) if problem.output else None, state, states=states)
+
+
+def _one_state(problem: Problem) -> bool:
+    """Tells whether the only state along each sequence is the final one."""
+    return not problem.packed and problem.state_every is not None and problem.T <= problem.state_every
+
+
+def _offsets(problem: Problem, x: Tensors) -> Tensor | None:
+    """The index of the first state of each packed sequence, on the device of the kernels."""
+    if x.cu_seqlens is None or problem.state_every is None:
+        return None
+    return state_offsets(x.cu_seqlens, problem.state_every).to(x.k.device, non_blocking=True)
 
 
 def _decodes(problem: Problem) -> bool:

@@ -64,6 +64,24 @@ class States(NamedTuple):
     o: Any  # [rows,HV,V]
     starts: Any  # [slots,HV,K,V] states at the starts of the chunks
     Vn: Any  # [rows,HV,V]
+    along: Any = None  # [states,HV,K,V] float32, with state_every (states_along.py)
+    along_offsets: Any = None  # [sequences + 1] int64, the same when packed: where the states of a sequence begin
+
+
+class DecodeStates(NamedTuple):
+    """States of a decode that are stored in a pool, and where those after each token go.
+
+    Strides count elements; each state of a head is contiguous. `out` None: the final states replace the initial ones.
+    """
+
+    indices: Any  # [B] int64, the state of each sequence, negative for a padded row; None means 0, 1, 2, ...
+    stride: Any  # from one state of the pool to the next
+    head_stride: Any
+    out: Any = None  # [B,T,HV,K,V], or a pool [n,HV,K,V]: states after each token
+    out_indices: Any = None  # [B,T] int64 into the pool `out`, a negative one is not written
+    out_stride: Any = None
+    out_token_stride: Any = None
+    out_head_stride: Any = None
 
 
 class StateGradients(NamedTuple):
@@ -75,6 +93,8 @@ class StateGradients(NamedTuple):
     ends: Any  # [slots,HV,K,V] gradients of the states at the ends of the chunks
     dVn: Any  # [rows,HV,V]
     do_stride: Any
+    dalong: Any = None  # [states,HV,K,V] float32, gradients of the states along a sequence
+    along_offsets: Any = None  # [sequences + 1] int64 when packed
 
 
 class Gradients(NamedTuple):

@@ -3,7 +3,9 @@
     S <- diag(a) S;   S <- S + b k (v - S^T k)^T  (without delta: + b k v^T);   o = scale S^T q
 
 The bytes of the state, which are loaded once and stored once, bound the time. Products are sums over registers. The
-final state may be the initial one, which is then updated in place.
+final state may be the initial one, which is then updated in place. States are float32, or bfloat16 in memory: between
+tokens they stay float32, and a store rounds to nearest. They may be stored in a pool, and a call may store the state
+after each token in place of the final one (`DecodeStates`).
 """
 
 from __future__ import annotations
@@ -25,13 +27,38 @@ def head_row(p, WIDTH: tl.constexpr, N: tl.constexpr, col, NORMALIZE: tl.constex
     return x
 
 
+@triton.jit
+def start_of(pool, sequence, head, K: tl.constexpr):
+    """A sequence's state in the pool: (offset of its elements, their rows, 0 for a padded row)."""
+    index = sequence.to(tl.int64)
+    if pool.indices is not None:
+        index = tl.load(pool.indices + sequence)
+    # mutant: padded-rows-are-read
+    return index * pool.stride + head * pool.head_stride, tl.where(index < 0, 0, K)
+
+
+@triton.jit
+def store_after_token(pool, S, sequence, token, tokens, head, keys, col, BV: tl.constexpr, DIMS: tl.constexpr):
+    """Store S [KP, BV] as the state after a token."""
+    p_out = pool.out + head * pool.out_head_stride
+    if pool.out_indices is not None:
+        # mutant: state-of-another-token
+        index = tl.load(pool.out_indices + sequence.to(tl.int64) * tokens + token)
+        p_out += index * pool.out_stride
+        keys = tl.where(index < 0, 0, keys)
+    else:
+        p_out += sequence.to(tl.int64) * pool.out_stride + token * pool.out_token_stride
+    store_tile(p_out, DIMS.V, keys, col, S, DIMS.V, DIMS.KP, BV)
+
+
 @triton.jit(do_not_specialize=["sizes"])
 def decode_kernel(
-    inputs, states, sizes, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_STATE: tl.constexpr
+    inputs, states, sizes, pool, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_STATE: tl.constexpr
 ):  # fmt: skip
     """T tokens of one bh, value columns BV at a time. Grid (B * HV * cdiv(V, BV),).
 
-    Registers hold S [KP, BV] in float32; a token loads k and q [KP] and v [BV].
+    Registers hold S [KP, BV] in float32; a token loads k and q [KP] and v [BV]. pool: a DecodeStates, or None where
+    sequence n has the n-th of contiguous states.
     """
     K: tl.constexpr = DIMS.K
     V: tl.constexpr = DIMS.V
@@ -41,10 +68,13 @@ def decode_kernel(
     row = (bh // DIMS.HV).to(tl.int64) * sizes.T
     at_key = (head // DIMS.GROUP) * K
     at_state = bh.to(tl.int64) * K * V
+    keys = K
+    if pool is not None:
+        at_state, keys = start_of(pool, bh // DIMS.HV, head, K)
     S = tl.zeros([KP, BV], tl.float32)
     if HAS_STATE:
-        S = load_tile(states.initial + at_state, V, K, col, V, KP, BV)
-    for _ in range(sizes.T):
+        S = load_tile(states.initial + at_state, V, keys, col, V, KP, BV).to(tl.float32)
+    for token in range(sizes.T):
         k = head_row(inputs.k + row * inputs.k_stride + at_key, K, KP, 0, FLAGS.NORMALIZE)
         v = head_row(inputs.v + row * inputs.v_stride + head * V, V, BV, col, False)
         if FLAGS.GATE == HEAD:
@@ -60,7 +90,14 @@ def decode_kernel(
         if FLAGS.OUTPUT:
             q = head_row(inputs.q + row * inputs.q_stride + at_key, K, KP, 0, FLAGS.NORMALIZE)
             o = sizes.scale * tl.sum(q[:, None] * S, 0)
+            if pool is not None:
+                o = tl.where(keys > 0, o, 0.0)
             j = col + tl.arange(0, BV)
             tl.store(states.o + (row * DIMS.HV + head) * V + j, o.to(states.o.dtype.element_ty), mask=j < V)
+        if pool is not None:  # noqa: SIM102  (Triton looks at both sides of an `and`)
+            if pool.out is not None:
+                store_after_token(pool, S, bh // DIMS.HV, token, sizes.T, head, keys, col, BV, DIMS)
         row += 1
-    store_tile(states.final + at_state, V, K, col, S, V, KP, BV)
+    if states.final is not None:
+        # mutant: bfloat16-states-are-cut-off
+        store_tile(states.final + at_state, V, keys, col, S, V, KP, BV)

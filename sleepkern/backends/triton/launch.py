@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,12 +25,13 @@ from ...problems.recurrence import Problem, Tensors
 from ..native.views import in_rows, on_device_of
 from . import held_launches
 from .assembler import assembling
+from .call_tensors import MADE, GateForm, gate_form, parameter_gradients, rows_of
 from .chunk_backward import chunk_backward_kernel, chunk_backward_values_kernel
 from .chunk_factors import chunk_factors_kernel
-from .common import ChunkFactors, Dims, Flags, Gradients, Inputs, Sizes, StateGradients, States
+from .common import ChunkFactors, DecodeStates, Dims, Flags, Gradients, Inputs, Sizes, StateGradients, States
 from .decode import decode_kernel
 from .held_launches import Recording
-from .plan import DECODE_LIMIT, decode_tile, padded, plan_for, segments_of
+from .plan import DECODE_LIMIT, decode_tile, dividing, padded, plan_for, segments_of
 from .plan_table import TABLE, WITH_DECAYS, Direction, Precision, Tile, TilePlan
 from .ptxas import capability_of_plans
 from .segments import join_segments_kernel, segment_maps_kernel
@@ -41,17 +42,6 @@ from .state_pass_backward import state_pass_backward_kernel
 GATES = {"none": 0, "head": 1, "channel": 2}
 
 
-class GateForm(NamedTuple):
-    """How the gates of a call are made in its kernels: Flags of these names."""
-
-    RAW: bool = False
-    BOUND: float = 0.0
-    BETA_SCALE: float = 0.0
-
-
-_MADE = GateForm()
-
-
 def forward(
     problem: Problem,
     x: Tensors,
@@ -60,20 +50,24 @@ def forward(
     precision: Precision,
     final: Tensor | None = None,
     gates: RawGates | None = None,
+    along: tuple[Tensor | None, ...] = (),
 ) -> tuple[Tensor | None, Tensor]:
-    """Outputs o (None unless output) and final state of problem.passes passes; `final` may be `state` itself."""
+    """Outputs o (None unless output) and final state of problem.passes passes; `final` may be `state` itself.
+
+    along: with state_every, the states along the sequences, which are written, and where those of packed ones begin.
+    """
     p = problem
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format) if output else None
     if final is None:
         final = torch.empty((p.sequences, p.HV, p.K, p.V), dtype=torch.float32, device=x.k.device)
     if state is not None:
         state = state.contiguous()
-    rows, strides = _rows(p, x, output)
-    form, parameters = _gates(gates)
+    rows, strides = rows_of(p, x, output)
+    form, parameters = gate_form(gates)
     key = (_forward, p, precision, output, strides, form, TABLE.version)
     with on_device_of(x.k):
         held_launches.run(
-            key, (*rows, state, final, o, *parameters), partial(_forward, p, precision, output, form), x.k
+            key, (*rows, state, final, o, *parameters, *along), partial(_forward, p, precision, output, form), x.k
         )
     return o, final
 
@@ -81,11 +75,11 @@ def forward(
 def _forward(
     problem: Problem, precision: Precision, output: bool, form: GateForm, recording: Recording, tensors: Sequence[Any]
 ) -> None:
-    """The launches of a forward. tensors: as in Tensors, then final, o, A_log and dt_bias."""
+    """The launches of a forward. tensors: as in Tensors, then final, o, A_log, dt_bias and the two of `along`."""
     p, x = problem, Tensors._make((*tensors[:5], None, tensors[5]))
-    state, final, o, *parameters = tensors[6:]
+    state, final, o, *parameters = tensors[6:11]
     job = Job(p, x, output, precision, "forward", recording, form, parameters)
-    states = States(state, final, o, None, None)
+    states = States(state, final, o, None, None, *tensors[11:])
     more: dict[str, Any] = {"states": states, "HAS_STATE": state is not None, "REPLAY": p.passes > 1, "SAVE": False}
     if p.T <= DECODE_LIMIT and p.passes == 1 and not p.packed:
         tile = job.plan.decode or decode_tile(p.K, p.V)
@@ -109,45 +103,46 @@ def backward(
     dstate: Tensor | None,
     precision: Precision,
     gates: RawGates | None = None,
+    along: tuple[Tensor | None, ...] = (),
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, g, beta and of the state that one pass starts from, None where there is no such tensor.
 
-    With raw gates the gradients of A_log and dt_bias follow.
+    With raw gates the gradients of A_log and dt_bias follow. along: as of `forward`, the gradients of the states.
     """
     p, output = problem, do is not None and x.q is not None
     grads = [None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in x[:5]]
     if not output and grads[0] is not None:
         grads[0].zero_()
     dinitial = torch.empty((p.sequences, p.HV, p.K, p.V), dtype=torch.float32, device=x.k.device)
-    rows, strides = _rows(p, x, output)
+    rows, strides = rows_of(p, x, output)
     do, do_stride = in_rows(do, p.HV * p.V) if output and do is not None else (None, 0)
     state, dstate = (None if t is None else t.contiguous() for t in (state, dstate))
-    form, parameters = _gates(gates)
+    form, parameters = gate_form(gates)
     sums = _gate_sums(p, precision, x.k.device) if form.RAW else (None, None)
     key = (_backward, p, precision, output, strides, do_stride, form, TABLE.version)
     with on_device_of(x.k):
-        tensors = (*rows, state, do, dstate, dinitial, *grads, *parameters, *sums)
+        tensors = (*rows, state, do, dstate, dinitial, *grads, *parameters, *sums, *along)
         held_launches.run(key, tensors, partial(_backward, p, precision, output, do_stride, form), x.k)
     grads = [
         d if d is None or t is None or d.dtype == t.dtype else d.to(t.dtype) for d, t in zip(grads, x, strict=False)
     ]
     grads.append(None if x.state is None else dinitial)  # empty_like has given the others the types of the inputs
-    return grads if gates is None else [*grads, *_parameter_gradients(gates, *sums)]
+    return grads if gates is None else [*grads, *parameter_gradients(gates, *sums)]
 
 
 def _backward(
     problem: Problem, precision: Precision, output: bool, do_stride: int, form: GateForm, recording: Recording,
     tensors: Sequence[Any],
 ) -> None:  # fmt: skip
-    """The launches of a backward. tensors: as in Tensors, then do, dstate, dinitial, five gradients, A_log, dt_bias and
-    the sums of both."""
+    """The launches of a backward. tensors: as in Tensors, then do, dstate, dinitial, five gradients, A_log, dt_bias,
+    the sums of both, and the two of `along`."""
     p, x = problem, Tensors._make((*tensors[:5], None, tensors[5]))
     state, do, dstate, dinitial = tensors[6:10]
-    grads, parameters, gate_sums = tensors[10:15], tensors[15:17], tensors[17:]
+    grads, parameters, gate_sums = tensors[10:15], tensors[15:17], tensors[17:19]
     job = Job(p, x, output, precision, "backward", recording, form, parameters)
     factors = job.factors(save=True)
     states = job.states(state)
-    back = job.state_gradients(do, do_stride, dstate, dinitial)
+    back = job.state_gradients(do, do_stride, dstate, dinitial, *tensors[19:])
     sums = p.HV > p.H or p.normalize
     dq_sum, dk_sum = (
         job.empty(job.rows, p.H, p.K, dtype=torch.float32) if sums and d is not None else d for d in grads[:2]
@@ -168,10 +163,49 @@ def _backward(
     if job.has_factors:
         job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
     job.state_pass({**more, "FLAGS": job.flags._replace(OUTPUT=False)})
-    job.launch(state_pass_backward_kernel, job.columns(back_tile), back_tile, **more)
+    job.launch(state_pass_backward_kernel, job.columns(back_tile), back_tile, **more, EVERY=job.every)
     if split:
         job.launch(chunk_backward_values_kernel, (job.slots, p.HV), last, **more)
     job.launch(chunk_backward_kernel, (job.slots, p.H), last, **more, SPLIT=split)
+
+
+def decode(
+    problem: Problem, x: Tensors, precision: Precision, indices: Tensor | None, out: Tensor | None = None,
+    out_indices: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Outputs of a few tokens from the states of x.state [n,HV,K,V] at indices [B], by default from all in order.
+
+    Without `out` x.state is updated; else the states after each token go to `out` (DecodeStates). Each [K,V] of both is
+    contiguous.
+    """
+    p, state = problem, x.state
+    assert state is not None
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
+    rows, strides = rows_of(p, x, True)
+    pool = [state.stride(0), state.stride(1)]
+    if out is not None:
+        pool += [out.stride(0), 0 if out.dim() == 4 else out.stride(1), out.stride(-3)]
+    indices, out_indices = (None if i is None else i.to(torch.int64).contiguous() for i in (indices, out_indices))
+    key = (_decode, p, precision, strides, *pool, TABLE.version)
+    with on_device_of(x.k):
+        tensors = (*rows, state, o, indices, out, out_indices)
+        held_launches.run(key, tensors, partial(_decode, p, precision, pool), x.k)
+    return o
+
+
+def _decode(
+    problem: Problem, precision: Precision, strides: Sequence[int], recording: Recording, tensors: Sequence[Any]
+) -> None:
+    """The launch of `decode`. tensors: as in Tensors, then o, indices, out and out_indices."""
+    x = Tensors._make((*tensors[:5], None, tensors[5]))
+    state, o, indices, out, out_indices = tensors[6:]
+    job = Job(problem, x, True, precision, "forward", recording)
+    tile = job.plan.decode or decode_tile(problem.K, problem.V)
+    more: dict[str, Any] = {
+        "states": States(state, state if out is None else None, o, None, None),
+        "pool": DecodeStates(indices, strides[0], strides[1], out, out_indices, *strides[2:]),
+    }
+    job.launch(decode_kernel, job.columns(tile), tile, **more, HAS_STATE=True)
 
 
 def plan_of(problem: Problem, precision: Precision, direction: Direction) -> TilePlan:
@@ -181,38 +215,24 @@ def plan_of(problem: Problem, precision: Precision, direction: Direction) -> Til
     return plan_for(p.K, p.V, precision, p.rule.gate == "channel", p.T, direction, found)
 
 
+def chunk_plan(problem: Problem, precision: Precision, direction: Direction) -> TilePlan:
+    """The plan of a problem, with chunks that divide state_every."""
+    return dividing(plan_of(problem, precision, direction), problem)
+
+
 def slots_of(problem: Problem, chunk: int) -> int:
     """The number of slots of chunks, all of which kernels have a program for (`find_chunk`)."""
     p = problem
     return p.T // chunk + p.sequences if p.packed else triton.cdiv(p.T, chunk) * p.B
 
 
-def _gates(gates: RawGates | None) -> tuple[GateForm, tuple[Tensor | None, Tensor | None]]:
-    """How gates are made, and A_log and dt_bias as kernels read them."""
-    if gates is None:
-        return _MADE, (None, None)
-    A_log, dt_bias = (None if t is None else t.float().contiguous() for t in gates[:2])
-    return GateForm(gates.decay, gates.lower_bound or 0.0, gates.beta_scale), (A_log, dt_bias)
-
-
 def _gate_sums(problem: Problem, precision: Precision, device: torch.device) -> tuple[Tensor, Tensor]:
     """The sums of each chunk for A_log and dt_bias; zero for the slots that hold no chunk."""
     p = problem
     width = p.K if p.rule.gate == "channel" else 1
-    slots = slots_of(p, plan_of(p, precision, "backward").chunk)
+    slots = slots_of(p, chunk_plan(p, precision, "backward").chunk)
     of_rate, of_bias = torch.zeros((2, slots, p.HV, width), dtype=torch.float32, device=device).unbind()
     return of_rate, of_bias
-
-
-def _parameter_gradients(
-    gates: RawGates, of_rate: Tensor | None, of_bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of A_log and dt_bias, None where there is no such tensor."""
-    A_log, dt_bias = gates.A_log, gates.dt_bias
-    dA_log = None if A_log is None or of_rate is None else of_rate.sum((0, 2), dtype=torch.float64).to(A_log.dtype)
-    if dt_bias is None or of_bias is None:
-        return dA_log, None
-    return dA_log, of_bias.sum(0, dtype=torch.float64).to(dt_bias.dtype).reshape(dt_bias.shape)
 
 
 class Job:
@@ -225,6 +245,7 @@ class Job:
     slots: int
     rows: int
     one_chunk: bool
+    every: int
     has_factors: bool
     recording: Recording
     capability: tuple[int, int]
@@ -233,14 +254,15 @@ class Job:
 
     def __init__(
         self, problem: Problem, x: Tensors, output: bool, precision: Precision, direction: Direction,
-        recording: Recording | None = None, form: GateForm = _MADE, parameters: Sequence[Any] = (None, None),
+        recording: Recording | None = None, form: GateForm = MADE, parameters: Sequence[Any] = (None, None),
     ) -> None:  # fmt: skip
         p, rule = problem, problem.rule
         self.problem, self.output = problem, output
         self.recording = Recording((), x.k) if recording is None else recording
         self.type = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.plan = plan_of(problem, precision, direction)
+        self.plan = chunk_plan(problem, precision, direction)
         chunk = self.plan.chunk
+        self.every = (p.state_every or 0) // chunk
         self.slots = slots_of(p, chunk)
         self.rows = p.B * p.T
         self.one_chunk = not p.packed and p.T <= chunk
@@ -258,7 +280,7 @@ class Job:
             WIDE=precision == "ieee",
             **form._asdict(),
         )
-        rows, strides = _rows(problem, x, output)
+        rows, strides = rows_of(problem, x, output)
         self.values = {
             "inputs": Inputs(*rows, *strides, *parameters),
             "sizes": Sizes(p.T, p.sequences, p.passes, p.scale),
@@ -309,25 +331,19 @@ class Job:
         )
 
     def state_gradients(
-        self, do: Tensor | None, do_stride: int, dstate: Tensor | None, dinitial: Tensor
+        self, do: Tensor | None, do_stride: int, dstate: Tensor | None, dinitial: Tensor, *along: Tensor | None
     ) -> StateGradients:
         """The gradients that come from above, the initial state's gradient, and scratch for those of all chunks."""
         p = self.problem
-        return StateGradients(
-            do=do,
-            dstate=dstate,
-            dinitial=dinitial,
-            ends=self.empty(self.slots, p.HV, p.K, p.V),
-            dVn=self.empty(self.rows, p.HV, p.V),
-            do_stride=do_stride,
-        )
+        ends, dVn = self.empty(self.slots, p.HV, p.K, p.V), self.empty(self.rows, p.HV, p.V)
+        return StateGradients(do, dstate, dinitial, ends, dVn, do_stride, *along)
 
     def state_pass(self, more: dict[str, Any]) -> None:
         """The state pass, on two levels (segments.py) where the plan wants it and the call has few heads."""
         p, tile, states = self.problem, self.plan.state_pass, more["states"]
         segments = segments_of(p, self.plan)
         if segments == 1:
-            self.launch(state_pass_kernel, self.columns(tile), tile, **more)
+            self.launch(state_pass_kernel, self.columns(tile), tile, **more, EVERY=0 if more["SAVE"] else self.every)
             return
         size = (p.sequences * segments, p.HV, p.K)
         maps = self.empty(*size, p.K + p.V, dtype=torch.float32)
@@ -362,26 +378,5 @@ class Job:
     def arguments(self, kernel: Any, tile: Tile, **more: Any) -> dict[str, Any]:
         """The arguments that a kernel names, from the call's, the launch's and the tile's."""
         decays = self.decays and (kernel is chunk_factors_kernel or tile.variant in WITH_DECAYS)
-        values = self.values | {"BK": tile.keys, "BV": tile.values, "DECAYS": decays} | more
+        values = self.values | {"BK": tile.keys, "BV": tile.values, "DECAYS": decays, "EVERY": 0, "pool": None} | more
         return {name: values[name] for name in kernel.arg_names}
-
-
-def _rows(problem: Problem, x: Tensors, output: bool) -> tuple[list[Tensor | None], tuple[int, ...]]:
-    """q, k, v, g, beta and offsets as kernels read them, and the row strides of the first five; q only when output."""
-    p = problem
-    keys, values = p.H * p.K, p.HV * p.V
-    widths = (keys, keys, values, p.HV * p.K if p.rule.gate == "channel" else p.HV, p.HV)
-    tensors: list[Tensor | None] = []
-    strides: list[int] = []
-    for t, width in zip((x.q if output else None, *x[1:5]), widths, strict=True):
-        stride = width
-        if t is None:
-            stride = 0
-        elif t.dtype == torch.float64 or not t.is_contiguous():
-            t, stride = in_rows(t.float() if t.dtype == torch.float64 else t, width)
-        tensors.append(t)
-        strides.append(stride)
-    offsets = x.cu_seqlens
-    if offsets is not None:
-        offsets = offsets.to(x.k.device, non_blocking=True).contiguous()
-    return [*tensors, offsets], tuple(strides)

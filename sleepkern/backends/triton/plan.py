@@ -8,6 +8,7 @@ puts in front of the built-in one.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +39,17 @@ def plan_for(
     return _cut_down(plan, K, V, min(T, plan.chunk))
 
 
+def dividing(plan: TilePlan, problem: Problem) -> TilePlan:
+    """The plan with chunks that divide state_every, so that every state along a sequence is one that a chunk ends with.
+
+    A multiple of the table's chunk, such as most multiples of 64, keeps the plan. Any other takes the largest power of
+    two that divides both, at least 16, with tiles as for short sequences.
+    """
+    if problem.state_every is None or problem.state_every % plan.chunk == 0:
+        return plan
+    return _cut_down(plan, problem.K, problem.V, problem.T, math.gcd(plan.chunk, problem.state_every))
+
+
 def decode_tile(K: int, V: int) -> Tile:
     """The decode kernel's tile: 32 value columns, so that several multiprocessors share the state of one head."""
     return Tile(keys=padded(K), values=min(padded(V), 32), warps=4, stages=1)
@@ -52,10 +64,12 @@ def segments_of(problem: Problem, plan: TilePlan) -> int:
     """Segments of each sequence for a state pass on two levels; 1 where it has one level.
 
     There are as many as the multiprocessors have room for, a power of two that divides the chunks. Two do not pay for
-    the maps of the segments.
+    the maps of the segments. A call with states along its sequences has one level.
     """
     p, tile = problem, plan.state_pass
-    if tile.variant != "segments" or p.packed or p.passes > 1 or p.K % tile.values or p.T % plan.chunk:
+    if p.state_every is not None or tile.variant != "segments" or p.packed or p.passes > 1:
+        return 1
+    if p.K % tile.values or p.T % plan.chunk:
         return 1
     programs, chunks, segments = p.sequences * p.HV * -(-p.V // tile.values), p.T // plan.chunk, 1
     while 2 * segments * programs <= MULTIPROCESSORS and chunks % (2 * segments) == 0 and chunks > 2 * segments:
@@ -98,9 +112,9 @@ def _renamed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1024)
-def _cut_down(plan: TilePlan, K: int, V: int, T: int) -> TilePlan:
-    """A plan with no more rows than twice the sequence's and no wider than the heads."""
-    chunk = plan.chunk
+def _cut_down(plan: TilePlan, K: int, V: int, T: int, most: int | None = None) -> TilePlan:
+    """A plan with no more rows than twice the sequence's, at most `most`, and no wider than the heads."""
+    chunk = plan.chunk if most is None else min(plan.chunk, most)
     while chunk > 16 and chunk >= 2 * T:
         chunk //= 2
     tiles = (

@@ -62,7 +62,7 @@ def join_segments_kernel(
     bh, col = find_columns(V, BV)
     S = tl.zeros([KP, BV], tl.float32)
     if HAS_STATE:
-        S = load_tile(states.initial + bh.to(tl.int64) * K * V, V, K, col, V, KP, BV)
+        S = load_tile(states.initial + bh.to(tl.int64) * K * V, V, K, col, V, KP, BV).to(tl.float32)
     for n in range(segments):
         at = ((bh // HV).to(tl.int64) * segments + n) * HV + bh % HV
         store_tile(starts + at * K * V, V, K, col, S, V, KP, BV)

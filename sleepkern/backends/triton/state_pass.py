@@ -31,6 +31,7 @@ from .common import (
     store_tile,
 )
 from .gates import head_decay, load_beta
+from .states_along import first_along, store_along
 
 
 @triton.jit
@@ -68,12 +69,13 @@ def row_decays(
 def scan_chunks(
     S, inputs, factors, states, begin, total, slot, head, col, scale,
     BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, OUTPUT: tl.constexpr, SAVE: tl.constexpr,
-    DECAYS: tl.constexpr, MAPS: tl.constexpr = False,
+    DECAYS: tl.constexpr, MAPS: tl.constexpr = False, EVERY: tl.constexpr = 0, along=0,
 ):  # fmt: skip
     """One pass of S [KP, BV] over a sequence; stores outputs when OUTPUT, states at chunk starts and Vn when SAVE.
 
     A chunk loads W, q and k in [C, KP], U, v in [C, BV] and P in [C, C]. Where MAPS, columns
-    below 0 take no values: segments.py computes transitions in them.
+    below 0 take no values: segments.py computes transitions in them. Where EVERY, states along the sequence are stored,
+    from index `along` on.
     """
     HV: tl.constexpr = DIMS.HV
     K: tl.constexpr = DIMS.K
@@ -128,6 +130,8 @@ def scan_chunks(
                 decay_to_end *= inverse_norm(k_transposed, 0)
         # mutant: state-does-not-decay
         S = chunk_decay * S + product(k_transposed, decay_to_end[:, None] * Vn, FLAGS)
+        if EVERY > 0:
+            store_along(states.along, S, along, chunk, tl.cdiv(total, C), head, col, BV, DIMS, EVERY)
     return S
 
 
@@ -160,7 +164,7 @@ def state_pass_columns(
     inputs, factors, states, sizes, begin, total, slot, bh, col,
     BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
     OUTPUT: tl.constexpr, SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr,
-    DECAYS: tl.constexpr,
+    DECAYS: tl.constexpr, EVERY: tl.constexpr = 0,
 ):  # fmt: skip
     """All passes of BV value columns of one bh (a sequence's value head), from the initial to the final state.
 
@@ -189,7 +193,7 @@ def state_pass_columns(
             S += decay[:, None] * load_tile(states.initial + at_state, V, K, col, V, KP, BV)
     else:
         if HAS_STATE:
-            S = load_tile(states.initial + at_state, V, K, col, V, KP, BV)
+            S = load_tile(states.initial + at_state, V, K, col, V, KP, BV).to(tl.float32)
         if REPLAY:
             # mutant: replay-starts-over
             for _ in range(1, sizes.passes):
@@ -197,9 +201,12 @@ def state_pass_columns(
                     S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
                     BV, DIMS, FLAGS, False, False, DECAYS,
                 )  # fmt: skip
+    along = 0
+    if EVERY > 0:
+        along = first_along(bh // DIMS.HV, states.along_offsets, total, DIMS.C, FLAGS.PACKED, EVERY)
     S = scan_chunks(
         S, inputs, factors, states, begin, total, slot, head, col, sizes.scale,
-        BV, DIMS, FLAGS, OUTPUT, SAVE, DECAYS,
+        BV, DIMS, FLAGS, OUTPUT, SAVE, DECAYS, False, EVERY, along,
     )  # fmt: skip
     store_tile(states.final + at_state, V, K, col, S, V, KP, BV)
 
@@ -207,7 +214,7 @@ def state_pass_columns(
 @triton.jit(do_not_specialize=["sizes"])
 def state_pass_kernel(
     inputs, factors, states, sizes, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr,
-    SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, DECAYS: tl.constexpr,
+    SAVE: tl.constexpr, HAS_STATE: tl.constexpr, REPLAY: tl.constexpr, DECAYS: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """All passes of the state over the chunks of its sequence. Grid (sequences * HV * cdiv(V, BV),).
 
@@ -217,5 +224,5 @@ def state_pass_kernel(
     begin, total, slot = find_sequence(bh // DIMS.HV, inputs, sizes, DIMS.C, FLAGS.PACKED)
     state_pass_columns(
         inputs, factors, states, sizes, begin, total, slot, bh, col,
-        BV, DIMS, FLAGS, FLAGS.OUTPUT, SAVE, HAS_STATE, REPLAY, DECAYS,
+        BV, DIMS, FLAGS, FLAGS.OUTPUT, SAVE, HAS_STATE, REPLAY, DECAYS, EVERY,
     )  # fmt: skip

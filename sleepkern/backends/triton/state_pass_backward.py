@@ -20,16 +20,19 @@ from .common import (
     store_tile,
 )
 from .state_pass import inverse_norm, row_decays
+from .states_along import first_along, load_along
 
 
 @triton.jit
 def scan_chunks_backward(
     inputs, factors, back, begin, total, slot, bh, col, scale,
     BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr, DECAYS: tl.constexpr,
+    EVERY: tl.constexpr = 0,
 ):  # fmt: skip
     """dS [KP, BV] from the end of a sequence to its start, 0 at its end unless HAS_DSTATE.
 
-    A chunk loads W, q and k in [C, KP], do in [C, BV] and P in [C, C]; it stores dS at its end, and dVn.
+    A chunk loads W, q and k in [C, KP], do in [C, BV] and P in [C, C]; it stores dS at its end, and dVn. Where EVERY,
+    gradients of the states along the sequence are added.
     """
     HV: tl.constexpr = DIMS.HV
     K: tl.constexpr = DIMS.K
@@ -44,12 +47,18 @@ def scan_chunks_backward(
     if HAS_DSTATE:
         dS = load_tile(back.dstate + at_state, V, K, col, V, KP, BV)
     chunks = tl.cdiv(total, C)
+    along = 0
+    if EVERY > 0:
+        along = first_along(bh // HV, back.along_offsets, total, C, FLAGS.PACKED, EVERY)
     for after in range(chunks):
         chunk = chunks - 1 - after
         first = begin + chunk * C
         rows = total - chunk * C
         at_rows = first * HV + head
         at_slot = (slot + chunk).to(tl.int64) * HV + head
+        # mutant: backward-without-dstates
+        if EVERY > 0:
+            dS += load_along(back.dalong, along, chunk, chunks, head, col, BV, DIMS, EVERY)
         store_tile(back.ends + at_slot * K * V, V, K, col, dS, V, KP, BV)
         decay_from_start, decay_to_end, chunk_decay = row_decays(
             # mutant: backward-without-scale
@@ -89,6 +98,7 @@ def scan_chunks_backward(
 def state_pass_backward_kernel(
     inputs, factors, back, sizes,
     BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_DSTATE: tl.constexpr, DECAYS: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient, and dVn of all chunks. Grid (sequences * HV * cdiv(V, BV),).
 
@@ -97,5 +107,5 @@ def state_pass_backward_kernel(
     bh, col = find_columns(DIMS.V, BV)
     begin, total, slot = find_sequence(bh // DIMS.HV, inputs, sizes, DIMS.C, FLAGS.PACKED)
     scan_chunks_backward(
-        inputs, factors, back, begin, total, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE, DECAYS
+        inputs, factors, back, begin, total, slot, bh, col, sizes.scale, BV, DIMS, FLAGS, HAS_DSTATE, DECAYS, EVERY
     )  # fmt: skip

@@ -41,6 +41,9 @@ USUAL = {
     "test_interpreted_raw_gates.py::test_bfloat16": ("24-", "70-gated"),
     "test_interpreted_raw_gates.py::test_steps_in_place": ("gated_delta_rule", "kda"),
     "test_variants_in_bfloat16": ("gated_delta_rule",),
+    "test_states_along": ("T=40 n=16-gated", "packed n=48-kda", "packed n=48-gla", "no tokens-gated"),
+    "test_states_along_in_bfloat16": ("48-gated",),
+    "test_decode_states": ("bfloat16-gated", "bfloat16-kda", "bfloat16-gla", "float32-gated"),
     "test_packed_sequences_out_of_the_middle_of_a_projection": ("past",),
 }  # fmt: skip
 """Tests of which `make test` runs the cases with these names and `make test-hardening` the others."""

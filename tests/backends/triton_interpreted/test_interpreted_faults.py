@@ -6,7 +6,7 @@ import importlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.errors import errors
+from helpers.states_along import along_errors, decode_errors
 from variants import with_variants
 
 from sleepkern.backends import triton as backend
@@ -52,10 +53,13 @@ class Fault(NamedTuple):
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] = {}  # noqa: RUF012  (nothing writes to it)
     variants: dict[str, Variant] = {}  # noqa: RUF012  (the same)
+    measure: Callable[..., dict[str, float]] = errors
+    """What makes the call and measures its results."""
 
 
 DECAYS: dict[str, Variant] = {"state_pass": "decays", "state_pass_backward": "decays"}
 SEGMENTS: dict[str, Variant] = {"state_pass": "segments"}
+SHORT = Shape(B=2, T=2, H=1, HV=1, K=16, V=16)
 LONG = Shape(T=128, H=1, HV=1, K=16, V=16)
 IF, DIFFERENCE = r"if .*:", (r"sum_before\((\w+), \w+\)", r"tl.cumsum(\1, 0) - \1")
 FAULTS = {
@@ -93,6 +97,23 @@ FAULTS = {
     "maps-from-zero": Fault(r"1\.0, 0\.0", "0.0, 0.0", shape=LONG, variants=SEGMENTS),
     "joins-without-the-bias": Fault(r" \+ B$", "", shape=LONG, variants=SEGMENTS),
     "transitions-take-values": Fault(r"col < 0, 0, rows", "col < 0, rows, rows", shape=LONG, variants=SEGMENTS),
+    "state-of-the-wrong-chunk": Fault(
+        r"chunk // EVERY", "tl.maximum(chunk - 1, 0) // EVERY", options={"upstream": "states"}, measure=along_errors
+    ),
+    "no-state-at-the-end-of-a-sequence": Fault(r" \| \(.*\)", "", options={"state_every": 32}, measure=along_errors),
+    "states-of-packed-sequences": Fault(
+        r"offsets \+ sequence", "offsets", shape=Shape(H=1, HV=1, K=16, V=16, lengths=(3, 18)), measure=along_errors
+    ),
+    "backward-without-dstates": Fault(IF, "if False:", options={"upstream": "states"}, measure=along_errors),
+    "padded-rows-are-read": Fault(r"tl\.where\(.*\)", "K", shape=SHORT, measure=decode_errors),
+    "state-of-another-token": Fault(r" \+ token\b", "", shape=SHORT, measure=decode_errors),
+    "bfloat16-states-are-cut-off": Fault(
+        r"\bS,",
+        "(S.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True),",
+        shape=SHORT,
+        options={"states": torch.bfloat16},
+        measure=decode_errors,
+    ),
     "minus-infinity-as-it-is": Fault(r"tl\.maximum\((.*), \w+\)", r"\1", options={"forget": True}),
 }
 
@@ -110,9 +131,9 @@ def test_every_anchor_has_its_fault() -> None:
 def test_a_planted_fault_is_seen(name: str, tmp_path: Path) -> None:
     fault = FAULTS[name]
     with with_variants(sound_launch, fault.variants):
-        sound = max(errors(fault.rule, fault.shape, fault.dtype, **fault.options).values())
+        sound = max(fault.measure(fault.rule, fault.shape, fault.dtype, **fault.options).values())
     with faulty(tmp_path, name, fault):
-        found = errors(fault.rule, fault.shape, fault.dtype, **fault.options)
+        found = fault.measure(fault.rule, fault.shape, fault.dtype, **fault.options)
     assert sound <= TOLERANCE[fault.dtype]
     assert max(found.values()) > TOLERANCE[fault.dtype], found
 
