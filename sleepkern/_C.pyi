@@ -596,7 +596,24 @@ def cuda_powers_backward(
     stream: int,
 ) -> None: ...
 def cuda_decode(
-    problem: CudaProblem, inputs: _Inputs, states: int, o: int, indices: int, stride: int, stream: int
+    problem: CudaProblem, inputs: _Inputs, states: int, bf16: bool, o: int, indices: int, stride: int, stream: int
+) -> None: ...
+def cuda_decode_states(
+    problem: CudaProblem,
+    *,
+    inputs: _Inputs,
+    states: int,
+    bf16: bool,
+    o: int,
+    indices: int,
+    stride: int,
+    head_stride: int,
+    out: int,
+    out_indices: int,
+    out_stride: int,
+    out_token_stride: int,
+    out_head_stride: int,
+    stream: int,
 ) -> None: ...
 def cuda_single_chunk_memory(*, mode: int, K: int, output: bool, channel: bool) -> int: ...
 def cuda_multi_chunk_memory(*, mode: int, K: int, output: bool, block: int, slots: int) -> int: ...

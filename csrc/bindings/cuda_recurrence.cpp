@@ -5,6 +5,7 @@
 // A stream is the address of a cudaStream_t on the current device.
 #include "bindings/cuda_replay.h"
 #include "bindings/struct_fields.h"
+#include "cuda/recurrence/decode_states.h"
 
 namespace py = pybind11;
 
@@ -59,15 +60,40 @@ void run_powers_backward(int64_t heads, int K, int V, int passes, int block, Add
   cuda::powers_backward(c, at<void>(stream));
 }
 
-// The states are updated in place.
-void run_decode(const CudaProblem& problem, const Inputs& inputs, Address states, Address o, Address indices,
-                int64_t stride, Address stream) {
-  cuda::DecodeParams params{};
+cuda::DecodeStates decode_of(const CudaProblem& problem, const Inputs& inputs, Address states, bool bf16, Address o,
+                             Address indices, int64_t stride) {
+  cuda::DecodeStates params{};
   params.problem = problem.with(inputs, 0, states, o, states);
+  params.bf16 = bf16;
+  params.states = at<void>(states);
   params.indices = at<int64_t>(indices);
   params.stride = stride;
+  params.head_stride = problem.K * problem.V;
+  return params;
+}
+
+// The states are updated in place.
+void run_decode(const CudaProblem& problem, const Inputs& inputs, Address states, bool bf16, Address o, Address indices,
+                int64_t stride, Address stream) {
+  const cuda::DecodeStates params = decode_of(problem, inputs, states, bf16, o, indices, stride);
   py::gil_scoped_release unlocked;
-  cuda::decode(params, at<void>(stream));
+  cuda::decode_states(params, at<void>(stream));
+}
+
+// The states are read, and those after each token go to `out`.
+void run_decode_states(const CudaProblem& problem, const Inputs& inputs, Address states, bool bf16, Address o,
+                       Address indices, int64_t stride, int64_t head_stride, Address out, Address out_indices,
+                       int64_t out_stride, int64_t out_token_stride, int64_t out_head_stride, Address stream) {
+  cuda::DecodeStates params = decode_of(problem, inputs, states, bf16, o, indices, stride);
+  check_given("out", at<void>(out), problem.sequences > 0);
+  params.head_stride = head_stride;
+  params.out = at<void>(out);
+  params.out_indices = at<int64_t>(out_indices);
+  params.out_stride = out_stride;
+  params.out_token_stride = out_token_stride;
+  params.out_head_stride = out_head_stride;
+  py::gil_scoped_release unlocked;
+  cuda::decode_states(params, at<void>(stream));
 }
 
 #define SLEEPKERN_FIELD(name) bind_field(type, #name, &Struct::name)
@@ -120,8 +146,11 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_powers_backward", &run_powers_backward, py::kw_only(), arg("heads"), arg("K"), arg("V"), arg("passes"),
         arg("block"), arg("A"), arg("states"), arg("passes_done"), arg("last"), arg("dA"), arg("dB"), arg("dstart"),
         arg("stream"));
-  m.def("cuda_decode", &run_decode, arg("problem"), arg("inputs"), arg("states"), arg("o"), arg("indices"),
+  m.def("cuda_decode", &run_decode, arg("problem"), arg("inputs"), arg("states"), arg("bf16"), arg("o"), arg("indices"),
         arg("stride"), arg("stream"));
+  m.def("cuda_decode_states", &run_decode_states, arg("problem"), py::kw_only(), arg("inputs"), arg("states"),
+        arg("bf16"), arg("o"), arg("indices"), arg("stride"), arg("head_stride"), arg("out"), arg("out_indices"),
+        arg("out_stride"), arg("out_token_stride"), arg("out_head_stride"), arg("stream"));
   m.def("cuda_single_chunk_memory", &cuda::single_chunk_memory, py::kw_only(), arg("mode"), arg("K"), arg("output"),
         arg("channel"), "Bytes of shared memory of a CTA; chunk_factors needs the same.");
   m.def("cuda_multi_chunk_memory", &cuda::multi_chunk_memory, py::kw_only(), arg("mode"), arg("K"), arg("output"),

@@ -107,6 +107,23 @@ def decode_errors(
     return {name: relative_error(*pair) for name, pair in found.items()}
 
 
+def growth(rule: Rule, steps: int, backend: str, width: int = 16) -> tuple[float, float]:
+    """Relative errors of a bfloat16 state after so many steps of one token: by a backend, and by float64 sums of which
+    each step rounds the state to nearest. The latter is what the type itself costs."""
+    x = make_inputs(rule, Shape(T=steps, H=1, HV=1, K=width, V=width), seed=3)
+    x["initial_state"] = x["initial_state"].bfloat16()
+    engine, given, wide = backend_named(backend), Tensors(*x.values()), Tensors(*to_float64(x).values())
+    exact = reference.forward(describe(rule, wide, 1.0, False), wide).state
+    state, rounded = given.state, wide.state
+    assert state is not None
+    for t in range(steps):
+        token = Tensors._make([None if y is None else y[:, t : t + 1] for y in given[:5]] + [state, None])
+        engine.step(describe(rule, token, 1.0, False)._replace(state_bf16=True), token)
+        token = Tensors._make([None if y is None else y[:, t : t + 1] for y in wide[:5]] + [rounded, None])
+        rounded = reference.forward(describe(rule, token, 1.0, False), token).state.bfloat16().double()
+    return relative_error(state, exact), relative_error(rounded, exact)
+
+
 def _written(pool: Tensor, indices: Tensor, states: Tensor) -> Tensor:
     """A pool with a row and a head before the first ones, and these states at the indices that are not negative."""
     pool = pool.clone()

@@ -1,6 +1,7 @@
 // Decode: a few tokens on a state that is updated in place. The time is that of the state's bytes, and the state is
 // read and written once. A warp takes 16 value columns; a lane holds four of them and an eighth of the rows in
-// registers.
+// registers, in float32. In memory a state is float32 or bfloat16, which is rounded to nearest on the way out. A call
+// may store the state after each token elsewhere; the state that it starts from is then only read.
 //
 //   S <- a S;  u = b (v - S^T k);  o = scale (S^T q + (k.q) u);  S <- S + k u^T
 //
@@ -12,7 +13,7 @@
 #include "common/recurrence.h"
 #include "common/types.h"
 #include "cuda/arch/ptx.h"
-#include "cuda/recurrence/params.h"
+#include "cuda/recurrence/decode_states.h"
 #include "cuda/recurrence/tokens.cuh"
 
 namespace sleepkern::cuda {
@@ -27,12 +28,36 @@ SLEEPKERN_DEVICE float4 load_four(const float* row, int valid, bool aligned) {
                      valid > 3 ? row[3] : 0.0f);
 }
 
+SLEEPKERN_DEVICE float4 load_four(const uint16_t* row, int valid, bool aligned) {
+  if (aligned && valid >= 4) {
+    const uint2 x = *reinterpret_cast<const uint2*>(row);
+    return make_float4(from_bits(x.x << 16), from_bits(x.x & 0xffff0000u), from_bits(x.y << 16),
+                       from_bits(x.y & 0xffff0000u));
+  }
+  return make_float4(valid > 0 ? from_bf16(row[0]) : 0.0f, valid > 1 ? from_bf16(row[1]) : 0.0f,
+                     valid > 2 ? from_bf16(row[2]) : 0.0f, valid > 3 ? from_bf16(row[3]) : 0.0f);
+}
+
 SLEEPKERN_DEVICE void store_four(float* row, float4 x, int valid, bool aligned) {
   if (aligned && valid >= 4) {
     *reinterpret_cast<float4*>(row) = x;
     return;
   }
   const float all[4] = {x.x, x.y, x.z, x.w};
+  for (int e = 0; e < 4; ++e) {
+    if (e < valid) row[e] = all[e];
+  }
+}
+
+SLEEPKERN_DEVICE void store_four(uint16_t* row, float4 x, int valid, bool aligned) {
+  // mutant: bfloat16-states-are-cut-off
+  const uint2 packed = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+  if (aligned && valid >= 4) {
+    *reinterpret_cast<uint2*>(row) = packed;
+    return;
+  }
+  const uint16_t all[4] = {static_cast<uint16_t>(packed.x), static_cast<uint16_t>(packed.x >> 16),
+                           static_cast<uint16_t>(packed.y), static_cast<uint16_t>(packed.y >> 16)};
   for (int e = 0; e < 4; ++e) {
     if (e < valid) row[e] = all[e];
   }
@@ -54,11 +79,12 @@ SLEEPKERN_DEVICE void load_rows(float (&x)[8], const Rows& rows, int64_t token, 
 template <int ROWS>
 struct LaneState {
   float S[ROWS][4];
-  float* data;  // row 0 of these columns
   int first, K, V, valid;
-  bool aligned;
 
-  SLEEPKERN_DEVICE void load() {
+  // The argument of both is row 0 of these columns in memory.
+  template <class State>
+  SLEEPKERN_DEVICE void load(const State* data) {
+    const bool aligned = is_aligned(data);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       // mutant: a-row-beyond-the-state-is-read
@@ -69,7 +95,9 @@ struct LaneState {
       S[r][3] = x.w;
     }
   }
-  SLEEPKERN_DEVICE void store() const {
+  template <class State>
+  SLEEPKERN_DEVICE void store(State* data) const {
+    const bool aligned = is_aligned(data);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       if (first + r < K) {
@@ -77,6 +105,11 @@ struct LaneState {
         store_four(data + static_cast<int64_t>(first + r) * V, x, valid, aligned);
       }
     }
+  }
+  // Whether four elements of each row can be accessed at once.
+  template <class State>
+  SLEEPKERN_DEVICE bool is_aligned(const State* data) const {
+    return V % 4 == 0 && reinterpret_cast<uintptr_t>(data) % (4 * sizeof(State)) == 0;
   }
 };
 
@@ -149,11 +182,21 @@ SLEEPKERN_DEVICE void decode_token(const Problem& problem, LaneState<ROWS>& stat
   }
 }
 
-template <int ROWS>
+// Where a head's state after a token is stored, nullptr where it is not.
+template <class State>
+SLEEPKERN_DEVICE State* state_after(const DecodeStates& call, int64_t sequence, int64_t token, int head) {
+  State* out = static_cast<State*>(call.out) + head * call.out_head_stride;
+  if (!call.out_indices) return out + sequence * call.out_stride + token * call.out_token_stride;
+  // mutant: state-of-another-token
+  const int64_t index = call.out_indices[sequence * call.problem.T + token];
+  return index < 0 ? nullptr : out + index * call.out_stride;
+}
+
+template <int ROWS, class State>
 SLEEPKERN_KERNEL(DECODE_THREADS, ROWS <= 8    ? 4
                                  : ROWS <= 16 ? 3
                                               : 2)
-decode_kernel(const DecodeParams call) {
+decode_kernel(const DecodeStates call) {
   const Problem& problem = call.problem;
   const int64_t sequence = blockIdx.x / problem.HV;
   const int head = static_cast<int>(blockIdx.x % problem.HV), K = static_cast<int>(problem.K),
@@ -163,17 +206,16 @@ decode_kernel(const DecodeParams call) {
   if (static_cast<int>(blockIdx.y) * DECODE_COLUMNS + 16 * warp >= V) return;  // the whole warp returns
   const int64_t index = call.indices ? call.indices[sequence] : sequence;
   const int64_t key = static_cast<int64_t>(head / static_cast<int>(problem.HV / problem.H)) * K;
-  const bool aligned = V % 4 == 0 && call.stride % 4 == 0 && reinterpret_cast<uintptr_t>(problem.final_state) % 16 == 0;
+  State* const initial = static_cast<State*>(call.states) + index * call.stride + head * call.head_stride + column;
 
   LaneState<ROWS> state;
-  state.data = problem.final_state + index * call.stride + static_cast<int64_t>(head) * K * V + column;
   state.first = first;
   state.K = K;
   state.V = V;
   state.valid = valid;
-  state.aligned = aligned;
-  if (index >= 0) state.load();
-  for (int64_t token = sequence * problem.T; token < (sequence + 1) * problem.T; ++token) {
+  if (index >= 0) state.load(initial);
+  for (int64_t t = 0; t < problem.T; ++t) {
+    const int64_t token = sequence * problem.T + t;
     float out[4] = {};
     if (index >= 0) decode_token(problem, state, token, head, key, column, out);
 #pragma unroll
@@ -181,10 +223,16 @@ decode_kernel(const DecodeParams call) {
       if (lane < 4 && e < valid)
         store_one(problem.o, problem.v.type, (token * problem.HV + head) * problem.V + column + e, out[e]);
     }
+    // mutant: padded-rows-of-a-pool-are-written
+    if (index < 0) continue;
+    // One store for both cases: unrolled, it is a large part of the code.
+    State* to = t + 1 == problem.T ? initial : nullptr;
+    if (call.out) {
+      to = state_after<State>(call, sequence, t, head);
+      if (to) to += column;
+    }
+    if (to) state.store(to);
   }
-  // mutant: padded-rows-of-a-pool-are-written
-  if (index < 0) return;
-  state.store();
 }
 
 }  // namespace sleepkern::cuda

@@ -18,25 +18,28 @@ from ...rules import DELTA_RULE, GATED_DELTA_RULE, GLA, KDA, SIMPLE_GLA
 from .. import chunked, triton
 from ..cpu import recurrence as cpu
 from ..interface import REPLAY, Ordinary, refusal
-from ..native.module import _C, GATE_CODES, TYPE_CODES
-from ..native.views import Rows, address, on_device_of, rows, stream_of
+from ..native.module import _C, TYPE_CODES
+from ..native.views import address, on_device_of, stream_of
 from ..replay import backward as replay_backward
 from ..replay import costs
 from . import device as gpu
+from .decode import DECODE_LIMIT as DECODE_LIMIT
+from .decode import decode, inputs_of, sizes_of
+from .decode import step as step
+from .decode import step_in_pool as step_in_pool
+from .decode import step_states as step_states
+from .decode import try_fast_decode as try_fast_decode
 from .device import Device
 
 NAME = "cuda"
 SUPPORTS = frozenset({GATED_DELTA_RULE, KDA, DELTA_RULE, SIMPLE_GLA, GLA})
-OPTIONS = REPLAY
+OPTIONS = REPLAY | {"state_bf16"}
 why_not_on: Callable[[str], str | None] = gpu.why_not_on
 """The fast path asks it whether the backend takes tensors of the CPU (backends/interface.py)."""
-DECODE_LIMIT = 8
-"""Most tokens of a decode, which takes them one after the other; more of them are faster in chunks."""
 ORDINARY: tuple[Ordinary, ...] = (triton, cpu, chunked)
 """Backends that make the ordinary passes of a backward, best first."""
-CudaProblem = Any
 CudaReplay = Any
-"""The structs of these names in sleepkern._C."""
+"""The struct of this name in sleepkern._C."""
 _MODES = {"bf16": 0, "fp32x3": 1}
 """Codes of csrc/cuda/arch/mma_tiles.h Mode."""
 
@@ -108,7 +111,7 @@ def forward(problem: Problem, x: Tensors) -> RecurrenceResult:
     if not _replays(problem):
         dense = torch.contiguous_format
         new = x.k.new_zeros(size, dtype=torch.float32) if x.state is None else x.state.clone(memory_format=dense)
-        return RecurrenceResult(_decode(problem, x, new, None), new)
+        return RecurrenceResult(decode(problem, x, new, None), new)
     return _replay(problem, x)
 
 
@@ -126,21 +129,6 @@ def backward(
     fits = _C.cuda_powers_memory(K=problem.K, backward=True) <= gpu.current_device().shared_memory
     chain = replay_backward.Chain(powers, powers_backward) if fits else replay_backward.TORCH
     return replay_backward.backward(problem, x, do, dstate, passes_done, one_pass, one_backward, chain)
-
-
-def step(problem: Problem, x: Tensors) -> Tensor:
-    """Compute the outputs [B,T,HV,V] of a few tokens; the state is updated in place."""
-    return _decode_in_place(problem, x, None)
-
-
-def step_in_pool(problem: Problem, x: Tensors, indices: Tensor) -> Tensor:
-    """Do the same on the states at `indices` [B] of a pool x.state [n,HV,K,V]; an index below 0 has no state."""
-    return _decode_in_place(problem, x, indices.to(torch.int64).contiguous())
-
-
-def try_fast_decode(*arguments: Any) -> bool:
-    """Launch a decode whose tensors say that it is plain, False for any other (csrc/bindings/cuda_fast_decode.cpp)."""
-    return _C.try_fast_decode(*arguments)  # type: ignore[no-any-return]
 
 
 def powers(A: Tensor, start: Tensor, after: Tensor, passes: int) -> Tensor:
@@ -176,27 +164,10 @@ def powers_backward(
 
 
 @lru_cache(maxsize=1024)
-def _sizes(problem: Problem) -> CudaProblem:
-    """Describe a problem for _C. A launch reads the result, which is kept: filling it takes longer than finding it."""
-    sizes = _C.CudaProblem()
-    sizes.gate = GATE_CODES[problem.rule.gate]
-    sizes.delta = problem.rule.delta
-    sizes.normalize = problem.normalize
-    sizes.scale = problem.scale
-    sizes.sequences = problem.sequences
-    sizes.T = problem.T
-    sizes.H = problem.H
-    sizes.HV = problem.HV
-    sizes.K = problem.K
-    sizes.V = problem.V
-    return sizes
-
-
-@lru_cache(maxsize=1024)
 def _replay_call(problem: Problem, plan: ReplayPlan) -> CudaReplay:
     """Describe a replay for _C in the same way."""
     call = _C.CudaReplay()
-    call.problem = _sizes(problem)
+    call.problem = sizes_of(problem)
     call.mode = _MODES[_mode(problem)]
     call.passes = problem.passes
     call.tol = problem.tol or 0.0
@@ -222,7 +193,7 @@ def _replay(problem: Problem, x: Tensors) -> RecurrenceResult:
     state = None if x.state is None else x.state.contiguous()
     offsets = None if x.cu_seqlens is None else x.cu_seqlens.to(x.k.device, torch.int64).contiguous()
     tiles, chunk_decay, U, queries = (None,) * 4 if plan.single_chunk else _chunk_factors(p, x.k)
-    inputs, _alive = _inputs(p, x, p.output)
+    inputs, _alive = inputs_of(p, x, p.output)
     with on_device_of(x.k):
         _C.cuda_replay(
             _replay_call(p, plan), inputs=inputs, offsets=address(offsets), state=address(state), o=address(o),
@@ -243,33 +214,6 @@ def _chunk_factors(p: Problem, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
         like.new_empty(n * -(-p.V // 16) * 16 * C, dtype=torch.float32),
         like.new_empty(n * (C * width + C * C), dtype=dtype) if p.output else None,
     )
-
-
-def _decode_in_place(problem: Problem, x: Tensors, indices: Tensor | None) -> Tensor:
-    """Decode on x.state, also where it is not contiguous; the states of a pool may have gaps between them."""
-    assert x.state is not None
-    state = x.state if _dense_states(x.state) else x.state.contiguous()
-    o = _decode(problem, x, state, indices)
-    if state is not x.state:
-        x.state.copy_(state)
-    return o
-
-
-def _dense_states(state: Tensor) -> bool:
-    """Tells whether each state is contiguous and no two of them overlap."""
-    n, HV, K, V = state.shape
-    return n > 0 and state[0].is_contiguous() and (n == 1 or state.stride(0) >= HV * K * V)
-
-
-def _decode(problem: Problem, x: Tensors, state: Tensor, indices: Tensor | None) -> Tensor:
-    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
-    if problem.T == 0:
-        return o
-    inputs, _alive = _inputs(problem, x, True)
-    with on_device_of(x.k):
-        indices_at, stream = address(indices), stream_of(x.k)
-        _C.cuda_decode(_sizes(problem), inputs, state.data_ptr(), o.data_ptr(), indices_at, state.stride(0), stream)
-    return o
 
 
 def _plan(problem: Problem) -> ReplayPlan | None:
@@ -372,11 +316,3 @@ def _mode(problem: Problem) -> str:
 def _ordinary(problem: Problem) -> Ordinary:
     one = problem._replace(passes=1, tol=None, method="auto")
     return next(backend for backend in ORDINARY if refusal(backend, one) is None)
-
-
-def _inputs(p: Problem, x: Tensors, output: bool) -> tuple[tuple[Rows, ...], list[Tensor | None]]:
-    """q, k, v, g, beta as _C takes them, and the tensors that must live while it runs; q only for an output."""
-    widths = (p.H * p.K, p.H * p.K, p.HV * p.V, p.HV * p.K if p.rule.gate == "channel" else p.HV, p.HV)
-    given = (x.q if output else None, x.k, x.v, x.g, x.beta)
-    found = [rows(t, width) for t, width in zip(given, widths, strict=True)]
-    return tuple(view for _, view in found), [t for t, _ in found]

@@ -18,7 +18,7 @@ import building
 import torch
 from filelock import FileLock
 
-from sleepkern.backends.cuda import blocks, blocks_plan, blocks_weight_layout, planned_replay
+from sleepkern.backends.cuda import blocks, blocks_plan, blocks_weight_layout, decode, planned_replay
 from sleepkern.backends.cuda import device as gpu
 from sleepkern.backends.cuda import recurrence as cuda
 
@@ -58,18 +58,14 @@ def backend_on(
     module: ModuleType, order: str = "forward", device: gpu.Device = H100, early_copies: bool = False, seed: int = 0
 ) -> Iterator[None]:
     """The CUDA backend takes CPU tensors and launches the module's kernels, in this order of threads."""
-    for cache in (
-        cuda._sizes,
-        cuda._replay_call,
-        cuda._plan_on,
-        blocks._call,
-    ):  # they hold structs and sizes of another module
+    # They hold structs and sizes of another module.
+    for cache in (decode.sizes_of, cuda._replay_call, cuda._plan_on, blocks._call):
         cache.cache_clear()
     module.set_options(order, seed, 10 * device.capability[0], early_copies)
     launches = {name: getattr(module, name) for name in dir(module) if name.lower().startswith("cuda")}
     launcher = SimpleNamespace(**launches, has_cuda=True, head_limit=module.head_limit)
     with ExitStack() as patches:
-        for one in (cuda, planned_replay, blocks, blocks_plan, blocks_weight_layout):
+        for one in (cuda, decode, planned_replay, blocks, blocks_plan, blocks_weight_layout):
             patches.enter_context(mock.patch.object(one, "_C", launcher))
         patches.enter_context(mock.patch.multiple(gpu, current_device=lambda: device, why_not_on=lambda _: None))
         tables = {"_MULTI_CHUNK": cuda._multi_chunk_table(), "_SINGLE_CHUNK": cuda._single_chunk_table()}

@@ -57,6 +57,17 @@ BLOCKS = {
     ),
     "pad-rows-read-beyond-their-window": Mutant("test_equals and odd", (r"return keys < [^;]*;", "return true;")),
 }
+STATES = {
+    "bfloat16-states-are-cut-off": Mutant(
+        "test_decode_states and bfloat16",
+        (
+            r"make_uint2\(.*\)",
+            "make_uint2((as_bits(x.x) >> 16) | (as_bits(x.y) & 0xffff0000u), "
+            "(as_bits(x.z) >> 16) | (as_bits(x.w) & 0xffff0000u))",
+        ),
+    ),
+    "state-of-another-token": Mutant("test_decode_states and float32", (r" \+ token\b", "")),
+}
 OVERRUNS = {
     "a-row-beyond-the-state-is-read": Mutant("test_step and 200", (r"first \+ r < K", "first + r <= K")),
     "a-tile-is-one-element-short": Mutant("test_chain and 128", (r"COLUMNS\)", "COLUMNS - 1)")),
@@ -65,7 +76,7 @@ OVERRUNS = {
     ),
 }  # fmt: skip
 """Accesses beyond an array, which only the sanitizers see."""
-MUTANTS = RECURRENCE | BLOCKS | OVERRUNS
+MUTANTS = RECURRENCE | BLOCKS | STATES | OVERRUNS
 
 
 def anchors(csrc: Path) -> list[tuple[str, Path]]:

@@ -94,6 +94,7 @@ def test_other_calls_are_left_to_the_checks(decode: mock.Mock) -> None:
     assert not taken(put("beta", lambda t: t[..., :1]))  # another shape
     assert not taken(put("g", lambda t: None))
     assert not taken(put("initial_state", lambda t: t.double()))
+    assert not taken(put("initial_state", lambda t: t.bfloat16()))  # the checks describe it, then the kernel reads it
     assert not taken(put("initial_state", lambda t: t.transpose(2, 3)))  # not contiguous
     assert not taken(put("k", lambda t: t.requires_grad_()))
     assert not taken(put("v", lambda t: t.to("meta")))  # another device

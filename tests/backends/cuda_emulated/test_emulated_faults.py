@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from building import CSRC, build, run_tests
-from mutants import BLOCKS, MUTANTS, OVERRUNS, RECURRENCE, anchors, mutated
+from mutants import BLOCKS, MUTANTS, OVERRUNS, RECURRENCE, STATES, anchors, mutated
 
 pytestmark = pytest.mark.mutation
 
@@ -46,6 +46,13 @@ def test_a_planted_fault_is_seen(name: str, tmp_path: Path, sound: Path) -> None
 def test_a_fault_planted_in_blocks_is_seen(name: str, tmp_path: Path, sound: Path) -> None:
     module = build(tmp_path, mutant=name, sound=sound)
     done = run_tests(module, MUTANTS[name].tests, file="test_emulated_blocks.py")
+    assert done.returncode == 1 or done.returncode < 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", _each(STATES))
+def test_a_fault_planted_in_decode_is_seen(name: str, tmp_path: Path, sound: Path) -> None:
+    module = build(tmp_path, mutant=name, sound=sound)
+    done = run_tests(module, MUTANTS[name].tests, file="test_emulated_states.py")
     assert done.returncode == 1 or done.returncode < 0, done.stdout + done.stderr
 
 
