@@ -114,7 +114,8 @@ def _forward_with_states(problem: Problem, x: Tensors) -> RecurrenceResult:
     if _one_state(p):
         result = forward(p._replace(state_every=None), x)
         return result._replace(states=result.state[:, None].clone())
-    states = x.k.new_empty((p.B, count_states(p, x.cu_seqlens), p.HV, p.K, p.V), dtype=torch.float32)
+    size = (p.B, count_states(p, x.cu_seqlens), p.HV, p.K, p.V)
+    states = torch.empty(size, dtype=torch.float32, device=x.k.device)
     along = (states, _offsets(p, x))
     o, final = _launch().forward(p, x, x.state, p.output, precision_of(p), along=along)
     return RecurrenceResult(o, final, states=states)

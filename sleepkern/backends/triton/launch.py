@@ -142,7 +142,7 @@ def _backward(
     job = Job(p, x, output, precision, "backward", recording, form, parameters)
     factors = job.factors(save=True)
     states = job.states(state)
-    back = job.state_gradients(do, do_stride, dstate, dinitial, *tensors[19:])
+    back = job.state_gradients(do, do_stride, dstate, dinitial)
     sums = p.HV > p.H or p.normalize
     dq_sum, dk_sum = (
         job.empty(job.rows, p.H, p.K, dtype=torch.float32) if sums and d is not None else d for d in grads[:2]
@@ -163,7 +163,8 @@ def _backward(
     if job.has_factors:
         job.launch(chunk_factors_kernel, (job.slots, p.HV), job.plan.chunk_factors, **more)
     job.state_pass({**more, "FLAGS": job.flags._replace(OUTPUT=False)})
-    job.launch(state_pass_backward_kernel, job.columns(back_tile), back_tile, **more, EVERY=job.every)
+    scan = {**more, "back": StateGradients(*back[:6], *tensors[19:]), "EVERY": job.every}
+    job.launch(state_pass_backward_kernel, job.columns(back_tile), back_tile, **scan)
     if split:
         job.launch(chunk_backward_values_kernel, (job.slots, p.HV), last, **more)
     job.launch(chunk_backward_kernel, (job.slots, p.H), last, **more, SPLIT=split)
@@ -331,12 +332,12 @@ class Job:
         )
 
     def state_gradients(
-        self, do: Tensor | None, do_stride: int, dstate: Tensor | None, dinitial: Tensor, *along: Tensor | None
+        self, do: Tensor | None, do_stride: int, dstate: Tensor | None, dinitial: Tensor
     ) -> StateGradients:
         """The gradients that come from above, the initial state's gradient, and scratch for those of all chunks."""
         p = self.problem
         ends, dVn = self.empty(self.slots, p.HV, p.K, p.V), self.empty(self.rows, p.HV, p.V)
-        return StateGradients(do, dstate, dinitial, ends, dVn, do_stride, *along)
+        return StateGradients(do, dstate, dinitial, ends, dVn, do_stride)
 
     def state_pass(self, more: dict[str, Any]) -> None:
         """The state pass, on two levels (segments.py) where the plan wants it and the call has few heads."""

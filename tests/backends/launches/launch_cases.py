@@ -32,6 +32,7 @@ from sleepkern.backends.triton.plan import plan_for
 from sleepkern.backends.triton.plan_table import PLAIN_HOPPER
 from sleepkern.ops import known_calls
 from sleepkern.problems import recurrence as problems
+from sleepkern.problems.recurrence import Tensors
 from sleepkern.rules import DELTA_RULE, GATED_DELTA_RULE, KDA, SIMPLE_GLA, Rule
 
 
@@ -41,8 +42,10 @@ class Case:
     def __init__(
         self, rule: Rule, kind: str, T: int, B: int = 1, H: int = 2, HV: int = 2, K: int = 32, V: int = 32,
         shifted: tuple[str, ...] = (), state: bool = False, lengths: tuple[int, ...] | None = None,
+        every: int | None = None, states: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        """Shifted tensors begin 2 or 4 bytes behind a multiple of 16."""
+        """Shifted tensors begin 2 or 4 bytes behind a multiple of 16. every: states after so many tokens are wanted;
+        states: the type of those of a decode."""
         torch.manual_seed(T)
         self.rule, self.kind = rule, kind
         gate = {"none": None, "head": (B, T, HV), "channel": (B, T, HV, K)}[rule.gate]
@@ -53,17 +56,22 @@ class Case:
             "beta": torch.rand(B, T, HV),
         }  # fmt: skip
         n = B if lengths is None else len(lengths)
-        self.state = torch.zeros(n, HV, K, V) if state or kind == "decode" else None
+        self.every = every
+        self.state = torch.zeros(n, HV, K, V, dtype=states) if state or kind.startswith("decode") else None
         self.offsets = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
         if kind == "gradients":
             for t in self.x.values():
                 if t is not None:
                     t.requires_grad_()
         self.do = torch.randn(B, T, HV, V, dtype=torch.bfloat16)
+        self.dstates = None if every is None else torch.randn(B, -(-T // every), HV, K, V)
+        self.out = torch.zeros(B, T, HV, K, V, dtype=states) if kind == "decode with states" else None
+        self.rows = torch.arange(B) if kind == "decode in a pool" else None
 
     def inputs(self) -> dict[str, Tensor | None]:
         """Tensors of the call by role."""
-        return {**self.x, "state": self.state, "offsets": self.offsets, "do": self.do}
+        more = {"dstates": self.dstates, "out": self.out, "rows": self.rows}
+        return {**self.x, "state": self.state, "offsets": self.offsets, "do": self.do, **more}
 
     def call(self) -> dict[str, Tensor | None]:
         """Make the call; its results by role."""
@@ -72,16 +80,31 @@ class Case:
             with torch.no_grad():
                 o, _ = sleepkern.recurrent_step(**x, state=self.state, rule=rule, backend="triton")
             return {"o": o}
+        if self.kind == "decode in a pool":
+            given = Tensors._make([*x.values(), self.state, None])
+            return {"o": backend.step_in_pool(self.problem(given), given, self.rows)}
+        if self.kind == "decode with states":
+            given = Tensors._make([*x.values(), self.state, None])
+            return {"o": backend.step_states(self.problem(given), given, None, self.out, None)}
         if self.kind == "replay":
             r = sleepkern.sleep_ingest(**x, passes=3, rule=rule, initial_state=self.state, backend="triton")
             return {"o": r.output, "final": r.final_state}
         given = {name: t for name, t in x.items() if t is not None}
         options = {"initial_state": self.state, "cu_seqlens": self.offsets, "output_final_state": True}
-        o, final = getattr(sleepkern, rule.name)(**given, **options, backend="triton")
+        if self.every is not None:
+            options["state_every"] = self.every
+        o, final, *along = getattr(sleepkern, rule.name)(**given, **options, backend="triton")
+        made = {"o": o, "final": final, **dict(zip(("states",), along, strict=False))}
         if self.kind == "forward":
-            return {"o": o, "final": final}
-        found = torch.autograd.grad(o, list(given.values()), self.do)
-        return {"o": o, "final": final, **{f"d{name}": d for name, d in zip(given, found, strict=True)}}
+            return made
+        outputs, above = [o, *along], [self.do, *(self.dstates for _ in along)]
+        found = torch.autograd.grad(outputs, list(given.values()), above)
+        return {**made, **{f"d{name}": d for name, d in zip(given, found, strict=True)}}
+
+    def problem(self, x: Tensors) -> problems.Problem:
+        """The problem of a decode that the backend is given."""
+        described = problems.describe(self.rule, x, x.k.shape[3] ** -0.5, False)
+        return described._replace(state_bf16=x.state is not None and x.state.dtype == torch.bfloat16)
 
 
 def _made(shifted: bool, *size: int) -> Tensor:
@@ -102,6 +125,11 @@ def cases() -> dict[str, Case]:
         "decode, three tokens": Case(GATED_DELTA_RULE, "decode", T=3, B=2),
         "decode of KDA": Case(KDA, "decode", T=1, B=3, H=1),
         "replay": Case(GATED_DELTA_RULE, "replay", T=70, state=True),
+        "forward, with states": Case(GATED_DELTA_RULE, "forward", T=70, every=64),
+        "forward and gradients, with states": Case(GATED_DELTA_RULE, "gradients", T=70, every=64),
+        "decode, bfloat16 states": Case(GATED_DELTA_RULE, "decode", T=1, B=3, states=torch.bfloat16),
+        "decode, in a pool": Case(GATED_DELTA_RULE, "decode in a pool", T=1, B=3, states=torch.bfloat16),
+        "decode, with states": Case(GATED_DELTA_RULE, "decode with states", T=3, B=2),
         "replay of simple GLA": Case(SIMPLE_GLA, "replay", T=20),
     }
 

@@ -133,7 +133,7 @@ def test_a_held_call_does_nothing_else(stub: Stub, name: str) -> None:
     # Triton looks at the context at each launch. Nothing else is asked of the driver, and nothing waits.
     assert stub.counts() == {"cuLaunchKernelEx": launches, "cuCtxGetCurrent": launches}
     assert not stub.torch
-    scratch = {"decode": 0, "gradients": 2}.get(case.kind, 1)
+    scratch = 0 if case.kind.startswith("decode") else {"gradients": 2}.get(case.kind, 1)
     unnamed = 1 if case.kind == "gradients" else 0  # the gradient of a state that nobody gave
     if case.kind == "replay":
         results = {"final": results["final"], "o": results["o"]}
@@ -159,6 +159,21 @@ def test_an_address_that_is_not_a_multiple_of_16_takes_another_kernel(stub: Stub
         functions.append([one.function for one in launches])
     assert functions[0] == functions[2] and functions[1] == functions[3]
     assert functions[0][0] != functions[1][0]
+
+
+@pytest.mark.parametrize("name", ["forward", "forward and gradients"])
+def test_calls_with_and_without_states_do_not_mix(stub: Stub, name: str) -> None:
+    """The same tensors: a call with states along its sequences holds kernels of its own, which store or read them."""
+    plain, along = CASES[name], CASES[f"{name}, with states"]
+    functions: list[list[tuple[str, int]]] = []
+    for case in (plain, along, plain, along):
+        launches, values, _ = launched(stub, case)
+        functions.append([(one.kernel, one.function) for one in launches])
+        assert any("states" in passed for passed in values) == (case is along)
+        assert any("dstates" in passed for passed in values) == (case is along and name != "forward")
+    assert functions[0] == functions[2] and functions[1] == functions[3]
+    differ = {a[0] for a, b in zip(functions[0], functions[1], strict=True) if a != b}
+    assert differ == {"state_pass_kernel"} | ({"state_pass_backward_kernel"} if name != "forward" else set())
 
 
 def test_lengths_share_kernels(stub: Stub) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.states_along import along_errors, decode_errors
+from helpers.states_along import along_errors, decode_errors, growth
 from variants import with_variants
 
 from sleepkern.backends import triton
@@ -84,6 +84,17 @@ def test_decode_states(rule: Rule, states: torch.dtype) -> None:
     """In place, in a pool, and with the states after each token, which are those of the reference to the last bit."""
     found = decode_errors(rule, Shape(B=3, T=3, H=1, HV=2, K=24, V=37), states=states)
     within(found, TOLERANCE[torch.float32] if states == torch.float32 else ROUNDED)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "steps", [20, *(pytest.param(n, marks=pytest.mark.hardening) for n in (1000, 20_000))]
+)  # fmt: skip
+def test_error_growth_of_bfloat16_states(rule: Rule, steps: int) -> None:
+    """The error is what the type costs: that of float64 sums which each step rounds to bfloat16."""
+    found, least = growth(rule, steps, "triton")
+    print(f"{rule.name}: {found:.2e} after {steps} steps; float64 sums rounded to bfloat16 {least:.2e}")
+    assert found <= 1.5 * least
 
 
 def test_decode_states_of_sixteen_tokens() -> None:

@@ -96,26 +96,60 @@ def record(
     passes: int = 1,
     output: bool = True,
     raw: bool = False,
+    state_every: int | None = None,
 ) -> list[Launch]:
-    """The launches of a call of this shape; `raw`: its kernels make both gates."""
+    """The launches of a call of this shape; `raw`: its kernels make both gates.
+
+    state_every also gives its states, and their gradients, of which there are one for each sequence more than needed.
+    """
     seen: list[Launch] = []
-
-    def note(job: Any, kernel: Any, grid: Any, tile: Any, **more: Any) -> None:
-        arguments = job.arguments(kernel, tile, **more)
-        programs = math.prod(grid)
-        seen.append(Launch(kernel, arguments, tile.warps, tile.stages, programs, tile.warp_groups))
-
     x = _inputs(rule, shape, torch.bfloat16 if precision == "bf16" else torch.float32)
-    problem = describe(rule, x, shape.K**-0.5, normalize, passes)
+    problem = describe(rule, x, shape.K**-0.5, normalize, passes, state_every=state_every)
+    along = _along(problem, x)
     gates = _gates(rule, shape) if raw else None
-    with mock.patch.object(launch.Job, "launch", note):
+    with mock.patch.object(launch.Job, "launch", _noting(seen)):
         if direction == "backward":
             assert x.state is not None
             do, dstate = torch.empty_like(x.v), torch.empty_like(x.state)
-            launch.backward(problem, x, x.state, do, dstate, precision, gates)
+            launch.backward(problem, x, x.state, do, dstate, precision, gates, along)
         else:
-            launch.forward(problem, x, x.state, output, precision, gates=gates)
+            launch.forward(problem, x, x.state, output, precision, gates=gates, along=along)
     return seen
+
+
+def record_decode(rule: Rule, shape: Shape, states: torch.dtype, pool: bool, after_each: bool) -> list[Launch]:
+    """The launch of a decode of bf16 tokens on states of this type; `after_each`: the state after each is stored."""
+    seen: list[Launch] = []
+    x = _inputs(rule, shape, torch.bfloat16)
+    heads = (shape.HV, shape.K, shape.V)
+    x = x._replace(state=torch.empty(4096 if pool else shape.B, *heads, dtype=states, device="meta"))
+    problem = describe(rule, x, shape.K**-0.5, True)._replace(state_bf16=states == torch.bfloat16)
+    out = torch.empty(*((4096,) if pool else (shape.B, shape.T)), *heads, dtype=states, device="meta")
+    indices = torch.empty(shape.B, dtype=torch.int64, device="meta") if pool else None
+    targets = torch.empty(shape.B, shape.T, dtype=torch.int64, device="meta") if pool else None
+    with mock.patch.object(launch.Job, "launch", _noting(seen)):
+        launch.decode(problem, x, "bf16", indices, *((out, targets) if after_each else ()))
+    return seen
+
+
+def _noting(seen: list[Launch]) -> Any:
+    """What stands in for `Job.launch` and notes the launches."""
+
+    def note(job: Any, kernel: Any, grid: Any, tile: Any, **more: Any) -> None:
+        arguments = job.arguments(kernel, tile, **more)
+        seen.append(Launch(kernel, arguments, tile.warps, tile.stages, math.prod(grid), tile.warp_groups))
+
+    return note
+
+
+def _along(problem: Problem, x: Tensors) -> tuple[torch.Tensor | None, ...]:
+    """The states along the sequences, or their gradients, and their offsets when packed."""
+    p = problem
+    if p.state_every is None:
+        return ()
+    count = p.B * -(-p.T // p.state_every) + p.sequences
+    states = torch.empty(1, count, p.HV, p.K, p.V, dtype=torch.float32, device="meta")
+    return states, None if x.cu_seqlens is None else torch.empty(p.sequences + 1, dtype=torch.int64, device="meta")
 
 
 @contextmanager

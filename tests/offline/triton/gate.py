@@ -29,7 +29,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch
 import triton
 import triton.language as tl
-from compiling import TOOLS, Compiled, Launch, compile_launch, on_device, record
+from compiling import TOOLS, Compiled, Launch, compile_launch, on_device, record, record_decode
 from mixer import Operator, operators
 from rich.console import Console
 from rich.progress import track
@@ -54,6 +54,10 @@ STACK_CHANNEL_BACKWARD = {64: 1024, 128: 1024, 256: 2048}
 whose tiles live side by side. A difference of two sums needs fewer, and loses all digits under strong decay."""
 
 
+PLAIN = ("chunk_factors_kernel", "state_pass_kernel", "chunk_backward_kernel")
+"""Kernels of a backward that gradients of states along the sequences do not change, where the plan is the usual one."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """One kernel of one call; capability is that of its plan."""
@@ -68,6 +72,9 @@ class Subject:
     passes: int = 1
     raw: bool = False
     variants: tuple[tuple[str, Variant], ...] = ()
+    state_every: int | None = None
+    decode: tuple[torch.dtype, bool, bool] | None = None
+    """The type of a decode's states, whether they are in a pool, and whether those after each token are stored."""
 
     @property
     def architecture(self) -> int:
@@ -78,9 +85,12 @@ class Subject:
         """The launch that the product would make."""
         key = self.key
         with on_device(self.capability, dict(self.variants)):
+            if self.decode is not None:
+                return record_decode(self.rule, self.shape, *self.decode)[0]
             launches = record(
-                self.rule, self.shape, key.precision, key.direction, self.normalize, self.passes, raw=self.raw
-            )
+                self.rule, self.shape, key.precision, key.direction, self.normalize, self.passes, raw=self.raw,
+                state_every=self.state_every,
+            )  # fmt: skip
         return next(one for one in launches if one.name == self.kernel)
 
 
@@ -103,6 +113,7 @@ def subjects(quick: bool) -> Iterator[Subject]:
         window = replace(shape, T=TABLE[key].chunk if key.precision == "bf16" else 16)
         yield from _of(rule, window, key, some, without=shared)
     yield from _switches(quick)
+    yield from _states(quick)
     if not quick:
         yield from _variants(CAPABILITIES)
 
@@ -135,6 +146,29 @@ def _switches(quick: bool) -> Iterator[Subject]:
             yield from _of(rule, Shape(T=T, H=16, HV=16, K=128, V=128), key, (90,), raw=True)
 
 
+def _states(quick: bool) -> Iterator[Subject]:
+    """Kernels with states along the sequences, whose chunks may be smaller than the table's, and decodes of states."""
+    shape, packed = Shape(T=LONG, H=16, HV=16, K=128, V=128), Shape(H=4, HV=16, K=96, V=192, lengths=(1000, 3000, 50))
+    for rule in (GATED_DELTA_RULE,) if quick else (GATED_DELTA_RULE, SIMPLE_GLA, GLA, KDA):
+        capabilities = (90,) if quick or not rule.delta else CAPABILITIES
+        for direction in ("forward", "backward"):
+            key = Key(0, direction, "bf16", rule.gate == "channel", 128)
+            for every, one in ((64, shape),) if quick else ((64, shape), (128, packed), (48, shape), (32, packed)):
+                usual = every % 64 == 0
+                without = () if not usual else PLAIN if direction == "backward" else PLAIN[:1]
+                yield from _of(rule, one, key, capabilities, without=without, state_every=every)
+        key = Key(0, "forward", "bf16", rule.gate == "channel", 128)
+        for states in (torch.float32, torch.bfloat16):
+            for pool, after_each in ((False, True), (True, False), (True, True)):
+                if quick and (states == torch.float32 or not pool):
+                    continue
+                name = f"{rule.name} decode of {str(states)[6:]} states" + " in a pool" * pool + " of all" * after_each
+                one = Shape(B=8, T=4, H=16, HV=16, K=128, V=128)
+                for capability in capabilities:
+                    made = (states, pool, after_each)
+                    yield Subject(name, rule, one, key, "decode_kernel", capability, True, decode=made)
+
+
 def _variants(capabilities: tuple[int, ...]) -> Iterator[Subject]:
     """The kernels that plans with variants take and others do not, with head and channel decay."""
     for rule, normalize in ((GATED_DELTA_RULE, True), (KDA, False)):
@@ -156,16 +190,21 @@ def _variants(capabilities: tuple[int, ...]) -> Iterator[Subject]:
 
 def _of(
     rule: Rule, shape: Shape, key: Key, capabilities: tuple[int, ...] = CAPABILITIES, normalize: bool = False,
-    passes: int = 1, without: tuple[str, ...] = (), raw: bool = False,
+    passes: int = 1, without: tuple[str, ...] = (), raw: bool = False, state_every: int | None = None,
 ) -> Iterator[Subject]:  # fmt: skip
     name = f"{rule.name} {key.direction} {key.precision} T={shape.T} K={shape.K} V={shape.V}"
     name += " packed" * (shape.lengths is not None) + f" N={passes}" * (passes > 1) + " raw gates" * raw
+    name += "" if state_every is None else f" states every {state_every}"
     for capability in capabilities:
         with on_device(capability):
-            launches = record(rule, shape, key.precision, key.direction, normalize, passes, raw=raw)
+            launches = record(
+                rule, shape, key.precision, key.direction, normalize, passes, raw=raw, state_every=state_every
+            )
         for one in launches:
             if one.name not in without:
-                yield Subject(name, rule, shape, key, one.name, capability, normalize, passes, raw)
+                yield Subject(
+                    name, rule, shape, key, one.name, capability, normalize, passes, raw, state_every=state_every
+                )
 
 
 Row = tuple[Subject | Operator, str, Compiled | None, str]
