@@ -201,6 +201,9 @@ def models(
     assert_type(InsertedMixer(1, 32, 2).forward(torch.randn(B, T, 32)), tuple[Tensor, RecurrentState])
     load_retrofitted("folder")
     assert_type(transformers.FAMILIES[0], str)
+    memory = transformers.RollbackCache(model, keep=32)
+    assert_type(memory.copy(), transformers.RollbackCache)
+    memory.crop(-1)
     fla.register()
 
 

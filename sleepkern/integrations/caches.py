@@ -23,6 +23,11 @@ def is_cache(x: Any) -> bool:
     return alike or isinstance(x, known)
 
 
+def records_past() -> bool:
+    """Tells whether caches of this version of transformers can be told to keep what taking tokens back needs."""
+    return hasattr(getattr(sys.modules.get("transformers.cache_utils"), "Cache", None), "activate_past_recording")
+
+
 def cache_among(values: Iterable[Any]) -> Any:
     """The first cache among arguments; None without one."""
     return next((x for x in values if is_cache(x)), None)

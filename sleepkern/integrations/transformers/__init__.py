@@ -22,8 +22,35 @@ argument that it does not know) goes to the original function, with the reason i
 New with the patch: packed sequences on the CPU, forward and gradients, as each sequence alone. Name them by what
 transformers and its collators give: cu_seq_lens_q, cu_seq_lens_k, cu_seqlens, seq_idx, or position_ids that restart
 (docs/guides/packed_sequences.md). What cannot be kept apart raises.
+
+Also new: `generate` with drafts (assistant_model, prompt_lookup_num_tokens), whose rejected tokens a `RollbackCache`
+takes back in recurrent layers too (docs/guides/reuse_states.md).
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .families import FAMILIES, patch, patched, unpatch
 
-__all__ = ["FAMILIES", "patch", "patched", "unpatch"]
+if TYPE_CHECKING:
+    from .rollback import RollbackCache
+
+__all__ = ["FAMILIES", "RollbackCache", "patch", "patched", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    """RollbackCache, whose file imports transformers.
+
+    Raises:
+        ImportError: transformers is too old for it.
+    """
+    if name != "RollbackCache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from .rollback import RollbackCache
+    except ImportError as error:
+        import transformers
+
+        raise ImportError(
+            f"transformers: got {transformers.__version__}, whose caches cannot roll back; expected 5.20 or newer"
+        ) from error
+    return RollbackCache

@@ -34,9 +34,23 @@ def targets(module: ModuleType) -> list[Target]:
     bases = [x for x in defined if isinstance(x, type) and x.__name__.endswith("Model") and _reads_text(x)]
     older = "is_fast_path_available" in vars(module)
     make = functools.partial(forward, hands_on=not older, masks=_family(module) in _MASKS_WITHOUT_POSITIONS)
-    found = [Target(x, "forward", make) for x in bases]
+    found = [Target(x, "forward", make if older else _also_recorded(make)) for x in bases]
     heads = [x for x in defined if getattr(x, "__name__", "") == "Mamba2ForCausalLM"]
-    return found + [Target(x, "forward", forward_names) for x in heads]
+    found += [Target(x, "forward", forward_names) for x in heads]
+    return found if older or not caches.records_past() else found + _takes_drafts(defined)
+
+
+def _takes_drafts(defined: list[Any]) -> list[Target]:
+    """The flags by which `generate` refuses drafts, which a patched model's cache can take back.
+
+    For a model named Mamba, `generate` calls the cache by another name than its code for drafts. There the flag stays.
+    """
+    refuses = [x for x in defined if isinstance(x, type) and "_is_stateful" in vars(x) and "Mamba" not in x.__name__]
+    return [Target(x, "_is_stateful", lambda _: False) for x in refuses]  # type: ignore[arg-type,return-value]
+
+
+def _also_recorded(make: Make) -> Make:
+    return lambda original: recorded_forward(make(original))
 
 
 def hooked_forwards(layer: nn.Module, of_classes: list[Target]) -> list[Target]:
@@ -80,6 +94,36 @@ def forward_names(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, **{**given, "attention_mask": mask})
 
     return forward_with_names
+
+
+def recorded_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of the forward of a base model whose cache may roll back (rollback_layers.py)."""
+    order = _order(original)
+
+    @functools.wraps(original)
+    def forward_recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        cache = next((kwargs[name] for name in caches.NAMES if kwargs.get(name) is not None), None)
+        if cache is None and len(args) > 1:
+            cache = caches.cache_among(args)
+        if not _records(cache) or torch.compiler.is_exporting():
+            return original(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "past_key_values: got a cache that rolls back in a compiled model; expected the model itself"
+            )
+        from .rollback_layers import recording_into
+
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        text = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        with recording_into(cache, text.shape[1]):
+            return original(self, *args, **kwargs)
+
+    return forward_recorded
+
+
+def _records(cache: Any) -> bool:
+    """Tells whether a layer of a cache keeps what it needs to roll back, or is told to."""
+    return any(hasattr(x, "rolls_back") or getattr(x, "record_past", False) for x in getattr(cache, "layers", ()))
 
 
 def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from sleepkern.rules import GATED_DELTA_RULE, Rule
 
 from ..call_mapping import replacement
 from ..fallback import unsupported_reason
+from . import recording
 from .packing import offsets_of, one_row, packed_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,6 +79,10 @@ def _size(query: Tensor) -> tuple[int, int]:
 
 
 def _ingest(rule: Rule, call: _Call) -> tuple[Tensor, Tensor | None]:
+    if (recorder := recording.current()) is not None and call.output_final_state:
+        S = None if call.initial_state is None else call.initial_state.to(torch.float32)
+        o, state = recorder.run(call.query, _inputs(rule, call), S)
+        return o.to(call.query.dtype), state
     offsets = _offsets(call)
     inputs = call[:5] if offsets is None else [one_row(x) for x in call[:5]]
     o, state = getattr(ops, rule.name)(
@@ -95,7 +100,12 @@ def _step(rule: Rule, call: _One) -> tuple[Tensor, Tensor | None]:
     assert call.initial_state is not None
     state, normalize = call.initial_state.to(torch.float32), call.use_qk_l2norm_in_kernel
     o, state = ops.recurrent_step(*call[:5], state, rule=rule, use_qk_l2norm_in_kernel=normalize)
+    recording.record_step(partial(_inputs, rule, call), state)
     return o.to(call.query.dtype), state
+
+
+def _inputs(rule: Rule, call: _Call) -> recording.Inputs:
+    return recording.Inputs(rule, call.key, call.value, call.g, call.beta, call.use_qk_l2norm_in_kernel)
 
 
 def _may_write_state(call: _One) -> bool:
@@ -104,14 +114,16 @@ def _may_write_state(call: _One) -> bool:
     Only for the buffer of a transformers cache: the layer copies the returned state into that very
     buffer next (then a copy onto itself, which torch leaves out). The cache marks its buffers as
     static addresses for the sake of CUDA graphs; a tensor without the mark may still be wanted by
-    whoever made it. Nor for gradients, which need the old state, in a compiled graph, where the
-    compiler plans the memory, or for a state made in inference mode, which outside of it torch lets
-    nobody write to.
+    whoever made it. A cache that rolls back gives up its state without a mark. Nor for gradients,
+    which need the old state, in a compiled graph, where the compiler plans the memory, or for a
+    state made in inference mode, which outside of it torch lets nobody write to.
     """
     state = call.initial_state
     if torch.compiler.is_compiling() or not call.output_final_state or _offsets(call) is not None:
         return False
-    if state is None or getattr(state, "_dynamo_static_input_type", None) is None:
+    if state is None:
+        return False
+    if getattr(state, "_dynamo_static_input_type", None) is None and recording.current() is None:
         return False
     if state.is_inference() and not torch.is_inference_mode_enabled():
         return False

@@ -24,6 +24,7 @@ from sleepkern.rules import SIMPLE_GLA
 
 from ..call_mapping import replacement
 from ..fallback import unsupported_reason
+from . import recording
 from .packing import NAMES, offsets_of, one_row, packed_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,8 +114,18 @@ def one_step(original: Callable[..., Any]) -> Callable[..., Any]:
     torch's own operators run in place, 2.5 to 24 times as fast. There recurrent_step with x for key and B for value
     takes longer, and with a copy of the state longer still.
     """
+    run = replacement(original, _Step, _why_no_step, _step)
+    names = frozenset(_Step._fields)
 
-    return replacement(original, _Step, _why_no_step, _step)
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        out = run(*args, **kwargs)
+        if recording.current() is not None:  # whichever function computed it
+            call = _Step(*args, **{name: kwargs[name] for name in kwargs if name in names})
+            recording.record_step(functools.partial(_step_inputs, call), call.state)
+        return out
+
+    return step
 
 
 class _Step(NamedTuple):
@@ -132,11 +143,22 @@ class _Step(NamedTuple):
     z: Tensor | None = None
 
 
-def _step(call: _Step) -> Tensor:
-    dt = call.dt[..., 0].float()  # [B,H]: the same for a whole head, and so is A
+def _step_gates(call: _Step) -> tuple[Tensor, Tensor]:
+    """The log decay and dt, both [B,H]: dt and A are the same for a whole head."""
+    dt = call.dt[..., 0].float()
     dt = dt if call.dt_bias is None else dt + call.dt_bias[:, 0].float()
     dt = F.softplus(dt) if call.dt_softplus else dt
-    g, x = dt * call.A[:, 0, 0].float(), call.hidden_states.float()
+    return dt * call.A[:, 0, 0].float(), dt
+
+
+def _step_inputs(call: _Step) -> recording.Inputs:
+    g, dt = _step_gates(call)
+    k, v, g, beta = (t[:, None] for t in (call.B, call.hidden_states, g, dt))
+    return recording.Inputs(SIMPLE_GLA, k, v, g, beta, transposed=True)
+
+
+def _step(call: _Step) -> Tensor:
+    (g, dt), x = _step_gates(call), call.hidden_states.float()
     if call.state.transpose(-1, -2).is_contiguous():
         q, k, v, g, beta = (t[:, None] for t in (call.C, call.B, call.hidden_states, g, dt))
         S = call.state.transpose(-1, -2)
@@ -184,6 +206,9 @@ def _run_scan(call: _Scan | _OlderScan) -> Tensor | tuple[Tensor, Tensor]:
     dt = dt.clamp(*call.dt_limit).float()
     state = None if call.initial_states is None else call.initial_states.float().transpose(-1, -2)
     inputs, offsets = (call.C, call.B, call.hidden_states, call.A.float() * dt, dt), _offsets(call)
+    if (recorder := recording.current()) is not None and call.return_final_states:
+        o, held = recorder.run(inputs[0], recording.Inputs(SIMPLE_GLA, *inputs[1:], transposed=True), state, scale=1.0)
+        return _skipped(call, o.float()), held
     q, k, v, g, beta = inputs if offsets is None else [one_row(x) for x in inputs]
     o, final = ops.simple_gla(
         q,
@@ -197,12 +222,16 @@ def _run_scan(call: _Scan | _OlderScan) -> Tensor | tuple[Tensor, Tensor]:
         cu_seqlens=offsets,
     )
     y = o.float() if offsets is None else o.float().view(call.hidden_states.shape)
-    if call.D is not None:
-        y = torch.addcmul(y, call.hidden_states.float(), call.D.float()[:, None])
+    y = _skipped(call, y)
     if not call.return_final_states:
         return y
     assert final is not None
     return y, final.transpose(-1, -2)
+
+
+def _skipped(call: _Scan | _OlderScan, y: Tensor) -> Tensor:
+    """y [B,T,H,P] with the skip connection D x."""
+    return y if call.D is None else torch.addcmul(y, call.hidden_states.float(), call.D.float()[:, None])
 
 
 def _why_not(call: _Scan | _OlderScan) -> str | None:

@@ -13,6 +13,7 @@ from sleepkern.nn import short_convolution, short_convolution_step
 from ..call_mapping import replacement
 from ..fallback import unsupported_reason
 from .packing import offsets_of, one_row, packed_by
+from .recording import record_convolution_step
 
 
 class _Many(NamedTuple):
@@ -55,6 +56,7 @@ def _convolve(call: _Many) -> Tensor:
 
 
 def _step(call: _One) -> Tensor:
+    record_convolution_step(call.conv_state, call.hidden_states)
     x = call.hidden_states.squeeze(-1)
     return short_convolution_step(x, call.conv_state, call.weight, call.bias, _silu(call.activation))[..., None]
 

@@ -1,0 +1,77 @@
+"""A cache of transformers that can take tokens back, and be copied without copying."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from .families import patched
+from .rollback_layers import KEEP, recurrent_layers, rolling
+
+
+class RollbackCache(DynamicCache):  # type: ignore[misc]
+    """A cache for a patched hybrid model that can take its last tokens back.
+
+    `crop(-n)` takes n tokens back, in keys and values, recurrent states and convolution states. `generate` with drafts
+    (`assistant_model`, `prompt_lookup_num_tokens`) runs with it, and makes such layers by itself where no cache is
+    given. One cache belongs to one thread at a time; nothing is kept for gradients.
+
+    Args:
+        model: a model of transformers that `patch` has replaced.
+        keep: the number of last tokens that `crop` can take back at any time, at least 1; default 64. Up to twice as
+            many can be taken back, as their inputs are kept: (2 K + V) numbers a head and token.
+        every: for `sleepkern.sleep.PrefixCache`: the states after each multiple of so many tokens are kept.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: a model that is not patched or has no recurrence, or a number out of range.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, model: nn.Module, keep: int = KEEP, every: int | None = None) -> None:
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise TypeError(f"model: got a {type(model).__name__}; expected a model of transformers")
+        for name, x in (("keep", keep), ("every", every)):
+            if x is not None and (isinstance(x, bool) or not isinstance(x, int)):
+                raise TypeError(f"{name}: got {x!r}; expected a whole number")
+            if x is not None and x < 1:
+                raise ValueError(f"{name}: got {x}; expected at least 1")
+        name, config = type(model).__name__, cast(Any, model.config)
+        if not patched(model):
+            raise ValueError(f"model: got a {name} that is not patched; expected one after sleepkern.patch(model)")
+        super().__init__(config=config)
+        self.layers = [rolling(layer, 0, keep, every) for layer in self.layers]
+        if not recurrent_layers(self):
+            raise ValueError(f"model: got a {name} without a recurrence; expected a hybrid model")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last -tokens_to_remove tokens back, in all layers or, on an error, in none.
+
+        Raises:
+            TypeError: no whole number.
+            ValueError: a number above 0, or more tokens than can be taken back.
+        """
+        if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
+            raise TypeError(f"tokens_to_remove: got {tokens_to_remove!r}; expected a whole number, 0 or less")
+        recurrent_layers(self)[0].history.check(self.get_seq_length() + tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def copy(self) -> RollbackCache:
+        """A cache with the same content that goes on by itself.
+
+        Tensors are shared: recurrent states until one of the two decodes a token, keys and values until then too, as
+        they grow into new tensors. Copies may belong to different threads.
+        """
+        other = copy.copy(self)
+        other.layers = [x.copied() if hasattr(x, "rolls_back") else copy.copy(x) for x in self.layers]
+        return other
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens that were read."""
+        if any(hasattr(x, "keys") for x in self.layers):
+            return int(super().get_seq_length(layer_idx))
+        return int(self.layers[0].history.end)
