@@ -35,6 +35,8 @@ from sleepkern.sleep import (
     KVState,
     LayerCache,
     ModelAdapter,
+    PrefixCache,
+    PrefixHit,
     RecurrentState,
     SleepReport,
     SleepSession,
@@ -204,6 +206,10 @@ def models(
     memory = transformers.RollbackCache(model, keep=32)
     assert_type(memory.copy(), transformers.RollbackCache)
     memory.crop(-1)
+    prefixes = PrefixCache(model, max_bytes=2**30, every=64)
+    hit = prefixes.lookup([1, 2, 3])
+    assert_type(hit, PrefixHit)
+    assert_type(prefixes.insert([1, 2, 3], hit.cache), int)
     fla.register()
 
 

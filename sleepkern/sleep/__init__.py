@@ -8,14 +8,15 @@ from ..state import KVState, RecurrentState
 from .adapters.causal_lm import CausalLMAdapter
 from .blocks import Slept, explain_blocks, forget_packed, sleep_blocks
 from .load_retrofitted import load_retrofitted
+from .prefix_cache import PrefixCache, PrefixHit
 from .protocols import FusedModelAdapter, LayerCache, ModelAdapter
 from .retrofit import InsertedMixer, retrofit
 from .session import SleepReport, SleepSession
 
 __all__ = [
-    "CausalLMAdapter", "FusedModelAdapter", "InsertedMixer", "KVState", "LayerCache", "ModelAdapter", "RecurrentState",
-    "SleepReport", "SleepSession", "Slept", "explain_blocks", "forget_packed", "load_retrofitted", "retrofit",
-    "sleep_blocks",
+    "CausalLMAdapter", "FusedModelAdapter", "InsertedMixer", "KVState", "LayerCache", "ModelAdapter", "PrefixCache",
+    "PrefixHit", "RecurrentState", "SleepReport", "SleepSession", "Slept", "explain_blocks", "forget_packed",
+    "load_retrofitted", "retrofit", "sleep_blocks",
 ]  # fmt: skip
 
 _RENAMED: dict[str, Any] = {"Memory": LayerCache, "RecordedStack": CausalLMAdapter, "Stack": ModelAdapter}

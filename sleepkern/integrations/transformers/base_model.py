@@ -115,10 +115,16 @@ def recorded_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
         given = {**dict(zip(order, args, strict=False)), **kwargs}
         text = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
-        with recording_into(cache, text.shape[1]):
+        with recording_into(cache, text.shape[1], _first_position(given)):
             return original(self, *args, **kwargs)
 
     return forward_recorded
+
+
+def _first_position(given: dict[str, Any]) -> int | None:
+    """The first of position_ids [1,T]; None for several rows, which may be padded, and for other forms."""
+    x = given.get("position_ids")
+    return int(x[0, 0]) if isinstance(x, Tensor) and x.ndim == 2 and x.shape[0] == 1 and x.numel() > 1 else None
 
 
 def _records(cache: Any) -> bool:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any, cast
 
-from torch import nn
-from transformers.cache_utils import DynamicCache
+from torch import Tensor, nn
+from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer
 
 from .families import patched
-from .rollback_layers import KEEP, recurrent_layers, rolling
+from .history import Snapshot
+from .rollback_layers import KEEP, RollbackHybridLayer, RollbackLayer, recurrent_layers, rolling
+
+_WHOLE = (DynamicLayer, DummyLayer, RollbackLayer, RollbackHybridLayer)
+"""Kinds of layers that keep keys and values of all tokens, or none."""
 
 
 class RollbackCache(DynamicCache):  # type: ignore[misc]
@@ -45,6 +50,7 @@ class RollbackCache(DynamicCache):  # type: ignore[misc]
             raise ValueError(f"model: got a {name} that is not patched; expected one after sleepkern.patch(model)")
         super().__init__(config=config)
         self.layers = [rolling(layer, 0, keep, every) for layer in self.layers]
+        self.keep, self.every, self.model = keep, every, weakref.ref(model)
         if not recurrent_layers(self):
             raise ValueError(f"model: got a {name} without a recurrence; expected a hybrid model")
 
@@ -75,3 +81,44 @@ class RollbackCache(DynamicCache):  # type: ignore[misc]
         if any(hasattr(x, "keys") for x in self.layers):
             return int(super().get_seq_length(layer_idx))
         return int(self.layers[0].history.end)
+
+    def take_marks(self) -> dict[int, list[Snapshot]]:
+        """What the recurrent layers carry after each multiple of `every`, by position; most of it is then forgotten."""
+        found: dict[int, list[Snapshot]] = {}
+        for layer in recurrent_layers(self):
+            for mark in layer.history.take_marks():
+                found.setdefault(mark.position, []).append(mark)
+        return found
+
+    def keys_values(self, first: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Copies of the keys and values [B,heads,tokens,width] of these tokens, for each layer that has attention."""
+        layers = self.attention_layers()
+        return [(x.keys[:, :, first:end].clone(), x.values[:, :, first:end].clone()) for x in layers]
+
+    def carry(self, snapshots: list[Snapshot], keys_values: list[tuple[Tensor, Tensor]]) -> RollbackCache:
+        """Fill this empty cache with what another one had after a mark; snapshots stay as they are. Returns itself."""
+        for layer, at in zip(recurrent_layers(self), snapshots, strict=True):
+            layer.start(at, self.keep, self.every)
+        for layer, (keys, values) in zip(self.attention_layers(), keys_values, strict=True):
+            DynamicLayer.lazy_initialization(layer, keys, values)
+            layer.keys, layer.values = keys, values
+        return self
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the batch; 0 before the first token."""
+        state = recurrent_layers(self)[0].recurrent_states[0]
+        return 0 if state is None else int(state.shape[0])
+
+    def attention_layers(self) -> list[Any]:
+        """The layers that keep keys and values.
+
+        Raises:
+            ValueError: a layer that keeps something else than keys and values of all tokens.
+        """
+        other = next((x for x in self.layers if type(x) not in _WHOLE), None)
+        if other is not None:
+            raise ValueError(
+                f"model: got a cache layer {type(other).__name__}; expected layers with keys and values of all tokens"
+            )
+        return [x for x in self.layers if isinstance(x, DynamicLayer)]

@@ -193,13 +193,14 @@ def recurrent_layers(cache: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def recording_into(cache: Any, tokens: int) -> Iterator[None]:
+def recording_into(cache: Any, tokens: int, first_position: int | None = None) -> Iterator[None]:
     """Record what a patched base model computes for so many tokens into the layers of its cache.
 
     Layers of transformers that were told to record the past, as `generate` does for drafts, become layers that can.
 
     Raises:
-        ValueError: a layer that cannot, tokens that another model read, or a call that went to an original function.
+        ValueError: a layer that cannot, tokens that another model read, positions that start again behind others, or a
+            call that went to an original function.
     """
     if any(getattr(x, "record_past", False) for x in cache.layers):
         cache.layers[:] = [rolling(x, _length(cache) or 0, KEEP) for x in cache.layers]
@@ -212,6 +213,11 @@ def recording_into(cache: Any, tokens: int) -> Iterator[None]:
         raise ValueError(
             f"past_key_values: got {_length(cache)} tokens in attention and {sorted(ends)} in recurrences; expected a "
             "cache that the same patched model filled"
+        )
+    if first_position == 0 and layers[0].history.end > 0:
+        raise ValueError(
+            f"past_key_values: got a cache of {layers[0].history.end} tokens and positions from 0; expected later ones "
+            "(`generate` with drafts reads its whole prompt, so its cache has to be empty)"
         )
     recorder = recording.Recorder(layers[0].history.cuts(tokens))
     if tokens == 1:
