@@ -18,7 +18,7 @@ from sleepkern.integrations.transformers.recording import Inputs
 from sleepkern.integrations.transformers.rollback_layers import RollbackLayer
 from sleepkern.testing import relative_error
 
-pytestmark = pytest.mark.since("5.23")
+pytestmark = pytest.mark.since("5.20")
 FAMILIES = ("qwen3_next", "kimi_linear", "bamba")
 KEEP = 8
 Pieces = tuple[int, ...]

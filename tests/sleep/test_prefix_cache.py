@@ -16,7 +16,7 @@ from sleepkern.integrations.transformers import RollbackCache, patch
 from sleepkern.sleep import PrefixCache, prefix_cache
 from sleepkern.testing import relative_error
 
-pytestmark = pytest.mark.since("5.23")
+pytestmark = pytest.mark.since("5.20")
 MANY = 2**30
 
 
@@ -212,6 +212,7 @@ def build_patched() -> nn.Module:
     return build("qwen3_next")
 
 
+@pytest.mark.since("5.23")
 def test_models_that_cannot_be_divided_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^model: got a BambaForCausalLM that is not patched"):
         PrefixCache(build("bamba"), MANY)

@@ -27,30 +27,32 @@ Also new: `generate` with drafts (assistant_model, prompt_lookup_num_tokens), wh
 takes back in recurrent layers too (docs/guides/reuse_states.md).
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .families import FAMILIES, patch, patched, unpatch
 
 if TYPE_CHECKING:
     from .rollback import RollbackCache
+    from .token_tree import TokenTree
 
-__all__ = ["FAMILIES", "RollbackCache", "patch", "patched", "unpatch"]
+__all__ = ["FAMILIES", "RollbackCache", "TokenTree", "patch", "patched", "unpatch"]
+_FILES = {"RollbackCache": "rollback", "TokenTree": "token_tree"}
 
 
 def __getattr__(name: str) -> Any:
-    """RollbackCache, whose file imports transformers.
+    """The classes whose files import transformers.
 
     Raises:
-        ImportError: transformers is too old for it.
+        ImportError: transformers is too old for them.
     """
-    if name != "RollbackCache":
+    if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from .rollback import RollbackCache
+        return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
     except ImportError as error:
         import transformers
 
         raise ImportError(
             f"transformers: got {transformers.__version__}, whose caches cannot roll back; expected 5.20 or newer"
         ) from error
-    return RollbackCache

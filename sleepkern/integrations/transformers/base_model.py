@@ -20,7 +20,7 @@ from sleepkern.eager import assert_async
 
 from .. import caches
 from ..patching import Make, Target
-from .packing import LENGTHS, OFFSETS, offsets_of, sequence_indices
+from .packing import LENGTHS, OFFSETS, SegmentTree, offsets_of, sequence_indices
 
 _NAMES = (*OFFSETS, "seq_idx")
 _HELD = "_old_forward"
@@ -149,6 +149,8 @@ def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callab
         carried = isinstance(given.get("attention_mask"), _CarriedArguments)
         if carried:
             given |= given["attention_mask"]
+        if isinstance(given.get("cu_seq_lens_q"), SegmentTree):
+            return original(self, **_tree_arguments(self, given, hands_on, "position_ids" in order))
         packed = _packed(given)
         if packed is None and not carried and not any(name in kwargs for name in _NAMES):
             return original(self, *args, **kwargs)
@@ -167,6 +169,25 @@ def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callab
         return original(self, **others | _packed_arguments(self, packed, given, "position_ids" in order, masks))
 
     return forward_packed
+
+
+def _tree_arguments(model: Any, given: dict[str, Any], hands_on: bool, has_positions: bool) -> dict[str, Any]:
+    """The arguments of a row of segments that go on from each other, whose mask the caller made (token_tree.py).
+
+    Raises:
+        ValueError: the call has a cache, or the layers do not hand offsets on.
+    """
+    if not hands_on:
+        raise ValueError(
+            f"cu_seq_lens_q: got a tree of segments for a {type(model).__name__} of this version of transformers; "
+            "expected one sequence a row, as its layers do not keep segments apart"
+        )
+    if _past(given) is not None or given.get("use_cache"):
+        raise ValueError("use_cache: got a cache with a tree of segments; expected False")
+    others = given | {"use_cache": False}
+    if not has_positions:
+        others.pop("position_ids", None)
+    return others
 
 
 @functools.lru_cache(maxsize=256)

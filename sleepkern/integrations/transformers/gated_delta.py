@@ -19,7 +19,7 @@ from sleepkern.rules import GATED_DELTA_RULE, Rule
 from ..call_mapping import replacement
 from ..fallback import unsupported_reason
 from . import recording
-from .packing import offsets_of, one_row, packed_by
+from .packing import SegmentTree, offsets_of, one_row, packed_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,6 +84,10 @@ def _ingest(rule: Rule, call: _Call) -> tuple[Tensor, Tensor | None]:
         o, state = recorder.run(call.query, _inputs(rule, call), S)
         return o.to(call.query.dtype), state
     offsets = _offsets(call)
+    if isinstance(offsets, SegmentTree):
+        normalize = call.use_qk_l2norm_in_kernel
+        o, state = getattr(ops, rule.name)(*call[:5], use_qk_l2norm_in_kernel=normalize, **offsets.options)
+        return o.to(call.query.dtype), state
     inputs = call[:5] if offsets is None else [one_row(x) for x in call[:5]]
     o, state = getattr(ops, rule.name)(
         *inputs,
@@ -142,6 +146,8 @@ def _why_not(call: _Call) -> str | None:
         return f"query, key and value have the types {call.query.dtype}, {call.key.dtype}, {call.value.dtype}"
     if call.key.numel() == 0:
         return "no tokens"
+    if call.output_final_state and isinstance(_offsets(call), SegmentTree):
+        return "states of a tree of segments"
     carried = call.initial_state is not None or call.output_final_state
     if carried and call.key.shape[0] > 1 and _packed(call):
         return "states of packed sequences in several rows"
@@ -152,5 +158,5 @@ def _packed(call: _Call) -> bool:
     return call.cu_seqlens is not None or call.cu_seq_lens_q is not None or call.seq_idx is not None
 
 
-def _offsets(call: _Call) -> Tensor | None:
+def _offsets(call: _Call) -> Tensor | SegmentTree | None:
     return offsets_of(*_size(call.key), call.cu_seqlens, call.cu_seq_lens_q, call.seq_idx)

@@ -25,7 +25,7 @@ from sleepkern.rules import SIMPLE_GLA
 from ..call_mapping import replacement
 from ..fallback import unsupported_reason
 from . import recording
-from .packing import NAMES, offsets_of, one_row, packed_by
+from .packing import NAMES, SegmentTree, offsets_of, one_row, packed_by
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -209,6 +209,8 @@ def _run_scan(call: _Scan | _OlderScan) -> Tensor | tuple[Tensor, Tensor]:
     if (recorder := recording.current()) is not None and call.return_final_states:
         o, held = recorder.run(inputs[0], recording.Inputs(SIMPLE_GLA, *inputs[1:], transposed=True), state, scale=1.0)
         return _skipped(call, o.float()), held
+    if isinstance(offsets, SegmentTree):
+        return _skipped(call, ops.simple_gla(*inputs, scale=1.0, **offsets.options)[0].float())
     q, k, v, g, beta = inputs if offsets is None else [one_row(x) for x in inputs]
     o, final = ops.simple_gla(
         q,
@@ -260,5 +262,5 @@ def _size(x: Tensor) -> tuple[int, int]:
     return x.shape[0], x.shape[1]
 
 
-def _offsets(call: _Scan | _OlderScan) -> Tensor | None:
+def _offsets(call: _Scan | _OlderScan) -> Tensor | SegmentTree | None:
     return offsets_of(*_size(call.hidden_states), call.cu_seqlens, call.cu_seq_lens_q, call.seq_idx)

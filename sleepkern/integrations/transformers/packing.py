@@ -8,7 +8,7 @@ mamba_ssm by seq_idx [B,T] (the number of each token's sequence). This module tu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,24 @@ OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 LENGTHS = ("max_length_q", "max_length_k")
 _FIRST = ("query", "hidden_states", "q", "x")
 """Names of the first argument of an original."""
+
+
+class SegmentTree(NamedTuple):
+    """Segments of one packed row that go on from each other, under the name cu_seq_lens_q.
+
+    It takes the way of offsets through a model, and is no tensor, so that code which knows nothing of trees stops.
+
+    offsets  [n + 1] of the segments
+    parents  the segment before each one, -1 for none
+    """
+
+    offsets: Tensor
+    parents: tuple[int, ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of a rule, or of the short convolution."""
+        return {"cu_seqlens": self.offsets, "parents": self.parents}
 
 
 def offsets_of(
@@ -59,6 +77,11 @@ def packed_by(name: str, size: Callable[[Tensor], tuple[int, int]]) -> Any:
         given = {x: kwargs[x] for x in NAMES if kwargs.get(x) is not None}
         if not given:
             return kwargs
+        if any(isinstance(x, SegmentTree) for x in given.values()):
+            raise ValueError(
+                "cu_seq_lens_q: got a tree of segments for a call that goes to transformers' own code; expected a call "
+                "that sleepkern computes (the debug log says why not)"
+            )
         rows, T = size(args[0] if args else next(kwargs[x] for x in _FIRST if x in kwargs))
         offsets = offsets_of(rows, T, **given)
         assert offsets is not None

@@ -7,13 +7,13 @@ import weakref
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .families import patched
 from .history import Snapshot
 from .rollback_layers import KEEP, RollbackHybridLayer, RollbackLayer, recurrent_layers, rolling
 
-_WHOLE = (DynamicLayer, DummyLayer, RollbackLayer, RollbackHybridLayer)
+_WHOLE = ("DynamicLayer", "DummyLayer", RollbackLayer.__name__, RollbackHybridLayer.__name__)
 """Kinds of layers that keep keys and values of all tokens, or none."""
 
 
@@ -26,8 +26,8 @@ class RollbackCache(DynamicCache):  # type: ignore[misc]
 
     Args:
         model: a model of transformers that `patch` has replaced.
-        keep: the number of last tokens that `crop` can take back at any time, at least 1; default 64. Up to twice as
-            many can be taken back, as their inputs are kept: (2 K + V) numbers a head and token.
+        keep: the number of last tokens that `crop` can take back at any time, at least 1; default 64. Inputs of up to
+            twice as many tokens are kept, each 2 (K + V) numbers a value head in Qwen3-Next.
         every: for `sleepkern.sleep.PrefixCache`: the states after each multiple of so many tokens are kept.
 
     Raises:
@@ -116,7 +116,7 @@ class RollbackCache(DynamicCache):  # type: ignore[misc]
         Raises:
             ValueError: a layer that keeps something else than keys and values of all tokens.
         """
-        other = next((x for x in self.layers if type(x) not in _WHOLE), None)
+        other = next((x for x in self.layers if type(x).__name__ not in _WHOLE), None)
         if other is not None:
             raise ValueError(
                 f"model: got a cache layer {type(other).__name__}; expected layers with keys and values of all tokens"

@@ -12,7 +12,7 @@ from sleepkern.nn import short_convolution, short_convolution_step
 
 from ..call_mapping import replacement
 from ..fallback import unsupported_reason
-from .packing import offsets_of, one_row, packed_by
+from .packing import SegmentTree, offsets_of, one_row, packed_by
 from .recording import record_convolution_step
 
 
@@ -50,6 +50,9 @@ def one_token(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _convolve(call: _Many) -> Tensor:
     x, offsets = call.hidden_states.transpose(1, 2), _offsets(call)
+    if isinstance(offsets, SegmentTree):
+        silu = _silu(call.activation)
+        return short_convolution(x, call.weight, call.bias, activation=silu, **offsets.options)[0].transpose(1, 2)
     rows = x if offsets is None else one_row(x)
     y, _ = short_convolution(rows, call.weight, call.bias, activation=_silu(call.activation), cu_seqlens=offsets)
     return y.view(x.shape).transpose(1, 2)
@@ -84,11 +87,11 @@ def _size(x: Tensor) -> tuple[int, int]:
     return x.shape[0], x.shape[2]
 
 
-def _offsets(call: _Many) -> Tensor | None:
+def _offsets(call: _Many) -> Tensor | SegmentTree | None:
     """Offsets of packed sequences. Columns that a cache put before those of one row belong to the first sequence."""
     B, T = _size(call.hidden_states)
     offsets = offsets_of(B, T, call.cu_seqlens, call.cu_seq_lens_q, call.seq_idx)
-    if offsets is None or B > 1:
+    if offsets is None or B > 1 or isinstance(offsets, SegmentTree):
         return offsets
     later = offsets + (T - offsets[-1])
     return torch.cat([torch.zeros_like(later[:1]), later[1:]])
