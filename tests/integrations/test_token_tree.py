@@ -131,6 +131,8 @@ def test_bad_input_is_named() -> None:
         found.run(model)
     with patch(model), pytest.raises(ValueError, match=r"^use_cache: got a cache with a tree of segments; expected"):
         model(found.ids, cu_seq_lens_q=SegmentTree(found.cu_seqlens, found.parents), use_cache=True)
+    with patch(model), pytest.raises(ValueError, match=r"^labels: got labels of a row; expected none"):
+        found.run(model, labels=found.ids)
     other = build("bamba").double()
     with patch(other), pytest.raises(ValueError, match=r"^cu_seq_lens_q: got a tree of segments for a call that goes"):
         found.run(other)

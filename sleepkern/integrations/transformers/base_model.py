@@ -128,8 +128,9 @@ def _first_position(given: dict[str, Any]) -> int | None:
 
 
 def _records(cache: Any) -> bool:
-    """Tells whether a layer of a cache keeps what it needs to roll back, or is told to."""
-    return any(hasattr(x, "rolls_back") or getattr(x, "record_past", False) for x in getattr(cache, "layers", ()))
+    """Tells whether the recurrent layers of a cache, all alike, keep what they need to roll back, or are told to."""
+    first = next((x for x in getattr(cache, "layers", ()) if hasattr(x, "recurrent_states")), None)
+    return first is not None and (hasattr(first, "rolls_back") or getattr(first, "record_past", False))
 
 
 def forward(original: Callable[..., Any], hands_on: bool, masks: bool) -> Callable[..., Any]:

@@ -116,11 +116,14 @@ class TokenTree:
 
         Args:
             model: a hybrid model of transformers that `patch` has replaced, with sdpa or eager attention to all tokens.
-            options: further arguments of its forward, such as output_hidden_states.
+            options: further arguments of its forward, such as output_hidden_states; no labels, as the loss of a row
+                would let a segment's last token predict the first one of the next segment in the row.
 
         Raises:
-            ValueError: a model that is not patched, or whose attention takes no mask.
+            ValueError: a model that is not patched, or whose attention takes no mask; labels.
         """
+        if options.get("labels") is not None:
+            raise ValueError("labels: got labels of a row; expected none, and a loss of the logits of each path")
         RollbackCache(model).attention_layers()  # checks the model
         kind = getattr(model.config, "_attn_implementation", None)
         if kind not in _ATTENTION:
