@@ -45,6 +45,7 @@ def test_the_page_lists_the_parts_with_their_limits():
         assert f"| `{one.name}` | {one.limit} s |" in page, one.name
 
 
+@pytest.mark.hardening
 def test_the_rehearsal_of_the_whole_call(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_check", tmp_path / "out", "--dry", "--work", tmp_path / "work"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -82,7 +82,8 @@ def test_an_include_against_the_rules_is_found(name: str, line: str) -> None:
     assert list(faults(name, f"#pragma once\n{line}\n"))
 
 
-@pytest.mark.parametrize("prepared", [True, pytest.param(False, marks=pytest.mark.hardening)])
+@pytest.mark.hardening
+@pytest.mark.parametrize("prepared", [True, False])
 def test_headers_stand_alone(prepared: bool, tmp_path: Path) -> None:
     """Each compiles by itself. Prepared: the kernels' headers alone, with those from outside at hand, in a fifth of the
     time; pybind11 takes longer than all of csrc.
