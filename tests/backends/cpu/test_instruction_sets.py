@@ -244,6 +244,13 @@ def test_mixers_and_blocks_of_avx512(avx512: Path) -> None:
 
 
 @pytest.mark.hardening
+def test_states_of_avx512(avx512: Path) -> None:
+    suites = [f"tests/backends/cpu/test_cpu_{name}_states.py" for name in ("kept", "decode")]
+    done = run_with(avx512, f"import pytest\nassert not pytest.main({['-q', '-m', 'not hardening', *suites]})")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.hardening
 @pytest.mark.mutation
 def test_verify_finds_a_broken_kernel(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A state that is not decayed: the kernel runs, and `verify` ends red."""
