@@ -22,7 +22,7 @@ from .. import torch_common
 from ..interface import REPLAY, STATES, refuse_states
 from ..native.views import contiguous_heads
 from ..replay import backward as replay_backward
-from .plan import DECODE_LIMIT, plan_for
+from .plan import DECODE_LIMIT, dividing, plan_for
 from .plan_table import Precision
 from .ptxas import assembler_of, capability_of_plans, numbers
 
@@ -81,7 +81,8 @@ def kernel(problem: Problem) -> str:
         return "Triton, token by token"
     precision, channel = precision_of(problem), problem.rule.gate == "channel"
     found = capability_of_plans(_capability()) if problem.device == "cuda" else 0
-    chunk = plan_for(problem.K, problem.V, precision, channel, problem.T, "forward", found).chunk
+    plan = plan_for(problem.K, problem.V, precision, channel, problem.T, "forward", found)
+    chunk = dividing(plan, problem).chunk
     replay = f", replay by {method_of(problem)}" if problem.passes > 1 else ""
     return f"Triton, chunks of {chunk}, {precision} products{replay}{_assembled(problem.device)}"
 

@@ -10,13 +10,14 @@ import torch
 from helpers.states_along import along_errors, decode_errors, growth
 from variants import with_variants
 
+import sleepkern
 from sleepkern.backends import triton
 from sleepkern.backends.triton import launch
 from sleepkern.backends.triton.plan import dividing, plan_for
 from sleepkern.backends.triton.plan_table import Variant
 from sleepkern.measure.cases import Case
 from sleepkern.rules import GATED_DELTA_RULE, KDA, Rule
-from sleepkern.testing import TOLERANCE, Shape, rules_of
+from sleepkern.testing import TOLERANCE, Shape, make_inputs, relative_error, rules_of
 
 RULES = rules_of("triton")
 ALL = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -61,6 +62,30 @@ def test_states_along_with_variants(variants: dict[str, Variant]) -> None:
         )  # fmt: skip
 
 
+def test_the_public_functions() -> None:
+    """States along a sequence, their gradients, and drafts whose states go to the pool that they start in."""
+    rule, found = GATED_DELTA_RULE, []
+    for backend in ("triton", "reference"):
+        x = make_inputs(rule, Shape(B=2, T=40, H=1, HV=2, K=16, V=16), seed=3)
+        x.pop("cu_seqlens")
+        x = {name: t.double() if backend == "reference" else t for name, t in x.items()}
+        leaves = {name: t.clone().requires_grad_() for name, t in x.items()}
+        o, S, states = sleepkern.gated_delta_rule(**leaves, state_every=32, backend=backend)
+        states.sin().sum().backward()
+        assert S is None
+        pool = torch.zeros(12, 2, 16, 16, dtype=x["v"].dtype)
+        pool[:2] = x.pop("initial_state")
+        few = {name: t[:, :4] for name, t in x.items()}
+        rows = torch.arange(2, 10).view(2, 4)
+        targets = {"states_out": pool, "states_out_indices": rows, "state_indices": torch.arange(2)}
+        decoded, _ = sleepkern.recurrent_step(**few, state=pool, **targets, rule=rule, backend=backend)
+        found.append(
+            [o, states, decoded, pool, *(leaves[name].grad for name in ("k", "v", "g", "beta", "initial_state"))]
+        )
+    errors = [relative_error(a.detach(), b.detach()) for a, b in zip(*found, strict=True)]
+    assert max(errors) <= TOLERANCE[torch.float32], errors
+
+
 def test_chunks_divide_the_tokens_between_states() -> None:
     for T in (20, 100, 8192):
         for every in (16, 32, 48, 64, 80, 96, 128, 192, 1024):
@@ -76,6 +101,7 @@ def test_refuses_states_inside_a_chunk() -> None:
     problem = Case("forward", GATED_DELTA_RULE, Shape(T=64)).problem()
     assert triton.why_not(problem._replace(state_every=48)) is None
     assert "16" in (triton.why_not(problem._replace(state_every=40)) or "")
+    assert "chunks of 16" in triton.kernel(problem._replace(state_every=48, dtype=torch.bfloat16))
 
 
 @ALL
