@@ -53,12 +53,14 @@ def store_after_token(pool, S, sequence, token, tokens, head, keys, col, BV: tl.
 
 @triton.jit(do_not_specialize=["sizes"])
 def decode_kernel(
-    inputs, states, sizes, pool, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_STATE: tl.constexpr
+    inputs, states, sizes, pool, BV: tl.constexpr, DIMS: tl.constexpr, FLAGS: tl.constexpr, HAS_STATE: tl.constexpr,
+    POOL: tl.constexpr, AFTER_EACH: tl.constexpr,
 ):  # fmt: skip
     """T tokens of one bh, value columns BV at a time. Grid (B * HV * cdiv(V, BV),).
 
-    Registers hold S [KP, BV] in float32; a token loads k and q [KP] and v [BV]. pool: a DecodeStates, or None where
-    sequence n has the n-th of contiguous states.
+    Registers hold S [KP, BV] in float32; a token loads k and q [KP] and v [BV]. pool: a DecodeStates where POOL,
+    else sequence n has the n-th of contiguous states. AFTER_EACH: the state after each token is stored, not the final
+    one.
     """
     K: tl.constexpr = DIMS.K
     V: tl.constexpr = DIMS.V
@@ -69,7 +71,7 @@ def decode_kernel(
     at_key = (head // DIMS.GROUP) * K
     at_state = bh.to(tl.int64) * K * V
     keys = K
-    if pool is not None:
+    if POOL:  # not `pool is not None`: Triton 3.6 compares no group that holds a None
         at_state, keys = start_of(pool, bh // DIMS.HV, head, K)
     S = tl.zeros([KP, BV], tl.float32)
     if HAS_STATE:
@@ -90,14 +92,13 @@ def decode_kernel(
         if FLAGS.OUTPUT:
             q = head_row(inputs.q + row * inputs.q_stride + at_key, K, KP, 0, FLAGS.NORMALIZE)
             o = sizes.scale * tl.sum(q[:, None] * S, 0)
-            if pool is not None:
+            if POOL:
                 o = tl.where(keys > 0, o, 0.0)
             j = col + tl.arange(0, BV)
             tl.store(states.o + (row * DIMS.HV + head) * V + j, o.to(states.o.dtype.element_ty), mask=j < V)
-        if pool is not None:  # noqa: SIM102  (Triton looks at both sides of an `and`)
-            if pool.out is not None:
-                store_after_token(pool, S, bh // DIMS.HV, token, sizes.T, head, keys, col, BV, DIMS)
+        if AFTER_EACH:
+            store_after_token(pool, S, bh // DIMS.HV, token, sizes.T, head, keys, col, BV, DIMS)
         row += 1
-    if states.final is not None:
+    if not AFTER_EACH:
         # mutant: bfloat16-states-are-cut-off
         store_tile(states.final + at_state, V, keys, col, S, V, KP, BV)

@@ -204,6 +204,8 @@ def _decode(
     tile = job.plan.decode or decode_tile(problem.K, problem.V)
     more: dict[str, Any] = {
         "states": States(state, state if out is None else None, o, None, None),
+        "POOL": True,
+        "AFTER_EACH": out is not None,
         "pool": DecodeStates(indices, strides[0], strides[1], out, out_indices, *strides[2:]),
     }
     job.launch(decode_kernel, job.columns(tile), tile, **more, HAS_STATE=True)
@@ -379,5 +381,6 @@ class Job:
     def arguments(self, kernel: Any, tile: Tile, **more: Any) -> dict[str, Any]:
         """The arguments that a kernel names, from the call's, the launch's and the tile's."""
         decays = self.decays and (kernel is chunk_factors_kernel or tile.variant in WITH_DECAYS)
-        values = self.values | {"BK": tile.keys, "BV": tile.values, "DECAYS": decays, "EVERY": 0, "pool": None} | more
+        plain = {"EVERY": 0, "pool": None, "POOL": False, "AFTER_EACH": False}
+        values = self.values | plain | {"BK": tile.keys, "BV": tile.values, "DECAYS": decays} | more
         return {name: values[name] for name in kernel.arg_names}
