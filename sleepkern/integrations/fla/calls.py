@@ -120,26 +120,19 @@ def run(
         gates["beta"] = torch.ones_like(v[..., 0]) if beta is None else beta
     every = _chunk_of(options) if states_of_chunks else None
     o, final, *along = getattr(ops, rule.name)(
-        q,
-        k,
-        v,
-        **gates,
-        scale=scale,
-        initial_state=state,
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=normalize,
-        cu_seqlens=offsets,
-        state_every=every,
-    )
+        q, k, v, **gates, scale=scale, initial_state=state, output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=normalize, cu_seqlens=offsets, state_every=every,
+    )  # fmt: skip
     if end is not None:
         o = F.pad(o, (0, 0, 0, 0, 0, tokens - end))
-    if final is not None and v_first:
-        final = final.transpose(-1, -2).contiguous()
-    o = o if out_type is None else o.to(out_type)
+    o, final = o if out_type is None else o.to(out_type), _as_stored(final, v_first)
     if every is None:
         return o, final
-    before = _states_before(along[0], state, offsets, every).to(k.dtype)
-    return o, final, before.transpose(-1, -2).contiguous() if v_first else before
+    return o, final, _as_stored(_states_before(along[0], state, offsets, every).to(k.dtype), v_first)
+
+
+def _as_stored(state: Tensor | None, v_first: bool) -> Tensor | None:
+    return state.transpose(-1, -2).contiguous() if state is not None and v_first else state
 
 
 def _chunk_of(options: dict[str, Any]) -> int:
