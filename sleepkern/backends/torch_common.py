@@ -71,7 +71,7 @@ def write_rows(pool: Tensor, values: Tensor, indices: Tensor) -> None:
         pool.index_copy_(0, indices[present].long(), values[present])
         return
     first = present.int().argmax().view(1)
-    source = torch.where(present, torch.arange(len(indices), device=pool.device), first)
+    source = torch.where(present, torch.arange(len(indices), dtype=torch.int64, device=pool.device), first)
     rows = indices.index_select(0, source).clamp_min(0).long()
     anything = present.any().view(1, *(1 for _ in pool.shape[1:]))
     pool.index_copy_(0, rows, torch.where(anything, values.index_select(0, source), pool.index_select(0, rows)))

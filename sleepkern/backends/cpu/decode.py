@@ -65,7 +65,8 @@ def _per_token(states: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor |
         return states.flatten(0, 1) if T == 0 else states[0], None
     apart = states.stride(0) // states.stride(1)
     rows = states.as_strided(((B - 1) * apart + T, *states.shape[2:]), states.stride()[1:])
-    return rows, torch.arange(B)[:, None] * apart + torch.arange(T)
+    row, token = (torch.arange(n, dtype=torch.int64, device="cpu") for n in (B, T))
+    return rows, row[:, None] * apart + token
 
 
 def _table(states: Tensor, indices: Tensor | None) -> tuple[_States, Tensor | None]:
