@@ -36,7 +36,13 @@ QUICK = (GATED_DELTA_RULE, GLA)
 """One decay a head and one a channel, with and without the delta rule."""
 USUAL = {
     "test_variants_of_every_rule": ("packed", "eight chunks-segments-gated"),
-    "test_interpreted_raw_gates.py::test_shapes": ("no tokens", "one token", "T=17-gated", "grouped-kda", "packed"),
+    "test_interpreted_kernels.py::test_shapes": ("-gated", "T=17", "packed", "T=65-gla", "grouped-gla"),
+    "test_interpreted_kernels.py::test_variants": ("-gated", "-gla", "strong-kda", "correlated-kda", "infinity-kda"),
+    "test_types": ("-gated", "-gla", "bfloat16-kda"),
+    "test_wide_heads": ("K=96",),
+    "test_wide_heads_in_bfloat16": ("K=96 V=40-gated",),
+    "test_a_planted_fault_is_seen": ("states-of-packed", "state-does-not", "backward-does-not", "levels-of"),
+    "test_interpreted_raw_gates.py::test_shapes": ("no tokens", "one token-g", "T=17-gated", "grouped-gla", "packed-kda"),
     "test_interpreted_raw_gates.py::test_options": ("bounded", "doubled"),
     "test_interpreted_raw_gates.py::test_bfloat16": ("24-", "70-gated"),
     "test_interpreted_raw_gates.py::test_steps_in_place": ("gated_delta_rule", "kda"),
@@ -49,9 +55,15 @@ USUAL = {
 """Tests of which `make test` runs the cases with these names and `make test-hardening` the others."""
 
 
+SLOW = {"test_every_kernel_is_launched_once", "test_five_steps"}
+"""Tests of many kernels at once, each of which has tests of its own; `make test-hardening` runs them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Mark what takes long."""
     for item in items:
+        if item.originalname in SLOW:
+            item.add_marker("hardening")
         if item.originalname in THOROUGH and item.callspec.params["rule"] not in QUICK:
             item.add_marker("hardening")
         usual = next((cases for name, cases in USUAL.items() if f"{name}[" in item.nodeid), None)
