@@ -42,7 +42,7 @@ USUAL = {
     "test_wide_heads": ("K=96",),
     "test_wide_heads_in_bfloat16": ("K=96 V=40-gated",),
     "test_a_planted_fault_is_seen": ("states-of-packed", "state-does-not", "backward-does-not", "levels-of"),
-    "test_interpreted_raw_gates.py::test_shapes": ("no tokens", "one token-g", "T=17-gated", "grouped-gla", "packed-kda"),
+    "test_interpreted_raw_gates.py::test_shapes": ("no tokens", "one token-g", "T=17-gated", "packed-kda"),
     "test_interpreted_raw_gates.py::test_options": ("bounded", "doubled"),
     "test_interpreted_raw_gates.py::test_bfloat16": ("24-", "70-gated"),
     "test_interpreted_raw_gates.py::test_steps_in_place": ("gated_delta_rule", "kda"),
