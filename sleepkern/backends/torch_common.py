@@ -52,10 +52,17 @@ def step_in_pool(problem: Problem, x: Tensors, places: Tensor, step: Callable[[P
     """Outputs of a `step` on copies of the pool rows places [B] of x.state, written back; negative ones are skipped."""
     assert x.state is not None
     present = places >= 0
-    state = x.state[places.clamp_min(0)]
+    state = read_rows(x.state, places)
     o = step(problem, x._replace(state=state))
     write_rows(x.state, state, places)
     return torch.where(present[:, None, None, None], o, 0)
+
+
+def read_rows(pool: Tensor, indices: Tensor) -> Tensor:
+    """Copies of the rows of a pool; what a negative index gets means nothing, and is 0 where the pool has no row."""
+    if not pool.shape[0]:
+        return pool.new_zeros((indices.shape[0], *pool.shape[1:]))
+    return pool.index_select(0, indices.clamp_min(0))
 
 
 def write_rows(pool: Tensor, values: Tensor, indices: Tensor) -> None:
@@ -88,7 +95,7 @@ def states_by_steps(
     """Outputs of `step`, called for one token after the other, on copies of the states; those after each are stored."""
     assert x.state is not None
     present = None if indices is None else indices >= 0
-    start = x.state if indices is None else x.state[indices.clamp_min(0).long()]
+    start = x.state if indices is None else read_rows(x.state, indices)
     state = start.to(problem.state_dtype, copy=True)
     one, outputs = problem._replace(T=1, state_bf16=False), []
     for t in range(problem.T):

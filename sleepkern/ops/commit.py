@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import settings
 from ..addresses import check_memory, check_written
-from ..backends.torch_common import write_rows
+from ..backends.torch_common import read_rows, write_rows
 from ..eager import untraced
 from ..problems.pools import check_rows
 from ..problems.recurrence import check_dense, wrong_shape, wrong_type
@@ -37,7 +37,7 @@ def commit(pool: Tensor, slots: Tensor, accepted: Tensor, state_indices: Tensor)
     if not slots.shape[0] or not slots.shape[1]:
         return pool
     slot = slots.gather(1, (accepted.long() - 1).clamp_min(0)[:, None])[:, 0]
-    values = pool.index_select(0, slot.clamp_min(0).long())
+    values = read_rows(pool, slot)
     write_rows(pool, values, torch.where(accepted > 0, state_indices, -1))
     return pool
 

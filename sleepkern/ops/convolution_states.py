@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..addresses import check_memory, check_written
 from ..autograd.steps import same_memory
-from ..backends.torch_common import store_states, write_rows
+from ..backends.torch_common import read_rows, store_states, write_rows
 from ..eager import untraced
 from ..problems.mixer import check_step_tokens
 from ..problems.pools import check_rows, check_states_out
@@ -39,7 +39,7 @@ def convolve_tokens(
     _check_memory(tokens, state, weight, bias, indices, states_out, out_indices)
     with torch.no_grad():
         present = None if indices is None else indices >= 0
-        start = state if indices is None else state.index_select(0, indices.clamp_min(0).long())
+        start = state if indices is None else read_rows(state, indices)
         past = start[..., 1:].transpose(1, 2).to(x.dtype)
         y = convolve(tokens, past=past)[0] if tokens.numel() else torch.zeros_like(tokens)
         if present is not None:

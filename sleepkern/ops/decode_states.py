@@ -8,7 +8,7 @@ from torch import Tensor
 from ..addresses import check_memory
 from ..autograd import gated, steps
 from ..autograd.recurrence import wants_grad
-from ..backends.torch_common import write_rows
+from ..backends.torch_common import read_rows, write_rows
 from ..eager import untraced
 from ..problems.gates import RawGates
 from ..problems.pools import check_indices, check_pool, check_rows
@@ -55,7 +55,7 @@ def special_step(
 
 def initial_states(problem: Problem, pool: Tensor, indices: Tensor) -> Tensor:
     """Copies of the rows of a pool, in the type of computation; 0 for a negative index."""
-    state = pool.index_select(0, indices.clamp_min(0).long()).to(problem.state_dtype)
+    state = read_rows(pool, indices).to(problem.state_dtype)
     return torch.where((indices >= 0)[:, None, None, None], state, 0)
 
 

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from ..addresses import check_memory, check_written
 from ..autograd.recurrence import wants_grad
-from ..backends.torch_common import write_rows
+from ..backends.torch_common import read_rows, write_rows
 from ..eager import untraced
 from ..problems.branches import read_parents
 from ..problems.gates import GateOptions, RawGates
@@ -105,7 +105,7 @@ def _in_pool(call: _Call, x: Tensors, along: Along) -> tuple[RecurrenceResult, T
     """
     x = cast(x)
     pool, read, written = _check_in_pool(call, x, along)
-    state = pool.index_select(0, read.clamp_min(0)).to(torch.float64 if x.k.dtype == torch.float64 else torch.float32)
+    state = read_rows(pool, read).to(torch.float64 if x.k.dtype == torch.float64 else torch.float32)
     state = torch.where((read >= 0)[:, None, None, None], state, 0)
     out = _ingest(call, x._replace(state=state), along.parents)
     write_rows(pool, out.state, written)
