@@ -95,7 +95,11 @@ def _ingest(call: _Call, x: Tensors, parents: Tensor | Sequence[int] | None) -> 
     def run(x: Tensors) -> RecurrenceResult:
         return apply(rule, x, scale, normalize, backend, gates=gates, state_every=state_every)[2]
 
-    return run(x) if parents is None else branches.ingest(x, parents, state_every, run)
+    if parents is None:
+        return run(x)
+    x = cast(x)
+    check(rule, x._replace(state=None), scale, normalize, state_every=state_every)  # before the tokens are split
+    return branches.ingest(x, parents, state_every, run)
 
 
 def _in_pool(call: _Call, x: Tensors, along: Along) -> tuple[RecurrenceResult, Tensor]:

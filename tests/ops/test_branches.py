@@ -163,3 +163,26 @@ def test_parents_need_segments_and_a_state_for_each_root() -> None:
         call(GATED_DELTA_RULE, {**x, "cu_seqlens": None}, parents=PARENTS)
     with pytest.raises(ValueError, match=r"initial_state: got shape \[3, 2, 16, 12\]; expected \[2, 2, 16, 12\]"):
         call(GATED_DELTA_RULE, {**x, "initial_state": torch.zeros(3, 2, 16, 12)}, parents=PARENTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        ("k", None, "k: got NoneType; expected a torch.Tensor"),
+        ("k", torch.zeros(5), r"k: got shape \[5\]; expected \[B, T, H, K\]"),
+        ("q", torch.zeros(1, 6, 1, 16), r"q: got shape \[1, 6, 1, 16\]"),
+        ("v", torch.zeros(1, 4, 2, 12), r"v: got shape \[1, 4, 2, 12\]"),
+        ("g", torch.zeros(1), r"g: got shape \[1\]"),
+        ("beta", [1.0], "beta: got list; expected a torch.Tensor"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_before_they_are_split(name: str, bad: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(GATED_DELTA_RULE, {**tree_inputs(GATED_DELTA_RULE), name: bad}, parents=PARENTS)
+
+
+def test_a_tree_under_autocast() -> None:
+    x = tree_inputs(GATED_DELTA_RULE)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, _ = call(GATED_DELTA_RULE, {**x, "q": x["q"].bfloat16()}, parents=PARENTS)
+    assert o.dtype == torch.bfloat16
