@@ -51,7 +51,7 @@ def check_update(x: Tensors, places: Tensor | None = None) -> None:
         ValueError: it overlaps itself or another tensor of the call, or was made in inference mode.
     """
     if untraced(*x, places) and x.state is not None and not x.state.is_meta:
-        check_written("state", x.state, _READ, (*x[:5], places))
+        check_written("state", x.state, (*_READ, "cu_seqlens"), (*x[:5], places, x.cu_seqlens))
 
 
 def _checked_step(problem: Problem, engine: RecurrenceBackend, x: Tensors, places: Tensor | None) -> Tensor:

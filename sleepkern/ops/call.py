@@ -134,6 +134,14 @@ def apply(
     return problem, engine, autograd.ingest(problem, engine, x)
 
 
+def gradients_wanted(x: Tensors, gates: RawGates | None, *more: Tensor | None) -> bool:
+    """Tells whether autograd would record a call with these tensors and raw gates."""
+    if not torch.is_grad_enabled():
+        return False
+    raw = () if gates is None else (gates.A_log, gates.dt_bias)
+    return any(t is not None and t.requires_grad for t in (*x, *raw, *more))
+
+
 def raw_gates(options: GateOptions) -> RawGates | None:
     """What a call says of its gates; None where neither is raw."""
     use_gate, A_log, dt_bias, use_sigmoid, doubled, lower_bound = options

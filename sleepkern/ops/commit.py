@@ -58,7 +58,7 @@ def _check(pool: Tensor, slots: Tensor, accepted: Tensor, state_indices: Tensor)
     for name, t in zip(names[1:], indices[1:], strict=True):
         if t.shape != slots.shape[:1]:
             raise wrong_shape(name, t, tuple(slots.shape[:1]))
-    if untraced(pool, *indices):
+    if untraced(pool, *indices) and not pool.is_meta:
         check_memory(("pool", *names), (pool, *indices))
         check_written("pool", pool, names, indices)
         _check_values(pool.shape[0], slots, accepted, state_indices)

@@ -7,14 +7,13 @@ from torch import Tensor
 
 from ..addresses import check_memory
 from ..autograd import gated, steps
-from ..autograd.recurrence import wants_grad
 from ..backends.torch_common import read_rows, write_rows
 from ..eager import untraced
 from ..problems.gates import RawGates
 from ..problems.pools import check_indices, check_pool, check_rows
 from ..problems.recurrence import Problem, Tensors, check, check_dense, check_flag, wrong_shape, wrong_type
 from ..rules import Rule
-from .call import apply, cast
+from .call import apply, cast, gradients_wanted
 from .known_calls import engine_for
 
 MOST_TOKENS = 16
@@ -44,8 +43,7 @@ def special_step(
         raise ValueError("states_out: got it with cu_seqlens; expected one of the two")
     problem = check(rule, x._replace(state=None), scale, normalize)
     problem = _check_states(problem, x, indices, states_out, out_indices)
-    raw = () if gates is None else gates[:2]
-    if wants_grad(x) or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in raw)):
+    if gradients_wanted(x, gates, states_out):
         raise ValueError("states_out: got it where gradients are wanted; expected a call under torch.no_grad()")
     if gates is not None:
         x = gated.made(problem, x, gates)
@@ -102,7 +100,7 @@ def _packed_step(
     problem = check_pool(check(rule, x._replace(state=None), scale, normalize), pool)
     if indices is not None:
         check_indices(problem, indices, (problem.sequences,))
-        if wants_grad(x):
+        if gradients_wanted(x, gates):
             raise ValueError("state: got a pool where gradients are wanted; expected a call under torch.no_grad()")
         if untraced(pool, indices):
             check_memory(("state", "state_indices"), (pool, indices))

@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from ..addresses import check_memory, check_written
-from ..autograd.recurrence import wants_grad
 from ..backends.torch_common import read_rows, write_rows
 from ..eager import untraced
 from ..problems.branches import read_parents
@@ -19,7 +18,7 @@ from ..problems.pools import check_indices, check_pool, check_rows
 from ..problems.recurrence import Problem, RecurrenceResult, Tensors, check, check_flag
 from ..rules import Rule
 from . import branches, fast_path
-from .call import apply, cast, raw_gates
+from .call import apply, cast, gradients_wanted, raw_gates
 
 
 class Along(NamedTuple):
@@ -133,13 +132,14 @@ def _check_in_pool(call: _Call, x: Tensors, along: Along) -> tuple[Tensor, Tenso
             raise ValueError("output_state_indices: got None; expected an index for each segment, for parents is given")
         written = read
     check_indices(problem, written, (written_shape,), "output_state_indices")
-    raw = () if call[4] is None else call[4][:2]
-    if wants_grad(x) or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in raw)):
+    if gradients_wanted(x, call[4]):
         raise ValueError("initial_state: got a pool where gradients are wanted; expected a call under torch.no_grad()")
-    names = ("initial_state", "state_indices", "output_state_indices")
-    if untraced(*x, read, written):
-        check_memory(names, (pool, read, written))
-        check_written("initial_state", pool, ("q", "k", "v", "g", "beta", *names[1:]), (*x[:5], read, written))
+    names = ("state_indices", "output_state_indices", "cu_seqlens")
+    if untraced(*x, read, written) and not pool.is_meta:
+        check_memory(("initial_state", *names[:2]), (pool, read, written))
+        check_written(
+            "initial_state", pool, ("q", "k", "v", "g", "beta", *names), (*x[:5], read, written, x.cu_seqlens)
+        )
     check_rows(pool.shape[0], read, "state_indices", repeats=True)
     check_rows(pool.shape[0], written, "state_indices" if written is read else "output_state_indices")
     return pool, read, written

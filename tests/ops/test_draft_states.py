@@ -169,6 +169,30 @@ def test_long_drafts_and_gradients_are_refused() -> None:
         sleepkern.recurrent_step(**short, state=POOL[:B], states_out=torch.zeros(B, T, 2, 16, 24))
 
 
+def test_gradients_of_what_is_written_and_of_raw_gates_are_refused() -> None:
+    out = torch.zeros(B, T, 2, 16, 24, requires_grad=True)
+    with pytest.raises(ValueError, match="states_out: got it where gradients are wanted"):
+        sleepkern.recurrent_step(**inputs(), state=POOL[:B], states_out=out)
+    assert not out.any()
+    packed = {name: t.flatten(0, 1)[None] for name, t in inputs().items()}
+    raw = {"use_gate_in_kernel": True, "A_log": torch.zeros(2, requires_grad=True)}
+    pool, offsets = new_pool(), torch.arange(B + 1) * T
+    with pytest.raises(ValueError, match="state: got a pool where gradients are wanted"):
+        sleepkern.recurrent_step(**packed, state=pool, state_indices=ROWS, cu_seqlens=offsets, **raw)
+    assert not pool.requires_grad and torch.equal(pool, new_pool())
+
+
+def test_offsets_in_the_memory_of_the_states_are_refused() -> None:
+    packed, pool = {name: t.flatten(0, 1)[None] for name, t in inputs().items()}, new_pool()
+    offsets = pool.view(-1)[: 2 * (B + 1)].view(torch.int64)
+    offsets.copy_(torch.arange(B + 1) * T)
+    rows = {"state_indices": ROWS, "cu_seqlens": offsets}
+    with pytest.raises(ValueError, match="state: got memory that cu_seqlens lies in as well"):
+        sleepkern.recurrent_step(**packed, state=pool, **rows)
+    with pytest.raises(ValueError, match="initial_state: got memory that cu_seqlens lies in as well"):
+        sleepkern.gated_delta_rule(**packed, initial_state=pool, **rows)
+
+
 @pytest.mark.parametrize(
     ("slots", "accepted", "rows", "message"),
     [

@@ -104,3 +104,11 @@ def test_a_pool_that_is_an_argument_as_well() -> None:
     x["v"] = pool[2].view(1, 16, 2, 16)
     with pytest.raises(ValueError, match="initial_state: got memory that v lies in as well"):
         sleepkern.gated_delta_rule(**{**x, "initial_state": pool}, state_indices=torch.tensor([0]))
+
+
+def test_sizes_without_numbers() -> None:
+    x = {name: None if t is None else t.to("meta") for name, t in make_inputs(GATED_DELTA_RULE, BATCH).items()}
+    pool, rows = new_pool().to("meta"), READ.to("meta")
+    o, S = sleepkern.gated_delta_rule(**{**x, "initial_state": pool}, state_indices=rows)
+    assert o.shape == x["v"].shape and S is pool
+    assert sleepkern.commit(pool, rows[:, None], rows, rows) is pool
