@@ -140,8 +140,8 @@ def _check_in_pool(call: _Call, x: Tensors, along: Along) -> tuple[Tensor, Tenso
         check_written(
             "initial_state", pool, ("q", "k", "v", "g", "beta", *names), (*x[:5], read, written, x.cu_seqlens)
         )
-    check_rows(pool.shape[0], read, "state_indices", repeats=True)
-    check_rows(pool.shape[0], written, "state_indices" if written is read else "output_state_indices")
+        check_rows(pool.shape[0], read, "state_indices", repeats=True)
+        check_rows(pool.shape[0], written, "state_indices" if written is read else "output_state_indices")
     return pool, read, written
 
 

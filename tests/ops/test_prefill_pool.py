@@ -112,3 +112,17 @@ def test_sizes_without_numbers() -> None:
     o, S = sleepkern.gated_delta_rule(**{**x, "initial_state": pool}, state_indices=rows)
     assert o.shape == x["v"].shape and S is pool
     assert sleepkern.commit(pool, rows[:, None], rows, rows) is pool
+
+
+def test_a_compiled_prefill_is_one_graph() -> None:
+    x = make_inputs(GATED_DELTA_RULE, BATCH)
+
+    def prefill(pool: Tensor, read: Tensor, written: Tensor) -> Tensor:
+        rows = {"state_indices": read, "output_state_indices": written}
+        return sleepkern.gated_delta_rule(**{**x, "initial_state": pool}, **rows)[0]
+
+    pool, compiled = new_pool(), new_pool()
+    with torch.no_grad():
+        expected = prefill(pool, READ, WRITTEN)
+        o = torch.compile(prefill, backend="aot_eager", fullgraph=True)(compiled, READ, WRITTEN)
+    assert torch.equal(o, expected) and torch.equal(compiled, pool)
