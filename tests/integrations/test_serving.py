@@ -184,3 +184,53 @@ def test_vllm_options_that_are_not_done() -> None:
         serving.fused_recurrent_gated_delta_rule(
             *tokens, initial_state=new_pool(False), ssm_state_indices=row, num_accepted_tokens=row
         )
+
+
+def test_sglang_refuses_buffers_without_a_row_for_each_token() -> None:
+    kernel, (x, _, gates) = serving.LinearAttnKernel(), raw("gated_delta_rule", (3, 3))
+    given = [x[name] for name in ("q", "k", "v", "a", "b")]
+    options = {"ssm_states": new_pool(False), "cache_indices": torch.arange(2), "cache_steps": 3}
+    options |= {"query_start_loc": torch.tensor([0, 3, 6]), "intermediate_state_indices": torch.tensor([0, 2])}
+    heads = new_pool(False).shape[1:]
+    for buffer, message in (
+        (torch.zeros(4, 2, *heads), r"got shape .* expected \[m,steps,HV,K,V\] with at least cache_steps = 3 steps"),
+        (torch.zeros(4, 5, *heads)[:, :3], "got strides .* expected all steps at one distance"),
+    ):
+        with pytest.raises(ValueError, match=f"intermediate_states_buffer: {message}"):
+            kernel.target_verify(*gates, *given, intermediate_states_buffer=buffer, **options)
+        assert not buffer.any()
+
+
+ROWS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"ssm_state_indices": torch.tensor([[1, 2], [4, 5]])},
+            "ssm_state_indices: got rows of 2 tokens, with a draft of 3",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 2, 4])}, r"cu_seqlens: got \[0, 2, 4\]; expected offsets .* end at T = 5"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens: got shape \[2\]; expected \[3\]"),
+        ({"num_accepted_tokens": [1, 1]}, "num_accepted_tokens: got list"),
+        (
+            {"num_accepted_tokens": torch.ones(3, dtype=torch.int64)},
+            r"num_accepted_tokens: got shape \[3\]; expected \[2\]",
+        ),
+        ({"ssm_state_indices": torch.zeros(2, 0, dtype=torch.int64)}, r"ssm_state_indices: got shape \[2, 0\]"),
+        ({"ssm_state_indices": [1, 2]}, "ssm_state_indices: got list"),
+    ],
+)
+def test_vllm_drafts_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    pool, x = new_pool(False), inputs("gated_delta_rule", (2, 3))
+    x |= {"initial_state": pool, "ssm_state_indices": ROWS, **options}
+    with pytest.raises((TypeError, ValueError), match=message):
+        serving.fused_recurrent_gated_delta_rule(**x)
+    assert torch.equal(pool, new_pool(False))
+
+
+def test_vllm_drafts_of_no_token() -> None:
+    pool, x = new_pool(False), inputs("gated_delta_rule", (0, 0))
+    o, _ = serving.fused_recurrent_gated_delta_rule(**{**x, "initial_state": pool}, ssm_state_indices=ROWS)
+    assert o.shape == x["v"].shape and torch.equal(pool, new_pool(False))

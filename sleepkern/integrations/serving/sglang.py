@@ -166,19 +166,35 @@ class LinearAttnKernel:
                 "retrieve_parent_token: got a draft that is a tree; expected None, one chain each"
             )
         n = cache_indices.shape[0]
+        buffer = self._slots(intermediate_states_buffer, cache_steps)
         tokens = {name: t.unflatten(1, (n, cache_steps))[0] for name, t in self._tokens(q, k, v, a, b).items()}
-        rows, steps = intermediate_states_buffer.shape[:2]
+        steps = intermediate_states_buffer.shape[1]
         slots = intermediate_state_indices[:, None] * steps + torch.arange(cache_steps, device=cache_indices.device)
         present = (intermediate_state_indices >= 0)[:, None]
         o, _ = ops.recurrent_step(
             **tokens,
             state=self._pool(ssm_states),
             state_indices=cache_indices,
-            states_out=self._pool(intermediate_states_buffer.view(rows * steps, *ssm_states.shape[1:])),
+            states_out=self._pool(buffer),
             states_out_indices=torch.where(present, slots, -1),
             **self._options(A_log, dt_bias),
         )
         return o.flatten(0, 1)[None]
+
+    @staticmethod
+    def _slots(buffer: Tensor, cache_steps: int) -> Tensor:
+        """The states [m,steps,...] of a buffer as the rows of one pool."""
+        if buffer.dim() != 5 or buffer.shape[1] < cache_steps:
+            raise ValueError(
+                f"intermediate_states_buffer: got shape {list(buffer.shape)}; expected [m,steps,HV,K,V] with at least "
+                f"cache_steps = {cache_steps} steps"
+            )
+        try:
+            return buffer.view(buffer.shape[0] * buffer.shape[1], *buffer.shape[2:])
+        except RuntimeError:
+            raise ValueError(
+                f"intermediate_states_buffer: got strides {list(buffer.stride())}; expected all steps at one distance"
+            ) from None
 
     def _pool(self, states: Tensor) -> Tensor:
         return states.transpose(-1, -2) if self.state_v_first else states

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import settings
 from ...ops import recurrence as ops
+from ...problems.recurrence import check_dense, check_offsets, check_packing, wrong_shape, wrong_type
 from ...rules import GATED_DELTA_RULE, KDA, Rule
 
 
@@ -180,6 +182,9 @@ def _recurrent(
     if initial_state is None or indices is None:
         name = "initial_state" if initial_state is None else "ssm_state_indices"
         raise ValueError(f"{name}: got None; expected a pool of states and the rows of the sequences")
+    _check_integers("ssm_state_indices", indices)
+    if indices.dim() not in (1, 2) or (indices.dim() == 2 and not indices.shape[1]):
+        raise ValueError(f"ssm_state_indices: got shape {list(indices.shape)}; expected [n] or [n,t] with t >= 1")
     pool = initial_state.transpose(-1, -2) if v_first else initial_state
     rows = torch.where(indices > null_block, indices, -1)
     options: dict[str, Any] = {"rule": rule, "scale": scale, "use_qk_l2norm_in_kernel": normalize}
@@ -189,6 +194,10 @@ def _recurrent(
         o, _ = ops.recurrent_step(**tokens, state=pool, state_indices=rows, cu_seqlens=cu_seqlens, **options)
         return o, initial_state
     n, longest = rows.shape
+    if accepted is not None:
+        _check_integers("num_accepted_tokens", accepted)
+        if accepted.shape != (n,):
+            raise wrong_shape("num_accepted_tokens", accepted, (n,))
     last = torch.zeros_like(rows[:, 0]) if accepted is None else accepted.to(rows.dtype) - 1
     start = rows.gather(1, last.clamp(0, longest - 1).long()[:, None])[:, 0]
     if cu_seqlens is None:
@@ -197,6 +206,9 @@ def _recurrent(
             **tokens, state=pool, state_indices=start, states_out=pool, states_out_indices=rows[:, :T], **options
         )
         return o, initial_state
+    _check_drafts(cu_seqlens, n, longest, tokens["v"].shape[1])
+    if not tokens["v"].numel():
+        return torch.empty_like(tokens["v"]), initial_state
     # Drafts of different lengths become rows of the longest; what is beyond the end of one is stored nowhere.
     lengths, at = cu_seqlens.long().diff(), torch.arange(longest, device=rows.device)
     inside = at < lengths.to(rows.device)[:, None]
@@ -207,3 +219,25 @@ def _recurrent(
         **padded, state=pool, state_indices=start, states_out=pool, states_out_indices=written, **options
     )
     return o[inside][None], initial_state
+
+
+def _check_integers(name: str, t: Tensor) -> None:
+    check_dense(name, t)
+    if t.dtype not in (torch.int32, torch.int64):
+        raise wrong_type(name, t, "torch.int32 or torch.int64")
+
+
+def _check_drafts(cu_seqlens: Tensor, n: int, longest: int, T: int) -> None:
+    """Check that n drafts of up to `longest` tokens fill T; on a GPU, values are checked with SLEEPKERN_DEBUG=1."""
+    check_packing(cu_seqlens, 1)
+    if cu_seqlens.shape != (n + 1,):
+        raise wrong_shape("cu_seqlens", cu_seqlens, (n + 1,))
+    if cu_seqlens.device.type != "cpu" and not settings.DEBUG:
+        return
+    offsets = cu_seqlens.tolist()
+    check_offsets(offsets, T)
+    most = max(b - a for a, b in zip(offsets, offsets[1:], strict=False))
+    if most > longest:
+        raise ValueError(
+            f"ssm_state_indices: got rows of {longest} tokens, with a draft of {most}; expected a row for each token"
+        )
