@@ -149,6 +149,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_a_row_that_two_sequences_start_from_is_written_by_neither() -> None:
+    slots = SLOTS.clone()
+    slots[0, 4] = 3
+    options = {"state": POOL, "states_out": POOL, "states_out_indices": slots}
+    with pytest.raises(ValueError, match="states_out_indices: got 3 for sequence 0, a state that another sequence"):
+        sleepkern.recurrent_step(**inputs(), state_indices=torch.tensor([3, 3, 7]), **options)
+
+
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_drafts(bad: str) -> None:
     options, message = BAD[bad]
