@@ -17,6 +17,7 @@ from ..rules import Rule
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 METHODS = ("auto", "repeat", "wy", "affine", "rank")
 MOST_PASSES = 2**31 - 1
+_INT64_MAX = 2**63 - 1
 
 
 class Tensors(NamedTuple):
@@ -281,6 +282,8 @@ def check_state_every(value: Any) -> int:
     every = operator.index(value)
     if every < 1:
         raise ValueError(f"state_every: got {every}; expected None or an integer of at least 1")
+    if every > _INT64_MAX:
+        raise ValueError(f"state_every: got {every}; expected an integer below 2^63")
     return every
 
 

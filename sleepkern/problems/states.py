@@ -28,7 +28,7 @@ def state_offsets(cu_seqlens: Tensor, state_every: int) -> Tensor:
     every = check_state_every(state_every)
     check_packing(cu_seqlens, 1)
     lengths = cu_seqlens.long().diff()
-    counts = torch.div(lengths + (every - 1), every, rounding_mode="floor")
+    counts = -torch.div(-lengths, every, rounding_mode="floor")
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 

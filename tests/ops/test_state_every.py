@@ -115,6 +115,9 @@ def test_graphs_and_second_gradients() -> None:
 def test_where_states_of_packed_sequences_are() -> None:
     offsets = torch.tensor([0, 0, 1, 17, 50], dtype=torch.int32)
     assert sleepkern.state_offsets(offsets, 16).tolist() == [0, 0, 1, 2, 5]
+    assert sleepkern.state_offsets(offsets, 2**63 - 1).tolist() == [0, 0, 1, 2, 3]
+    with pytest.raises(ValueError, match="state_every: got .* expected an integer below 2"):
+        sleepkern.state_offsets(offsets, 2**63)
 
 
 @pytest.mark.parametrize(
