@@ -187,8 +187,9 @@ def _convolution(
     """The fields of a call, the number of sequences, and the tensors that must live while it runs."""
     B, T, D = x.shape
     check_memory(("x", "weight", "bias", "past", "cu_seqlens"), (x, weight, bias, past, cu_seqlens))
-    offsets = None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous().resolve_neg()
-    if offsets is not None:  # a compiled graph, too, has values only here
+    offsets = None
+    if cu_seqlens is not None:  # a copy, as in fields.py; a compiled graph, too, has values only here
+        offsets = cu_seqlens.to("cpu", torch.int64, copy=True, memory_format=torch.contiguous_format).resolve_neg()
         check_offsets(offsets.tolist(), T)
     sequences = B if offsets is None else len(offsets) - 1
     tokens, view = rows(x, D)
