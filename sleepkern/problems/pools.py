@@ -74,9 +74,9 @@ def check_states_out(pool: Tensor, indices: Tensor | None, states_out: Tensor, o
     if states_out.data_ptr() != pool.data_ptr() or (out_indices.device.type != "cpu" and not settings.DEBUG):
         return
     read = list(range(pool.shape[0])) if indices is None else indices.tolist()
-    readers = Counter(read)
+    times_read = Counter(read)
     for b, row in enumerate(out_indices.tolist()):
-        taken = [i for i in row if i >= 0 and readers[i] > (read[b] == i)]
+        taken = [i for i in row if i >= 0 and times_read[i] > (read[b] == i)]
         if taken:
             raise ValueError(
                 f"states_out_indices: got {taken[0]} for sequence {b}, a state that another sequence starts from; "

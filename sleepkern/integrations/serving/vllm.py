@@ -182,22 +182,14 @@ def _recurrent(
     if initial_state is None or indices is None:
         name = "initial_state" if initial_state is None else "ssm_state_indices"
         raise ValueError(f"{name}: got None; expected a pool of states and the rows of the sequences")
-    _check_integers("ssm_state_indices", indices)
-    if indices.dim() not in (1, 2) or (indices.dim() == 2 and not indices.shape[1]):
-        raise ValueError(f"ssm_state_indices: got shape {list(indices.shape)}; expected [n] or [n,t] with t >= 1")
+    _check_rows(indices, accepted)
     pool = initial_state.transpose(-1, -2) if v_first else initial_state
     rows = torch.where(indices > null_block, indices, -1)
     options: dict[str, Any] = {"rule": rule, "scale": scale, "use_qk_l2norm_in_kernel": normalize}
     if rows.dim() == 1:
-        if accepted is not None:
-            raise ValueError("num_accepted_tokens: got it with rows [n]; expected ssm_state_indices of [n,t]")
         o, _ = ops.recurrent_step(**tokens, state=pool, state_indices=rows, cu_seqlens=cu_seqlens, **options)
         return o, initial_state
     n, longest = rows.shape
-    if accepted is not None:
-        _check_integers("num_accepted_tokens", accepted)
-        if accepted.shape != (n,):
-            raise wrong_shape("num_accepted_tokens", accepted, (n,))
     last = torch.zeros_like(rows[:, 0]) if accepted is None else accepted.to(rows.dtype) - 1
     start = rows.gather(1, last.clamp(0, longest - 1).long()[:, None])[:, 0]
     if cu_seqlens is None:
@@ -225,6 +217,20 @@ def _check_integers(name: str, t: Tensor) -> None:
     check_dense(name, t)
     if t.dtype not in (torch.int32, torch.int64):
         raise wrong_type(name, t, "torch.int32 or torch.int64")
+
+
+def _check_rows(indices: Tensor, accepted: Tensor | None) -> None:
+    """Check types and shapes of the rows of sequences or drafts, and of the numbers of accepted tokens."""
+    _check_integers("ssm_state_indices", indices)
+    if indices.dim() not in (1, 2) or (indices.dim() == 2 and not indices.shape[1]):
+        raise ValueError(f"ssm_state_indices: got shape {list(indices.shape)}; expected [n] or [n,t] with t >= 1")
+    if accepted is None:
+        return
+    _check_integers("num_accepted_tokens", accepted)
+    if indices.dim() == 1:
+        raise ValueError("num_accepted_tokens: got it with rows [n]; expected ssm_state_indices of [n,t]")
+    if accepted.shape != indices.shape[:1]:
+        raise wrong_shape("num_accepted_tokens", accepted, tuple(indices.shape[:1]))
 
 
 def _check_drafts(cu_seqlens: Tensor, n: int, longest: int, T: int) -> None:
