@@ -4,9 +4,8 @@
     sleepkern::ingest_backward  its gradients
 
 states.py has these with the states along the way, steps.py the operators of decode. Each has a fake kernel, so that
-torch.compile sees shapes without running anything; values are checked here, where real tensors are at hand even in a
-compiled graph. The backend was chosen before and travels by name, so forward and backward always come from the same
-one.
+torch.compile sees shapes without running anything; values are checked here, because a compiled graph has real tensors
+here alone. The backend was chosen before and travels by name, so forward and backward always come from the same one.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def convolve(
 
 
 class Tree:
-    """Which segments of a packed row of T tokens are on which level, and how tensors go to levels and back.
+    """The segments of a packed row of T tokens by level; it takes tensors apart by level and joins them again.
 
     lengths  tokens of each segment
     levels   the segments of each level, in order

@@ -31,7 +31,7 @@ from sleepkern.testing import relative_error
 from sleepkern.testing.tolerances import BLOCKS, BLOCKS_BF16
 
 _MEMORY = np.zeros((24, 24), dtype=np.float32)
-"""Where weights are put that are to have one address, whoever owns it."""
+"""The storage that weights of several owners take in turn, so that they have one address."""
 
 
 def weights_of(lm: SleepLM) -> tuple[LayerWeights, ...]:

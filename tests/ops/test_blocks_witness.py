@@ -26,7 +26,7 @@ from sleepkern.testing.tolerances import BLOCKS
 
 pytestmark = pytest.mark.skipif(not witness._usable, reason="this torch has no exchange table of tensors")
 _MEMORY = np.zeros((24, 24), dtype=np.float32)
-"""Where weights are put that are to have one address, whoever owns it."""
+"""The storage that weights of several owners take in turn, so that they have one address."""
 
 
 def placed(seed: int) -> Tensor:
@@ -348,7 +348,7 @@ def test_calls_read_no_weights_in_the_steady_state() -> None:
 
 
 def test_weights_that_change_at_each_call_are_not_recorded_at_each_call() -> None:
-    """As in training, where the record would cost time and never be of use."""
+    """Weights that change with each call get no record, which would cost time and never be of use."""
     lm, h = made()
     with mock.patch.object(witness, "Witness", wraps=witness.Witness) as recorded:
         for _ in range(4):
