@@ -140,7 +140,7 @@ bool ModuleWitness::matches(const Class& recorded) const {
   return true;
 }
 
-// It runs no code of Python, so nothing changes meanwhile. The weights are left to the caller.
+// It runs no Python code, so no module changes while it compares. The caller checks the weights.
 bool ModuleWitness::matches(const Dictionary& recorded, PyObject* dictionary, std::vector<py::object>& weights) const {
   if (reinterpret_cast<PyObject*>(Py_TYPE(dictionary)) != recorded.type.ptr()) return false;
   if (PyDict_GET_SIZE(dictionary) != static_cast<Py_ssize_t>(recorded.entries.size())) return false;

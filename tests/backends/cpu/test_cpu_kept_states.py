@@ -27,7 +27,7 @@ CASES: dict[str, tuple[Shape, int, dict[str, Any]]] = {
     "packed": (PACKED, 48, {}),
 }
 TWO_SEGMENTS = Shape(T=1100, H=1, HV=1, K=16, V=16)
-"""With n = 16 it has 69 chunks, more than a segment of the backward."""
+"""A length that with n = 16 has 69 chunks, more than a segment of the backward."""
 
 
 def results(rule: Rule, x: dict[str, Any], backend: str, n: int, upstream: str = "o S states") -> dict[str, Tensor]:

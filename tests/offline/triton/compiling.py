@@ -133,7 +133,7 @@ def record_decode(rule: Rule, shape: Shape, states: torch.dtype, pool: bool, aft
 
 
 def _noting(seen: list[Launch]) -> Any:
-    """What stands in for `Job.launch` and notes the launches."""
+    """A function in the place of `Job.launch` that notes the launches."""
 
     def note(job: Any, kernel: Any, grid: Any, tile: Any, **more: Any) -> None:
         arguments = job.arguments(kernel, tile, **more)
